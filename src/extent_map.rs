@@ -1,0 +1,1 @@
+//! Block → where its latest data is.

@@ -1,0 +1,286 @@
+//! The engine: one consistency group, its log, its map, its base, and the images of its past.
+//!
+//! A [`Group`] is passive, synchronous code behind one mutex; `worker` gives it its threads (sync,
+//! fold). Who writes calls [`Group::append`]; who replicates reads the log by position with
+//! [`Group::read_log`] and appends with [`Group::append_received`]; who shows the past opens an
+//! [`Image`].
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::events::Events;
+use crate::io::Env;
+use crate::log::control::{
+    BookmarkRecord, Control, EpochRecord, JobRecord, MemberRecord, PolicyRecord,
+};
+use crate::units::{Chain, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, VolumeNumber};
+
+/// Who this node is, as far as its groups need to know.
+#[derive(Clone, Debug)]
+pub struct NodeIdentity {
+    /// The node's random identity.
+    pub id: NodeId,
+    /// Its configured name.
+    pub name: Name,
+}
+
+/// Limits that belong to the node and lower a group's own.
+#[derive(Clone, Debug, Default)]
+pub struct LocalLimits {
+    /// Window at most.
+    pub window: Option<Duration>,
+    /// Bytes of log at most.
+    pub log_limit_bytes: Option<u64>,
+    /// Bytes of the file system that are left alone; default two segments and 1 %.
+    pub disk_reserve_bytes: Option<u64>,
+}
+
+/// What every group of a node shares.
+#[derive(Clone)]
+pub struct GroupContext {
+    /// Disk, clock, randomness.
+    pub env: Env,
+    /// Who this node is.
+    pub node: NodeIdentity,
+    /// The node's own limits.
+    pub limits: LocalLimits,
+    /// Where events go.
+    pub events: Events,
+}
+
+/// Whose turn it is to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// It authored the last epoch, and was not demoted.
+    Primary,
+    /// It follows.
+    Secondary,
+}
+
+/// What the data here is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataState {
+    /// No image yet.
+    None,
+    /// A complete, readable, promotable image.
+    Consistent,
+    /// A disk error: reads go on, writes do not.
+    Failed,
+    /// Replication was stopped here: readable, never eligible for backup.
+    Retired,
+}
+
+/// All positions of a group at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Positions {
+    /// After the last record appended.
+    pub head: Lsn,
+    /// After the last record that ends a request: what `now` means.
+    pub request_end: Lsn,
+    /// Up to which the log survives power loss here.
+    pub durable: Lsn,
+    /// Up to which the primary has told it is durable there. On the primary: `durable`.
+    pub committed: Lsn,
+    /// Up to which records are folded into the base.
+    pub horizon: Lsn,
+    /// Checksum of the last record.
+    pub chain: Chain,
+    /// Epoch of the last record.
+    pub epoch: EpochId,
+    /// Log time of the last record.
+    pub time: LogTime,
+    /// Log time at the horizon.
+    pub horizon_time: LogTime,
+    /// Requests up to `head`.
+    pub requests: u64,
+    /// Bytes that log and index take on disk.
+    pub log_used_bytes: u64,
+    /// Bytes that the log may take.
+    pub log_limit_bytes: u64,
+}
+
+/// A volume as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its number in records.
+    pub number: VolumeNumber,
+    /// Its name.
+    pub name: Name,
+    /// Bytes.
+    pub size_bytes: u64,
+}
+
+/// What the control records say at one position.
+#[derive(Clone, Debug, Default)]
+pub struct ControlView {
+    /// Volumes that exist, by number.
+    pub volumes: Vec<Volume>,
+    /// Nodes that hold the group.
+    pub members: Vec<MemberRecord>,
+    /// Window and limits.
+    pub policy: PolicyRecord,
+    /// Backup jobs.
+    pub jobs: Vec<JobRecord>,
+    /// Bookmarks, by position.
+    pub bookmarks: Vec<BookmarkRecord>,
+    /// Every reign, oldest first.
+    pub epochs: Vec<EpochRecord>,
+}
+
+/// What a host asks for.
+#[derive(Clone, Copy, Debug)]
+pub enum Op<'a> {
+    /// Bytes at an offset.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// The bytes.
+        data: &'a [u8],
+    },
+    /// A range that reads as zeros from now on.
+    Zero {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// Keep the space.
+        no_hole: bool,
+    },
+    /// A range that is no longer needed; reads as zeros.
+    Trim {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// A flush: appended only where it covers new bytes.
+    Flush,
+}
+
+/// One request of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The volume; any number for a flush.
+    pub volume: VolumeNumber,
+    /// What to do.
+    pub op: Op<'a>,
+    /// Durable when answered; the caller waits by [`Group::when_durable`].
+    pub fua: bool,
+}
+
+/// One read of a batch.
+pub struct Read<'a> {
+    /// The volume.
+    pub volume: VolumeNumber,
+    /// First byte.
+    pub offset: u64,
+    /// Filled completely, or `result` is an error.
+    pub buffer: &'a mut [u8],
+    /// How it went. `Ok(())` before the batch runs.
+    pub result: Result<(), GroupError>,
+}
+
+/// What a range of a volume holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Bytes.
+    Data,
+    /// Reads as zeros, space kept.
+    Zero,
+    /// Reads as zeros, takes no space.
+    Hole,
+}
+
+/// A run of equal allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// What is there.
+    pub allocation: Allocation,
+}
+
+/// A group or an image, for those who only read: NBD, backup, verify.
+pub trait View: Send + Sync {
+    /// The volumes in it.
+    fn volumes(&self) -> Vec<Volume>;
+    /// Runs a batch of reads; each carries its own result.
+    fn read(&self, reads: &mut [Read<'_>]);
+    /// What `[offset, offset + length)` holds, in order, without gaps, at most `limit` runs (the
+    /// answer then ends early).
+    fn extents(
+        &self,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> Result<Vec<Extent>, GroupError>;
+}
+
+/// Where in time: `now`, a time, `lsn:N` or a bookmark's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Point {
+    /// The last request's end.
+    Now,
+    /// The last request's end at or before a log time.
+    Time(LogTime),
+    /// The last request's end at or before a position.
+    Lsn(Lsn),
+    /// A bookmark.
+    Bookmark(Name),
+}
+
+/// What failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "each message says it")]
+pub enum GroupError {
+    #[error(
+        "group {group}: volume {volume}: does not exist; `tidelog volume list` shows those that do"
+    )]
+    NoVolume { group: Name, volume: String },
+    #[error("group {group}: {what} `{name}` does not exist")]
+    NotFound { group: Name, what: &'static str, name: String },
+    #[error("group {group}: {what} `{name}` exists already")]
+    Exists { group: Name, what: &'static str, name: String },
+    #[error("group {group}: request of {length} bytes at {offset} is outside of the volume")]
+    OutOfRange { group: Name, offset: u64, length: u64 },
+    #[error(
+        "group {group}: is not the primary here, so it takes no writes; `tidelog status` shows who is"
+    )]
+    NotPrimary { group: Name },
+    #[error("group {group}: failed: {reason}; restart the node once the disk is well")]
+    Failed { group: Name, reason: String },
+    #[error("group {group}: no space: {reason}")]
+    NoSpace { group: Name, reason: String },
+    #[error("group {group}: {point} is not covered: the log reaches from {from} to {to}")]
+    NotCovered { group: Name, point: String, from: Lsn, to: Lsn },
+    #[error("group {group}: damaged: {what}")]
+    Damaged { group: Name, what: String },
+    #[error("group {group}: {what}: {cause}")]
+    Io { group: Name, what: String, cause: String },
+    #[error("group {group}: {what}")]
+    Refused { group: Name, what: String },
+}
+
+/// Bytes that a peer sent do not continue this log.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("received log at {at}: {what}")]
+pub struct ReceiveError {
+    /// Where.
+    pub at: Lsn,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// Called once when a wait ends; must not block.
+pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
+
+mod stub;
+pub use stub::*;

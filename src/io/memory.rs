@@ -1,0 +1,4 @@
+//! A disk in memory.
+#![allow(missing_docs)]
+pub struct MemoryDisk {}
+pub struct Fault {}

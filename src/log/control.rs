@@ -1,0 +1,319 @@
+//! Control records: what the nodes of a group agree on, as JSON in the log.
+//!
+//! One struct per kind, with the numbers of the kinds below. A kind's body is stored and shipped as
+//! the bytes that its author wrote and never encoded again; fields that this version does not know
+//! are kept in `other` when a command changes a record it read.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::record::flags;
+use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Span, VolumeNumber};
+
+/// The kinds of control records. The numbers are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum ControlKind {
+    /// The first record of every log.
+    Group = 1,
+    /// A new reign.
+    Epoch = 2,
+    /// A volume, its size, or that it is gone.
+    Volume = 3,
+    /// A node that holds the group, and how it is replicated to.
+    Member = 4,
+    /// Window, limits and what happens when they are reached.
+    Policy = 5,
+    /// A backup job.
+    Job = 6,
+    /// A named position.
+    Bookmark = 7,
+    /// The wall clock jumped.
+    Clock = 8,
+}
+
+impl ControlKind {
+    /// The kind of a stored number.
+    #[must_use]
+    pub fn from_number(number: u32) -> Option<ControlKind> {
+        use ControlKind::*;
+        [Group, Epoch, Volume, Member, Policy, Job, Bookmark, Clock]
+            .into_iter()
+            .find(|kind| *kind as u32 == number)
+    }
+}
+
+/// A control record's body, one variant per kind.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "each variant is its struct")]
+pub enum Control {
+    Group(GroupRecord),
+    Epoch(EpochRecord),
+    Volume(VolumeRecord),
+    Member(MemberRecord),
+    Policy(PolicyRecord),
+    Job(JobRecord),
+    Bookmark(BookmarkRecord),
+    Clock(ClockRecord),
+}
+
+macro_rules! each_kind {
+    ($value:expr, $body:ident => $result:expr) => {
+        match $value {
+            Control::Group($body) => $result,
+            Control::Epoch($body) => $result,
+            Control::Volume($body) => $result,
+            Control::Member($body) => $result,
+            Control::Policy($body) => $result,
+            Control::Job($body) => $result,
+            Control::Bookmark($body) => $result,
+            Control::Clock($body) => $result,
+        }
+    };
+}
+
+impl Control {
+    /// The number that the record header carries.
+    #[must_use]
+    pub fn kind(&self) -> ControlKind {
+        match self {
+            Control::Group(_) => ControlKind::Group,
+            Control::Epoch(_) => ControlKind::Epoch,
+            Control::Volume(_) => ControlKind::Volume,
+            Control::Member(_) => ControlKind::Member,
+            Control::Policy(_) => ControlKind::Policy,
+            Control::Job(_) => ControlKind::Job,
+            Control::Bookmark(_) => ControlKind::Bookmark,
+            Control::Clock(_) => ControlKind::Clock,
+        }
+    }
+
+    /// The record's flags: what shapes images must be understood, the rest may be skipped.
+    #[must_use]
+    pub fn flags(&self) -> u16 {
+        match self {
+            Control::Group(_) | Control::Epoch(_) | Control::Volume(_) => flags::MUST_UNDERSTAND,
+            _ => flags::MAY_SKIP,
+        }
+    }
+
+    /// The body's bytes.
+    #[must_use]
+    pub fn to_json(&self) -> Vec<u8> {
+        each_kind!(self, body => serde_json::to_vec(body).expect("plain data becomes JSON"))
+    }
+
+    /// Reads a body. `Ok(None)` for a kind that this version does not know.
+    ///
+    /// # Errors
+    ///
+    /// Where a known kind's body is not what its struct says.
+    pub fn from_json(kind: u32, body: &[u8]) -> Result<Option<Control>, serde_json::Error> {
+        use ControlKind::*;
+        let Some(kind) = ControlKind::from_number(kind) else { return Ok(None) };
+        Ok(Some(match kind {
+            Group => Control::Group(serde_json::from_slice(body)?),
+            Epoch => Control::Epoch(serde_json::from_slice(body)?),
+            Volume => Control::Volume(serde_json::from_slice(body)?),
+            Member => Control::Member(serde_json::from_slice(body)?),
+            Policy => Control::Policy(serde_json::from_slice(body)?),
+            Job => Control::Job(serde_json::from_slice(body)?),
+            Bookmark => Control::Bookmark(serde_json::from_slice(body)?),
+            Clock => Control::Clock(serde_json::from_slice(body)?),
+        }))
+    }
+}
+
+/// The first record of every log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupRecord {
+    /// The group's identity, the same on every node.
+    pub id: GroupId,
+    /// Its name.
+    pub name: Name,
+    /// Bytes of a segment, a power of two.
+    pub segment_bytes: u64,
+    /// What a node must understand to hold the group; rises by command.
+    pub format_level: u32,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// One reign of one primary. Its header's epoch id is the new one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EpochRecord {
+    /// Counts the reigns of the group, from 1.
+    pub counter: u64,
+    /// Random.
+    pub id: EpochId,
+    /// The node that reigns.
+    pub author: NodeId,
+    /// Its name, for people.
+    pub author_name: Name,
+    /// Where the reign begins: this record's own position.
+    pub first_lsn: Lsn,
+    /// Why: `created`, `promote`, `recovery`, `resolve`.
+    pub reason: String,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// A volume of the group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Its number in records; never reused.
+    pub number: VolumeNumber,
+    /// Its name.
+    pub name: Name,
+    /// Bytes, a multiple of 4096.
+    pub size_bytes: u64,
+    /// The volume is gone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// When a write is answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// When it is in the local log.
+    #[default]
+    Async,
+}
+
+/// A node that holds the group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// The node.
+    pub node: NodeId,
+    /// Its name.
+    pub name: Name,
+    /// When a write is answered.
+    #[serde(default)]
+    pub mode: Mode,
+    /// The age of the copy that its owner wants at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rpo_target: Option<Span>,
+    /// The node no longer holds the group.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// What the log does at its byte limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFull {
+    /// The window gets shorter.
+    #[default]
+    Fold,
+    /// Writers get the speed of folding.
+    Block,
+}
+
+/// How much history the group keeps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PolicyRecord {
+    /// How far back one wants to go.
+    pub window: Span,
+    /// Bytes of log at most.
+    pub log_limit: ByteSize,
+    /// What happens there.
+    #[serde(default)]
+    pub on_full: OnFull,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+impl Default for PolicyRecord {
+    fn default() -> PolicyRecord {
+        PolicyRecord {
+            window: Span::from_secs(24 * 3600),
+            log_limit: ByteSize(10 << 30),
+            on_full: OnFull::Fold,
+            other: Map::new(),
+        }
+    }
+}
+
+/// A backup job. What the fields mean to the decision is told in [`crate::backup`]; here they are
+/// only kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Its name.
+    pub name: Name,
+    /// A random id, kept for the job's life: what slots are named by.
+    pub id: EpochId,
+    /// The repository's name in each node's configuration.
+    pub repository: String,
+    /// A cron pattern of five fields, or none: by command only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<String>,
+    /// The time zone of the schedule; UTC where none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// The moment of the latest `job set`: slots before it do not exist.
+    pub since: LogTime,
+    /// All else, each with a default in [`crate::backup`]: placement, limits, conditions, keep.
+    #[serde(default)]
+    pub settings: Map<String, Value>,
+    /// The job is gone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// What a bookmark's moment is good for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// As after a power cut.
+    #[default]
+    Crash,
+    /// The file system was frozen.
+    Filesystem,
+    /// The application said so.
+    Application,
+}
+
+/// A named position.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BookmarkRecord {
+    /// Its name.
+    pub name: Name,
+    /// The image that it names: all that ends at or before this.
+    pub lsn: Lsn,
+    /// Log time at that position.
+    pub time: LogTime,
+    /// What the moment is good for.
+    #[serde(default)]
+    pub consistency: Consistency,
+    /// The bookmark is gone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// The wall clock jumped by more than log time follows; windows and retention do not count it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClockRecord {
+    /// Log time before the jump.
+    pub before: LogTime,
+    /// What the wall clock shows.
+    pub wall: LogTime,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}

@@ -1,0 +1,3 @@
+//! The `tidelog` program: parse, call, print, exit status.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The log, byte for byte, to a peer.
