@@ -1,42 +1,310 @@
-//! Plain files.
-#![allow(missing_docs, unused_variables, clippy::unimplemented)]
-use super::disk::*;
-use std::{io, path::Path, sync::Arc};
-pub struct FileDisk {}
+//! The real disk: plain files through the page cache.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::libc;
+
+use super::disk::{BatchRead, Disk, DiskFile, OpenMode, Space};
+use super::ring;
+
+/// Slices that one `pwritev` takes on Linux.
+const SLICES_MAX: usize = libc::UIO_MAXIOV as usize;
+
+/// The file systems of this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct FileDisk {
+    ring: bool,
+}
+
 impl FileDisk {
+    /// A disk whose batches go through io_uring where that is allowed.
+    #[must_use]
     pub fn new() -> FileDisk {
-        FileDisk {}
+        FileDisk { ring: true }
+    }
+
+    /// A disk that reads one after the other, as where io_uring is forbidden.
+    #[must_use]
+    pub fn without_ring() -> FileDisk {
+        FileDisk { ring: false }
     }
 }
-pub fn read_uring_state() -> bool {
-    unimplemented!()
+
+impl Default for FileDisk {
+    fn default() -> FileDisk {
+        FileDisk::new()
+    }
 }
+
 impl Disk for FileDisk {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        unimplemented!()
+        let mut options = OpenOptions::new();
+        options.read(true);
+        match mode {
+            OpenMode::Read => &mut options,
+            OpenMode::ReadWrite => options.write(true),
+            OpenMode::CreateNew => options.write(true).create_new(true),
+            OpenMode::Create => options.write(true).create(true).truncate(false),
+        };
+        let file = options.open(path).map_err(|error| at(path, &error))?;
+        Ok(Arc::new(PlainFile { file }))
     }
+
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        unimplemented!()
+        fs::create_dir_all(path).map_err(|error| at(path, &error))
     }
+
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        unimplemented!()
+        fs::rename(from, to).map_err(|error| at(from, &error))
     }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
-        unimplemented!()
+        fs::remove_file(path).map_err(|error| at(path, &error))
     }
+
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        unimplemented!()
+        fs::remove_dir_all(path).map_err(|error| at(path, &error))
     }
+
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
-        unimplemented!()
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path).map_err(|error| at(path, &error))? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
     }
+
     fn exists(&self, path: &Path) -> bool {
-        unimplemented!()
+        path.exists()
     }
+
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        unimplemented!()
+        File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| at(path, &error))
     }
+
     fn space(&self, path: &Path) -> io::Result<Space> {
-        unimplemented!()
+        let facts = nix::sys::statvfs::statvfs(path).map_err(|error| at(path, &error.into()))?;
+        let unit = facts.fragment_size();
+        Ok(Space {
+            total_bytes: facts.blocks().saturating_mul(unit),
+            free_bytes: facts.blocks_available().saturating_mul(unit),
+        })
+    }
+
+    fn read_batch(&self, reads: &mut [BatchRead<'_>]) {
+        let ringed = self.ring && reads.len() > 1 && ring::read_batch(reads);
+        if !ringed {
+            for read in reads {
+                read.result = read.file.read_at(read.buffer, read.offset);
+            }
+        }
+    }
+}
+
+/// The same error with the path in front of it; its kind is kept.
+fn at(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// One open file.
+struct PlainFile {
+    file: File,
+}
+
+/// A range for system calls that take signed numbers; saturates, which reaches the end of any file.
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+impl DiskFile for PlainFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let mut offset = offset;
+        for group in slices.chunks(SLICES_MAX) {
+            offset = self.write_group(group, offset)?;
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn start_writeback(&self, offset: u64, bytes: u64) {
+        // SAFETY: the descriptor is open as long as `self`; the call takes numbers only.
+        // Its failure is the next sync's to report.
+        unsafe {
+            libc::sync_file_range(
+                self.file.as_raw_fd(),
+                signed(offset),
+                signed(bytes),
+                libc::SYNC_FILE_RANGE_WRITE,
+            );
+        }
+    }
+
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.file, flags, signed(offset), signed(bytes)) {
+            Ok(()) => Ok(()),
+            Err(nix::Error::EOPNOTSUPP) => self.write_zeros(offset, bytes),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn drop_cache(&self, offset: u64, bytes: u64) {
+        // Advice: nothing depends on it.
+        let _ = posix_fadvise(
+            &self.file,
+            signed(offset),
+            signed(bytes),
+            PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+        );
+    }
+
+    fn raw_fd(&self) -> Option<RawFd> {
+        Some(self.file.as_raw_fd())
+    }
+}
+
+impl PlainFile {
+    /// Writes as many slices as one system call takes; the offset behind them.
+    fn write_group(&self, group: &[IoSlice<'_>], offset: u64) -> io::Result<u64> {
+        let total: usize = group.iter().map(|slice| slice.len()).sum();
+        let mut written = match nix::sys::uio::pwritev(&self.file, group, signed(offset)) {
+            Ok(bytes) => bytes,
+            Err(nix::Error::EINTR) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        if written < total {
+            // Short: a signal, or the disk is nearly full. The rest goes slice by slice, which
+            // gives the reason if there is one.
+            let mut position = 0;
+            for slice in group {
+                let end = position + slice.len();
+                if end > written {
+                    let skip = written - position;
+                    self.file.write_all_at(&slice[skip..], offset + written as u64)?;
+                    written = end;
+                }
+                position = end;
+            }
+        }
+        Ok(offset + total as u64)
+    }
+
+    /// Zeros where a hole cannot be made; never past the end of the file.
+    fn write_zeros(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        const STEP: u64 = 64 << 10;
+        let zeros = [0; STEP as usize];
+        let end = offset.saturating_add(bytes).min(self.len()?);
+        let mut position = offset;
+        while position < end {
+            let step = STEP.min(end - position);
+            self.file.write_all_at(&zeros[..step as usize], position)?;
+            position += step;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_of(dir: &Path, name: &str) -> Arc<dyn DiskFile> {
+        FileDisk::new().open(&dir.join(name), OpenMode::CreateNew).unwrap()
+    }
+
+    #[test]
+    fn more_slices_than_one_call_takes_are_written_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = file_of(dir.path(), "many");
+        let bytes: Vec<u8> = (0..3000u32).flat_map(u32::to_le_bytes).collect();
+        let slices: Vec<IoSlice<'_>> = bytes.chunks(4).map(IoSlice::new).collect();
+        assert!(slices.len() > SLICES_MAX);
+        file.write_at(&slices, 5).unwrap();
+        let mut back = vec![0; bytes.len()];
+        file.read_at(&mut back, 5).unwrap();
+        assert_eq!(back, bytes);
+        assert_eq!(file.len().unwrap(), 5 + bytes.len() as u64);
+    }
+
+    #[test]
+    fn a_punched_range_reads_as_zeros_and_keeps_the_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = file_of(dir.path(), "hole");
+        file.write_at(&[IoSlice::new(&[7; 12288])], 0).unwrap();
+        file.punch_hole(4096, 4096).unwrap();
+        let mut back = vec![1; 12288];
+        file.read_at(&mut back, 0).unwrap();
+        assert!(back[..4096].iter().all(|byte| *byte == 7));
+        assert!(back[4096..8192].iter().all(|byte| *byte == 0));
+        assert!(back[8192..].iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn an_error_names_its_path_and_keeps_its_kind() {
+        let error = match FileDisk::new().open(Path::new("/nonexistent/file"), OpenMode::Read) {
+            Ok(_) => panic!("it does not exist"),
+            Err(error) => error,
+        };
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(error.to_string().contains("/nonexistent/file"), "{error}");
+    }
+
+    #[test]
+    fn a_batch_fills_every_buffer_with_and_without_the_ring() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = file_of(dir.path(), "batch");
+        let bytes: Vec<u8> = (0..200_000u32).flat_map(u32::to_le_bytes).collect();
+        file.write_at(&[IoSlice::new(&bytes)], 0).unwrap();
+        for disk in [FileDisk::new(), FileDisk::without_ring()] {
+            let mut buffers = vec![vec![0; 1000]; 300];
+            let mut reads: Vec<BatchRead<'_>> = buffers
+                .iter_mut()
+                .enumerate()
+                .map(|(index, buffer)| BatchRead {
+                    file: &*file,
+                    offset: index as u64 * 2600,
+                    buffer,
+                    result: Ok(()),
+                })
+                .collect();
+            reads[7].offset = bytes.len() as u64 - 999;
+            reads[9].offset = bytes.len() as u64 + 4096;
+            disk.read_batch(&mut reads);
+            for (index, read) in reads.iter().enumerate() {
+                if index == 7 || index == 9 {
+                    let error = read.result.as_ref().expect_err("past the end");
+                    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                } else {
+                    assert!(read.result.is_ok());
+                    let from = index * 2600;
+                    assert_eq!(read.buffer[..], bytes[from..from + 1000], "read {index}");
+                }
+            }
+        }
     }
 }

@@ -1,4 +1,1050 @@
-//! A disk in memory.
-#![allow(missing_docs)]
-pub struct MemoryDisk {}
-pub struct Fault {}
+//! A disk in memory that loses, reorders and tears what was not synced, and fails on demand.
+//!
+//! What it may do, and why a correct user survives it:
+//!
+//! - **Power loss** ([`MemoryDisk::crash`]). Of what was written to a file and not synced, each
+//!   512-byte sector has, independently, the content that it had at the last sync or after any one
+//!   write since; never anything else inside a sector. The length is one that the file had since.
+//!   Of the names made, changed or removed in a directory that was not synced, any subset is kept.
+//!   What was synced is all there.
+//! - **A failed sync**. Of what it covered any part may be on the disk, and the cache goes on
+//!   showing all of it; later syncs succeed and do not bring it. Who latches the failure survives.
+//! - **Power off after N operations**: the Nth changing operation and all behind it fail and do
+//!   nothing, so that a test can stop a program at every boundary and then crash.
+//! - **An I/O error** of one operation, or of reads of a part of a file. **No space** after a
+//!   number of bytes: a write stops in the middle.
+//!
+//! Everything follows from seeds; nothing here asks a clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, IoSlice};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::disk::{Disk, DiskFile, OpenMode, Space};
+
+const SECTOR: u64 = 512;
+const PAGE: u64 = 4096;
+
+type Page = [u8; PAGE as usize];
+
+/// Something that goes wrong, set with [`MemoryDisk::inject`]. Operations are counted as
+/// [`MemoryDisk::operations`] tells: those that change something, and syncs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// From this operation number on, nothing works and nothing changes.
+    PowerOff {
+        /// The first operation that fails.
+        operation: u64,
+    },
+    /// This one operation fails with EIO; a write may have happened in part.
+    Error {
+        /// The operation that fails.
+        operation: u64,
+    },
+    /// The first sync of a file at or after this operation number fails, and the cache lies from
+    /// then on.
+    FailedSync {
+        /// The first operation that it may be.
+        operation: u64,
+    },
+    /// So many bytes more can be allocated, then ENOSPC.
+    NoSpace {
+        /// Bytes, in pages of 4096.
+        bytes: u64,
+    },
+    /// Reads that touch this part of this file fail with EIO.
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+}
+
+/// The disk. Clones are handles to the same disk; [`MemoryDisk::crash`] and
+/// [`MemoryDisk::snapshot`] make another one.
+#[derive(Clone)]
+pub struct MemoryDisk {
+    state: Arc<Mutex<State>>,
+}
+
+/// What a file holds: pages that were written, shared between copies; the rest are holes.
+#[derive(Clone, Default)]
+struct Content {
+    bytes: u64,
+    pages: BTreeMap<u64, Arc<Page>>,
+}
+
+/// A change of a file that is not synced yet.
+#[derive(Clone)]
+enum Change {
+    /// Whole sectors, as the cache showed them after the write.
+    Sectors { offset: u64, data: Arc<[u8]> },
+    /// A new length. What a cut takes away was noted as sectors of zeros before.
+    Length(u64),
+}
+
+#[derive(Clone, Default)]
+struct Inode {
+    cache: Content,
+    durable: Content,
+    pending: Vec<Change>,
+    handles: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    Dir,
+    File(u64),
+}
+
+/// A change of names that is not synced yet: applied as a whole or not at all.
+#[derive(Clone, Debug)]
+enum NameChange {
+    Link { path: PathBuf, node: Node },
+    Unlink { path: PathBuf },
+    Rename { from: PathBuf, to: PathBuf, node: Node },
+}
+
+impl NameChange {
+    fn touches(&self, dir: &Path) -> bool {
+        match self {
+            NameChange::Link { path, .. } | NameChange::Unlink { path } => {
+                path.parent() == Some(dir)
+            }
+            NameChange::Rename { from, to, .. } => {
+                from.parent() == Some(dir) || to.parent() == Some(dir)
+            }
+        }
+    }
+
+    fn apply(&self, names: &mut BTreeMap<PathBuf, Node>) {
+        match self {
+            NameChange::Link { path, node } => {
+                names.insert(path.clone(), *node);
+            }
+            NameChange::Unlink { path } => {
+                names.remove(path);
+            }
+            NameChange::Rename { from, to, node } => {
+                names.remove(from);
+                names.insert(to.clone(), *node);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+struct State {
+    names: BTreeMap<PathBuf, Node>,
+    durable_names: BTreeMap<PathBuf, Node>,
+    name_changes: Vec<NameChange>,
+    inodes: BTreeMap<u64, Inode>,
+    next_inode: u64,
+    operations: u64,
+    syncs: u64,
+    faults: Vec<Fault>,
+    off: bool,
+    total_bytes: u64,
+    /// Chooses what a failed sync or a failed write leaves behind.
+    random: Random,
+}
+
+/// splitmix64, as in [`super::SeededEntropy`], without a lock.
+#[derive(Clone, Default)]
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// A number in `0..bound`.
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+}
+
+fn eio(what: &str) -> io::Error {
+    io::Error::other(format!("input/output error: {what}"))
+}
+
+impl Content {
+    fn read(&self, buffer: &mut [u8], offset: u64) {
+        let mut done = 0;
+        while done < buffer.len() {
+            let position = offset + done as u64;
+            let within = (position % PAGE) as usize;
+            let step = (PAGE as usize - within).min(buffer.len() - done);
+            let target = &mut buffer[done..done + step];
+            match self.pages.get(&(position / PAGE)) {
+                Some(page) => target.copy_from_slice(&page[within..within + step]),
+                None => target.fill(0),
+            }
+            done += step;
+        }
+    }
+
+    /// Writes without a look at the length.
+    fn write(&mut self, data: &[u8], offset: u64) {
+        let mut done = 0;
+        while done < data.len() {
+            let position = offset + done as u64;
+            let within = (position % PAGE) as usize;
+            let step = (PAGE as usize - within).min(data.len() - done);
+            let page = self.pages.entry(position / PAGE).or_insert_with(|| Arc::new([0; 4096]));
+            Arc::make_mut(page)[within..within + step].copy_from_slice(&data[done..done + step]);
+            done += step;
+        }
+    }
+
+    fn set_len(&mut self, bytes: u64) {
+        if bytes < self.bytes {
+            self.pages.split_off(&bytes.div_ceil(PAGE));
+            if let Some(page) = self.pages.get_mut(&(bytes / PAGE)) {
+                Arc::make_mut(page)[(bytes % PAGE) as usize..].fill(0);
+            }
+        }
+        self.bytes = bytes;
+    }
+
+    fn new_pages(&self, offset: u64, bytes: u64) -> u64 {
+        let range = offset / PAGE..(offset + bytes).div_ceil(PAGE);
+        let present = self.pages.range(range.clone()).count() as u64;
+        range.end.saturating_sub(range.start) - present
+    }
+}
+
+impl Inode {
+    /// Remembers that the sectors of a range were changed, as the cache shows them now.
+    fn note_sectors(&mut self, offset: u64, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        let start = offset / SECTOR * SECTOR;
+        let end = (offset + bytes).div_ceil(SECTOR) * SECTOR;
+        let mut data = vec![0; (end - start) as usize];
+        self.cache.read(&mut data, start);
+        self.pending.push(Change::Sectors { offset: start, data: data.into() });
+    }
+
+    fn write(&mut self, data: &[u8], offset: u64) {
+        if data.is_empty() {
+            return;
+        }
+        self.cache.write(data, offset);
+        let end = offset + data.len() as u64;
+        self.note_sectors(offset, data.len() as u64);
+        if end > self.cache.bytes {
+            self.cache.bytes = end;
+            self.pending.push(Change::Length(end));
+        }
+    }
+
+    fn sync(&mut self) {
+        for change in self.pending.drain(..) {
+            match change {
+                Change::Sectors { offset, data } => self.durable.write(&data, offset),
+                Change::Length(bytes) => self.durable.set_len(bytes),
+            }
+        }
+        // Where the cache shows the same, both share their pages, or the hole.
+        let Inode { cache, durable, .. } = self;
+        durable.pages.retain(|number, page| match cache.pages.get(number) {
+            Some(cached) => {
+                if !Arc::ptr_eq(cached, page) && cached == page {
+                    *page = Arc::clone(cached);
+                }
+                true
+            }
+            None => page.iter().any(|byte| *byte != 0),
+        });
+    }
+
+    /// Zeros in a range; whole pages become holes.
+    fn punch(&mut self, offset: u64, bytes: u64) {
+        let end = offset.saturating_add(bytes).min(self.cache.bytes);
+        if offset >= end {
+            return;
+        }
+        let holes = offset.div_ceil(PAGE)..end / PAGE;
+        let touched = offset / PAGE..end.div_ceil(PAGE);
+        let present: Vec<u64> =
+            self.cache.pages.range(touched).map(|(number, _)| *number).collect();
+        for page in present {
+            if holes.contains(&page) {
+                self.cache.pages.remove(&page);
+                self.note_sectors(page * PAGE, PAGE);
+            } else {
+                let from = offset.max(page * PAGE);
+                let bytes = end.min((page + 1) * PAGE) - from;
+                self.cache.write(&[0; PAGE as usize][..bytes as usize], from);
+                self.note_sectors(from, bytes);
+            }
+        }
+    }
+
+    fn set_len(&mut self, bytes: u64) {
+        if bytes < self.cache.bytes {
+            self.punch(bytes, self.cache.bytes - bytes);
+        }
+        self.cache.set_len(bytes);
+        self.pending.push(Change::Length(bytes));
+    }
+
+    /// What a power loss leaves of the file. `keep` says how daring the loss is.
+    fn crash(&self, random: &mut Random, keep: Keep) -> Content {
+        let mut versions: BTreeMap<u64, Vec<[u8; SECTOR as usize]>> = BTreeMap::new();
+        let mut lengths = vec![self.durable.bytes];
+        for change in &self.pending {
+            match change {
+                Change::Sectors { offset, data } => {
+                    for (index, sector) in data.chunks_exact(SECTOR as usize).enumerate() {
+                        let number = offset / SECTOR + index as u64;
+                        let sector = sector.try_into().expect("a chunk is a sector");
+                        versions.entry(number).or_default().push(sector);
+                    }
+                }
+                Change::Length(bytes) => lengths.push(*bytes),
+            }
+        }
+        let mut content = self.durable.clone();
+        let bytes = match keep {
+            Keep::Nothing => self.durable.bytes,
+            Keep::All => *lengths.last().expect("the durable length is first"),
+            Keep::Some { .. } => lengths[random.below(lengths.len() as u64) as usize],
+        };
+        content.bytes = content.bytes.max(bytes);
+        for (number, versions) in versions {
+            let chosen = match keep {
+                Keep::Nothing => None,
+                Keep::All => versions.last(),
+                Keep::Some { of_256 } => {
+                    if random.below(256) < of_256 {
+                        Some(&versions[random.below(versions.len() as u64) as usize])
+                    } else {
+                        None
+                    }
+                }
+            };
+            if let Some(sector) = chosen {
+                content.write(sector, number * SECTOR);
+            }
+        }
+        content.bytes = content.bytes.max(bytes);
+        content.set_len(bytes);
+        content
+    }
+}
+
+/// How much of the unsynced a crash keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    Nothing,
+    All,
+    Some { of_256: u64 },
+}
+
+impl Keep {
+    fn draw(random: &mut Random) -> Keep {
+        match random.below(8) {
+            0 => Keep::Nothing,
+            1 => Keep::All,
+            2 => Keep::Some { of_256: 16 },
+            3 => Keep::Some { of_256: 240 },
+            _ => Keep::Some { of_256: 128 },
+        }
+    }
+}
+
+impl State {
+    /// Counts an operation and says whether a fault hits it.
+    fn begin(&mut self, what: &str) -> io::Result<()> {
+        let operation = self.operations;
+        if self.off {
+            return Err(eio("power is off"));
+        }
+        self.operations += 1;
+        let mut hit = None;
+        for fault in &self.faults {
+            match fault {
+                Fault::PowerOff { operation: at } if operation >= *at => {
+                    self.off = true;
+                    return Err(eio("power is off"));
+                }
+                Fault::Error { operation: at } if operation == *at => hit = Some(eio(what)),
+                _ => {}
+            }
+        }
+        hit.map_or(Ok(()), Err)
+    }
+
+    fn node(&self, path: &Path) -> io::Result<Node> {
+        if self.off {
+            return Err(eio("power is off"));
+        }
+        self.names.get(path).copied().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, format!("{}: no such file", path.display()))
+        })
+    }
+
+    fn change_names(&mut self, change: NameChange) {
+        change.apply(&mut self.names);
+        self.name_changes.push(change);
+    }
+
+    fn has_dir(&self, path: &Path) -> bool {
+        path.parent().is_none() || self.names.get(path) == Some(&Node::Dir)
+    }
+
+    /// Forgets files that no name, durable or not, and no handle leads to.
+    fn collect(&mut self) {
+        let mut used = BTreeSet::new();
+        for node in self.names.values().chain(self.durable_names.values()) {
+            if let Node::File(inode) = node {
+                used.insert(*inode);
+            }
+        }
+        for change in &self.name_changes {
+            if let NameChange::Link { node: Node::File(inode), .. }
+            | NameChange::Rename { node: Node::File(inode), .. } = change
+            {
+                used.insert(*inode);
+            }
+        }
+        self.inodes.retain(|number, inode| inode.handles > 0 || used.contains(number));
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.inodes.values().map(|inode| inode.cache.pages.len() as u64 * PAGE).sum()
+    }
+
+    /// How many of `wanted` new bytes may be allocated.
+    fn grant(&mut self, wanted: u64) -> u64 {
+        let mut granted = wanted;
+        for fault in &mut self.faults {
+            if let Fault::NoSpace { bytes } = fault {
+                granted = granted.min(*bytes);
+                *bytes -= granted;
+            }
+        }
+        granted
+    }
+}
+
+impl MemoryDisk {
+    /// An empty disk.
+    #[must_use]
+    pub fn new() -> MemoryDisk {
+        MemoryDisk::of(State { total_bytes: 1 << 40, ..State::default() })
+    }
+
+    fn of(state: State) -> MemoryDisk {
+        MemoryDisk { state: Arc::new(Mutex::new(state)) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    /// Sets a fault. Faults add up.
+    pub fn inject(&self, fault: Fault) {
+        self.lock().faults.push(fault);
+    }
+
+    /// Takes all faults away; power comes back on without a loss.
+    pub fn clear_faults(&self) {
+        let mut state = self.lock();
+        state.faults.clear();
+        state.off = false;
+    }
+
+    /// How many operations that change something or sync were begun.
+    #[must_use]
+    pub fn operations(&self) -> u64 {
+        self.lock().operations
+    }
+
+    /// How many syncs of files succeeded.
+    #[must_use]
+    pub fn syncs(&self) -> u64 {
+        self.lock().syncs
+    }
+
+    /// Says how large the disk is; writes beyond fail with ENOSPC.
+    pub fn set_total_bytes(&self, bytes: u64) {
+        self.lock().total_bytes = bytes;
+    }
+
+    /// The same disk as it is now, cache and all, on its own from here on.
+    #[must_use]
+    pub fn snapshot(&self) -> MemoryDisk {
+        let mut state = self.lock().clone();
+        for inode in state.inodes.values_mut() {
+            inode.handles = 0;
+        }
+        state.collect();
+        MemoryDisk::of(state)
+    }
+
+    /// What a power loss now would leave, as another disk without faults. The same seed leaves the
+    /// same.
+    #[must_use]
+    pub fn crash(&self, seed: u64) -> MemoryDisk {
+        let state = self.lock();
+        let mut random = Random(seed);
+        let keep = Keep::draw(&mut random);
+        let mut names = state.durable_names.clone();
+        let keep_names = Keep::draw(&mut random);
+        for change in &state.name_changes {
+            let kept = match keep_names {
+                Keep::Nothing => false,
+                Keep::All => true,
+                Keep::Some { of_256 } => random.below(256) < of_256,
+            };
+            if kept {
+                change.apply(&mut names);
+            }
+        }
+        // A name whose directory was lost is lost with it.
+        let all = names.clone();
+        names.retain(|path, _| {
+            path.ancestors()
+                .skip(1)
+                .filter(|above| above.parent().is_some() && !above.as_os_str().is_empty())
+                .all(|above| all.get(above) == Some(&Node::Dir))
+        });
+        let mut inodes = BTreeMap::new();
+        for (number, inode) in &state.inodes {
+            let content = inode.crash(&mut random, keep);
+            let survivor = Inode { cache: content.clone(), durable: content, ..Inode::default() };
+            inodes.insert(*number, survivor);
+        }
+        let mut after = State {
+            durable_names: names.clone(),
+            names,
+            inodes,
+            next_inode: state.next_inode,
+            total_bytes: state.total_bytes,
+            random: Random(seed),
+            ..State::default()
+        };
+        after.collect();
+        MemoryDisk::of(after)
+    }
+
+    /// Changes bytes behind everybody's back, in the cache and on the disk, as a decaying medium
+    /// would: each is combined with `mask` by exclusive or.
+    ///
+    /// # Panics
+    ///
+    /// Where the file does not exist: the test is wrong.
+    pub fn damage(&self, path: &Path, offset: u64, length: u64, mask: u8) {
+        let mut state = self.lock();
+        let Some(Node::File(number)) = state.names.get(path).copied() else {
+            panic!("{}: no such file to damage", path.display())
+        };
+        let inode = state.inodes.get_mut(&number).expect("a name leads to a file");
+        let mut bytes = vec![0; length as usize];
+        for content in [&mut inode.cache, &mut inode.durable] {
+            content.read(&mut bytes, offset);
+            bytes.iter_mut().for_each(|byte| *byte ^= mask);
+            content.write(&bytes, offset);
+        }
+    }
+
+    /// The bytes that a file takes on the disk, holes left out; none where it does not exist.
+    #[must_use]
+    pub fn allocated(&self, path: &Path) -> u64 {
+        let state = self.lock();
+        match state.names.get(path) {
+            Some(Node::File(number)) => {
+                state.inodes.get(number).map_or(0, |inode| inode.cache.pages.len() as u64 * PAGE)
+            }
+            _ => 0,
+        }
+    }
+}
+
+impl Default for MemoryDisk {
+    fn default() -> MemoryDisk {
+        MemoryDisk::new()
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let mut state = self.lock();
+        let number = match (state.node(path), mode) {
+            (Ok(Node::Dir), _) => return Err(io::ErrorKind::IsADirectory.into()),
+            (Ok(Node::File(_)), OpenMode::CreateNew) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::AlreadyExists,
+                    format!("{}: exists", path.display()),
+                ));
+            }
+            (Ok(Node::File(number)), _) => number,
+            (Err(error), OpenMode::Read | OpenMode::ReadWrite) => return Err(error),
+            (Err(_), OpenMode::Create | OpenMode::CreateNew) => {
+                let dir = path.parent().unwrap_or(Path::new(""));
+                if !dir.as_os_str().is_empty() && !state.has_dir(dir) {
+                    return Err(io::Error::new(
+                        io::ErrorKind::NotFound,
+                        format!("{}: no such directory", dir.display()),
+                    ));
+                }
+                state.begin("create")?;
+                let number = state.next_inode;
+                state.next_inode += 1;
+                state.inodes.insert(number, Inode::default());
+                let path = path.to_owned();
+                state.change_names(NameChange::Link { path, node: Node::File(number) });
+                number
+            }
+        };
+        state.inodes.get_mut(&number).expect("a name leads to a file").handles += 1;
+        Ok(Arc::new(MemoryFile {
+            state: Arc::clone(&self.state),
+            number,
+            path: path.to_owned(),
+            writable: mode != OpenMode::Read,
+        }))
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        let mut missing = Vec::new();
+        for above in path.ancestors() {
+            if above.as_os_str().is_empty() || state.has_dir(above) {
+                break;
+            }
+            if state.names.contains_key(above) {
+                return Err(io::ErrorKind::NotADirectory.into());
+            }
+            missing.push(above.to_owned());
+        }
+        for path in missing.into_iter().rev() {
+            state.begin("create a directory")?;
+            state.change_names(NameChange::Link { path, node: Node::Dir });
+        }
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        let node = state.node(from)?;
+        if node == Node::Dir {
+            return self.rename_dir(&mut state, from, to);
+        }
+        state.begin("rename")?;
+        if from != to {
+            let (from, to) = (from.to_owned(), to.to_owned());
+            state.change_names(NameChange::Rename { from, to, node });
+        }
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.node(path)? == Node::Dir {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        state.begin("remove")?;
+        state.change_names(NameChange::Unlink { path: path.to_owned() });
+        Ok(())
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.node(path)? != Node::Dir {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        let below: Vec<PathBuf> =
+            state.names.keys().filter(|name| name.starts_with(path)).cloned().collect();
+        for path in below.into_iter().rev() {
+            state.begin("remove")?;
+            state.change_names(NameChange::Unlink { path });
+        }
+        Ok(())
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let state = self.lock();
+        if state.off {
+            return Err(eio("power is off"));
+        }
+        if !state.has_dir(path) {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("{}: no such directory", path.display()),
+            ));
+        }
+        let names = state.names.keys().filter(|name| name.parent() == Some(path));
+        Ok(names
+            .filter_map(|name| name.file_name())
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect())
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        let state = self.lock();
+        state.names.contains_key(path) || state.has_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if !state.has_dir(path) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        state.begin("sync a directory")?;
+        let State { name_changes, durable_names, .. } = &mut *state;
+        name_changes.retain(|change| {
+            let synced = change.touches(path);
+            if synced {
+                change.apply(durable_names);
+            }
+            !synced
+        });
+        state.collect();
+        Ok(())
+    }
+
+    fn space(&self, _path: &Path) -> io::Result<Space> {
+        let state = self.lock();
+        let used = state.allocated_bytes();
+        let mut free_bytes = state.total_bytes.saturating_sub(used);
+        for fault in &state.faults {
+            if let Fault::NoSpace { bytes } = fault {
+                free_bytes = free_bytes.min(*bytes);
+            }
+        }
+        Ok(Space { total_bytes: state.total_bytes, free_bytes })
+    }
+}
+
+impl MemoryDisk {
+    /// A directory takes all that is below it along, in one step.
+    fn rename_dir(&self, state: &mut State, from: &Path, to: &Path) -> io::Result<()> {
+        if state.names.keys().any(|name| name.starts_with(to) && name != to) {
+            return Err(io::ErrorKind::DirectoryNotEmpty.into());
+        }
+        state.begin("rename")?;
+        let moved: Vec<(PathBuf, Node)> = state
+            .names
+            .iter()
+            .filter(|(name, _)| name.starts_with(from))
+            .map(|(name, node)| (name.clone(), *node))
+            .collect();
+        for (name, node) in moved {
+            let below = name.strip_prefix(from).expect("it starts with it");
+            let target = if below.as_os_str().is_empty() { to.to_owned() } else { to.join(below) };
+            let change = NameChange::Rename { from: name.clone(), to: target.clone(), node };
+            change.apply(&mut state.names);
+            if name == from {
+                state.name_changes.push(change);
+            } else {
+                // What lies below moves with the directory's own name, on the disk too.
+                state.name_changes.push(NameChange::Rename { from: name, to: target, node });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An open file.
+struct MemoryFile {
+    state: Arc<Mutex<State>>,
+    number: u64,
+    path: PathBuf,
+    writable: bool,
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        if let Ok(mut state) = self.state.lock()
+            && let Some(inode) = state.inodes.get_mut(&self.number)
+        {
+            inode.handles = inode.handles.saturating_sub(1);
+        }
+    }
+}
+
+impl MemoryFile {
+    fn change<T>(
+        &self,
+        what: &str,
+        apply: impl FnOnce(&mut State, u64) -> io::Result<T>,
+    ) -> io::Result<T> {
+        if !self.writable {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "opened for reading"));
+        }
+        let mut state = self.state.lock().expect("no holder panics");
+        state.begin(what)?;
+        apply(&mut state, self.number)
+    }
+}
+
+fn inode(state: &mut State, number: u64) -> &mut Inode {
+    state.inodes.get_mut(&number).expect("an open file is kept")
+}
+
+impl DiskFile for MemoryFile {
+    fn len(&self) -> io::Result<u64> {
+        let mut state = self.state.lock().expect("no holder panics");
+        if state.off {
+            return Err(eio("power is off"));
+        }
+        Ok(inode(&mut state, self.number).cache.bytes)
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.change("set the length", |state, number| {
+            inode(state, number).set_len(bytes);
+            Ok(())
+        })
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut state = self.state.lock().expect("no holder panics");
+        if state.off {
+            return Err(eio("power is off"));
+        }
+        let end = offset + buffer.len() as u64;
+        let unreadable = state.faults.iter().any(|fault| {
+            matches!(fault, Fault::Unreadable { path, offset: from, length }
+                if *path == self.path && *from < end && offset < from + length)
+        });
+        if unreadable {
+            return Err(eio("unreadable"));
+        }
+        let content = &inode(&mut state, self.number).cache;
+        if end > content.bytes {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        content.read(buffer, offset);
+        Ok(())
+    }
+
+    fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let data: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        if !self.writable {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "opened for reading"));
+        }
+        let mut state = self.state.lock().expect("no holder panics");
+        let mut keep = data.len();
+        let mut outcome = Ok(());
+        if let Err(error) = state.begin("write") {
+            // A failed write may have happened in part; without power nothing happens any more.
+            let whole = data.len() as u64 / SECTOR;
+            keep = if state.off { 0 } else { (state.random.below(whole + 1) * SECTOR) as usize };
+            outcome = Err(error);
+        }
+        let new_pages = inode(&mut state, self.number).cache.new_pages(offset, keep as u64);
+        let room = state.total_bytes.saturating_sub(state.allocated_bytes());
+        let wanted = new_pages * PAGE;
+        let granted = state.grant(wanted.min(room)) / PAGE * PAGE;
+        if granted < wanted {
+            // Pages that exist already and the first of the new ones are written, to be simple.
+            keep = keep.min(granted as usize);
+            outcome = Err(io::ErrorKind::StorageFull.into());
+        }
+        inode(&mut state, self.number).write(&data[..keep], offset);
+        outcome
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.state.lock().expect("no holder panics");
+        let operation = state.operations;
+        let begun = state.begin("sync");
+        let lying = state.faults.iter().position(
+            |fault| matches!(fault, Fault::FailedSync { operation: at } if operation >= *at),
+        );
+        if state.off {
+            return begun;
+        }
+        if let Some(index) = lying {
+            state.faults.remove(index);
+        }
+        if lying.is_some() || begun.is_err() {
+            let mut random = Random(state.random.next());
+            let keep = Keep::draw(&mut random);
+            let inode = inode(&mut state, self.number);
+            inode.durable = inode.crash(&mut random, keep);
+            inode.pending.clear();
+            return Err(eio("sync"));
+        }
+        state.syncs += 1;
+        inode(&mut state, self.number).sync();
+        Ok(())
+    }
+
+    fn start_writeback(&self, _offset: u64, _bytes: u64) {}
+
+    fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.change("punch a hole", |state, number| {
+            inode(state, number).punch(offset, bytes);
+            Ok(())
+        })
+    }
+
+    fn drop_cache(&self, _offset: u64, _bytes: u64) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_file(disk: &MemoryDisk, name: &str) -> Arc<dyn DiskFile> {
+        disk.open(Path::new(name), OpenMode::CreateNew).unwrap()
+    }
+
+    fn bytes_of(disk: &MemoryDisk, name: &str) -> Option<Vec<u8>> {
+        let file = disk.open(Path::new(name), OpenMode::Read).ok()?;
+        let mut bytes = vec![0; file.len().unwrap() as usize];
+        file.read_at(&mut bytes, 0).unwrap();
+        Some(bytes)
+    }
+
+    #[test]
+    fn a_crash_tears_between_sectors_and_never_inside_one() {
+        let disk = MemoryDisk::new();
+        disk.create_dir(Path::new("/d")).unwrap();
+        disk.sync_dir(Path::new("/")).unwrap();
+        let file = new_file(&disk, "/d/f");
+        disk.sync_dir(Path::new("/d")).unwrap();
+        file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
+        file.sync().unwrap();
+        file.write_at(&[IoSlice::new(&[2; 8192])], 0).unwrap();
+        file.write_at(&[IoSlice::new(&[3; 4096])], 2048).unwrap();
+        let (mut torn, mut nothing, mut all) = (0, 0, 0);
+        for seed in 0..200 {
+            let bytes = bytes_of(&disk.crash(seed), "/d/f").unwrap();
+            assert_eq!(bytes, bytes_of(&disk.crash(seed), "/d/f").unwrap(), "the seed decides");
+            let sectors: Vec<u8> = bytes.chunks(512).map(|sector| sector[0]).collect();
+            for (sector, first) in bytes.chunks(512).zip(&sectors) {
+                assert!(sector.iter().all(|byte| byte == first), "torn inside a sector");
+            }
+            let after = [vec![2; 4], vec![3; 8], vec![2; 4]].concat();
+            if sectors == vec![1; 16] {
+                nothing += 1;
+            } else if sectors == after {
+                all += 1;
+            } else {
+                torn += 1;
+                assert!(sectors.iter().all(|byte| [1, 2, 3].contains(byte)));
+            }
+        }
+        assert!(torn > 50 && nothing > 5 && all > 5, "{torn} {nothing} {all}");
+    }
+
+    #[test]
+    fn what_was_synced_survives_every_crash() {
+        let disk = MemoryDisk::new();
+        let file = new_file(&disk, "/f");
+        disk.sync_dir(Path::new("/")).unwrap();
+        file.write_at(&[IoSlice::new(&[9; 1000])], 100).unwrap();
+        file.sync().unwrap();
+        file.write_at(&[IoSlice::new(&[8; 512])], 4096).unwrap();
+        for seed in 0..100 {
+            let bytes = bytes_of(&disk.crash(seed), "/f").unwrap();
+            assert!(bytes[100..1100].iter().all(|byte| *byte == 9));
+            assert!(bytes.len() == 1100 || bytes.len() == 4608, "{}", bytes.len());
+        }
+    }
+
+    #[test]
+    fn a_name_that_was_not_synced_may_be_lost_or_come_back() {
+        let disk = MemoryDisk::new();
+        let file = new_file(&disk, "/old");
+        file.write_at(&[IoSlice::new(b"old")], 0).unwrap();
+        file.sync().unwrap();
+        disk.sync_dir(Path::new("/")).unwrap();
+        let file = new_file(&disk, "/new");
+        file.write_at(&[IoSlice::new(b"new")], 0).unwrap();
+        file.sync().unwrap();
+        disk.rename(Path::new("/new"), Path::new("/old")).unwrap();
+        let mut seen = BTreeSet::new();
+        for seed in 0..200 {
+            let after = disk.crash(seed);
+            let old = bytes_of(&after, "/old").expect("one of them has the name");
+            seen.insert((old, after.exists(Path::new("/new"))));
+        }
+        let seen: Vec<(&[u8], bool)> = seen.iter().map(|(b, e)| (&b[..], *e)).collect();
+        assert!(seen.contains(&(b"old", false)), "the new file is lost: {seen:?}");
+        assert!(seen.contains(&(b"old", true)), "the rename is lost: {seen:?}");
+        assert!(seen.contains(&(b"new", false)), "all is kept: {seen:?}");
+        disk.sync_dir(Path::new("/")).unwrap();
+        for seed in 0..100 {
+            assert_eq!(bytes_of(&disk.crash(seed), "/old").unwrap(), b"new");
+        }
+    }
+
+    #[test]
+    fn after_a_failed_sync_the_cache_lies_and_the_next_sync_does_not_help() {
+        let disk = MemoryDisk::new();
+        let file = new_file(&disk, "/f");
+        file.write_at(&[IoSlice::new(&[1; 4096])], 0).unwrap();
+        file.sync().unwrap();
+        disk.sync_dir(Path::new("/")).unwrap();
+        disk.inject(Fault::FailedSync { operation: 0 });
+        file.write_at(&[IoSlice::new(&[2; 4096])], 0).unwrap();
+        assert!(file.sync().is_err());
+        assert_eq!(bytes_of(&disk, "/f").unwrap(), vec![2; 4096], "the cache shows it");
+        file.sync().unwrap();
+        let lost = (0..50).any(|seed| bytes_of(&disk.crash(seed), "/f").unwrap() != [2; 4096]);
+        assert!(lost, "the disk has all of it in spite of the failure");
+    }
+
+    #[test]
+    fn power_off_stops_a_program_at_each_operation() {
+        let program = |disk: &MemoryDisk| -> io::Result<()> {
+            let file = disk.open(Path::new("/f"), OpenMode::Create)?;
+            file.write_at(&[IoSlice::new(&[1; 512])], 0)?;
+            file.sync()?;
+            disk.sync_dir(Path::new("/"))
+        };
+        let disk = MemoryDisk::new();
+        program(&disk).unwrap();
+        assert_eq!(disk.operations(), 4);
+        for operation in 0..4 {
+            let disk = MemoryDisk::new();
+            disk.inject(Fault::PowerOff { operation });
+            assert!(program(&disk).is_err());
+            assert_eq!(disk.operations(), operation + 1);
+        }
+    }
+
+    #[test]
+    fn a_full_disk_says_so_and_overwriting_still_works() {
+        let disk = MemoryDisk::new();
+        let file = new_file(&disk, "/f");
+        disk.inject(Fault::NoSpace { bytes: 8192 });
+        file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
+        let error = file.write_at(&[IoSlice::new(&[2; 4096])], 8192).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        file.write_at(&[IoSlice::new(&[3; 4096])], 4096).unwrap();
+        assert_eq!(disk.space(Path::new("/")).unwrap().free_bytes, 0);
+    }
+
+    #[test]
+    fn a_cut_file_shows_zeros_where_it_grows_again() {
+        let disk = MemoryDisk::new();
+        let file = new_file(&disk, "/f");
+        disk.sync_dir(Path::new("/")).unwrap();
+        file.write_at(&[IoSlice::new(&[5; 10_000])], 0).unwrap();
+        file.sync().unwrap();
+        file.set_len(1000).unwrap();
+        file.set_len(10_000).unwrap();
+        let expected = [vec![5; 1000], vec![0; 9000]].concat();
+        assert_eq!(bytes_of(&disk, "/f").unwrap(), expected);
+        file.sync().unwrap();
+        assert_eq!(bytes_of(&disk.crash(1), "/f").unwrap(), expected);
+    }
+}

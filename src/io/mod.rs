@@ -16,8 +16,9 @@ use std::sync::Arc;
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use disk::{BatchRead, Disk, DiskFile, OpenMode, Space};
 pub use entropy::{Entropy, KernelEntropy, SeededEntropy};
-pub use files::{FileDisk, read_uring_state};
+pub use files::FileDisk;
 pub use memory::{Fault, MemoryDisk};
+pub use ring::{UringState, read_uring_state};
 
 /// All that comes in from outside, handed down to every room that needs it.
 #[derive(Clone)]
