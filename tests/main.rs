@@ -1,1 +1,6 @@
 //! The one integration binary: a module per subject.
+
+mod serve;
+mod supply;
+mod support;
+mod tidy;

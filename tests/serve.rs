@@ -1,0 +1,88 @@
+//! The real binary as a service: it starts, answers, stops in order, and refuses what it cannot do
+//! with one line that names the object, the cause and the next command.
+
+use std::fs;
+use std::net::TcpListener;
+use std::process::{Command, Output};
+
+use crate::support::{Appliance, Setup, free_address};
+
+fn serve(configuration: &str) -> (tempfile::TempDir, Output) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tidelog.toml");
+    fs::write(&file, configuration.replace("DIR", &dir.path().display().to_string())).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_tidelog"))
+        .args(["serve", "--config"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    (dir, output)
+}
+
+#[test]
+fn a_node_starts_answers_and_stops_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Appliance::start(dir.path(), Setup::new("a"));
+    assert_eq!(node.json(&["status"])["node"], "a");
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    let status = node.status("g");
+    assert_eq!(status["role"], "primary");
+    assert_eq!(status["volumes"][0]["size_bytes"], 64 << 20);
+    node.stop();
+    node.restart();
+    assert_eq!(node.status("g")["volumes"][0]["name"], "v");
+}
+
+#[test]
+fn a_group_survives_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    node.kill();
+    node.restart();
+    assert_eq!(node.status("g")["volumes"][0]["name"], "v");
+}
+
+#[test]
+fn a_wrong_key_is_named_with_the_nearest_valid_one() {
+    let (_dir, output) = serve("node = \"a\"\ndata_dri = \"DIR/data\"\n");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("data_dri") && said.contains("data_dir"), "{said}");
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let address = free_address();
+    let _taken = TcpListener::bind(&address).unwrap();
+    let (_dir, output) = serve(&format!(
+        "node = \"a\"\ndata_dir = \"DIR/data\"\n[control]\nsocket = \"DIR/run/c.sock\"\n\
+         [[nbd]]\nlisten = \"tcp:{address}\"\n"
+    ));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&address), "{said}");
+}
+
+#[test]
+fn what_does_not_exist_is_named_with_the_next_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    for (command, object) in [
+        (&["group", "show", "nowhere"][..], "nowhere"),
+        (&["volume", "show", "g/nothing"], "nothing"),
+        (&["peer", "join", "wrong-token", "--address", "127.0.0.1:1"], "token"),
+        (&["backup", "run", "g/nightly"], "nightly"),
+        (&["repository", "check", "attic"], "attic"),
+    ] {
+        let output = node.command(command);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{command:?}: {said}");
+        assert!(said.contains(object), "{command:?}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{command:?}: {said}");
+    }
+    assert_eq!(node.command(&["frobnicate"]).status.code(), Some(2));
+}
