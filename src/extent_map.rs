@@ -1,1 +1,0 @@
-//! Block → where its latest data is.

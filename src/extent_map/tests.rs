@@ -1,0 +1,1 @@
+//! The map against a naive model.
