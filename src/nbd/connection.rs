@@ -1,0 +1,151 @@
+//! One connection from its first byte to its last: greeting, options, then a session.
+
+use std::io;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::Duration;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::export::Exports;
+use super::handshake::{Agreed, Handshake, OPTION_BYTES_MAX, Step};
+use super::input::Input;
+use super::server::Shared;
+use super::session::{End, Session};
+use super::socket::{Socket, send_all};
+use super::wire::{OPTION_MAGIC, OptionHeader, greeting};
+use crate::io::Clock;
+
+/// Serves a connection until it ends, and closes it.
+pub(super) fn serve(
+    socket: &Arc<dyn Socket>,
+    exports: &dyn Exports,
+    shared: &Shared,
+    clock: &dyn Clock,
+) {
+    match negotiate(&**socket, exports, shared, clock) {
+        Ok((agreed, input)) => {
+            let name = agreed.info.name.clone();
+            tracing::info!(export = %name, "nbd: client connected");
+            let _client = agreed.device.attach();
+            let end = Session::new(Arc::clone(socket), input, agreed, shared).run();
+            match end {
+                End::Disconnected | End::Closed => {
+                    tracing::info!(export = %name, "nbd: client disconnected");
+                }
+                End::Garbage => {
+                    tracing::warn!(export = %name, "nbd: client sent what is no request; closed");
+                }
+                End::Io(error) => {
+                    tracing::info!(export = %name, %error, "nbd: client lost");
+                }
+            }
+        }
+        Err(NoAgreement::Ended(reason)) => tracing::debug!(reason, "nbd: no export was chosen"),
+        Err(NoAgreement::Io(error)) => tracing::debug!(%error, "nbd: no export was chosen"),
+    }
+    socket.shutdown(Shutdown::Both);
+}
+
+/// Why a handshake did not come to an end.
+enum NoAgreement {
+    Ended(&'static str),
+    Io(io::Error),
+}
+
+impl From<io::Error> for NoAgreement {
+    fn from(error: io::Error) -> NoAgreement {
+        NoAgreement::Io(error)
+    }
+}
+
+impl From<&'static str> for NoAgreement {
+    fn from(reason: &'static str) -> NoAgreement {
+        NoAgreement::Ended(reason)
+    }
+}
+
+/// A socket that gives up at a deadline, so that a client who sends a byte now and then does not
+/// hold a connection for ever.
+struct Deadline<'a> {
+    socket: &'a dyn Socket,
+    clock: &'a dyn Clock,
+    at: Duration,
+}
+
+impl Socket for Deadline<'_> {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.at.saturating_sub(self.clock.monotonic());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.socket.set_receive_timeout(Some(left))?;
+        self.socket.receive(buffer)
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.send(bytes)
+    }
+
+    fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.send_now(bytes)
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        self.socket.shutdown(how);
+    }
+
+    fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_receive_timeout(timeout)
+    }
+}
+
+/// The handshake; on success also what was received beyond it.
+fn negotiate(
+    socket: &dyn Socket,
+    exports: &dyn Exports,
+    shared: &Shared,
+    clock: &dyn Clock,
+) -> Result<(Agreed, Input), NoAgreement> {
+    const CUT_OFF: NoAgreement = NoAgreement::Ended("the client left during the handshake");
+    let at = clock.monotonic().saturating_add(shared.limits.handshake_timeout);
+    let limited = Deadline { socket, clock, at };
+    let mut input = Input::new();
+    send_all(socket, greeting().as_bytes())?;
+    let flags = input.hold(&limited, 4)?.ok_or(CUT_OFF)?;
+    let flags = u32::from_be_bytes(flags.try_into().expect("4 bytes were asked for"));
+    input.consume(4);
+    let mut handshake = Handshake::new(exports, flags)?;
+    let mut replies = Vec::new();
+    loop {
+        let header = input.hold(&limited, OptionHeader::BYTES)?.ok_or(CUT_OFF)?;
+        let header = OptionHeader::read_from_bytes(header).expect("the length was asked for");
+        input.consume(OptionHeader::BYTES);
+        if header.magic.get() != OPTION_MAGIC {
+            return Err("the client sent what is no option".into());
+        }
+        let option = header.option.get();
+        let length = usize::try_from(header.length.get()).expect("32 bits fit");
+        let step = if header.length.get() <= OPTION_BYTES_MAX {
+            let data = input.hold(&limited, length)?.ok_or(CUT_OFF)?;
+            let step = handshake.on_option(option, Some(data), &mut replies);
+            input.consume(length);
+            step
+        } else {
+            if !input.skip(&limited, length)? {
+                return Err(CUT_OFF);
+            }
+            handshake.on_option(option, None, &mut replies)
+        };
+        send_all(socket, &replies)?;
+        replies.clear();
+        match step {
+            Step::Continue => {}
+            Step::Close(reason) => return Err(reason.into()),
+            Step::Transmit(agreed) => {
+                socket.set_receive_timeout(None)?;
+                return Ok((agreed, input));
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What all connections of a server share: limits, counters, the budget of large payloads, and
+//! whether the server is on its way down.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use super::wire::PAYLOAD_BYTES_MAX;
+
+/// Limits of a server.
+#[derive(Clone, Debug)]
+pub struct NbdLimits {
+    /// Connections at once; one more is closed before its greeting.
+    pub connections: usize,
+    /// Bytes of payloads above 512 KiB that all connections hold at once; at least 32 MiB.
+    pub payload_bytes: u64,
+    /// How long a handshake may take.
+    pub handshake_timeout: Duration,
+    /// How long the next bytes of a large payload may take.
+    pub payload_timeout: Duration,
+    /// How long requests in flight may take at shutdown.
+    pub drain_timeout: Duration,
+}
+
+impl Default for NbdLimits {
+    fn default() -> NbdLimits {
+        NbdLimits {
+            connections: 256,
+            payload_bytes: 256 << 20,
+            handshake_timeout: Duration::from_secs(30),
+            payload_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A number that only its readers need to agree on in the end.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds to it.
+    pub fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Takes from it.
+    pub fn subtract(&self, count: u64) {
+        self.0.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// Its value.
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a server has done so far.
+#[derive(Debug, Default)]
+pub struct NbdCounters {
+    /// Connections now.
+    pub connections: Counter,
+    /// Connections ever.
+    pub connections_total: Counter,
+    /// Connections that were closed at once: not allowed, or too many.
+    pub refused_total: Counter,
+    /// Requests.
+    pub requests: Counter,
+    /// Requests that were answered with an error by this server's checks or by the engine.
+    pub errors: Counter,
+    /// Bytes read by clients.
+    pub read_bytes: Counter,
+    /// Bytes written by clients.
+    pub written_bytes: Counter,
+}
+
+/// What all connections share.
+pub(super) struct Shared {
+    pub(super) limits: NbdLimits,
+    pub(super) counters: Arc<NbdCounters>,
+    pub(super) payloads: Budget,
+    stopping: AtomicBool,
+}
+
+impl Shared {
+    pub(super) fn new(limits: NbdLimits, counters: Arc<NbdCounters>) -> Shared {
+        let payloads = Budget::new(limits.payload_bytes.max(u64::from(PAYLOAD_BYTES_MAX)));
+        Shared { limits, counters, payloads, stopping: AtomicBool::new(false) }
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Bytes that may be in use at once.
+pub(super) struct Budget {
+    free: Mutex<u64>,
+    freed: Condvar,
+}
+
+/// A part of a budget, given back when dropped.
+pub(super) struct Share<'a> {
+    budget: &'a Budget,
+    bytes: u64,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: u64) -> Budget {
+        Budget { free: Mutex::new(bytes), freed: Condvar::new() }
+    }
+
+    /// Takes `bytes`, waiting for them. More than the whole budget would wait for ever.
+    pub(super) fn take(&self, bytes: u64) -> Share<'_> {
+        let mut free = self.free.lock().expect("no holder panics");
+        while *free < bytes {
+            free = self.freed.wait(free).expect("no holder panics");
+        }
+        *free -= bytes;
+        Share { budget: self, bytes }
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        *self.budget.free.lock().expect("no holder panics") += self.bytes;
+        self.budget.freed.notify_all();
+    }
+}

@@ -1,0 +1,602 @@
+//! One connection in the transmission phase: requests in, replies out, in batches by wake-up.
+//!
+//! A wake-up is one receive of up to 256 KiB. Every complete request in it is parsed; all that
+//! change data go to the engine as one append, in the order in which they came; all reads follow
+//! as one batch, so that a read sees every write that was answered before it was sent; all replies
+//! leave in one send. Flushes and FUA writes are answered later, from the group's sync thread, while
+//! this thread goes on receiving.
+//!
+//! Memory of a connection is bounded: input 512 KiB, output 1 MiB, and one payload above 512 KiB,
+//! which has to fit into a budget that all connections of the server share.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use zerocopy::IntoBytes;
+use zerocopy::big_endian::{U32, U64};
+
+use super::command::{Command, Rules, check};
+use super::export::{Device, errno_of};
+use super::handshake::Agreed;
+use super::input::{Front, INPUT_BYTES, Input};
+use super::sender::{Sender, Turn};
+use super::server::Shared;
+use super::socket::Socket;
+use super::wire::{
+    self, ChunkHeader, DATA_CHUNK_PREFIX_BYTES, Errno, RequestHeader, SimpleReply,
+    StatusDescriptor, allocation, chunk, chunk_header, simple_reply,
+};
+use crate::group::{Allocation, GroupError, Op, Read, Request};
+use crate::units::{Lsn, VolumeNumber};
+
+/// Bytes read at once at most; larger reads are answered in pieces of this size.
+const READ_BYTES_MAX: usize = 1 << 20;
+/// Bytes of the output buffer.
+const OUTPUT_BYTES: usize = READ_BYTES_MAX + (64 << 10);
+/// Descriptors of a block status reply at most.
+const STATUS_DESCRIPTORS_MAX: usize = 4096;
+/// Small replies are sent once they have grown to this.
+const REPLIES_BYTES: usize = 256 << 10;
+/// Bytes that one CACHE request reads at most: it is a hint, and must not hold up what follows.
+const CACHE_BYTES_MAX: u64 = 8 << 20;
+
+/// Why a connection ended.
+#[derive(Debug)]
+pub enum End {
+    /// The client said so.
+    Disconnected,
+    /// The client closed its end.
+    Closed,
+    /// The client sent what is no request.
+    Garbage,
+    /// The socket failed.
+    Io(io::Error),
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> End {
+        End::Io(error)
+    }
+}
+
+/// A request that changes data, with its payload in the input.
+struct Change {
+    cookie: u64,
+    command: Command,
+    payload: Range<usize>,
+}
+
+/// A read.
+#[derive(Clone, Copy)]
+struct Fetch {
+    cookie: u64,
+    offset: u64,
+    length: usize,
+}
+
+/// What follows a batch.
+enum Next {
+    /// Receive more.
+    Receive,
+    /// There is more to parse.
+    Parse,
+    /// A WRITE whose payload has not arrived; it lies at the front of the input.
+    Payload(RequestHeader),
+    /// The connection ends.
+    End(End),
+}
+
+/// A connection in the transmission phase.
+pub(super) struct Session<'a> {
+    socket: Arc<dyn Socket>,
+    sender: Arc<Sender>,
+    input: Input,
+    shared: &'a Shared,
+    device: Arc<dyn Device>,
+    volume: VolumeNumber,
+    rules: Rules,
+    /// Requests of this batch.
+    changes: Vec<Change>,
+    fetches: Vec<Fetch>,
+    others: Vec<(u64, Command)>,
+    /// Small replies of this batch.
+    replies: Vec<u8>,
+    output: Box<[u8]>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        socket: Arc<dyn Socket>,
+        input: Input,
+        agreed: Agreed,
+        shared: &'a Shared,
+    ) -> Session<'a> {
+        let rules = Rules {
+            size_bytes: agreed.info.size_bytes,
+            read_only: agreed.info.read_only,
+            structured_replies: agreed.structured_replies,
+            allocation: agreed.allocation,
+        };
+        Session {
+            sender: Arc::new(Sender::new(Arc::clone(&socket))),
+            socket,
+            input,
+            shared,
+            volume: agreed.device.volume(),
+            device: agreed.device,
+            rules,
+            changes: Vec::new(),
+            fetches: Vec::new(),
+            others: Vec::new(),
+            replies: Vec::new(),
+            output: vec![0; OUTPUT_BYTES].into_boxed_slice(),
+        }
+    }
+
+    /// Serves until the connection ends. All that was promised is answered before, where the
+    /// client can still be reached.
+    pub(super) fn run(mut self) -> End {
+        let end = loop {
+            match self.step() {
+                Ok(()) => {}
+                Err(end) => break end,
+            }
+        };
+        self.sender.settle();
+        end
+    }
+
+    fn step(&mut self) -> Result<(), End> {
+        let next = self.parse();
+        self.carry_out()?;
+        match next {
+            Next::Parse => Ok(()),
+            Next::Receive => match self.input.receive(&*self.socket)? {
+                0 => Err(End::Closed),
+                _ => Ok(()),
+            },
+            Next::Payload(header) => self.on_payload(&header),
+            Next::End(end) => Err(end),
+        }
+    }
+
+    /// Sorts what has arrived into this batch.
+    fn parse(&mut self) -> Next {
+        let stopping = self.stopping();
+        loop {
+            let (header, payload) = match self.input.front() {
+                Front::Request(header, payload) => (header, payload),
+                Front::Payload(header) => return Next::Payload(header),
+                Front::Nothing => return Next::Receive,
+                Front::Garbage => return Next::End(End::Garbage),
+            };
+            let cookie = header.cookie.get();
+            self.shared.counters.requests.add(1);
+            match check(&header, &self.rules) {
+                Ok(Command::Disconnect) => return Next::End(End::Disconnected),
+                Ok(_) if stopping.is_some() => {
+                    let text = stopping.as_deref().unwrap_or_default();
+                    self.refuse(&header, Errno::Eshutdown, text);
+                }
+                Ok(
+                    Command::Write { length: 0, .. }
+                    | Command::Zero { length: 0, .. }
+                    | Command::Trim { length: 0, .. },
+                ) => self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes()),
+                Ok(Command::Read { length: 0, .. }) => self.answer_empty_read(cookie),
+                Ok(Command::Read { offset, length }) => {
+                    let length = usize::try_from(length).expect("32 bits fit");
+                    self.fetches.push(Fetch { cookie, offset, length });
+                }
+                Ok(command @ (Command::Cache { .. } | Command::Status { .. })) => {
+                    self.others.push((cookie, command));
+                }
+                Ok(command) => self.changes.push(Change { cookie, command, payload }),
+                Err((error, text)) => self.refuse(&header, error, text),
+            }
+            if self.replies.len() > REPLIES_BYTES {
+                return Next::Parse;
+            }
+        }
+    }
+
+    fn answer_empty_read(&mut self, cookie: u64) {
+        if self.rules.structured_replies {
+            let end = chunk_header(cookie, chunk::NONE, true, 0);
+            self.replies.extend_from_slice(end.as_bytes());
+        } else {
+            self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes());
+        }
+    }
+
+    /// Why new requests are not served, if so.
+    fn stopping(&self) -> Option<String> {
+        if self.shared.is_stopping() {
+            return Some("this node is shutting down".to_owned());
+        }
+        self.device.check_serving().err().map(|error| error.to_string())
+    }
+
+    /// A WRITE of which only a part has arrived.
+    fn on_payload(&mut self, header: &RequestHeader) -> Result<(), End> {
+        let payload_bytes = usize::try_from(header.length.get()).expect("32 bits fit");
+        if let Err((error, text)) = check(header, &self.rules) {
+            // Nothing of it is kept, however large it is, and the stream stays in step.
+            self.shared.counters.requests.add(1);
+            if !self.input.skip(&*self.socket, RequestHeader::BYTES + payload_bytes)? {
+                return Err(End::Closed);
+            }
+            self.refuse(header, error, text);
+            return Ok(());
+        }
+        if RequestHeader::BYTES + payload_bytes <= INPUT_BYTES {
+            return match self.input.receive(&*self.socket)? {
+                0 => Err(End::Closed),
+                _ => Ok(()),
+            };
+        }
+        let _share = self.shared.payloads.take(payload_bytes as u64);
+        self.input.consume(RequestHeader::BYTES);
+        let mut payload = vec![0; payload_bytes];
+        // Whoever holds a share of the budget has to make progress.
+        self.socket.set_receive_timeout(Some(self.shared.limits.payload_timeout))?;
+        if !self.input.fill(&*self.socket, &mut payload)? {
+            return Err(End::Closed);
+        }
+        self.socket.set_receive_timeout(None)?;
+        self.shared.counters.requests.add(1);
+        if let Some(text) = self.stopping() {
+            self.refuse(header, Errno::Eshutdown, &text);
+            return Ok(());
+        }
+        let offset = header.offset.get();
+        let fua = header.flags.get() & wire::command_flag::FUA != 0;
+        let request =
+            Request { volume: self.volume, op: Op::Write { offset, data: &payload }, fua };
+        let results = self.device.append(&[request]);
+        self.shared.counters.written_bytes.add(payload_bytes as u64);
+        let cookie = header.cookie.get();
+        self.answer_changes(std::iter::once((cookie, fua)), results);
+        Ok(())
+    }
+
+    /// Carries out the batch and sends its replies.
+    fn carry_out(&mut self) -> Result<(), End> {
+        self.carry_out_changes();
+        self.carry_out_others()?;
+        if self.fetches.is_empty() { self.send_replies() } else { self.carry_out_fetches() }
+    }
+
+    fn carry_out_changes(&mut self) {
+        if self.changes.is_empty() {
+            return;
+        }
+        let changes = std::mem::take(&mut self.changes);
+        if self.rules.read_only {
+            // Only flushes come this far, and an image is as durable as it was opened.
+            for change in &changes {
+                self.replies.extend_from_slice(simple_reply(change.cookie, None).as_bytes());
+            }
+        } else {
+            let mut written_bytes = 0;
+            let mut requests = Vec::with_capacity(changes.len());
+            for change in &changes {
+                let (op, fua) = match change.command {
+                    Command::Write { offset, length, fua } => {
+                        written_bytes += u64::from(length);
+                        let data = self.input.payload(change.payload.clone());
+                        (Op::Write { offset, data }, fua)
+                    }
+                    Command::Zero { offset, length, fua, no_hole } => {
+                        (Op::Zero { offset, length: u64::from(length), no_hole }, fua)
+                    }
+                    Command::Trim { offset, length, fua } => {
+                        (Op::Trim { offset, length: u64::from(length) }, fua)
+                    }
+                    _ => (Op::Flush, true),
+                };
+                requests.push(Request { volume: self.volume, op, fua });
+            }
+            let results = self.device.append(&requests);
+            self.shared.counters.written_bytes.add(written_bytes);
+            let waits = requests.iter().map(|request| request.fua).collect::<Vec<_>>();
+            let asked = changes.iter().map(|change| change.cookie).zip(waits);
+            self.answer_changes(asked, results);
+        }
+        self.changes = changes;
+        self.changes.clear();
+    }
+
+    /// Answers what was appended: (cookie, must be durable) and where it ended.
+    fn answer_changes(
+        &mut self,
+        asked: impl Iterator<Item = (u64, bool)>,
+        results: Vec<Result<Lsn, GroupError>>,
+    ) {
+        let mut late = Vec::new();
+        let mut durable_at = Lsn::ZERO;
+        for ((cookie, durable), result) in asked.zip(results) {
+            match result {
+                Ok(lsn) if durable => {
+                    late.push(cookie);
+                    durable_at = durable_at.max(lsn);
+                }
+                Ok(_) => self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes()),
+                Err(error) => {
+                    self.shared.counters.errors.add(1);
+                    let code = errno_of(&error, true);
+                    self.put_error(cookie, code, &error.to_string());
+                }
+            }
+        }
+        if late.is_empty() {
+            return;
+        }
+        // One wait for all of the batch: they would share a sync in any case.
+        self.sender.promise(late.len());
+        let sender = Arc::clone(&self.sender);
+        let structured = self.rules.structured_replies;
+        let done = move |result: Result<(), GroupError>| {
+            let mut replies = Vec::with_capacity(late.len() * SimpleReply::BYTES);
+            for &cookie in &late {
+                match &result {
+                    Ok(()) => replies.extend_from_slice(simple_reply(cookie, None).as_bytes()),
+                    Err(error) => {
+                        let text = error.to_string();
+                        put_error(&mut replies, structured, cookie, errno_of(error, true), &text);
+                    }
+                }
+            }
+            sender.complete(late.len(), &replies);
+        };
+        self.device.when_durable(durable_at, Box::new(done));
+    }
+
+    /// CACHE and BLOCK_STATUS.
+    fn carry_out_others(&mut self) -> Result<(), End> {
+        for (cookie, command) in std::mem::take(&mut self.others) {
+            match command {
+                Command::Status { offset, length, one } => {
+                    self.answer_status(cookie, offset, length, one);
+                }
+                Command::Cache { offset, length } => {
+                    let result = self.warm(offset, u64::from(length).min(CACHE_BYTES_MAX));
+                    match result {
+                        Ok(()) => {
+                            self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes())
+                        }
+                        Err(error) => {
+                            let code = errno_of(&error, false);
+                            self.put_error(cookie, code, &error.to_string());
+                        }
+                    }
+                }
+                other => unreachable!("{other:?} is not among the others"),
+            }
+            if self.replies.len() > REPLIES_BYTES {
+                self.send_replies()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer_status(&mut self, cookie: u64, offset: u64, length: u32, one: bool) {
+        let limit = if one { 1 } else { STATUS_DESCRIPTORS_MAX };
+        let extents = match self.device.extents(offset, u64::from(length), limit) {
+            Ok(extents) => extents,
+            Err(error) => {
+                let code = errno_of(&error, false);
+                return self.put_error(cookie, code, &error.to_string());
+            }
+        };
+        let mut runs: Vec<(u64, u32)> = Vec::with_capacity(extents.len());
+        for extent in extents {
+            let flags = match extent.allocation {
+                Allocation::Data => 0,
+                Allocation::Zero => allocation::ZERO,
+                Allocation::Hole => allocation::ZERO | allocation::HOLE,
+            };
+            match runs.last_mut() {
+                Some(last) if last.1 == flags => last.0 += extent.length,
+                _ => runs.push((extent.length, flags)),
+            }
+        }
+        if runs.is_empty() {
+            // The protocol allows to call anything data.
+            runs.push((u64::from(length), 0));
+        }
+        runs.truncate(limit);
+        let payload_bytes = 4 + runs.len() * StatusDescriptor::BYTES;
+        let header = chunk_header(cookie, chunk::BLOCK_STATUS, true, payload_bytes);
+        self.replies.extend_from_slice(header.as_bytes());
+        self.replies.extend_from_slice(U32::new(allocation::CONTEXT).as_bytes());
+        for (run_bytes, flags) in runs {
+            let run_bytes = u32::try_from(run_bytes.min(u64::from(length))).expect("32 bits");
+            let descriptor =
+                StatusDescriptor { length: U32::new(run_bytes), flags: U32::new(flags) };
+            self.replies.extend_from_slice(descriptor.as_bytes());
+        }
+    }
+
+    /// Reads a range so that it is in the cache.
+    fn warm(&mut self, offset: u64, length: u64) -> Result<(), GroupError> {
+        let end = offset + length;
+        let mut at = offset;
+        while at < end {
+            let count = (end - at).min(READ_BYTES_MAX as u64);
+            let buffer = &mut self.output[..usize::try_from(count).expect("1 MiB at most")];
+            let mut read = [Read { volume: self.volume, offset: at, buffer, result: Ok(()) }];
+            self.device.read(&mut read);
+            let [read] = read;
+            read.result?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Answers all reads of the batch, with the small replies in front.
+    fn carry_out_fetches(&mut self) -> Result<(), End> {
+        let mut fetches = std::mem::take(&mut self.fetches);
+        let mut from = 0;
+        while from < fetches.len() {
+            let fetch = fetches[from];
+            if fetch.length > READ_BYTES_MAX {
+                self.send_replies()?;
+                self.carry_out_large_fetch(fetch)?;
+                from += 1;
+                continue;
+            }
+            let mut used = self.replies.len();
+            let fitting = fetches[from..].iter().take_while(|fetch| {
+                used += self.prefix_bytes() + fetch.length;
+                used <= OUTPUT_BYTES && fetch.length <= READ_BYTES_MAX
+            });
+            let count = fitting.count();
+            if count == 0 {
+                // The small replies leave no room.
+                self.send_replies()?;
+            } else {
+                self.carry_out_some(&fetches[from..from + count])?;
+            }
+            from += count;
+        }
+        fetches.clear();
+        self.fetches = fetches;
+        self.send_replies()
+    }
+
+    /// Answers reads that fit into the output behind the small replies, in one batch and one send.
+    fn carry_out_some(&mut self, fetches: &[Fetch]) -> Result<(), End> {
+        let (structured, prefix_bytes) = (self.rules.structured_replies, self.prefix_bytes());
+        let front = self.replies.len();
+        let (replies, mut rest) = self.output.split_at_mut(front);
+        replies.copy_from_slice(&self.replies);
+        self.replies.clear();
+        let mut reads = Vec::with_capacity(fetches.len());
+        let mut used = front;
+        for fetch in fetches {
+            let (prefix, tail) = rest.split_at_mut(prefix_bytes);
+            let (buffer, tail) = tail.split_at_mut(fetch.length);
+            rest = tail;
+            used += prefix_bytes + fetch.length;
+            put_prefix(prefix, structured, fetch.cookie, fetch.offset, fetch.length, true);
+            let (volume, offset) = (self.volume, fetch.offset);
+            reads.push(Read { volume, offset, buffer, result: Ok(()) });
+        }
+        self.device.read(&mut reads);
+        self.shared.counters.read_bytes.add((used - front - prefix_bytes * fetches.len()) as u64);
+        if reads.iter().all(|read| read.result.is_ok()) {
+            return Ok(self.sender.turn().send(&self.output[..used])?);
+        }
+        let results: Vec<_> = reads.into_iter().map(|read| read.result).collect();
+        let mut at = front;
+        let mut rebuilt = self.output[..front].to_vec();
+        for (fetch, result) in fetches.iter().zip(results) {
+            let end = at + prefix_bytes + fetch.length;
+            match result {
+                Ok(()) => rebuilt.extend_from_slice(&self.output[at..end]),
+                Err(error) => {
+                    self.shared.counters.errors.add(1);
+                    let code = errno_of(&error, false);
+                    put_error(&mut rebuilt, structured, fetch.cookie, code, &error.to_string());
+                }
+            }
+            at = end;
+        }
+        Ok(self.sender.turn().send(&rebuilt)?)
+    }
+
+    /// Answers a read above [`READ_BYTES_MAX`] piece by piece: as chunks, or, where the client did
+    /// not agree on those, as one simple reply that cannot be taken back once it has begun.
+    fn carry_out_large_fetch(&mut self, fetch: Fetch) -> Result<(), End> {
+        let structured = self.rules.structured_replies;
+        let prefix_bytes = self.prefix_bytes();
+        let sender = Arc::clone(&self.sender);
+        let mut turn: Option<Turn<'_>> = None;
+        let mut done = 0;
+        while done < fetch.length {
+            let count = (fetch.length - done).min(READ_BYTES_MAX);
+            let offset = fetch.offset + done as u64;
+            let buffer = &mut self.output[prefix_bytes..prefix_bytes + count];
+            let mut reads = [Read { volume: self.volume, offset, buffer, result: Ok(()) }];
+            self.device.read(&mut reads);
+            let [read] = reads;
+            if let Err(error) = read.result {
+                self.shared.counters.errors.add(1);
+                if let Some(turn) = turn {
+                    turn.abandon();
+                    return Err(End::Io(io::Error::other(error)));
+                }
+                let code = errno_of(&error, false);
+                self.put_error(fetch.cookie, code, &error.to_string());
+                return Ok(());
+            }
+            let last = done + count == fetch.length;
+            let prefix = &mut self.output[..prefix_bytes];
+            put_prefix(prefix, structured, fetch.cookie, offset, count, last);
+            let headless = !structured && done > 0;
+            let start = if headless { prefix_bytes } else { 0 };
+            // A simple reply keeps the way out until its end.
+            let held = turn.get_or_insert_with(|| sender.turn());
+            held.send(&self.output[start..prefix_bytes + count])?;
+            if structured {
+                turn = None;
+            }
+            done += count;
+            self.shared.counters.read_bytes.add(count as u64);
+        }
+        Ok(())
+    }
+
+    /// Sends the small replies.
+    fn send_replies(&mut self) -> Result<(), End> {
+        if !self.replies.is_empty() {
+            self.sender.turn().send(&self.replies)?;
+            self.replies.clear();
+        }
+        Ok(())
+    }
+
+    /// Bytes in front of the data of a read's reply.
+    fn prefix_bytes(&self) -> usize {
+        if self.rules.structured_replies { DATA_CHUNK_PREFIX_BYTES } else { SimpleReply::BYTES }
+    }
+
+    fn refuse(&mut self, header: &RequestHeader, error: Errno, text: &str) {
+        self.shared.counters.errors.add(1);
+        self.put_error(header.cookie.get(), error, text);
+    }
+
+    fn put_error(&mut self, cookie: u64, error: Errno, text: &str) {
+        put_error(&mut self.replies, self.rules.structured_replies, cookie, error, text);
+    }
+}
+
+/// The reply of a request that failed.
+fn put_error(out: &mut Vec<u8>, structured: bool, cookie: u64, error: Errno, text: &str) {
+    if structured {
+        wire::put_error_chunk(out, cookie, error, text);
+    } else {
+        out.extend_from_slice(simple_reply(cookie, Some(error)).as_bytes());
+    }
+}
+
+/// What stands in front of a read's data. `last` where the reply ends with these data.
+fn put_prefix(
+    prefix: &mut [u8],
+    structured: bool,
+    cookie: u64,
+    offset: u64,
+    length: usize,
+    last: bool,
+) {
+    if structured {
+        let (header, at) = prefix.split_at_mut(ChunkHeader::BYTES);
+        let bytes = chunk_header(cookie, chunk::OFFSET_DATA, last, 8 + length);
+        header.copy_from_slice(bytes.as_bytes());
+        at.copy_from_slice(U64::new(offset).as_bytes());
+    } else {
+        prefix.copy_from_slice(simple_reply(cookie, None).as_bytes());
+    }
+}

@@ -1,0 +1,100 @@
+//! A connection's socket as a session needs it, over Unix sockets and TCP alike.
+
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv, send};
+
+/// A stream of bytes in both directions, used by several threads at once: one receives, one sends.
+pub trait Socket: Send + Sync {
+    /// Receives at least one byte; 0 at the end of the stream.
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Sends at least one byte, waiting for room.
+    fn send(&self, bytes: &[u8]) -> io::Result<usize>;
+    /// Sends what there is room for, without waiting; 0 where there is none.
+    fn send_now(&self, bytes: &[u8]) -> io::Result<usize>;
+    /// Ends one or both directions, waking who waits in them.
+    fn shutdown(&self, how: Shutdown);
+    /// Bounds every later wait for bytes; `None` waits for ever.
+    fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+/// Sends all bytes, waiting for room.
+pub(super) fn send_all(socket: &dyn Socket, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let sent = socket.send(bytes)?;
+        if sent == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        bytes = &bytes[sent..];
+    }
+    Ok(())
+}
+
+/// A connected socket of the system.
+#[derive(Debug)]
+pub enum Stream {
+    /// A Unix socket.
+    Unix(UnixStream),
+    /// A TCP socket.
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    fn retry(mut call: impl FnMut() -> nix::Result<usize>) -> io::Result<usize> {
+        loop {
+            match call() {
+                Err(Errno::EINTR) => {}
+                other => return other.map_err(io::Error::from),
+            }
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Unix(stream) => stream.as_fd(),
+            Stream::Tcp(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl Socket for Stream {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let fd = self.as_fd().as_raw_fd();
+        Stream::retry(|| recv(fd, buffer, MsgFlags::empty()))
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        let fd = self.as_fd().as_raw_fd();
+        Stream::retry(|| send(fd, bytes, MsgFlags::MSG_NOSIGNAL))
+    }
+
+    fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
+        let fd = self.as_fd().as_raw_fd();
+        match Stream::retry(|| send(fd, bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            other => other,
+        }
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        // An error means that the other side was faster.
+        let _ = match self {
+            Stream::Unix(stream) => stream.shutdown(how),
+            Stream::Tcp(stream) => stream.shutdown(how),
+        };
+    }
+
+    fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Stream::Unix(stream) => stream.set_read_timeout(timeout),
+            Stream::Tcp(stream) => stream.set_read_timeout(timeout),
+        }
+    }
+}
