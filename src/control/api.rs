@@ -1,0 +1,280 @@
+//! The types that the control socket's server and its clients share: answers as JSON, with the names
+//! that scripts rely on.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::group::{DataState, Role};
+use crate::log::control::{Consistency, OnFull};
+use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
+
+/// Bytes of the block size that volumes announce.
+pub const VOLUME_BLOCK_BYTES: u64 = crate::units::BLOCK_BYTES;
+
+/// `GET /v1/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// This node's name.
+    pub node: Name,
+    /// The version of its program.
+    pub version: String,
+    /// Its groups, by name.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// One group as this node sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Its name.
+    pub name: Name,
+    /// This node's role in it.
+    pub role: Role,
+    /// The epoch of the last record.
+    pub epoch: EpochId,
+    /// What the data here is worth.
+    pub data_state: DataState,
+    /// Why the data state is not `consistent`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_state_reason: Option<String>,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_state_since: Option<LogTime>,
+    /// Its volumes, by number.
+    pub volumes: Vec<VolumeStatus>,
+    /// Its log.
+    pub log: LogStatus,
+    /// How far back one can go now.
+    pub protection_window: ProtectionWindow,
+    /// The other nodes that hold it.
+    pub peers: Vec<Value>,
+    /// Whether this copy may be backed up now.
+    pub backup_capable: Value,
+}
+
+/// A volume in its group's status.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: Name,
+    /// Bytes.
+    pub size_bytes: u64,
+    /// Bytes that writes are best a multiple of.
+    pub block_size_bytes: u64,
+    /// Connections that have it open.
+    pub clients: usize,
+}
+
+/// Positions and room of a log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LogStatus {
+    /// After the last record appended.
+    pub head_lsn: Lsn,
+    /// Up to which it survives power loss here.
+    pub durable_lsn: Lsn,
+    /// Up to which it is durable on the primary.
+    pub committed_lsn: Lsn,
+    /// Up to which it is folded into the base.
+    pub horizon_lsn: Lsn,
+    /// Bytes on disk.
+    pub used_bytes: u64,
+    /// Bytes at most.
+    pub limit_bytes: u64,
+    /// Why writers are slowed, where they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_reason: Option<String>,
+}
+
+/// How far back one can go.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProtectionWindow {
+    /// Log time at the horizon.
+    pub from: LogTime,
+    /// Log time at the head.
+    pub to: LogTime,
+    /// Between them.
+    pub seconds: f64,
+}
+
+/// `GET /v1/groups`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Groups {
+    /// By name.
+    pub groups: Vec<GroupInfo>,
+}
+
+/// A group and what its nodes agree on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupInfo {
+    /// Its name.
+    pub name: Name,
+    /// Its identity on every node.
+    pub id: GroupId,
+    /// This node's role in it.
+    pub role: Role,
+    /// What the data here is worth.
+    pub data_state: DataState,
+    /// Bytes of a segment of its log.
+    pub segment_bytes: u64,
+    /// Its volumes' names.
+    pub volumes: Vec<Name>,
+    /// Window and limits.
+    pub policy: PolicyInfo,
+    /// The nodes that hold it, besides the primary.
+    pub members: Vec<MemberInfo>,
+    /// Every reign, oldest first.
+    pub epochs: Vec<EpochInfo>,
+}
+
+/// Window and limits of a group.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyInfo {
+    /// How far back one wants to go.
+    pub window: Span,
+    /// Bytes of log at most.
+    pub log_limit: ByteSize,
+    /// What happens there.
+    pub on_full: OnFull,
+}
+
+/// A node that holds a group.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MemberInfo {
+    /// The node.
+    pub node: NodeId,
+    /// Its name.
+    pub name: Name,
+    /// When a write is answered.
+    pub mode: crate::log::control::Mode,
+    /// The age that its copy may have.
+    pub rpo_target_seconds: Option<f64>,
+}
+
+/// One reign.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EpochInfo {
+    /// Counts the reigns from 1.
+    pub counter: u64,
+    /// Its identity.
+    pub epoch: EpochId,
+    /// Where it begins.
+    pub lsn: Lsn,
+    /// The node that reigns.
+    pub author: Name,
+    /// Why it began.
+    pub reason: String,
+}
+
+/// `GET /v1/volumes`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Volumes {
+    /// By group and number.
+    pub volumes: Vec<VolumeInfo>,
+}
+
+/// A volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Its group.
+    pub group: Name,
+    /// Its name.
+    pub name: Name,
+    /// Bytes.
+    pub size_bytes: u64,
+    /// Bytes that writes are best a multiple of.
+    pub block_size_bytes: u64,
+    /// Connections that have it open.
+    pub clients: usize,
+    /// The name of its NBD export.
+    pub export: String,
+    /// This node's role in its group: only the primary exports it.
+    pub role: Role,
+}
+
+/// A bookmark.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BookmarkInfo {
+    /// Its name.
+    pub name: Name,
+    /// The image that it names.
+    pub position: Position,
+    /// What the moment is good for.
+    pub consistency: Consistency,
+    /// Whether the log still covers it.
+    pub covered: bool,
+}
+
+/// `GET /v1/groups/GROUP/bookmarks`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Bookmarks {
+    /// By position.
+    pub bookmarks: Vec<BookmarkInfo>,
+}
+
+/// `GET /v1/groups/GROUP/timeline`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Timeline {
+    /// The group.
+    pub group: Name,
+    /// How far back one can go.
+    pub window: TimelineWindow,
+    /// Every reign, oldest first.
+    pub epochs: Vec<EpochInfo>,
+    /// By position.
+    pub bookmarks: Vec<BookmarkInfo>,
+    /// What needs an old moment.
+    pub holds: Vec<HoldInfo>,
+}
+
+/// The two ends of a window, as positions.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TimelineWindow {
+    /// The oldest image.
+    pub from: Position,
+    /// The newest.
+    pub to: Position,
+}
+
+/// What needs an old moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HoldInfo {
+    /// Whose it is.
+    pub owner: String,
+    /// The image that it holds.
+    pub image: Name,
+    /// Where.
+    pub position: Position,
+}
+
+/// `GET /v1/images`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Images {
+    /// By group and name.
+    pub images: Vec<ImageInfo>,
+}
+
+/// An opened image.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// Its group.
+    pub group: Name,
+    /// Its name.
+    pub name: Name,
+    /// What it shows.
+    pub position: Position,
+    /// Who opened it.
+    pub owner: String,
+    /// When.
+    pub opened: LogTime,
+    /// Why it can no longer be read, where it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
+    /// The names of its NBD exports.
+    pub exports: Vec<String>,
+}
+
+/// An answer that is only "done".
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Done {
+    /// What was done, as a line for people.
+    pub done: String,
+}

@@ -1,0 +1,237 @@
+//! Handlers of groups: status, create, show, set, delete, promote, demote.
+
+use serde_json::{Map, Value, json};
+
+use crate::group::{DataState, Group, Role};
+use crate::log::control::{Control, OnFull, PolicyRecord};
+use crate::units::{ByteSize, LogTime, Name, Span};
+
+use super::api::{
+    Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PolicyInfo,
+    ProtectionWindow, Status, VOLUME_BLOCK_BYTES, VolumeStatus,
+};
+use super::context::Context;
+use super::problem::Problem;
+use super::route::{Answer, Call};
+
+/// An answer as JSON.
+pub(super) fn answer<T: serde::Serialize>(value: T) -> Answer {
+    serde_json::to_value(value).map_err(|error| Problem::new(500, "bug", error.to_string()))
+}
+
+/// An answer that is only "done".
+pub(super) fn done(what: impl Into<String>) -> Answer {
+    answer(Done { done: what.into() })
+}
+
+pub(super) fn status(context: &Context, call: &Call) -> Answer {
+    let groups = context.groups(call.query("group"))?;
+    answer(Status {
+        node: context.node.name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        groups: groups.iter().map(|group| group_status(context, group)).collect(),
+    })
+}
+
+fn group_status(_context: &Context, group: &Group) -> GroupStatus {
+    let positions = group.positions();
+    let control = group.control();
+    let clients = group.clients();
+    let (data_state, reason, since) = group.data_state();
+    let good = data_state == DataState::Consistent;
+    GroupStatus {
+        name: group.name().clone(),
+        role: group.role(),
+        epoch: positions.epoch,
+        data_state,
+        data_state_reason: if good { None } else { reason },
+        data_state_since: if good { None } else { Some(since) },
+        volumes: control
+            .volumes
+            .iter()
+            .map(|volume| VolumeStatus {
+                name: volume.name.clone(),
+                size_bytes: volume.size_bytes,
+                block_size_bytes: VOLUME_BLOCK_BYTES,
+                clients: clients
+                    .iter()
+                    .filter(|(number, _)| *number == volume.number)
+                    .map(|(_, count)| count)
+                    .sum(),
+            })
+            .collect(),
+        log: LogStatus {
+            head_lsn: positions.head,
+            durable_lsn: positions.durable,
+            committed_lsn: positions.committed,
+            horizon_lsn: positions.horizon,
+            used_bytes: positions.log_used_bytes,
+            limit_bytes: positions.log_limit_bytes,
+            full_reason: group.log_full(),
+        },
+        protection_window: window(positions.horizon_time, positions.time),
+        peers: Vec::new(),
+        backup_capable: json!({ "verdict": "no", "reasons": ["no peer holds this group"] }),
+    }
+}
+
+fn window(from: LogTime, to: LogTime) -> ProtectionWindow {
+    ProtectionWindow { from, to, seconds: to.since(from).as_secs_f64() }
+}
+
+pub(super) fn list(context: &Context, _call: &Call) -> Answer {
+    let groups = context.groups(None)?;
+    answer(Groups { groups: groups.iter().map(|group| group_info(group)).collect() })
+}
+
+pub(super) fn show(context: &Context, call: &Call) -> Answer {
+    answer(group_info(&*context.group(call.path("group"))?))
+}
+
+fn group_info(group: &Group) -> GroupInfo {
+    let control = group.control();
+    GroupInfo {
+        name: group.name().clone(),
+        id: group.id(),
+        role: group.role(),
+        data_state: group.data_state().0,
+        segment_bytes: group.segment_bytes(),
+        volumes: control.volumes.iter().map(|volume| volume.name.clone()).collect(),
+        policy: PolicyInfo {
+            window: control.policy.window,
+            log_limit: control.policy.log_limit,
+            on_full: control.policy.on_full,
+        },
+        members: control
+            .members
+            .iter()
+            .map(|member| MemberInfo {
+                node: member.node,
+                name: member.name.clone(),
+                mode: member.mode,
+                rpo_target_seconds: member.rpo_target.map(|target| target.0.as_secs_f64()),
+            })
+            .collect(),
+        epochs: epochs(group),
+    }
+}
+
+pub(super) fn epochs(group: &Group) -> Vec<EpochInfo> {
+    let info = |epoch: &crate::log::control::EpochRecord| EpochInfo {
+        counter: epoch.counter,
+        epoch: epoch.id,
+        lsn: epoch.first_lsn,
+        author: epoch.author_name.clone(),
+        reason: epoch.reason.clone(),
+    };
+    group.control().epochs.iter().map(info).collect()
+}
+
+pub(super) fn create(context: &Context, call: &Call) -> Answer {
+    let name: Name = call.required("name")?;
+    let group = context.registry.create(name, None)?;
+    answer(group_info(&group))
+}
+
+/// The keys of `group set`.
+const POLICY_KEYS: [&str; 3] = ["window", "log_limit", "on_full"];
+
+pub(super) fn set(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    if call.body.is_empty() {
+        return Err(Problem::invalid(format!(
+            "group {}: nothing to set; keys are {}",
+            group.name(),
+            POLICY_KEYS.join(", ")
+        )));
+    }
+    let policy = changed_policy(&group.control().policy, &call.body)?;
+    group.append_control(Control::Policy(policy))?;
+    answer(group_info(&group))
+}
+
+fn changed_policy(
+    present: &PolicyRecord,
+    changes: &Map<String, Value>,
+) -> Result<PolicyRecord, Problem> {
+    let mut policy = present.clone();
+    for (key, value) in changes {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let wrong = |error: String| Problem::invalid(format!("{key}: {error}"));
+        match key.as_str() {
+            "window" => {
+                policy.window = text.parse::<Span>().map_err(|e| wrong(e.to_string()))?;
+            }
+            "log_limit" => {
+                policy.log_limit = text.parse::<ByteSize>().map_err(|e| wrong(e.to_string()))?;
+            }
+            "on_full" => {
+                policy.on_full = match text.as_str() {
+                    "fold" => OnFull::Fold,
+                    "block" => OnFull::Block,
+                    _ => return Err(wrong(format!("`{text}`: expected fold or block"))),
+                };
+            }
+            _ => {
+                let hint = crate::config::nearest(key, &POLICY_KEYS)
+                    .map_or_else(|| POLICY_KEYS.join(", "), str::to_owned);
+                return Err(Problem::invalid(format!("unknown key `{key}`; try {hint}")));
+            }
+        }
+    }
+    Ok(policy)
+}
+
+pub(super) fn delete(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let name = group.name().clone();
+    let clients: usize = group.clients().iter().map(|(_, count)| count).sum();
+    if clients > 0 {
+        return Err(Problem::refused(format!(
+            "group {name}: {clients} clients are connected; disconnect them first, `tidelog \
+             status {name}` shows which volumes they use"
+        )));
+    }
+    drop(group);
+    context.registry.delete(&name)?;
+    done(format!("group {name}: deleted on node {}", context.node.name))
+}
+
+pub(super) fn promote(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    if group.role() == Role::Primary {
+        return done(format!("group {}: is the primary here already", group.name()));
+    }
+    group.promote("promote")?;
+    done(format!("group {}: is the primary here now", group.name()))
+}
+
+pub(super) fn demote(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    if group.role() == Role::Secondary {
+        return done(format!("group {}: is a secondary here already", group.name()));
+    }
+    group.demote()?;
+    done(format!("group {}: is a secondary here now", group.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policy_changes_keep_what_they_do_not_name() {
+        let changes = json!({ "window": "2h", "log_limit": "1G" });
+        let changed =
+            changed_policy(&PolicyRecord::default(), changes.as_object().unwrap()).unwrap();
+        assert_eq!(changed.window, Span::from_secs(7200));
+        assert_eq!(changed.log_limit, ByteSize(1 << 30));
+        assert_eq!(changed.on_full, OnFull::Fold);
+        for (key, value) in [("windw", "2h"), ("window", "2"), ("on_full", "stop")] {
+            let changes = json!({ key: value });
+            let problem = changed_policy(&PolicyRecord::default(), changes.as_object().unwrap())
+                .expect_err(key);
+            assert!(problem.detail.contains(key), "{problem}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Handlers of time: bookmarks, the timeline, images.
+
+use std::time::Duration;
+
+use crate::group::{Group, Image, Point, View};
+use crate::log::control::{BookmarkRecord, Consistency, Control};
+use crate::units::{EpochId, LogTime, Lsn, Name, Position};
+
+use super::api::{
+    BookmarkInfo, Bookmarks, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow,
+};
+use super::context::Context;
+use super::groups::{answer, done, epochs};
+use super::problem::Problem;
+use super::route::{Answer, Call};
+
+/// Reads a point in time: `now`, a time, a duration back (`-15m`), `lsn:N`, or a bookmark's name.
+///
+/// # Errors
+///
+/// Where it is none of these.
+pub(super) fn parse_point(text: &str, now: LogTime) -> Result<Point, Problem> {
+    if text == "now" {
+        return Ok(Point::Now);
+    }
+    if let Some(number) = text.strip_prefix("lsn:") {
+        let lsn = number.parse::<u64>().ok().filter(|lsn| *lsn <= Lsn::MAX.0);
+        return lsn.map(|lsn| Point::Lsn(Lsn(lsn))).ok_or_else(|| {
+            Problem::invalid(format!("point `{text}`: expected a number after lsn:"))
+        });
+    }
+    if let Some(back) = text.strip_prefix('-') {
+        let back: Duration = humantime::parse_duration(back).map_err(|_| {
+            Problem::invalid(format!("point `{text}`: expected a duration after -, such as -15m"))
+        })?;
+        return Ok(Point::Time(now.before(back)));
+    }
+    // A name cannot hold the colons and the capital T of a time.
+    if let Ok(time) = text.parse::<LogTime>() {
+        return Ok(Point::Time(time));
+    }
+    text.parse::<Name>().map(Point::Bookmark).map_err(|_| {
+        Problem::invalid(format!(
+            "point `{text}`: expected now, a time (RFC 3339, or -15m), lsn:N, or a bookmark's name"
+        ))
+    })
+}
+
+/// The epoch that the image at `lsn` ends in.
+fn epoch_at(group: &Group, lsn: Lsn) -> EpochId {
+    let control = group.control();
+    let before = control.epochs.iter().rev().find(|epoch| epoch.first_lsn < lsn);
+    before.or(control.epochs.first()).map(|epoch| epoch.id).unwrap_or_default()
+}
+
+fn bookmark_info(group: &Group, bookmark: &BookmarkRecord) -> BookmarkInfo {
+    BookmarkInfo {
+        name: bookmark.name.clone(),
+        position: Position {
+            epoch: epoch_at(group, bookmark.lsn),
+            lsn: bookmark.lsn,
+            time: bookmark.time,
+        },
+        consistency: bookmark.consistency,
+        covered: bookmark.lsn >= group.positions().horizon,
+    }
+}
+
+pub(super) fn bookmark(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let consistency: Consistency = call.field("consistency")?.unwrap_or_default();
+    let record = group.create_bookmark(call.required("name")?, consistency)?;
+    answer(bookmark_info(&group, &record))
+}
+
+fn all_bookmarks(group: &Group) -> Vec<BookmarkInfo> {
+    group.control().bookmarks.iter().map(|record| bookmark_info(group, record)).collect()
+}
+
+pub(super) fn bookmarks(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    answer(Bookmarks { bookmarks: all_bookmarks(&group) })
+}
+
+pub(super) fn remove_bookmark(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let name = call.path("bookmark");
+    let control = group.control();
+    let found = control.bookmarks.iter().find(|bookmark| bookmark.name.as_str() == name);
+    let Some(found) = found else {
+        return Err(Problem::not_found(format!(
+            "bookmark {name} of group {group}: does not exist; `tidelog bookmark {group} list` \
+             shows those that do",
+            group = group.name()
+        )));
+    };
+    group.append_control(Control::Bookmark(BookmarkRecord { removed: true, ..found.clone() }))?;
+    done(format!("bookmark {name} of group {}: removed", group.name()))
+}
+
+pub(super) fn timeline(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let positions = group.positions();
+    let from = Position {
+        epoch: epoch_at(&group, positions.horizon),
+        lsn: positions.horizon,
+        time: positions.horizon_time,
+    };
+    let to = Position {
+        epoch: epoch_at(&group, positions.request_end),
+        lsn: positions.request_end,
+        time: positions.time,
+    };
+    let hold = |image: std::sync::Arc<Image>| HoldInfo {
+        owner: image.owner().to_owned(),
+        image: image.name().clone(),
+        position: image.position(),
+    };
+    answer(Timeline {
+        group: group.name().clone(),
+        window: TimelineWindow { from, to },
+        epochs: epochs(&group),
+        bookmarks: all_bookmarks(&group),
+        holds: group.images().into_iter().map(hold).collect(),
+    })
+}
+
+fn image_info(image: &Image) -> ImageInfo {
+    let group = image.group().name();
+    let export = |volume: crate::group::Volume| format!("{group}/{}@{}", volume.name, image.name());
+    ImageInfo {
+        group: group.clone(),
+        name: image.name().clone(),
+        position: image.position(),
+        owner: image.owner().to_owned(),
+        opened: image.opened(),
+        broken: image.broken(),
+        exports: image.volumes().into_iter().map(export).collect(),
+    }
+}
+
+pub(super) fn list(context: &Context, call: &Call) -> Answer {
+    let mut images = Vec::new();
+    for group in context.groups(call.query("group"))? {
+        images.extend(group.images().iter().map(|image| image_info(image)));
+    }
+    answer(Images { images })
+}
+
+pub(super) fn open(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let at: String = call.required("at")?;
+    let point = parse_point(&at, context.env.clock.wall())?;
+    let image = group.open_image(&point, call.field("name")?, &call.user, None)?;
+    answer(image_info(&image))
+}
+
+pub(super) fn close(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let name: Name = call.path("image").parse()?;
+    group.close_image(&name)?;
+    done(format!("image {}@{name}: closed", group.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_are_told_apart() {
+        let now: LogTime = "2026-11-24T12:00:00Z".parse().unwrap();
+        let point = |text| parse_point(text, now).unwrap();
+        assert_eq!(point("now"), Point::Now);
+        assert_eq!(point("lsn:123"), Point::Lsn(Lsn(123)));
+        let earlier = "2026-11-24T11:45:00Z";
+        assert_eq!(point("-15m"), Point::Time(earlier.parse().unwrap()));
+        assert_eq!(point(earlier), point("-15m"));
+        assert_eq!(point("before-upgrade"), Point::Bookmark("before-upgrade".parse().unwrap()));
+        for wrong in ["lsn:x", "-15", "Not A Name", "lsn:18446744073709551615"] {
+            assert!(parse_point(wrong, now).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Metrics as Prometheus text: read from the rooms when they are asked for, so that nothing on the
+//! data path knows of them.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::group::{DataState, Role};
+
+use super::context::Context;
+
+/// The text of all metrics.
+///
+/// # Errors
+///
+/// Where it cannot be formatted.
+pub fn metrics_text(context: &Arc<Context>) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Rooms(context.clone())));
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+struct Rooms(Arc<Context>);
+
+impl fmt::Debug for Rooms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Rooms")
+    }
+}
+
+/// The labels of one sample.
+type Labels = Vec<(&'static str, String)>;
+
+/// One metric with its samples.
+struct Family {
+    name: &'static str,
+    help: &'static str,
+    counts_up: bool,
+    samples: Vec<(Labels, f64)>,
+}
+
+impl Collector for Rooms {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for family in families(&self.0) {
+            let kind = if family.counts_up { MetricType::Counter } else { MetricType::Gauge };
+            let mut metric = encoder.encode_descriptor(family.name, family.help, None, kind)?;
+            for (labels, value) in &family.samples {
+                let mut sample = metric.encode_family(labels)?;
+                if family.counts_up {
+                    sample.encode_counter::<Labels, f64, f64>(value, None)?;
+                } else {
+                    sample.encode_gauge(value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a metric is a float; 2^53 bytes is 8 PiB")]
+fn families(context: &Context) -> Vec<Family> {
+    let gauge = |name, help| Family { name, help, counts_up: false, samples: Vec::new() };
+    let counter = |name, help| Family { name, help, counts_up: true, samples: Vec::new() };
+    let mut info = gauge("tidelog_build_info", "The program of this node");
+    let labels = vec![
+        ("node", context.node.name.to_string()),
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+    ];
+    info.samples.push((labels, 1.0));
+    let mut primary = gauge("tidelog_group_primary", "1 where this node is the group's primary");
+    let mut consistent = gauge("tidelog_group_consistent", "1 where the data here is consistent");
+    let mut head = gauge("tidelog_log_head_bytes", "Position after the last record appended");
+    let mut durable = gauge("tidelog_log_durable_bytes", "Position up to which the log is durable");
+    let mut committed =
+        gauge("tidelog_log_committed_bytes", "Position up to which the primary is durable");
+    let mut horizon = gauge("tidelog_log_horizon_bytes", "Position folded into the base");
+    let mut used = gauge("tidelog_log_used_bytes", "Bytes of the log on disk");
+    let mut limit = gauge("tidelog_log_limit_bytes", "Bytes that the log may take");
+    let mut window =
+        gauge("tidelog_protection_window_seconds", "How far back one can go, in log time");
+    let mut requests = counter("tidelog_requests", "Requests in the log");
+    let mut size = gauge("tidelog_volume_size_bytes", "Bytes of a volume");
+    let mut clients = gauge("tidelog_volume_clients", "Connections that have a volume open");
+    for group in context.registry.groups() {
+        let positions = group.positions();
+        let mut push = |family: &mut Family, value: f64| {
+            family.samples.push((vec![("group", group.name().to_string())], value));
+        };
+        push(&mut primary, f64::from(u8::from(group.role() == Role::Primary)));
+        let is_consistent = group.data_state().0 == DataState::Consistent;
+        push(&mut consistent, f64::from(u8::from(is_consistent)));
+        push(&mut head, positions.head.0 as f64);
+        push(&mut durable, positions.durable.0 as f64);
+        push(&mut committed, positions.committed.0 as f64);
+        push(&mut horizon, positions.horizon.0 as f64);
+        push(&mut used, positions.log_used_bytes as f64);
+        push(&mut limit, positions.log_limit_bytes as f64);
+        push(&mut window, positions.time.since(positions.horizon_time).as_secs_f64());
+        push(&mut requests, positions.requests as f64);
+        let connected = group.clients();
+        for volume in &group.control().volumes {
+            let labels =
+                vec![("group", group.name().to_string()), ("volume", volume.name.to_string())];
+            size.samples.push((labels.clone(), volume.size_bytes as f64));
+            let here = connected.iter().filter(|(number, _)| *number == volume.number);
+            clients.samples.push((labels, here.map(|(_, count)| *count as f64).sum()));
+        }
+    }
+    vec![
+        info, primary, consistent, head, durable, committed, horizon, used, limit, window, requests,
+        size, clients,
+    ]
+}
