@@ -269,7 +269,17 @@ deserialize_from_text!(ListenAddress, Network);
 const KEYS: [(&str, &[&str]); 8] = [
     (
         "",
-        &["control", "data_dir", "limits", "metrics", "nbd", "node", "notify", "peer", "repository"],
+        &[
+            "control",
+            "data_dir",
+            "limits",
+            "metrics",
+            "nbd",
+            "node",
+            "notify",
+            "peer",
+            "repository",
+        ],
     ),
     ("control", &["allow", "socket"]),
     ("limits", &["connections", "disk_reserve", "log_limit", "window"]),
@@ -331,7 +341,8 @@ impl Config {
             at(error.span(), what)
         };
         let table = DeTable::parse(text).map_err(from_toml)?;
-        unknown_key("", table.get_ref()).map_or(Ok(()), |(span, what)| Err(at(Some(span), what)))?;
+        unknown_key("", table.get_ref())
+            .map_or(Ok(()), |(span, what)| Err(at(Some(span), what)))?;
         let config: Config = toml::from_str(text).map_err(from_toml)?;
         config.check().map_err(|what| at(None, what))?;
         Ok(config)
@@ -374,7 +385,8 @@ impl Config {
                 }
                 _ => {}
             }
-            if peer.lost_after.0 < peer.heartbeat.0 * 2 || peer.heartbeat.0 < Duration::from_millis(10)
+            if peer.lost_after.0 < peer.heartbeat.0 * 2
+                || peer.heartbeat.0 < Duration::from_millis(10)
             {
                 return Err(format!(
                     "peer: lost_after {} must be at least twice heartbeat {}, which is at least \

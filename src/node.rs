@@ -1,1 +1,225 @@
-//! One node from its configuration.
+//! Builds one node from its configuration and runs it: the only place that knows all the parts.
+//!
+//! Order matters: the data directory is locked, identity and events are read, groups recover, and
+//! only then do listeners open. Draining goes the other way round: listeners close, requests in
+//! flight are answered, groups are synced and marked clean.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, cause};
+use crate::control::{Context, ControlServer, FileJournal, MetricsServer};
+use crate::events::{Events, Severity};
+use crate::group::{GroupContext, LocalLimits, NodeIdentity, Registry};
+use crate::io::{Disk, Env, OpenMode};
+use crate::units::NodeId;
+
+/// A node that cannot be built: object, what, cause, next command.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NodeError(String);
+
+impl NodeError {
+    fn new(error: impl Display) -> NodeError {
+        NodeError(error.to_string())
+    }
+}
+
+/// A running node.
+pub struct Node {
+    context: Arc<Context>,
+    control: ControlServer,
+    metrics: Option<MetricsServer>,
+    /// Held until the process ends: no second node may use the data directory.
+    _lock: Flock<File>,
+}
+
+impl Node {
+    /// Builds the node and opens its listeners. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// Where the data directory is in use or cannot be read, a group cannot be opened, or a
+    /// listener's address is taken.
+    pub async fn start(config: Config) -> Result<Node, NodeError> {
+        let env = Env::real();
+        let lock = lock_data_dir(&config.data_dir)?;
+        let node = identity(&env, &config)?;
+        let events = open_events(&env, &config.data_dir)?;
+        let groups = GroupContext {
+            env: env.clone(),
+            node: node.clone(),
+            limits: LocalLimits {
+                window: config.limits.window.map(|span| span.0),
+                log_limit_bytes: config.limits.log_limit.map(|size| size.0),
+                disk_reserve_bytes: config.limits.disk_reserve.map(|size| size.0),
+            },
+            events: events.clone(),
+        };
+        let dir = config.data_dir.join("groups");
+        let registry = tokio::task::spawn_blocking(move || Registry::open(groups, &dir))
+            .await
+            .map_err(NodeError::new)?
+            .map_err(NodeError::new)?;
+        let metrics_listen = config.metrics.as_ref().map(|metrics| metrics.listen);
+        let context = Arc::new(Context {
+            env,
+            node,
+            config: RwLock::new(config),
+            events: events.clone(),
+            registry,
+        });
+        let control = ControlServer::start(context.clone()).await.map_err(NodeError::new)?;
+        let metrics = match metrics_listen {
+            Some(listen) => {
+                Some(MetricsServer::start(context.clone(), listen).await.map_err(NodeError::new)?)
+            }
+            None => None,
+        };
+        events.emit(
+            Severity::Info,
+            "started",
+            None,
+            format!("node {}: started, version {}", context.node.name, env!("CARGO_PKG_VERSION")),
+            serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "id": context.node.id }),
+        );
+        Ok(Node { context, control, metrics, _lock: lock })
+    }
+
+    /// This node's identity.
+    #[must_use]
+    pub fn identity(&self) -> &NodeIdentity {
+        &self.context.node
+    }
+
+    /// Takes over what can change while the node runs: who may use the control socket. Anything
+    /// else that changed is reported as waiting for a restart.
+    pub fn reload(&self, new: Config) {
+        let mut config = self.context.config.write().expect("no holder panics");
+        let mut reloaded = config.clone();
+        reloaded.control.allow.clone_from(&new.control.allow);
+        reloaded.notify.clone_from(&new.notify);
+        let (severity, text) = if reloaded == new {
+            (Severity::Info, "configuration reloaded".to_owned())
+        } else {
+            let waiting = "configuration reloaded: control.allow and notify hold now, what else \
+                           changed takes a restart";
+            (Severity::Warning, waiting.to_owned())
+        };
+        *config = reloaded;
+        drop(config);
+        self.context.events.emit(severity, "reloaded", None, text, serde_json::Value::Null);
+    }
+
+    /// Closes the listeners, answers what is in flight, syncs the groups and marks them clean.
+    pub async fn stop(self) {
+        let events = self.context.events.clone();
+        let name = self.context.node.name.clone();
+        if let Some(metrics) = self.metrics {
+            metrics.stop();
+        }
+        self.control.stop().await;
+        let registry = self.context.registry.clone();
+        let closed = tokio::task::spawn_blocking(move || registry.close()).await;
+        if let Err(error) = closed {
+            tracing::error!("closing the groups: {error}");
+        }
+        events.emit(
+            Severity::Info,
+            "stopped",
+            None,
+            format!("node {name}: stopped"),
+            serde_json::Value::Null,
+        );
+    }
+}
+
+/// Makes the data directory where it is missing, and takes it for this process alone.
+fn lock_data_dir(data_dir: &Path) -> Result<Flock<File>, NodeError> {
+    let failed = |what: &str, error: &std::io::Error| {
+        NodeError::new(format!(
+            "data_dir {}: {what}: {}; give a directory that this user may write",
+            data_dir.display(),
+            cause(error)
+        ))
+    };
+    let node_dir = data_dir.join("node");
+    std::fs::create_dir_all(&node_dir).map_err(|error| failed("could not be made", &error))?;
+    let path = node_dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|error| failed("could not be written", &error))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        if errno == nix::errno::Errno::EWOULDBLOCK {
+            NodeError::new(format!(
+                "data_dir {}: another node runs on it; stop that one, or give another data_dir",
+                data_dir.display()
+            ))
+        } else {
+            failed("could not be locked", &errno.into())
+        }
+    })
+}
+
+/// What `node/identity` holds.
+#[derive(Serialize, Deserialize)]
+struct StoredIdentity {
+    id: NodeId,
+}
+
+/// The node's identity, made at its first start and never changed.
+fn identity(env: &Env, config: &Config) -> Result<NodeIdentity, NodeError> {
+    let path = config.data_dir.join("node/identity");
+    let failed = |what: &str, error: &dyn Display| {
+        NodeError::new(format!("identity {}: {what}: {error}", path.display()))
+    };
+    let stored = if env.disk.exists(&path) {
+        let bytes = read_file(env.disk.as_ref(), &path)
+            .map_err(|error| failed("could not be read", &cause(&error)))?;
+        serde_json::from_slice(&bytes).map_err(|error| {
+            failed("is damaged; restore it from a copy of the data directory", &error)
+        })?
+    } else {
+        let stored = StoredIdentity { id: NodeId(env.entropy.next_id()) };
+        let bytes = serde_json::to_vec(&stored).map_err(NodeError::new)?;
+        write_file(env.disk.as_ref(), &path, &bytes)
+            .map_err(|error| failed("could not be written", &cause(&error)))?;
+        stored
+    };
+    Ok(NodeIdentity { id: stored.id, name: config.node.clone() })
+}
+
+fn read_file(disk: &dyn Disk, path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = disk.open(path, OpenMode::Read)?;
+    let mut bytes = vec![0; usize::try_from(file.len()?).unwrap_or(0)];
+    file.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// A new file under a temporary name that takes the name once it is durable.
+fn write_file(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let new_path: PathBuf = path.with_extension("new");
+    let file = disk.open(&new_path, OpenMode::Create)?;
+    file.set_len(0)?;
+    file.write_at(&[std::io::IoSlice::new(bytes)], 0)?;
+    file.sync()?;
+    disk.rename(&new_path, path)?;
+    path.parent().map_or(Ok(()), |directory| disk.sync_dir(directory))
+}
+
+fn open_events(env: &Env, data_dir: &Path) -> Result<Events, NodeError> {
+    let path = data_dir.join("events");
+    let (journal, kept) = FileJournal::open(env.disk.clone(), &path).map_err(|error| {
+        NodeError::new(format!("events {}: could not be opened: {}", path.display(), cause(&error)))
+    })?;
+    let clock = env.clock.clone();
+    Ok(Events::new(Arc::new(move || clock.wall()), kept, Some(Arc::new(journal))))
+}

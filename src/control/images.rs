@@ -6,9 +6,7 @@ use crate::group::{Group, Image, Point, View};
 use crate::log::control::{BookmarkRecord, Consistency, Control};
 use crate::units::{EpochId, LogTime, Lsn, Name, Position};
 
-use super::api::{
-    BookmarkInfo, Bookmarks, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow,
-};
+use super::api::{BookmarkInfo, Bookmarks, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow};
 use super::context::Context;
 use super::groups::{answer, done, epochs};
 use super::problem::Problem;
@@ -89,7 +87,7 @@ pub(super) fn remove_bookmark(context: &Context, call: &Call) -> Answer {
     let found = control.bookmarks.iter().find(|bookmark| bookmark.name.as_str() == name);
     let Some(found) = found else {
         return Err(Problem::not_found(format!(
-            "bookmark {name} of group {group}: does not exist; `tidelog bookmark {group} list` \
+            "bookmark {name} of group {group}: does not exist; `tidelog bookmark list {group}` \
              shows those that do",
             group = group.name()
         )));

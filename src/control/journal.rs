@@ -85,7 +85,9 @@ impl Journal for FileJournal {
                 inner.end_bytes += line.len() as u64;
                 inner.lines += 1;
             }
-            Err(error) => tracing::warn!("{}: could not keep an event: {error}", self.path.display()),
+            Err(error) => {
+                tracing::warn!("{}: could not keep an event: {error}", self.path.display())
+            }
         }
     }
 }

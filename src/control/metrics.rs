@@ -90,7 +90,7 @@ fn families(context: &Context) -> Vec<Family> {
     let mut clients = gauge("tidelog_volume_clients", "Connections that have a volume open");
     for group in context.registry.groups() {
         let positions = group.positions();
-        let mut push = |family: &mut Family, value: f64| {
+        let push = |family: &mut Family, value: f64| {
             family.samples.push((vec![("group", group.name().to_string())], value));
         };
         push(&mut primary, f64::from(u8::from(group.role() == Role::Primary)));
@@ -114,7 +114,7 @@ fn families(context: &Context) -> Vec<Family> {
         }
     }
     vec![
-        info, primary, consistent, head, durable, committed, horizon, used, limit, window, requests,
-        size, clients,
+        info, primary, consistent, head, durable, committed, horizon, used, limit, window,
+        requests, size, clients,
     ]
 }

@@ -388,7 +388,8 @@ pub fn openapi() -> Value {
                 .body
                 .iter()
                 .map(|parameter| {
-                    let schema = json!({ "type": parameter.kind, "description": parameter.meaning });
+                    let schema =
+                        json!({ "type": parameter.kind, "description": parameter.meaning });
                     (parameter.name.to_owned(), schema)
                 })
                 .collect();

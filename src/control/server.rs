@@ -262,7 +262,8 @@ fn events(state: &ServerState, query: &[(String, String)]) -> Result<Response, P
 fn since(text: &str, now: LogTime) -> Result<impl Fn(&Event) -> bool + use<>, Problem> {
     let (after, from) = if let Ok(number) = text.parse::<u64>() {
         (number, LogTime(0))
-    } else if let Some(back) = text.strip_prefix('-').and_then(|b| humantime::parse_duration(b).ok())
+    } else if let Some(back) =
+        text.strip_prefix('-').and_then(|b| humantime::parse_duration(b).ok())
     {
         (0, now.before(back))
     } else if let Ok(time) = text.parse::<LogTime>() {

@@ -1,0 +1,151 @@
+//! `tidelog group …`, `promote`, `demote`.
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value, json};
+
+use tidelog::control::api::{Done, GroupInfo, Groups};
+use tidelog::units::{Name, Span};
+
+use super::arguments::Assignment;
+use super::{Session, output};
+
+#[derive(Subcommand)]
+pub enum GroupCommand {
+    /// Make a consistency group on this node
+    Create {
+        /// Its name
+        group: Name,
+    },
+    /// List the groups of this node
+    List,
+    /// Show a group and what its nodes agree on
+    Show {
+        /// The group
+        group: Name,
+    },
+    /// Set keys of a group, on all its nodes
+    ///
+    /// Keys: window (how far back, a duration), log_limit (bytes of log, a size), on_full (fold or
+    /// block).
+    Set {
+        /// The group
+        group: Name,
+        /// What to set
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        keys: Vec<Assignment>,
+    },
+    /// Delete this node's copy of a group, with its history
+    Delete {
+        /// The group
+        group: Name,
+    },
+}
+
+/// Make this node the primary of a group
+#[derive(Args)]
+pub struct PromoteArguments {
+    /// The group
+    group: Name,
+    /// Also where the peer reigns, or this node knows that it is behind
+    #[arg(long)]
+    force: bool,
+}
+
+/// Make this node a secondary of a group
+#[derive(Args)]
+pub struct DemoteArguments {
+    /// The group
+    group: Name,
+}
+
+pub async fn group(session: &Session, command: GroupCommand) -> Result<()> {
+    match command {
+        GroupCommand::Create { group } => {
+            let body = json!({ "name": group });
+            let show = |group: GroupInfo| format!("group {}: created", group.name);
+            session.ask("POST", "/v1/groups", Some(body), show).await
+        }
+        GroupCommand::List => session.ask("GET", "/v1/groups", None, show_list).await,
+        GroupCommand::Show { group } => {
+            session.ask("GET", &format!("/v1/groups/{group}"), None, show_one).await
+        }
+        GroupCommand::Set { group, keys } => {
+            let body: Map<String, Value> = keys
+                .into_iter()
+                .map(|assignment| (assignment.key, Value::String(assignment.value)))
+                .collect();
+            let path = format!("/v1/groups/{group}");
+            session.ask("PATCH", &path, Some(Value::Object(body)), show_one).await
+        }
+        GroupCommand::Delete { group } => {
+            let path = format!("/v1/groups/{group}");
+            session.ask("DELETE", &path, None, |done: Done| done.done).await
+        }
+    }
+}
+
+pub async fn promote(session: &Session, arguments: &PromoteArguments) -> Result<()> {
+    let path = format!("/v1/groups/{}/promote", arguments.group);
+    let body = json!({ "force": arguments.force });
+    session.ask("POST", &path, Some(body), |done: Done| done.done).await
+}
+
+pub async fn demote(session: &Session, arguments: &DemoteArguments) -> Result<()> {
+    let path = format!("/v1/groups/{}/demote", arguments.group);
+    session.ask("POST", &path, None, |done: Done| done.done).await
+}
+
+fn show_list(groups: Groups) -> String {
+    let rows = groups.groups.iter().map(|group| {
+        vec![
+            group.name.to_string(),
+            output::word(&group.role),
+            output::word(&group.data_state),
+            names(&group.volumes),
+            group.members.iter().map(|m| m.name.to_string()).collect::<Vec<_>>().join(", "),
+        ]
+    });
+    output::table(
+        &["GROUP", "ROLE", "DATA", "VOLUMES", "MEMBERS"],
+        rows.collect(),
+        "no groups; make one with `tidelog group create GROUP`",
+    )
+}
+
+fn names(names: &[Name]) -> String {
+    names.iter().map(Name::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn show_one(group: GroupInfo) -> String {
+    let mut text = format!(
+        "group      {}\nid         {}\nrole       {}\ndata       {}\nvolumes    {}\n\
+         window     {}\nlog_limit  {}\non_full    {}\nsegments   {}\n",
+        group.name,
+        group.id,
+        output::word(&group.role),
+        output::word(&group.data_state),
+        if group.volumes.is_empty() { "none".to_owned() } else { names(&group.volumes) },
+        group.policy.window,
+        group.policy.log_limit,
+        output::word(&group.policy.on_full),
+        tidelog::units::ByteSize(group.segment_bytes),
+    );
+    for member in &group.members {
+        let target =
+            member.rpo_target_seconds.and_then(|s| std::time::Duration::try_from_secs_f64(s).ok());
+        let target = target.map_or_else(String::new, |t| format!(", rpo {}", Span(t)));
+        text.push_str(&format!(
+            "member     {} ({}{target})\n",
+            member.name,
+            output::word(&member.mode)
+        ));
+    }
+    for epoch in &group.epochs {
+        text.push_str(&format!(
+            "epoch      {} {} of {} from lsn:{} ({})\n",
+            epoch.counter, epoch.epoch, epoch.author, epoch.lsn, epoch.reason
+        ));
+    }
+    text
+}

@@ -1,0 +1,135 @@
+//! What commands print: aligned tables, sizes, ages, JSON. Data goes to standard output, all else to
+//! standard error; a reader who has seen enough ends the command without an error.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use anyhow::Result;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde_json::Value;
+
+use tidelog::units::{LogTime, Position};
+
+/// Prints text, ended by a line break.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.trim_end().as_bytes())?;
+    out.write_all(b"\n")?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Prints bytes as they are.
+pub fn print_bytes(bytes: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(bytes)?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Prints JSON with line breaks.
+pub fn print_json(value: &Value) -> Result<()> {
+    print(&serde_json::to_string_pretty(value)?)
+}
+
+/// Prints why a command failed.
+pub fn print_error(text: &str) {
+    let line = text.lines().collect::<Vec<_>>().join(" ");
+    let _ = writeln!(std::io::stderr(), "tidelog: {line}");
+}
+
+/// Whether a person reads standard output.
+pub fn is_terminal() -> bool {
+    std::io::stdout().is_terminal()
+}
+
+/// A table of `rows` under `header`; columns whose header begins with `>` are aligned to the right.
+/// `none` is the text where there are no rows.
+pub fn table(header: &[&str], rows: Vec<Vec<String>>, none: &str) -> String {
+    if rows.is_empty() {
+        return none.to_owned();
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    if is_terminal() {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
+    table.set_header(header.iter().map(|name| name.trim_start_matches('>')));
+    table.add_rows(rows);
+    for (index, name) in header.iter().enumerate() {
+        if let Some(column) = table.column_mut(index) {
+            column.set_padding((0, 2));
+            if name.starts_with('>') {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+    }
+    table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+/// A state as the word that JSON has for it.
+pub fn word<T: serde::Serialize>(value: &T) -> String {
+    let value = serde_json::to_value(value).unwrap_or_default();
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// Wall-clock time here.
+pub fn now() -> LogTime {
+    LogTime::from_timestamp(jiff::Timestamp::now())
+}
+
+/// A duration with two units at most: `3m 20s`, `2d 4h`.
+pub fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    if days > 0 {
+        format!("{days}d {hours}h")
+    } else if hours > 0 {
+        format!("{hours}h {minutes}m")
+    } else if minutes > 0 {
+        format!("{minutes}m {}s", seconds % 60)
+    } else if seconds >= 10 {
+        format!("{seconds}s")
+    } else {
+        format!("{:.1}s", duration.as_secs_f64())
+    }
+}
+
+/// A duration given in seconds.
+pub fn seconds(seconds: f64) -> String {
+    Duration::try_from_secs_f64(seconds).map_or_else(|_| "–".to_owned(), duration)
+}
+
+/// How long ago a moment was.
+pub fn age(time: LogTime) -> String {
+    format!("{} ago", duration(now().since(time)))
+}
+
+/// A moment to the second, in UTC.
+pub fn time(time: LogTime) -> String {
+    LogTime(time.0 / 1_000_000_000 * 1_000_000_000).to_string()
+}
+
+/// A position for people.
+pub fn position(position: &Position) -> String {
+    format!("lsn:{} ({}, {})", position.lsn, time(position.time), age(position.time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_aligned_and_durations_short() {
+        let rows = vec![
+            vec!["a".to_owned(), "1 GiB".to_owned()],
+            vec!["longer".to_owned(), "10 GiB".to_owned()],
+        ];
+        let text = table(&["NAME", ">SIZE"], rows, "none");
+        assert_eq!(text, "NAME      SIZE\na        1 GiB\nlonger  10 GiB");
+        assert_eq!(table(&["NAME"], Vec::new(), "no groups"), "no groups");
+        assert_eq!(duration(Duration::from_millis(1500)), "1.5s");
+        assert_eq!(duration(Duration::from_secs(200)), "3m 20s");
+        assert_eq!(duration(Duration::from_secs(200_000)), "2d 7h");
+    }
+}

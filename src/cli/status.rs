@@ -1,0 +1,112 @@
+//! `tidelog status`.
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::Value;
+
+use tidelog::control::api::{GroupStatus, Status};
+use tidelog::units::{ByteSize, Name};
+
+use super::{Session, output};
+
+/// Show this node's groups: role, log, protection window, peers, and whether they can be backed up
+#[derive(Args)]
+pub struct StatusArguments {
+    /// Only this group
+    group: Option<Name>,
+    /// Show it again every second
+    #[arg(long)]
+    watch: bool,
+}
+
+pub async fn status(session: &Session, arguments: &StatusArguments) -> Result<()> {
+    let path = match &arguments.group {
+        Some(group) => format!("/v1/status?group={group}"),
+        None => "/v1/status".to_owned(),
+    };
+    if !arguments.watch {
+        return session.ask("GET", &path, None, |status| show(&status)).await;
+    }
+    let mut ticks = tokio::time::interval(std::time::Duration::from_secs(1));
+    loop {
+        ticks.tick().await;
+        if session.json {
+            let value: Value = session.client.get(&path).await?;
+            output::print(&value.to_string())?;
+            continue;
+        }
+        let status: Status = session.client.get(&path).await?;
+        // Home, and clear from there: no flicker as with clearing first.
+        let clear = if output::is_terminal() { "\x1b[H\x1b[J" } else { "" };
+        output::print(&format!("{clear}{}", show(&status)))?;
+    }
+}
+
+fn show(status: &Status) -> String {
+    let mut text = format!("node {}, version {}\n", status.node, status.version);
+    if status.groups.is_empty() {
+        text.push_str("no groups; make one with `tidelog group create GROUP`\n");
+    }
+    for group in &status.groups {
+        text.push('\n');
+        text.push_str(&show_group(group));
+    }
+    text
+}
+
+fn show_group(group: &GroupStatus) -> String {
+    let mut lines = vec![format!(
+        "group {}  {}  {}  epoch {}",
+        group.name,
+        output::word(&group.role),
+        output::word(&group.data_state),
+        group.epoch
+    )];
+    if let Some(reason) = &group.data_state_reason {
+        let since = group.data_state_since.map_or_else(String::new, output::age);
+        lines.push(format!("  because: {reason} ({since})"));
+    }
+    let log = &group.log;
+    lines.push(format!(
+        "  log     {} of {}; head {}, {} not durable yet, {} in the base",
+        ByteSize(log.used_bytes),
+        ByteSize(log.limit_bytes),
+        log.head_lsn,
+        ByteSize(log.head_lsn.bytes_since(log.durable_lsn)),
+        ByteSize(log.horizon_lsn.0),
+    ));
+    if let Some(reason) = &log.full_reason {
+        lines.push(format!("          writers are slowed: {reason}"));
+    }
+    let window = &group.protection_window;
+    lines.push(format!(
+        "  window  {} back, from {} to {}",
+        output::seconds(window.seconds),
+        output::time(window.from),
+        output::time(window.to)
+    ));
+    let volumes = group.volumes.iter().map(|volume| {
+        format!("{} {} ({} clients)", volume.name, ByteSize(volume.size_bytes), volume.clients)
+    });
+    lines.push(format!("  volumes {}", or_none(volumes.collect())));
+    lines.push(format!("  backup  {}", capable(&group.backup_capable)));
+    lines.join("\n") + "\n"
+}
+
+fn or_none(items: Vec<String>) -> String {
+    if items.is_empty() { "none".to_owned() } else { items.join(", ") }
+}
+
+fn capable(verdict: &Value) -> String {
+    let reasons: Vec<String> = verdict["reasons"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|reason| {
+            let text = reason.as_str().or_else(|| reason["text"].as_str());
+            text.map_or_else(|| reason.to_string(), str::to_owned)
+        })
+        .collect();
+    let word = if verdict["verdict"] == "yes" { "capable" } else { "not capable" };
+    if reasons.is_empty() { word.to_owned() } else { format!("{word}: {}", reasons.join("; ")) }
+}

@@ -1,0 +1,218 @@
+//! `tidelog bookmark`, `timeline`, `image …`: moments.
+
+use anyhow::Result;
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
+
+use tidelog::control::api::{BookmarkInfo, Bookmarks, Done, ImageInfo, Images, Timeline};
+use tidelog::units::Name;
+
+use super::arguments::ImageName;
+use super::{Session, output};
+
+/// Name the present moment of a group
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct BookmarkArguments {
+    /// The group
+    #[arg(required = true)]
+    group: Option<Name>,
+    /// The bookmark's name
+    #[arg(required = true)]
+    name: Option<Name>,
+    /// What the moment is good for
+    #[arg(long, value_enum, default_value_t = ConsistencyArgument::Crash)]
+    consistency: ConsistencyArgument,
+    #[command(subcommand)]
+    command: Option<BookmarkCommand>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ConsistencyArgument {
+    /// As after a power cut
+    Crash,
+    /// The file system is frozen or unmounted now
+    Filesystem,
+    /// The application says so
+    Application,
+}
+
+#[derive(Subcommand)]
+enum BookmarkCommand {
+    /// List the bookmarks of a group
+    List {
+        /// The group
+        group: Name,
+    },
+    /// Remove a bookmark
+    Remove {
+        /// The group
+        group: Name,
+        /// The bookmark's name
+        name: Name,
+    },
+}
+
+/// Show how far back a group goes: window, epochs, bookmarks, holds
+#[derive(Args)]
+pub struct TimelineArguments {
+    /// The group
+    group: Name,
+}
+
+#[derive(Subcommand)]
+pub enum ImageCommand {
+    /// Open an image of a moment; it is exported read-only as GROUP/VOLUME@NAME until it is closed
+    Open {
+        /// The group
+        group: Name,
+        /// The moment: now, a time, -15m, lsn:N or a bookmark's name
+        #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+        at: String,
+        /// The image's name; one is made up otherwise
+        #[arg(long)]
+        name: Option<Name>,
+    },
+    /// List the opened images
+    List {
+        /// Only of this group
+        group: Option<Name>,
+    },
+    /// Close an image and let its moment go
+    Close {
+        /// GROUP@NAME
+        image: ImageName,
+    },
+}
+
+pub async fn bookmark(session: &Session, arguments: BookmarkArguments) -> Result<()> {
+    match (arguments.command, arguments.group, arguments.name) {
+        (Some(BookmarkCommand::List { group }), ..) => {
+            let path = format!("/v1/groups/{group}/bookmarks");
+            let show = |bookmarks: Bookmarks| show_bookmarks(&bookmarks.bookmarks);
+            session.ask("GET", &path, None, show).await
+        }
+        (Some(BookmarkCommand::Remove { group, name }), ..) => {
+            let path = format!("/v1/groups/{group}/bookmarks/{name}");
+            session.ask("DELETE", &path, None, |done: Done| done.done).await
+        }
+        (None, Some(group), Some(name)) => {
+            let path = format!("/v1/groups/{group}/bookmarks");
+            let value = arguments.consistency.to_possible_value();
+            let consistency = value.map(|value| value.get_name().to_owned());
+            let body = json!({ "name": name, "consistency": consistency });
+            let show = |bookmark: BookmarkInfo| {
+                let position = output::position(&bookmark.position);
+                format!("bookmark {} of group {group}: {position}", bookmark.name)
+            };
+            session.ask("POST", &path, Some(body), show).await
+        }
+        _ => unreachable!("clap requires both"),
+    }
+}
+
+fn show_bookmarks(bookmarks: &[BookmarkInfo]) -> String {
+    let rows = bookmarks.iter().map(|bookmark| {
+        vec![
+            bookmark.name.to_string(),
+            format!("lsn:{}", bookmark.position.lsn),
+            output::time(bookmark.position.time),
+            output::age(bookmark.position.time),
+            output::word(&bookmark.consistency),
+            if bookmark.covered { "yes" } else { "no" }.to_owned(),
+        ]
+    });
+    output::table(
+        &["BOOKMARK", ">POSITION", "TIME", ">AGE", "CONSISTENCY", "COVERED"],
+        rows.collect(),
+        "no bookmarks; make one with `tidelog bookmark GROUP NAME`",
+    )
+}
+
+pub async fn timeline(session: &Session, arguments: &TimelineArguments) -> Result<()> {
+    let path = format!("/v1/groups/{}/timeline", arguments.group);
+    session.ask("GET", &path, None, |timeline| show_timeline(&timeline)).await
+}
+
+fn show_timeline(timeline: &Timeline) -> String {
+    let window = &timeline.window;
+    let mut text = format!(
+        "group {}: from {}\n{:width$}to {}\n",
+        timeline.group,
+        output::position(&window.from),
+        "",
+        output::position(&window.to),
+        width = "group : ".len() + timeline.group.as_str().len(),
+    );
+    let epochs = timeline.epochs.iter().map(|epoch| {
+        vec![
+            epoch.counter.to_string(),
+            epoch.epoch.to_string(),
+            format!("lsn:{}", epoch.lsn),
+            epoch.author.to_string(),
+            epoch.reason.clone(),
+        ]
+    });
+    let header = ["#", "EPOCH", ">FROM", "PRIMARY", "REASON"];
+    text.push_str(&format!("\n{}\n", output::table(&header, epochs.collect(), "no epochs")));
+    text.push_str(&format!("\n{}\n", show_bookmarks(&timeline.bookmarks)));
+    let holds = timeline.holds.iter().map(|hold| {
+        vec![
+            hold.owner.clone(),
+            format!("{}@{}", timeline.group, hold.image),
+            format!("lsn:{}", hold.position.lsn),
+            output::time(hold.position.time),
+        ]
+    });
+    let header = ["HELD BY", "IMAGE", ">POSITION", "TIME"];
+    text.push_str(&format!("\n{}\n", output::table(&header, holds.collect(), "no holds")));
+    text
+}
+
+pub async fn image(session: &Session, command: ImageCommand) -> Result<()> {
+    match command {
+        ImageCommand::Open { group, at, name } => {
+            let path = format!("/v1/groups/{group}/images");
+            let body = json!({ "at": at, "name": name });
+            let show = |image: ImageInfo| {
+                format!(
+                    "image {}@{}: {}\nexports {}",
+                    image.group,
+                    image.name,
+                    output::position(&image.position),
+                    image.exports.join(", ")
+                )
+            };
+            session.ask("POST", &path, Some(body), show).await
+        }
+        ImageCommand::List { group } => {
+            let path = group.map_or_else(
+                || "/v1/images".to_owned(),
+                |group| format!("/v1/images?group={group}"),
+            );
+            session.ask("GET", &path, None, show_images).await
+        }
+        ImageCommand::Close { image } => {
+            let path = format!("/v1/groups/{}/images/{}", image.group, image.name);
+            session.ask("DELETE", &path, None, |done: Done| done.done).await
+        }
+    }
+}
+
+fn show_images(images: Images) -> String {
+    let rows = images.images.iter().map(|image| {
+        vec![
+            format!("{}@{}", image.group, image.name),
+            format!("lsn:{}", image.position.lsn),
+            output::time(image.position.time),
+            output::age(image.opened),
+            image.owner.clone(),
+            image.broken.clone().unwrap_or_else(|| "readable".to_owned()),
+        ]
+    });
+    output::table(
+        &["IMAGE", ">POSITION", "TIME", ">OPENED", "BY", "STATE"],
+        rows.collect(),
+        "no images; open one with `tidelog image open GROUP --at POINT`",
+    )
+}

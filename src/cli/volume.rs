@@ -1,0 +1,110 @@
+//! `tidelog volume …`.
+
+use anyhow::Result;
+use clap::Subcommand;
+use serde_json::json;
+
+use tidelog::control::api::{Done, VolumeInfo, Volumes};
+use tidelog::units::{ByteSize, Name};
+
+use super::arguments::Member;
+use super::{Session, output};
+
+#[derive(Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume
+    Create {
+        /// GROUP/VOLUME
+        volume: Member,
+        /// Its size, such as 10G; a multiple of 4096 bytes
+        #[arg(long)]
+        size: ByteSize,
+    },
+    /// List the volumes
+    List {
+        /// Only of this group
+        group: Option<Name>,
+    },
+    /// Show a volume
+    Show {
+        /// GROUP/VOLUME
+        volume: Member,
+    },
+    /// Change a volume's size
+    Resize {
+        /// GROUP/VOLUME
+        volume: Member,
+        /// Its new size; a multiple of 4096 bytes
+        #[arg(long)]
+        size: ByteSize,
+    },
+    /// Delete a volume; images of moments before still show it
+    Delete {
+        /// GROUP/VOLUME
+        volume: Member,
+    },
+}
+
+fn path(volume: &Member) -> String {
+    format!("/v1/groups/{}/volumes/{}", volume.group, volume.name)
+}
+
+pub async fn volume(session: &Session, command: VolumeCommand) -> Result<()> {
+    match command {
+        VolumeCommand::Create { volume, size } => {
+            let path = format!("/v1/groups/{}/volumes", volume.group);
+            let body = json!({ "name": volume.name, "size_bytes": size.0 });
+            session.ask("POST", &path, Some(body), |volume| changed(&volume, "created")).await
+        }
+        VolumeCommand::List { group } => {
+            let path = group.map_or_else(
+                || "/v1/volumes".to_owned(),
+                |group| format!("/v1/volumes?group={group}"),
+            );
+            session.ask("GET", &path, None, show_list).await
+        }
+        VolumeCommand::Show { volume } => {
+            session.ask("GET", &path(&volume), None, |volume| show_one(&volume)).await
+        }
+        VolumeCommand::Resize { volume, size } => {
+            let body = json!({ "size_bytes": size.0 });
+            let show = |volume| changed(&volume, "resized");
+            session.ask("PATCH", &path(&volume), Some(body), show).await
+        }
+        VolumeCommand::Delete { volume } => {
+            session.ask("DELETE", &path(&volume), None, |done: Done| done.done).await
+        }
+    }
+}
+
+fn changed(volume: &VolumeInfo, what: &str) -> String {
+    format!("volume {}: {what}, {}", volume.export, ByteSize(volume.size_bytes))
+}
+
+fn show_list(volumes: Volumes) -> String {
+    let rows = volumes.volumes.iter().map(|volume| {
+        vec![
+            volume.export.clone(),
+            ByteSize(volume.size_bytes).to_string(),
+            volume.clients.to_string(),
+            output::word(&volume.role),
+        ]
+    });
+    output::table(
+        &["VOLUME", ">SIZE", ">CLIENTS", "ROLE"],
+        rows.collect(),
+        "no volumes; make one with `tidelog volume create GROUP/VOLUME --size SIZE`",
+    )
+}
+
+fn show_one(volume: &VolumeInfo) -> String {
+    format!(
+        "volume   {}\nsize     {} ({} bytes)\nblocks   {} bytes\nclients  {}\nrole     {}\n",
+        volume.export,
+        ByteSize(volume.size_bytes),
+        volume.size_bytes,
+        volume.block_size_bytes,
+        volume.clients,
+        output::word(&volume.role)
+    )
+}
