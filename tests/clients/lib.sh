@@ -1,0 +1,121 @@
+# Shared by the real-client scripts: one appliance with a volume, in a directory of its own.
+#
+#   . tests/clients/lib.sh        sets $work, makes cleanup certain
+#   start_appliance               serves group g; $socket is the NBD socket, $tidelog the command line
+#   add_volume v 256M             a volume of group g
+#   uri g/v                       its NBD URI
+#
+# RIG_SERVER=nbdkit runs the same script against nbdkit's memory plugin: what fails there is the
+# fault of the rig, not of the appliance.
+
+set -euo pipefail
+export PATH=/usr/bin:$PATH:/usr/sbin:/sbin
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/tidelog-client.XXXXXX")
+socket=$work/nbd.sock
+server_pid=
+undo=()
+
+# at_end COMMAND: runs at exit, last one first.
+at_end() { undo+=("$1"); }
+
+finish() {
+    local status=$? index
+    set +e
+    for ((index = ${#undo[@]} - 1; index >= 0; index--)); do eval "${undo[index]}"; done
+    if [ -n "$server_pid" ]; then
+        kill -9 "$server_pid" 2>/dev/null
+        wait "$server_pid" 2>/dev/null
+    fi
+    if [ "$status" -ne 0 ] && [ -f "$work/serve.log" ]; then
+        echo "-- the server's last lines"
+        tail -n 40 "$work/serve.log"
+    fi
+    rm -rf "$work"
+    exit "$status"
+}
+trap finish EXIT
+
+# until_true SECONDS WHAT COMMAND…: polls a condition.
+until_true() {
+    local deadline=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        if [ "$SECONDS" -ge "$deadline" ]; then
+            echo "gave up waiting for $what"
+            return 1
+        fi
+        sleep 0.05
+    done
+}
+
+listening() {
+    kill -0 "$server_pid" || return 1
+    if [ -z "${RIG_SERVER:-}" ]; then
+        tidelog status
+    elif [ -n "${tcp_listen:-}" ]; then
+        (: <"/dev/tcp/${tcp_listen%:*}/${tcp_listen#*:}")
+    else
+        [ -S "$socket" ]
+    fi
+}
+
+tidelog() { "$TIDELOG" --socket "$work/control.sock" "$@"; }
+
+# launch: starts the server's process in $work; also after kill_appliance. $tcp_listen, an ADDR:PORT,
+# is a second way in.
+launch() {
+    if [ "${RIG_SERVER:-}" = nbdkit ]; then
+        if [ -n "${tcp_listen:-}" ]; then
+            nbdkit --foreground --ipaddr "${tcp_listen%:*}" --port "${tcp_listen#*:}" memory 256M &
+        else
+            nbdkit --foreground --unix "$socket" memory 256M &
+        fi
+    else
+        "$TIDELOG" serve --config "$work/tidelog.toml" >>"$work/serve.log" 2>&1 &
+    fi
+    server_pid=$!
+    until_true 30 "the appliance to serve" listening
+}
+
+start_appliance() {
+    echo "a password of the tests" >"$work/password"
+    cat >"$work/tidelog.toml" <<END
+node = "a"
+data_dir = "$work/data"
+[control]
+socket = "$work/control.sock"
+[[nbd]]
+listen = "unix:$socket"
+END
+    if [ -n "${tcp_listen:-}" ]; then
+        cat >>"$work/tidelog.toml" <<END
+[[nbd]]
+listen = "tcp:$tcp_listen"
+allow = ["${tcp_listen%.*}.0/24"]
+END
+    fi
+    launch
+    if [ -z "${RIG_SERVER:-}" ]; then tidelog group create g; fi
+}
+
+kill_appliance() {
+    kill -9 "$server_pid"
+    wait "$server_pid" 2>/dev/null || true
+    rm -f "${RIG_SERVER:+$socket}"
+}
+
+add_volume() {
+    if [ -z "${RIG_SERVER:-}" ]; then tidelog volume create "g/$1" --size "$2"; fi
+}
+
+uri() { echo "nbd+unix:///$1?socket=$socket"; }
+
+# expect WHAT GOT WANTED
+expect() {
+    if [ "$2" != "$3" ]; then
+        echo "$1: got $2, expected $3"
+        return 1
+    fi
+    echo "$1: $2"
+}
