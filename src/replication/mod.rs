@@ -1,1 +1,41 @@
 //! The log, byte for byte, to a peer.
+//!
+//! `core` and `channel` are the protocol as a pure state machine, over `epoch` (which of two
+//! histories continues the other) and `lag`; `wire` is its format. `service` runs the cores under
+//! tokio with `link` (sockets, TLS, frames), `worker` (a thread for each replicated group) and
+//! `rpc` (calls between nodes). `pairing` and `tls` say who may talk to whom, `pair` does it over
+//! the network, `peers` keeps it. `commands` is what operators ask for, `status` what they see,
+//! `health` the verdict that backup trusts, `check` the re-reading of logs behind it. `replica` is
+//! all that this room needs of a group.
+
+mod channel;
+mod check;
+mod commands;
+mod core;
+mod epoch;
+mod health;
+mod lag;
+mod link;
+mod pair;
+mod pairing;
+mod peers;
+mod replica;
+mod rpc;
+mod service;
+mod status;
+mod tls;
+pub mod wire;
+mod worker;
+
+pub use self::channel::ReplicationState;
+pub use self::commands::ReplicateOptions;
+pub use self::health::{
+    BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, LogCheck, Reason, Verdict, judge_copy, judge_local,
+};
+pub use self::pair::{Invite, PeerInfo};
+pub use self::pairing::{INVITE_VALID, TRIES};
+pub use self::peers::Peer;
+pub use self::replica::{Replica, Replicas};
+pub use self::rpc::{BoxFuture, Handler, PeerContext};
+pub use self::service::{Replication, ReplicationConfig, ReplicationError};
+pub use self::status::{Lag, PeerStatus};

@@ -1,0 +1,405 @@
+//! What operators and other rooms ask of replication: replicate, stop, pause, resume, status, and
+//! the verdict.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use crate::events::Severity;
+use crate::group::{Group, Role};
+use crate::log::control::{Control, MemberRecord, Mode};
+use crate::units::{ByteSize, GroupId, Name, Span};
+
+use super::core::{Input, PeerCore};
+use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
+use super::replica::Replica;
+use super::service::{Replication, ReplicationError, Shared};
+use super::status::{PeerStatus, secondary_lag};
+
+const CREATE_COPY: &str = "replication.create-copy";
+const CREATE_COPY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How a group is replicated.
+#[derive(Clone, Debug, Default)]
+pub struct ReplicateOptions {
+    /// When a write is answered.
+    pub mode: Mode,
+    /// The age of the copy that its owner wants at most.
+    pub rpo_target: Option<Span>,
+}
+
+impl Replication {
+    pub(super) fn install_handlers(&self) {
+        self.install_pair_handlers();
+        let shared = Arc::downgrade(&self.shared);
+        self.on_call(
+            CREATE_COPY,
+            Arc::new(move |peer, body: Value| {
+                let shared = shared.upgrade();
+                Box::pin(async move {
+                    let shared = shared.ok_or("this node shuts down")?;
+                    let work = move || shared.create_copy(&peer, &body);
+                    tokio::task::spawn_blocking(work)
+                        .await
+                        .map_err(|_| "this node shuts down".to_owned())?
+                })
+            }),
+        );
+    }
+
+    /// Makes a copy of a group on a peer and keeps it up to date from now on. Again for the same
+    /// peer, it changes the options.
+    ///
+    /// # Errors
+    ///
+    /// Where this node is not the group's primary, the peer is not connected, or it has another
+    /// group of that name.
+    pub async fn replicate(
+        &self,
+        group_name: &str,
+        peer_name: &str,
+        options: ReplicateOptions,
+    ) -> Result<(), ReplicationError> {
+        let shared = Arc::clone(&self.shared);
+        let group = shared.groups.by_name(group_name)?;
+        let peer = shared.peer_named(peer_name)?;
+        if group.role() != Role::Primary {
+            return Err(ReplicationError::Refused(format!(
+                "group {group_name}: is not the primary here; run `tidelog replicate` on the node \
+                 that is (`tidelog status {group_name}` shows it)"
+            )));
+        }
+        let other = |member: &&MemberRecord| {
+            !member.removed && member.node != shared.me() && member.node != peer.node
+        };
+        if let Some(member) = group.control().members.iter().find(other) {
+            return Err(ReplicationError::Refused(format!(
+                "group {group_name}: is replicated to {} already; a group has one peer; `tidelog \
+                 replicate {group_name} --to {} --stop` first",
+                member.name, member.name
+            )));
+        }
+        let body = json!({
+            "group": group.id(),
+            "name": group.name(),
+            "segment_bytes": group.segment_bytes(),
+        });
+        self.call(peer_name, CREATE_COPY, body, CREATE_COPY_TIMEOUT).await?;
+        let work = move || -> Result<(), ReplicationError> {
+            let own = shared.context.node.clone();
+            put_member(&*group, own.id, own.name, ReplicateOptions::default(), false)?;
+            put_member(&*group, peer.node, peer.name, options, false)?;
+            shared.groups_changed();
+            Ok(())
+        };
+        run_blocking(work).await
+    }
+
+    /// Stops replicating a group to a peer; the copy there is retired.
+    ///
+    /// # Errors
+    ///
+    /// Where this node is not the primary, or the peer holds no copy.
+    pub async fn stop(&self, group_name: &str, peer_name: &str) -> Result<(), ReplicationError> {
+        let shared = Arc::clone(&self.shared);
+        let group = shared.groups.by_name(group_name)?;
+        let control = group.control();
+        let member = control
+            .members
+            .iter()
+            .find(|member| member.name.as_str() == peer_name && !member.removed)
+            .cloned();
+        let Some(member) = member else {
+            return Err(ReplicationError::Refused(format!(
+                "group {group_name}: is not replicated to {peer_name}; `tidelog status \
+                 {group_name}` shows its peers"
+            )));
+        };
+        let work = move || -> Result<(), ReplicationError> {
+            let options = ReplicateOptions { mode: member.mode, rpo_target: member.rpo_target };
+            put_member(&*group, member.node, member.name, options, true)?;
+            shared.groups_changed();
+            Ok(())
+        };
+        run_blocking(work).await
+    }
+
+    /// Pauses replication of a group, with one peer or with all. Survives a restart.
+    ///
+    /// # Errors
+    ///
+    /// Where group or peer is unknown.
+    pub fn pause(&self, group: &str, peer: Option<&str>) -> Result<(), ReplicationError> {
+        self.set_paused(group, peer, true)
+    }
+
+    /// Ends a pause.
+    ///
+    /// # Errors
+    ///
+    /// Where group or peer is unknown.
+    pub fn resume(&self, group: &str, peer: Option<&str>) -> Result<(), ReplicationError> {
+        self.set_paused(group, peer, false)
+    }
+
+    fn set_paused(
+        &self,
+        group: &str,
+        peer: Option<&str>,
+        paused: bool,
+    ) -> Result<(), ReplicationError> {
+        let shared = &self.shared;
+        let id = shared.groups.by_name(group)?.id();
+        let peers = match peer {
+            Some(name) => vec![shared.peer_named(name)?],
+            None => shared.store.lock().expect("no holder panics").all().to_vec(),
+        };
+        for peer in peers {
+            shared.store.lock().expect("no holder panics").change(peer.node, |peer| {
+                if paused {
+                    peer.paused.insert(id);
+                } else {
+                    peer.paused.remove(&id);
+                }
+            })?;
+            shared.input(peer.node, Input::Pause { group: id, paused });
+        }
+        let (code, what) = if paused { ("paused", "paused") } else { ("resumed", "goes on") };
+        let text = format!("group {group}: replication {what} by command");
+        shared.context.events.emit(Severity::Info, code, Some(group), text, Value::Null);
+        Ok(())
+    }
+
+    /// The `peers` of a group in status: its copies, or on a secondary its primary.
+    #[must_use]
+    pub fn status(&self, group: &Group) -> Vec<PeerStatus> {
+        self.status_of(group.id())
+    }
+
+    /// The same, by identity.
+    #[must_use]
+    pub fn status_of(&self, group: GroupId) -> Vec<PeerStatus> {
+        let now = self.shared.now();
+        let wall = self.shared.wall();
+        let cores = self.shared.cores.lock().expect("no holder panics");
+        cores
+            .values()
+            .filter_map(|core| core.status(now, group))
+            .map(|status| status.with_wall(now, wall))
+            .collect()
+    }
+
+    /// Whether the copy of a group may be backed up now: on a secondary its own, on a primary the
+    /// peer's, and without a peer the data here. `limit` is the lag allowed; none means the group's
+    /// `rpo_target`, or else 60 s.
+    #[must_use]
+    pub fn backup_capable(&self, group: &Group, limit: Option<Duration>) -> BackupCapable {
+        self.backup_capable_of(group, limit)
+    }
+
+    /// The same, for any replica.
+    #[must_use]
+    pub fn backup_capable_of(&self, group: &dyn Replica, limit: Option<Duration>) -> BackupCapable {
+        let shared = &self.shared;
+        let now = shared.now();
+        let (data_state, data_reason, _) = group.data_state();
+        let check = {
+            let checks = shared.checks.lock().expect("no holder panics");
+            checks.get(&group.id()).cloned().unwrap_or_default()
+        };
+        let cores = shared.cores.lock().expect("no holder panics");
+        let judged: Vec<BackupCapable> = cores
+            .values()
+            .filter_map(|core| copy_facts(core, group, now, limit))
+            .map(|facts| {
+                judge_copy(&CopyFacts {
+                    data_state: if facts.own { data_state } else { facts.data_state },
+                    data_reason: data_reason.clone().filter(|_| facts.own),
+                    log_check: if facts.own { check.clone() } else { facts.log_check.clone() },
+                    ..facts
+                })
+            })
+            .collect();
+        drop(cores);
+        if judged.is_empty() && group.role() == Role::Secondary {
+            let reason = health::Reason {
+                code: "no-peer".to_owned(),
+                text: "this is a copy, and its primary is not among the peers of this node"
+                    .to_owned(),
+            };
+            return BackupCapable { verdict: health::Verdict::No, reasons: vec![reason] };
+        }
+        // Of several copies one that is fit is enough; if none is, the first tells why.
+        let fit = judged.iter().find(|judged| judged.is_yes()).or(judged.first());
+        match fit {
+            Some(judged) => judged.clone(),
+            None => judge_local(data_state, data_reason.as_deref(), &check),
+        }
+    }
+
+    /// Why `promote` without force must not go on here: the peer is connected as primary, or this
+    /// node knows that it is behind. `None` where nothing speaks against it.
+    #[must_use]
+    pub fn promote_refusal(&self, group: GroupId) -> Option<String> {
+        let cores = self.shared.cores.lock().expect("no holder panics");
+        for core in cores.values() {
+            let Some(channel) = core.channel(group) else { continue };
+            let local = channel.local();
+            if local.primary {
+                continue;
+            }
+            let name = &local.name;
+            let peer = core.name();
+            if core.conn().is_some() && channel.remote().is_some_and(|remote| remote.primary) {
+                return Some(format!(
+                    "group {name}: {peer} is connected and is its primary; `tidelog demote {name}` \
+                     there first, or `tidelog promote {name} --force` here"
+                ));
+            }
+            if let Some(told) = channel.told() {
+                let behind = told.head.bytes_since(local.history.head);
+                if behind > 0 {
+                    return Some(format!(
+                        "group {name}: this node lacks {} that {peer} had when it was last heard; \
+                         reconnect it, or lose them with `tidelog promote {name} --force`",
+                        ByteSize(behind)
+                    ));
+                }
+            }
+        }
+        None
+    }
+}
+
+async fn run_blocking(
+    work: impl FnOnce() -> Result<(), ReplicationError> + Send + 'static,
+) -> Result<(), ReplicationError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|_| Err(ReplicationError::Refused("this node shuts down".to_owned())))
+}
+
+/// Appends a member record, where it says something new.
+fn put_member(
+    group: &dyn Replica,
+    node: crate::units::NodeId,
+    name: Name,
+    options: ReplicateOptions,
+    removed: bool,
+) -> Result<(), ReplicationError> {
+    let control = group.control();
+    let known = control.members.iter().find(|member| member.node == node);
+    let other = known.map_or_else(Map::new, |member| member.other.clone());
+    let member = MemberRecord {
+        node,
+        name,
+        mode: options.mode,
+        rpo_target: options.rpo_target,
+        removed,
+        other,
+    };
+    if known != Some(&member) {
+        group.append_control(Control::Member(member))?;
+    }
+    Ok(())
+}
+
+/// What is known of the copy that this node and a peer share.
+fn copy_facts(
+    core: &PeerCore,
+    group: &dyn Replica,
+    now: Duration,
+    limit: Option<Duration>,
+) -> Option<CopyFacts> {
+    let channel = core.channel(group.id())?;
+    let local = channel.local();
+    let super::core::Membership::Member { rpo_target } = local.membership else { return None };
+    let (replication, reason, _) = channel.state();
+    let (compared, mismatch) = channel.comparison();
+    let own = !local.primary;
+    let acked = channel.acked();
+    let (received, durable, primary_head, lag) = if own {
+        let head = local.history.head;
+        let primary_head = channel.told().map_or(head, |told| told.head.max(head));
+        (head, local.durable.min(head), primary_head, secondary_lag(channel, now))
+    } else {
+        let (lag, _) = channel.lags(now);
+        (acked.received, acked.durable, local.history.head, Some(lag))
+    };
+    let lag_limit = limit.or(rpo_target.map(|target| target.0)).unwrap_or(LAG_LIMIT_DEFAULT);
+    Some(CopyFacts {
+        own,
+        peer: core.name().to_string(),
+        link_down: core.link_down().map(|(since, _)| now.saturating_sub(since)),
+        replication,
+        replication_reason: reason.to_owned(),
+        lag,
+        lag_limit,
+        data_state: crate::group::DataState::Consistent,
+        data_reason: None,
+        received,
+        durable,
+        primary_head,
+        compared,
+        mismatch,
+        log_check: health::LogCheck::default(),
+    })
+}
+
+impl Shared {
+    /// Makes the empty copy that a peer asks for. A name that another group has is refused.
+    fn create_copy(&self, peer: &super::rpc::PeerContext, body: &Value) -> Result<Value, String> {
+        #[derive(serde::Deserialize)]
+        struct Body {
+            group: GroupId,
+            name: Name,
+            segment_bytes: u64,
+        }
+        let body: Body = serde_json::from_value(body.clone())
+            .map_err(|error| format!("a request that is not understood: {error}"))?;
+        if !body.segment_bytes.is_power_of_two()
+            || !(1 << 16..=1 << 30).contains(&body.segment_bytes)
+        {
+            return Err(format!("segments of {} bytes are not possible", body.segment_bytes));
+        }
+        match self.groups.by_id(body.group) {
+            Some(known) => {
+                let control = known.control();
+                let members = &control.members;
+                let theirs = members.iter().any(|member| member.node == peer.node);
+                if !theirs && !self.peer(peer.node).is_some_and(|p| p.copies.contains(&body.group))
+                {
+                    return Err(format!(
+                        "group {} is here already, and {} is no member of it",
+                        body.name, peer.name
+                    ));
+                }
+            }
+            None => {
+                if self.groups.by_name(body.name.as_str()).is_ok() {
+                    return Err(format!(
+                        "a group with the name `{}` is there already; rename or delete one of the \
+                         two",
+                        body.name
+                    ));
+                }
+                self.groups
+                    .create_copy(body.group, body.name.clone(), body.segment_bytes)
+                    .map_err(|error| error.to_string())?;
+                let text = format!("group {}: a copy is made for {}", body.name, peer.name);
+                let name = Some(body.name.as_str());
+                self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
+            }
+        }
+        self.store
+            .lock()
+            .expect("no holder panics")
+            .change(peer.node, |peer| {
+                peer.copies.insert(body.group);
+            })
+            .map_err(|error| error.to_string())?;
+        self.groups_changed();
+        Ok(Value::Null)
+    }
+}

@@ -1,0 +1,794 @@
+//! The protocol of one peer as a pure state machine: inputs one at a time, with the time given, and
+//! outputs for the shell to carry out.
+//!
+//! The core decides which connection is the link, when to dial, when the peer is lost, and (in
+//! [`super::channel`], one per group) who follows whom, what is sent, and what the operator is told.
+//! It knows no sockets, files or threads: under tokio and under a simulator it is the same code.
+//!
+//! **One link.** Both nodes dial. Of two connections the one that the lower node id dialled stays,
+//! unless the other side has restarted since (its incarnation differs): then the older one is dead.
+//! A connection on which nothing was heard for `lost_after` is dropped. Redialling backs off from
+//! 0.1 s to 5 s, spread by a hash of node and attempt, so that no two nodes keep meeting.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::events::Severity;
+use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Span};
+
+use super::channel::{Channel, Context};
+use super::epoch::History;
+use super::status::PeerStatus;
+use super::wire::Message;
+
+/// First wait before dialling again.
+const DIAL_FIRST: Duration = Duration::from_millis(100);
+/// Longest wait before dialling again.
+const DIAL_LONGEST: Duration = Duration::from_secs(5);
+
+/// A connection, numbered by the shell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub u64);
+
+/// What does not change while the core lives.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+    /// Silence after which a peer is lost.
+    pub lost_after: Duration,
+    /// Bytes of a group that may be on their way to the peer.
+    pub window_bytes: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            heartbeat: Duration::from_secs(1),
+            lost_after: Duration::from_secs(5),
+            window_bytes: 16 << 20,
+        }
+    }
+}
+
+/// What the control records say about the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// It holds the group.
+    Member {
+        /// The age of the copy that its owner wants at most.
+        rpo_target: Option<Span>,
+    },
+    /// An empty copy here, made at the peer's request: its log does not say so yet.
+    Pending,
+    /// It was a member until replication was stopped.
+    Stopped,
+    /// It has nothing to do with the group, and learns nothing of it.
+    Stranger,
+}
+
+/// A group as it is on this node now, in view of one peer.
+#[derive(Clone, Debug)]
+pub struct LocalGroup {
+    /// Its identity.
+    pub id: GroupId,
+    /// Its name.
+    pub name: Name,
+    /// Whether this node is its primary.
+    pub primary: bool,
+    /// It was opened, not made, in this process, and was primary then.
+    pub recovered: bool,
+    /// Random, new at each start of the group.
+    pub incarnation: Incarnation,
+    /// Its log.
+    pub history: History,
+    /// Up to which the log survives power loss here.
+    pub durable: Lsn,
+    /// Requests up to the head.
+    pub requests: u64,
+    /// The lowest position that can be read.
+    pub log_start: Lsn,
+    /// A disk error keeps it from appending.
+    pub failed: bool,
+    /// What the peer is to it.
+    pub membership: Membership,
+}
+
+/// What has happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Time has passed; see [`PeerCore::next_wake`].
+    Tick,
+    /// Whether there is an address to dial.
+    CanDial(bool),
+    /// A dial came to nothing.
+    DialFailed {
+        /// Why.
+        reason: String,
+    },
+    /// A connection is ready: TLS, keys and hello are checked.
+    ConnUp {
+        /// The connection.
+        conn: ConnId,
+        /// Whether this node dialled it.
+        dialled: bool,
+        /// The peer's.
+        incarnation: Incarnation,
+    },
+    /// A connection has ended.
+    ConnDown {
+        /// The connection.
+        conn: ConnId,
+        /// Why.
+        reason: String,
+    },
+    /// A message came.
+    Message {
+        /// On this connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+        /// The wall clock, for the offset between the nodes.
+        wall: LogTime,
+    },
+    /// Something else came, that is none of the core's business.
+    Heard {
+        /// On this connection.
+        conn: ConnId,
+    },
+    /// Bytes of a log came.
+    Log {
+        /// On this connection.
+        conn: ConnId,
+        /// Of this group.
+        group: GroupId,
+        /// In this stream.
+        stream: u64,
+        /// From this position.
+        position: Lsn,
+        /// The bytes.
+        bytes: Bytes,
+    },
+    /// A group is here, or has changed.
+    Group(Box<LocalGroup>),
+    /// A group is no longer here.
+    GroupGone(GroupId),
+    /// An operator pauses or resumes.
+    Pause {
+        /// The group.
+        group: GroupId,
+        /// Paused from now on.
+        paused: bool,
+    },
+    /// Answers [`Output::Prepare`].
+    Prepared {
+        /// The group.
+        group: GroupId,
+        /// The stream asked for.
+        stream: u64,
+        /// Where the log stands, unfinished tail forgotten.
+        history: History,
+        /// Durable here.
+        durable: Lsn,
+        /// Requests up to the head.
+        requests: u64,
+    },
+    /// Answers [`Output::LookupChain`].
+    ChainFound {
+        /// The group.
+        group: GroupId,
+        /// The ticket asked with.
+        ticket: u64,
+        /// The chain, where the log has that position as the end of a record.
+        chain: Option<Chain>,
+    },
+    /// Answers [`Output::Append`].
+    Appended(Appended),
+    /// Bytes could not be appended.
+    AppendFailed {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// Why.
+        reason: String,
+    },
+    /// Answers [`Output::SendLog`].
+    Sent {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+    },
+    /// A range could not be read from the log.
+    ReadFailed {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// Why.
+        reason: String,
+    },
+    /// Answers [`Output::Demote`] where it failed; where it went well, the group changes.
+    DemoteFailed {
+        /// The group.
+        group: GroupId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Where a secondary's log stands after an append.
+#[derive(Clone, Debug)]
+pub struct Appended {
+    /// The group.
+    pub group: GroupId,
+    /// The stream.
+    pub stream: u64,
+    /// Where the next byte belongs.
+    pub received: Lsn,
+    /// After the last whole record.
+    pub head: Lsn,
+    /// Chain there.
+    pub chain: Chain,
+    /// Durable here.
+    pub durable: Lsn,
+    /// Requests up to the head.
+    pub requests: u64,
+}
+
+/// What the shell has to do.
+#[derive(Clone, Debug)]
+pub enum Output {
+    /// Dial the peer; answer with `ConnUp` or `DialFailed`.
+    Dial,
+    /// Close a connection.
+    Close {
+        /// The connection.
+        conn: ConnId,
+        /// Why.
+        reason: String,
+    },
+    /// Send a message, ahead of log frames.
+    Send {
+        /// On this connection.
+        conn: ConnId,
+        /// The message.
+        message: Message,
+    },
+    /// Read `[from, to)` of a log and send it as one frame; answer with `Sent` or `ReadFailed`.
+    SendLog {
+        /// On this connection.
+        conn: ConnId,
+        /// Of this group.
+        group: GroupId,
+        /// In this stream.
+        stream: u64,
+        /// First byte.
+        from: Lsn,
+        /// After the last byte.
+        to: Lsn,
+    },
+    /// Forget the unfinished tail of a group's log, after all appends before this; answer with
+    /// `Prepared`.
+    Prepare {
+        /// The group.
+        group: GroupId,
+        /// To be given back.
+        stream: u64,
+    },
+    /// Look up the chain at a position; answer with `ChainFound`.
+    LookupChain {
+        /// The group.
+        group: GroupId,
+        /// Where.
+        lsn: Lsn,
+        /// To be given back.
+        ticket: u64,
+    },
+    /// Append bytes to a log; answer with `Appended` or `AppendFailed`.
+    Append {
+        /// To this group.
+        group: GroupId,
+        /// To be given back.
+        stream: u64,
+        /// Where they belong.
+        position: Lsn,
+        /// The bytes.
+        bytes: Bytes,
+    },
+    /// The primary is durable up to here.
+    Committed {
+        /// Of this group.
+        group: GroupId,
+        /// Position.
+        lsn: Lsn,
+    },
+    /// Stop being primary: the log is a checked prefix of the peer's.
+    Demote {
+        /// The group.
+        group: GroupId,
+    },
+    /// Tell people.
+    Event {
+        /// How much it asks of them.
+        severity: Severity,
+        /// A stable word.
+        code: &'static str,
+        /// The group it concerns.
+        group: Option<Name>,
+        /// One line.
+        text: String,
+    },
+}
+
+enum Link {
+    Down { since: Duration, reason: String, attempts: u32, dial_at: Duration, dialling: bool },
+    Up(Up),
+}
+
+struct Up {
+    conn: ConnId,
+    since: Duration,
+    dialled: bool,
+    incarnation: Incarnation,
+    heard: Duration,
+    heartbeat_at: Duration,
+    /// The peer's last heartbeat: its clock, and when it came.
+    last_heartbeat: Option<(u64, Duration)>,
+}
+
+/// The clocks of the two nodes, compared.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ClockOffset {
+    /// The peer's wall clock minus this node's, seconds.
+    pub seconds: f64,
+    /// The way there and back, seconds: twice the error at most.
+    pub round_trip_seconds: f64,
+}
+
+/// The state of one peer.
+pub struct PeerCore {
+    me: NodeId,
+    peer: NodeId,
+    peer_name: Name,
+    settings: Settings,
+    can_dial: bool,
+    link: Link,
+    heard: Option<Duration>,
+    clock_offset: Option<ClockOffset>,
+    /// Links in a row that did not last.
+    short_links: u32,
+    channels: BTreeMap<GroupId, Channel>,
+}
+
+impl PeerCore {
+    /// A peer that has not been reached yet.
+    #[must_use]
+    pub fn new(now: Duration, me: NodeId, peer: NodeId, name: Name, settings: Settings) -> Self {
+        assert_ne!(me, peer, "a node is not its own peer");
+        let link = Link::Down {
+            since: now,
+            reason: "not reached since this node started".to_owned(),
+            attempts: 0,
+            dial_at: now,
+            dialling: false,
+        };
+        PeerCore {
+            me,
+            peer,
+            peer_name: name,
+            settings,
+            can_dial: false,
+            link,
+            heard: None,
+            clock_offset: None,
+            short_links: 0,
+            channels: BTreeMap::new(),
+        }
+    }
+
+    /// The connection that is the link.
+    #[must_use]
+    pub fn conn(&self) -> Option<ConnId> {
+        match &self.link {
+            Link::Up(up) => Some(up.conn),
+            Link::Down { .. } => None,
+        }
+    }
+
+    /// When something was last heard of the peer, monotonic.
+    #[must_use]
+    pub fn heard(&self) -> Option<Duration> {
+        self.heard
+    }
+
+    /// How far the peer's wall clock is off.
+    #[must_use]
+    pub fn clock_offset(&self) -> Option<ClockOffset> {
+        self.clock_offset
+    }
+
+    /// Since when the link is down, and why.
+    #[must_use]
+    pub fn link_down(&self) -> Option<(Duration, &str)> {
+        match &self.link {
+            Link::Down { since, reason, .. } => Some((*since, reason)),
+            Link::Up(_) => None,
+        }
+    }
+
+    /// Whether there is an address to dial.
+    #[must_use]
+    pub fn can_dial(&self) -> bool {
+        self.can_dial
+    }
+
+    /// The channel of a group.
+    #[must_use]
+    pub fn channel(&self, group: GroupId) -> Option<&Channel> {
+        self.channels.get(&group)
+    }
+
+    /// The groups that it has a channel for.
+    pub fn groups(&self) -> impl Iterator<Item = GroupId> + '_ {
+        self.channels.keys().copied()
+    }
+
+    /// What status shows of a group with this peer.
+    #[must_use]
+    pub fn status(&self, now: Duration, group: GroupId) -> Option<PeerStatus> {
+        self.channels.get(&group).and_then(|channel| PeerStatus::of(self, channel, now))
+    }
+
+    /// The peer's name.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.peer_name
+    }
+
+    /// When `Tick` is due next.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Duration> {
+        match &self.link {
+            Link::Down { dial_at, dialling: false, .. } if self.can_dial => Some(*dial_at),
+            Link::Down { .. } => None,
+            Link::Up(up) => Some(up.heartbeat_at.min(up.heard + self.settings.lost_after)),
+        }
+    }
+
+    /// Takes one input.
+    pub fn handle(&mut self, now: Duration, input: Input, outputs: &mut Vec<Output>) {
+        match input {
+            Input::Tick => self.on_tick(now, outputs),
+            Input::CanDial(can_dial) => {
+                self.can_dial = can_dial;
+                self.on_tick(now, outputs);
+            }
+            Input::DialFailed { reason } => self.on_dial_failed(now, reason),
+            Input::ConnUp { conn, dialled, incarnation } => {
+                self.on_conn_up(now, conn, dialled, incarnation, outputs);
+            }
+            Input::ConnDown { conn, reason } => {
+                if self.conn() == Some(conn) {
+                    self.link_down_now(now, reason, outputs);
+                }
+            }
+            Input::Message { conn, message, wall } => {
+                self.on_message(now, conn, message, wall, outputs);
+            }
+            Input::Heard { conn } => {
+                self.heard_on(now, conn);
+            }
+            Input::Log { conn, group, stream, position, bytes } => {
+                if self.heard_on(now, conn) {
+                    self.with_channel(now, group, outputs, |channel, context| {
+                        channel.on_log(context, stream, position, bytes)
+                    });
+                }
+            }
+            Input::Group(local) => {
+                let conn = self.conn();
+                let channel =
+                    self.channels.entry(local.id).or_insert_with(|| Channel::new(now, &local));
+                let mut context = Context {
+                    now,
+                    conn,
+                    peer_name: &self.peer_name,
+                    settings: &self.settings,
+                    outputs,
+                };
+                channel.on_local(&mut context, *local);
+            }
+            Input::GroupGone(group) => {
+                self.channels.remove(&group);
+            }
+            Input::Pause { group, paused } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_pause(context, paused);
+                    Ok(())
+                });
+            }
+            Input::Prepared { group, stream, history, durable, requests } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_prepared(context, stream, &history, durable, requests);
+                    Ok(())
+                });
+            }
+            Input::ChainFound { group, ticket, chain } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_chain_found(context, ticket, chain);
+                    Ok(())
+                });
+            }
+            Input::Appended(appended) => {
+                self.with_channel(now, appended.group, outputs, |channel, context| {
+                    channel.on_appended(context, &appended);
+                    Ok(())
+                });
+            }
+            Input::AppendFailed { group, stream, reason } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_append_failed(context, stream, reason);
+                    Ok(())
+                });
+            }
+            Input::Sent { group, stream } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_sent(context, stream);
+                    Ok(())
+                });
+            }
+            Input::ReadFailed { group, stream, reason } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_read_failed(context, stream, reason);
+                    Ok(())
+                });
+            }
+            Input::DemoteFailed { group, reason } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_demote_failed(context, reason);
+                    Ok(())
+                });
+            }
+        }
+    }
+
+    /// Runs one channel's handler; an error of the protocol ends the connection.
+    fn with_channel(
+        &mut self,
+        now: Duration,
+        group: GroupId,
+        outputs: &mut Vec<Output>,
+        handler: impl FnOnce(&mut Channel, &mut Context<'_>) -> Result<(), String>,
+    ) {
+        let conn = self.conn();
+        // A group that is not here, or is none of the peer's business: the same silence.
+        let Some(channel) = self.channels.get_mut(&group) else { return };
+        let mut context =
+            Context { now, conn, peer_name: &self.peer_name, settings: &self.settings, outputs };
+        if let Err(what) = handler(channel, &mut context)
+            && let Some(conn) = conn
+        {
+            self.protocol_error(now, conn, what, outputs);
+        }
+    }
+
+    fn protocol_error(
+        &mut self,
+        now: Duration,
+        conn: ConnId,
+        what: String,
+        outputs: &mut Vec<Output>,
+    ) {
+        let reason = format!("peer {}: broke the protocol: {what}", self.peer_name);
+        outputs.push(Output::Close { conn, reason: reason.clone() });
+        self.link_down_now(now, reason, outputs);
+    }
+
+    fn on_tick(&mut self, now: Duration, outputs: &mut Vec<Output>) {
+        match &mut self.link {
+            Link::Down { dial_at, dialling, .. } => {
+                if self.can_dial && !*dialling && now >= *dial_at {
+                    *dialling = true;
+                    outputs.push(Output::Dial);
+                }
+            }
+            Link::Up(up) if now >= up.heard + self.settings.lost_after => {
+                let reason = format!(
+                    "nothing heard for {}",
+                    Span(Duration::from_millis((now - up.heard).as_millis() as u64))
+                );
+                let conn = up.conn;
+                outputs.push(Output::Close { conn, reason: reason.clone() });
+                self.link_down_now(now, reason, outputs);
+            }
+            Link::Up(up) if now >= up.heartbeat_at => {
+                up.heartbeat_at = now + self.settings.heartbeat;
+                let (echo, held) = up
+                    .last_heartbeat
+                    .map_or((0, 0), |(sent, came)| (sent, nanoseconds(now - came)));
+                outputs.push(Output::Send {
+                    conn: up.conn,
+                    // The shell sets `wall` when it sends: the core knows no wall clock.
+                    message: Message::Heartbeat { sent: nanoseconds(now), echo, held, wall: 0 },
+                });
+                let conn = Some(up.conn);
+                for channel in self.channels.values_mut() {
+                    let mut context = Context {
+                        now,
+                        conn,
+                        peer_name: &self.peer_name,
+                        settings: &self.settings,
+                        outputs,
+                    };
+                    channel.on_heartbeat(&mut context);
+                }
+            }
+            Link::Up(_) => {}
+        }
+    }
+
+    fn on_dial_failed(&mut self, now: Duration, why: String) {
+        let seed = self.seed();
+        if let Link::Down { reason, attempts, dial_at, dialling, .. } = &mut self.link {
+            *reason = why;
+            *dialling = false;
+            *attempts = attempts.saturating_add(1);
+            *dial_at = now + back_off(&seed, *attempts);
+        }
+    }
+
+    fn seed(&self) -> [u8; 32] {
+        let mut seed = [0; 32];
+        seed[..16].copy_from_slice(&self.me.0);
+        seed[16..].copy_from_slice(&self.peer.0);
+        seed
+    }
+
+    fn on_conn_up(
+        &mut self,
+        now: Duration,
+        conn: ConnId,
+        dialled: bool,
+        incarnation: Incarnation,
+        outputs: &mut Vec<Output>,
+    ) {
+        if let Link::Up(up) = &self.link {
+            let restarted = up.incarnation != incarnation;
+            let same_dialler = up.dialled == dialled;
+            let preferred = dialled == (self.me < self.peer);
+            if !(restarted || same_dialler || preferred) {
+                let reason = "there is a link already".to_owned();
+                outputs.push(Output::Close { conn, reason });
+                return;
+            }
+            let reason = "replaced by a newer connection".to_owned();
+            outputs.push(Output::Close { conn: up.conn, reason: reason.clone() });
+            for channel in self.channels.values_mut() {
+                channel.on_link_down(now, &reason);
+            }
+        } else {
+            outputs.push(Output::Event {
+                severity: Severity::Info,
+                code: "link-up",
+                group: None,
+                text: format!("peer {}: connected", self.peer_name),
+            });
+        }
+        self.heard = Some(now);
+        self.link = Link::Up(Up {
+            conn,
+            since: now,
+            dialled,
+            incarnation,
+            heard: now,
+            heartbeat_at: now,
+            last_heartbeat: None,
+        });
+        for channel in self.channels.values_mut() {
+            let mut context = Context {
+                now,
+                conn: Some(conn),
+                peer_name: &self.peer_name,
+                settings: &self.settings,
+                outputs,
+            };
+            channel.on_link_up(&mut context);
+        }
+    }
+
+    fn link_down_now(&mut self, now: Duration, reason: String, outputs: &mut Vec<Output>) {
+        outputs.push(Output::Event {
+            severity: Severity::Warning,
+            code: "link-lost",
+            group: None,
+            text: format!("peer {}: link lost: {reason}; it is dialled again", self.peer_name),
+        });
+        for channel in self.channels.values_mut() {
+            channel.on_link_down(now, &reason);
+        }
+        // At once where the link had lasted: most losses are restarts.
+        let lasted = match &self.link {
+            Link::Up(up) => now - up.since >= self.settings.lost_after,
+            Link::Down { .. } => false,
+        };
+        self.short_links = if lasted { 0 } else { self.short_links.saturating_add(1) };
+        let wait = match self.short_links {
+            0 => Duration::ZERO,
+            attempts => back_off(&self.seed(), attempts),
+        };
+        let dial_at = now + wait;
+        self.link = Link::Down { since: now, reason, attempts: 0, dial_at, dialling: false };
+        self.on_tick(now, outputs);
+    }
+
+    /// Notes life on the link; false where the connection is not the link.
+    fn heard_on(&mut self, now: Duration, conn: ConnId) -> bool {
+        match &mut self.link {
+            Link::Up(up) if up.conn == conn => {
+                up.heard = now;
+                self.heard = Some(now);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn on_message(
+        &mut self,
+        now: Duration,
+        conn: ConnId,
+        message: Message,
+        wall: LogTime,
+        outputs: &mut Vec<Output>,
+    ) {
+        if !self.heard_on(now, conn) {
+            return;
+        }
+        if let Message::Heartbeat { sent, echo, held, wall: theirs } = message {
+            self.on_heartbeat(now, sent, echo, held, LogTime(theirs), wall);
+            return;
+        }
+        let Some(group) = super::channel::group_of(&message) else { return };
+        self.with_channel(now, group, outputs, |channel, context| {
+            channel.on_message(context, message)
+        });
+    }
+
+    fn on_heartbeat(
+        &mut self,
+        now: Duration,
+        sent: u64,
+        echo: u64,
+        held: u64,
+        theirs: LogTime,
+        ours: LogTime,
+    ) {
+        let Link::Up(up) = &mut self.link else { return };
+        up.last_heartbeat = Some((sent, now));
+        if echo != 0 && theirs.0 != 0 {
+            let round_trip = nanoseconds(now).saturating_sub(echo).saturating_sub(held);
+            let offset = theirs.0 as f64 + round_trip as f64 / 2.0 - ours.0 as f64;
+            self.clock_offset = Some(ClockOffset {
+                seconds: offset / 1e9,
+                round_trip_seconds: round_trip as f64 / 1e9,
+            });
+        }
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Half to all of a wait that doubles, by a hash of who waits and how often.
+fn back_off(seed: &[u8], attempts: u32) -> Duration {
+    let doubled = DIAL_FIRST.saturating_mul(1 << (attempts.saturating_sub(1)).min(10));
+    let longest = doubled.min(DIAL_LONGEST);
+    let hash = xxh3_64(&[seed, &attempts.to_le_bytes()].concat());
+    longest.mul_f64(0.5 + 0.5 * (hash % 1024) as f64 / 1024.0)
+}

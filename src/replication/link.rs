@@ -1,0 +1,516 @@
+//! The sockets of the peer links: dialling, accepting, TLS, hello, and one reader and one writer for
+//! each connection.
+//!
+//! The writer sends messages before log frames, one frame at a time, so that a heartbeat waits for
+//! at most one frame. A log frame is read from the log when its turn comes, not before.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::units::{GroupId, Lsn, NodeId};
+
+use super::core::{ConnId, Input};
+use super::pairing::{EXPORTER_BYTES, EXPORTER_LABEL, Fingerprint};
+use super::service::Shared;
+use super::tls;
+use super::wire::{
+    FRAME_HEADER_BYTES, FrameHeader, FrameKind, HELLO_BYTES, Hello, Message, PAYLOAD_BYTES_MAX,
+    Purpose, VERSIONS, Verdict,
+};
+
+/// A handshake (TCP, TLS, hello) takes at most this long.
+pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Handshakes of strangers that are served at the same time.
+const HANDSHAKES_MAX: usize = 64;
+/// Bytes of messages that may wait for a connection before it is given up.
+const QUEUED_BYTES_MAX: usize = 32 << 20;
+/// Bytes of a call's or an answer's body.
+pub(super) const BODY_BYTES_MAX: usize = 16 << 20;
+
+/// A connection with TLS on it, from either side.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A log frame that waits for its turn.
+pub(super) struct Range {
+    pub(super) group: GroupId,
+    pub(super) stream: u64,
+    pub(super) from: Lsn,
+    pub(super) to: Lsn,
+}
+
+/// How the rest of the service reaches a connection.
+pub(super) struct Conn {
+    pub(super) peer: NodeId,
+    messages: mpsc::UnboundedSender<Vec<u8>>,
+    queued_bytes: Arc<AtomicUsize>,
+    ranges: mpsc::UnboundedSender<Range>,
+    close: watch::Sender<Option<String>>,
+}
+
+impl Conn {
+    /// Queues a message.
+    pub(super) fn send(&self, message: &Message) {
+        match message.to_frame() {
+            Ok(frame) => {
+                let queued = self.queued_bytes.fetch_add(frame.len(), Ordering::Relaxed);
+                if queued > QUEUED_BYTES_MAX {
+                    self.close("the peer takes no messages".to_owned());
+                }
+                // Fails where the connection has just ended, which the reader tells.
+                let _ = self.messages.send(frame);
+            }
+            Err(error) => self.close(error.to_string()),
+        }
+    }
+
+    /// Queues a log frame.
+    pub(super) fn send_range(&self, range: Range) {
+        let _ = self.ranges.send(range);
+    }
+
+    /// Ends the connection.
+    pub(super) fn close(&self, reason: String) {
+        self.close.send_if_modified(|closed| {
+            let first = closed.is_none();
+            closed.get_or_insert(reason);
+            first
+        });
+    }
+}
+
+/// A connection after TLS.
+pub(super) struct Secured {
+    pub(super) stream: Box<dyn Stream>,
+    pub(super) fingerprint: Fingerprint,
+    pub(super) exported: [u8; EXPORTER_BYTES],
+}
+
+/// Dials an address and does TLS.
+pub(super) async fn connect(shared: &Shared, address: &str) -> Result<Secured, String> {
+    let work = async {
+        let tcp = TcpStream::connect(address)
+            .await
+            .map_err(|error| format!("could not connect to {address}: {error}"))?;
+        prepare(&tcp)?;
+        let connector = TlsConnector::from(Arc::clone(&shared.identity().client));
+        let stream = connector
+            .connect(tls::server_name(), tcp)
+            .await
+            .map_err(|error| format!("TLS with {address}: {error}"))?;
+        let (_, session) = stream.get_ref();
+        let fingerprint = tls::peer_fingerprint(session.peer_certificates())?;
+        let mut exported = [0; EXPORTER_BYTES];
+        session
+            .export_keying_material(&mut exported, EXPORTER_LABEL, None)
+            .map_err(|error| format!("TLS with {address}: {error}"))?;
+        Ok(Secured { stream: Box::new(stream), fingerprint, exported })
+    };
+    timeout(HANDSHAKE_TIMEOUT, work)
+        .await
+        .map_err(|_| format!("{address} did not answer within {HANDSHAKE_TIMEOUT:?}"))?
+}
+
+fn prepare(tcp: &TcpStream) -> Result<(), String> {
+    tcp.set_nodelay(true).map_err(|error| format!("socket: {error}"))
+}
+
+/// Sends this node's hello and reads the other's.
+pub(super) async fn greet(
+    shared: &Shared,
+    stream: &mut Box<dyn Stream>,
+    purpose: Purpose,
+    wanted: Option<NodeId>,
+) -> Result<Hello, String> {
+    let work = async {
+        let hello = shared.hello(purpose, Verdict::Welcome, wanted);
+        stream.write_all(&hello.encode()).await?;
+        stream.flush().await?;
+        let mut bytes = [0; HELLO_BYTES];
+        stream.read_exact(&mut bytes).await?;
+        Ok::<_, std::io::Error>((hello, bytes))
+    };
+    let (ours, bytes) = timeout(HANDSHAKE_TIMEOUT, work)
+        .await
+        .map_err(|_| format!("no hello within {HANDSHAKE_TIMEOUT:?}"))?
+        .map_err(|error| format!("hello: {error}"))?;
+    let theirs = Hello::decode(&bytes).map_err(|error| error.to_string())?;
+    if theirs.verdict != Verdict::Welcome {
+        return Err(format!("refused: {}", theirs.verdict.text()));
+    }
+    if ours.common_version(&theirs).is_none() {
+        return Err(Verdict::NoCommonVersion.text().to_owned());
+    }
+    Ok(theirs)
+}
+
+/// Dials a peer; the result reaches the core.
+pub(super) async fn dial(shared: Arc<Shared>, peer: NodeId) {
+    if let Err(reason) = try_dial(&shared, peer).await {
+        shared.input(peer, Input::DialFailed { reason });
+    }
+}
+
+async fn try_dial(shared: &Arc<Shared>, node: NodeId) -> Result<(), String> {
+    let peer = shared.peer(node).ok_or("it is not a peer any more")?;
+    let address = peer.address.ok_or("there is no address to dial")?;
+    let mut secured = connect(shared, &address).await?;
+    if !peer.fingerprints.contains(&secured.fingerprint) {
+        return Err(format!(
+            "the node at {address} shows another key than the one that was paired; if it was made \
+             anew, `tidelog peer remove {}` and pair again",
+            peer.name
+        ));
+    }
+    let hello = greet(shared, &mut secured.stream, Purpose::Link, Some(node)).await?;
+    if hello.node != node {
+        return Err(Verdict::OtherIdentity.text().to_owned());
+    }
+    run_connection(shared, node, secured.stream, true, &hello);
+    Ok(())
+}
+
+/// Accepts connections until the service ends.
+pub(super) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
+    let strangers = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let mut shutdown = shared.shutdown_signal();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = shutdown.wait_for(|ending| *ending) => return,
+        };
+        let tcp = match accepted {
+            Ok((tcp, _)) => tcp,
+            Err(error) => {
+                // Out of descriptors, mostly: give those that run a moment to end.
+                tracing::warn!("peer listener: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else { continue };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let served = timeout(HANDSHAKE_TIMEOUT, serve(&shared, tcp)).await;
+            drop(permit);
+            match served {
+                Ok(Ok(())) => {}
+                Ok(Err(reason)) => tracing::info!("peer connection: {reason}"),
+                Err(_) => tracing::info!("peer connection: no handshake in time"),
+            }
+        });
+    }
+}
+
+/// Does the handshake of an accepted connection, and starts what it is for.
+async fn serve(shared: &Arc<Shared>, tcp: TcpStream) -> Result<(), String> {
+    prepare(&tcp)?;
+    let acceptor = TlsAcceptor::from(Arc::clone(&shared.identity().server));
+    let stream = acceptor.accept(tcp).await.map_err(|error| format!("TLS: {error}"))?;
+    let (_, session) = stream.get_ref();
+    let fingerprint = tls::peer_fingerprint(session.peer_certificates())?;
+    let mut exported = [0; EXPORTER_BYTES];
+    session
+        .export_keying_material(&mut exported, EXPORTER_LABEL, None)
+        .map_err(|error| format!("TLS: {error}"))?;
+    let mut stream: Box<dyn Stream> = Box::new(stream);
+    let mut bytes = [0; HELLO_BYTES];
+    stream.read_exact(&mut bytes).await.map_err(|error| format!("hello: {error}"))?;
+    let theirs = Hello::decode(&bytes).map_err(|error| error.to_string())?;
+    let (verdict, peer) = judge(shared, &theirs, &fingerprint);
+    let ours = shared.hello(theirs.purpose, verdict, None);
+    stream.write_all(&ours.encode()).await.map_err(|error| format!("hello: {error}"))?;
+    stream.flush().await.map_err(|error| format!("hello: {error}"))?;
+    if verdict != Verdict::Welcome {
+        // Let the other side read the answer before the socket closes.
+        let _ = stream.shutdown().await;
+        return Err(format!("node {} ({fingerprint}) refused: {verdict:?}", theirs.node));
+    }
+    match (theirs.purpose, peer) {
+        (Purpose::Pair, _) => {
+            shared.serve_pairing(Secured { stream, fingerprint, exported }, theirs.node).await
+        }
+        (Purpose::Link, Some(peer)) => {
+            run_connection(shared, peer, stream, false, &theirs);
+            Ok(())
+        }
+        (Purpose::Link, None) => Err("a link without a peer".to_owned()),
+    }
+}
+
+/// Judges a dialler by its hello and its key.
+fn judge(shared: &Shared, theirs: &Hello, fingerprint: &Fingerprint) -> (Verdict, Option<NodeId>) {
+    let ours = shared.hello(theirs.purpose, Verdict::Welcome, None);
+    if ours.common_version(theirs).is_none() {
+        return (Verdict::NoCommonVersion, None);
+    }
+    if theirs.node == ours.node {
+        return (Verdict::SameNode, None);
+    }
+    if theirs.wanted.is_some_and(|wanted| wanted != ours.node) {
+        return (Verdict::OtherNode, None);
+    }
+    if theirs.purpose == Purpose::Pair {
+        return (Verdict::Welcome, None);
+    }
+    match shared.peer_by_fingerprint(fingerprint) {
+        None => (Verdict::UnknownKey, None),
+        Some(peer) if peer.node != theirs.node => (Verdict::OtherIdentity, None),
+        Some(peer) => (Verdict::Welcome, Some(peer.node)),
+    }
+}
+
+/// Starts reader and writer of a connection that has passed every check.
+fn run_connection(
+    shared: &Arc<Shared>,
+    peer: NodeId,
+    stream: Box<dyn Stream>,
+    dialled: bool,
+    hello: &Hello,
+) {
+    debug_assert!(VERSIONS.contains(&1));
+    let conn = shared.next_conn();
+    let (messages, message_queue) = mpsc::unbounded_channel();
+    let (ranges, range_queue) = mpsc::unbounded_channel();
+    let (close, closed) = watch::channel(None);
+    let queued_bytes = Arc::new(AtomicUsize::new(0));
+    let handle =
+        Arc::new(Conn { peer, messages, queued_bytes: Arc::clone(&queued_bytes), ranges, close });
+    handle.send(&shared.welcome());
+    shared.add_conn(conn, Arc::clone(&handle));
+    shared.input(peer, Input::ConnUp { conn, dialled, incarnation: hello.incarnation });
+
+    let (reading, writing) = tokio::io::split(stream);
+    let writer = Writer {
+        shared: Arc::clone(shared),
+        peer,
+        stream: writing,
+        messages: message_queue,
+        queued_bytes,
+        ranges: range_queue,
+    };
+    let reader = Reader {
+        shared: Arc::clone(shared),
+        conn,
+        handle: Arc::clone(&handle),
+        stream: reading,
+        parts: HashMap::new(),
+        part_bytes: 0,
+    };
+    let shared = Arc::clone(shared);
+    tokio::spawn(async move {
+        let mut closed = closed;
+        let mut shutdown = shared.shutdown_signal();
+        let reason = tokio::select! {
+            reason = reader.run() => reason,
+            reason = writer.run() => reason,
+            reason = closed.wait_for(Option::is_some) => {
+                reason.ok().and_then(|reason| reason.clone()).unwrap_or_default()
+            }
+            _ = shutdown.wait_for(|ending| *ending) => "this node shuts down".to_owned(),
+        };
+        shared.remove_conn(conn);
+        shared.input(peer, Input::ConnDown { conn, reason });
+    });
+}
+
+struct Writer {
+    shared: Arc<Shared>,
+    peer: NodeId,
+    stream: WriteHalf<Box<dyn Stream>>,
+    messages: mpsc::UnboundedReceiver<Vec<u8>>,
+    queued_bytes: Arc<AtomicUsize>,
+    ranges: mpsc::UnboundedReceiver<Range>,
+}
+
+impl Writer {
+    /// Writes until the connection ends; why.
+    async fn run(mut self) -> String {
+        loop {
+            let result = tokio::select! {
+                biased;
+                message = self.messages.recv() => match message {
+                    Some(frame) => self.write_message(&frame).await,
+                    None => return "closed".to_owned(),
+                },
+                range = self.ranges.recv() => match range {
+                    Some(range) => self.write_range(range).await,
+                    None => return "closed".to_owned(),
+                },
+            };
+            if let Err(error) = result {
+                return format!("could not send: {error}");
+            }
+        }
+    }
+
+    async fn write_message(&mut self, frame: &[u8]) -> std::io::Result<()> {
+        self.queued_bytes.fetch_sub(frame.len(), Ordering::Relaxed);
+        self.stream.write_all(frame).await?;
+        self.flush_if_idle().await
+    }
+
+    async fn write_range(&mut self, range: Range) -> std::io::Result<()> {
+        let Range { group, stream, from, to } = range;
+        let bytes = to.bytes_since(from) as usize;
+        assert!(bytes <= PAYLOAD_BYTES_MAX, "the core cuts frames");
+        let found = self.shared.replica(group);
+        let read = tokio::task::spawn_blocking(move || {
+            let Some(replica) = found else { return Err("the group is gone".to_owned()) };
+            let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
+            frame[..FRAME_HEADER_BYTES]
+                .copy_from_slice(&FrameHeader::log(group, stream, from, bytes).encode());
+            replica
+                .read_log(from, &mut frame[FRAME_HEADER_BYTES..])
+                .map(|()| frame)
+                .map_err(|error| error.to_string())
+        })
+        .await
+        .unwrap_or_else(|_| Err("this node shuts down".to_owned()));
+        match read {
+            Ok(frame) => {
+                self.stream.write_all(&frame).await?;
+                self.shared.input(self.peer, Input::Sent { group, stream });
+                self.flush_if_idle().await
+            }
+            Err(reason) => {
+                self.shared.input(self.peer, Input::ReadFailed { group, stream, reason });
+                Ok(())
+            }
+        }
+    }
+
+    /// TLS gathers small writes; they go out when nothing follows at once.
+    async fn flush_if_idle(&mut self) -> std::io::Result<()> {
+        if self.messages.is_empty() && self.ranges.is_empty() {
+            self.stream.flush().await?;
+        }
+        Ok(())
+    }
+}
+
+struct Reader {
+    shared: Arc<Shared>,
+    conn: ConnId,
+    handle: Arc<Conn>,
+    stream: ReadHalf<Box<dyn Stream>>,
+    /// Bodies of calls and answers that have not ended, by (id, is an answer).
+    parts: HashMap<(u64, bool), Vec<u8>>,
+    part_bytes: usize,
+}
+
+impl Reader {
+    /// Reads until the connection ends; why.
+    async fn run(mut self) -> String {
+        loop {
+            if let Err(reason) = self.read_frame().await {
+                return reason;
+            }
+        }
+    }
+
+    async fn read_frame(&mut self) -> Result<(), String> {
+        let mut header = [0; FRAME_HEADER_BYTES];
+        let lost = |error: std::io::Error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => "the peer closed the connection".to_owned(),
+            _ => format!("could not receive: {error}"),
+        };
+        self.stream.read_exact(&mut header).await.map_err(lost)?;
+        let header = FrameHeader::decode(&header).map_err(|error| error.to_string())?;
+        let mut payload = vec![0; header.payload_bytes as usize];
+        self.stream.read_exact(&mut payload).await.map_err(lost)?;
+        let peer = self.handle.peer;
+        match header.kind {
+            FrameKind::Log => {
+                let input = Input::Log {
+                    conn: self.conn,
+                    group: header.group,
+                    stream: header.stream,
+                    position: header.position,
+                    bytes: Bytes::from(payload),
+                };
+                self.shared.input(peer, input);
+            }
+            FrameKind::Control => {
+                let message = Message::decode(&payload).map_err(|error| error.to_string())?;
+                self.on_message(message)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn on_message(&mut self, message: Message) -> Result<(), String> {
+        let peer = self.handle.peer;
+        match message {
+            Message::Part { id, answer, body } => {
+                self.part_bytes += body.len();
+                if self.part_bytes > BODY_BYTES_MAX {
+                    return Err(format!("bodies of more than {BODY_BYTES_MAX} bytes"));
+                }
+                self.parts.entry((id, answer)).or_default().extend_from_slice(&body);
+            }
+            Message::Call { id, method, body } => {
+                let body = self.whole_body(id, false, body);
+                self.shared.serve_call(&self.handle, id, method, body);
+            }
+            Message::Answer { id, ok, body } => {
+                let body = self.whole_body(id, true, body);
+                self.shared.answered(self.conn, id, ok, body);
+            }
+            Message::Welcome { name, address, program } => {
+                self.shared.on_welcome(peer, &name, &address, &program);
+            }
+            message => {
+                let wall = self.shared.wall();
+                self.shared.input(peer, Input::Message { conn: self.conn, message, wall });
+                return Ok(());
+            }
+        }
+        self.shared.input(peer, Input::Heard { conn: self.conn });
+        Ok(())
+    }
+
+    fn whole_body(&mut self, id: u64, answer: bool, last: Vec<u8>) -> Vec<u8> {
+        match self.parts.remove(&(id, answer)) {
+            Some(mut body) => {
+                self.part_bytes -= body.len();
+                body.extend_from_slice(&last);
+                body
+            }
+            None => last,
+        }
+    }
+}
+
+/// Sends one message as a frame, outside of a running connection.
+pub(super) async fn write_message(
+    stream: &mut Box<dyn Stream>,
+    message: &Message,
+) -> Result<(), String> {
+    let frame = message.to_frame().map_err(|error| error.to_string())?;
+    stream.write_all(&frame).await.map_err(|error| format!("could not send: {error}"))?;
+    stream.flush().await.map_err(|error| format!("could not send: {error}"))
+}
+
+/// Reads one message, outside of a running connection.
+pub(super) async fn read_message(stream: &mut Box<dyn Stream>) -> Result<Message, String> {
+    let lost = |error: std::io::Error| format!("could not receive: {error}");
+    let mut header = [0; FRAME_HEADER_BYTES];
+    stream.read_exact(&mut header).await.map_err(lost)?;
+    let header = FrameHeader::decode(&header).map_err(|error| error.to_string())?;
+    if header.kind != FrameKind::Control {
+        return Err("a log frame where a message was expected".to_owned());
+    }
+    let mut payload = vec![0; header.payload_bytes as usize];
+    stream.read_exact(&mut payload).await.map_err(lost)?;
+    Message::decode(&payload).map_err(|error| error.to_string())
+}

@@ -1,0 +1,191 @@
+//! What replication needs of a group and of the node's groups, as traits, so that the protocol can
+//! be tested against groups that are not the engine's.
+
+use std::sync::Arc;
+
+use crate::group::{
+    ControlView, DataState, Group, GroupError, Positions, ReceiveError, Registry, Role,
+};
+use crate::log::control::Control;
+use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
+
+use super::core::{LocalGroup, Membership};
+use super::epoch::History;
+
+/// A group, as far as its log travels. The methods are those of [`Group`].
+#[expect(missing_docs, reason = "each is the method of the same name in the engine")]
+pub trait Replica: Send + Sync {
+    fn id(&self) -> GroupId;
+    fn name(&self) -> &Name;
+    fn segment_bytes(&self) -> u64;
+    fn role(&self) -> Role;
+    fn data_state(&self) -> (DataState, Option<String>, LogTime);
+    fn positions(&self) -> Positions;
+    fn control(&self) -> Arc<ControlView>;
+    fn incarnation(&self) -> Incarnation;
+    fn read_log(&self, from: Lsn, buffer: &mut [u8]) -> Result<(), GroupError>;
+    fn log_start(&self) -> Lsn;
+    fn chain_at(&self, lsn: Lsn) -> Option<Chain>;
+    fn append_received(&self, at: Lsn, bytes: &[u8]) -> Result<Lsn, ReceiveError>;
+    fn received_end(&self) -> Lsn;
+    fn reset_received(&self);
+    fn note_committed(&self, lsn: Lsn);
+    fn demote(&self) -> Result<(), GroupError>;
+    fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
+    fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError>;
+    fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
+}
+
+/// The groups of a node. The methods are those of [`Registry`].
+#[expect(missing_docs, reason = "each is the method of the same name in the engine")]
+pub trait Replicas: Send + Sync {
+    fn groups(&self) -> Vec<Arc<dyn Replica>>;
+    fn by_id(&self, id: GroupId) -> Option<Arc<dyn Replica>>;
+    fn by_name(&self, name: &str) -> Result<Arc<dyn Replica>, GroupError>;
+    fn create_copy(
+        &self,
+        id: GroupId,
+        name: Name,
+        segment_bytes: u64,
+    ) -> Result<Arc<dyn Replica>, GroupError>;
+    fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
+}
+
+impl Replica for Group {
+    fn id(&self) -> GroupId {
+        Group::id(self)
+    }
+    fn name(&self) -> &Name {
+        Group::name(self)
+    }
+    fn segment_bytes(&self) -> u64 {
+        Group::segment_bytes(self)
+    }
+    fn role(&self) -> Role {
+        Group::role(self)
+    }
+    fn data_state(&self) -> (DataState, Option<String>, LogTime) {
+        Group::data_state(self)
+    }
+    fn positions(&self) -> Positions {
+        Group::positions(self)
+    }
+    fn control(&self) -> Arc<ControlView> {
+        Group::control(self)
+    }
+    fn incarnation(&self) -> Incarnation {
+        Group::incarnation(self)
+    }
+    fn read_log(&self, from: Lsn, buffer: &mut [u8]) -> Result<(), GroupError> {
+        Group::read_log(self, from, buffer)
+    }
+    fn log_start(&self) -> Lsn {
+        Group::log_start(self)
+    }
+    fn chain_at(&self, lsn: Lsn) -> Option<Chain> {
+        Group::chain_at(self, lsn)
+    }
+    fn append_received(&self, at: Lsn, bytes: &[u8]) -> Result<Lsn, ReceiveError> {
+        Group::append_received(self, at, bytes)
+    }
+    fn received_end(&self) -> Lsn {
+        Group::received_end(self)
+    }
+    fn reset_received(&self) {
+        Group::reset_received(self);
+    }
+    fn note_committed(&self, lsn: Lsn) {
+        Group::note_committed(self, lsn);
+    }
+    fn demote(&self) -> Result<(), GroupError> {
+        Group::demote(self)
+    }
+    fn append_control(&self, control: Control) -> Result<Lsn, GroupError> {
+        Group::append_control(self, control)
+    }
+    fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError> {
+        Group::check_log(self, from, to)
+    }
+    fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
+        Group::subscribe(self, listener);
+    }
+}
+
+impl Replicas for Registry {
+    fn groups(&self) -> Vec<Arc<dyn Replica>> {
+        Registry::groups(self).into_iter().map(|group| group as Arc<dyn Replica>).collect()
+    }
+    fn by_id(&self, id: GroupId) -> Option<Arc<dyn Replica>> {
+        Registry::by_id(self, id).map(|group| group as Arc<dyn Replica>)
+    }
+    fn by_name(&self, name: &str) -> Result<Arc<dyn Replica>, GroupError> {
+        Registry::by_name(self, name).map(|group| group as Arc<dyn Replica>)
+    }
+    fn create_copy(
+        &self,
+        id: GroupId,
+        name: Name,
+        segment_bytes: u64,
+    ) -> Result<Arc<dyn Replica>, GroupError> {
+        Registry::create_copy(self, id, name, segment_bytes).map(|group| group as Arc<dyn Replica>)
+    }
+    fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
+        Registry::subscribe(self, listener);
+    }
+}
+
+/// Where a group's log stands.
+pub(super) fn history_of(group: &dyn Replica, positions: &Positions) -> History {
+    // Positions first, control after: a reign that begins behind the head is not part of it yet.
+    let control = group.control();
+    let known = control.epochs.partition_point(|epoch| epoch.first_lsn < positions.head);
+    History::new(&control.epochs[..known], positions.head, positions.chain)
+}
+
+/// What the group's records say of a peer. `asked_for` tells that the peer had the copy made.
+pub(super) fn membership_of(
+    control: &ControlView,
+    me: NodeId,
+    peer: NodeId,
+    asked_for: bool,
+    empty: bool,
+) -> Membership {
+    let member = control.members.iter().find(|member| member.node == peer);
+    let own = control.members.iter().find(|member| member.node == me);
+    match member {
+        Some(member) if member.removed => Membership::Stopped,
+        Some(_) if own.is_some_and(|own| own.removed) => Membership::Stopped,
+        Some(member) => {
+            // The target is a property of the copy: on the secondary it stands in its own record.
+            let rpo_target = member.rpo_target.or(own.and_then(|own| own.rpo_target));
+            Membership::Member { rpo_target }
+        }
+        None if asked_for && (empty || control.members.is_empty()) => Membership::Pending,
+        None => Membership::Stranger,
+    }
+}
+
+/// All that the core needs to know of a group in view of a peer.
+pub(super) fn local_group(
+    group: &dyn Replica,
+    me: NodeId,
+    peer: NodeId,
+    asked_for: bool,
+    recovered: bool,
+) -> LocalGroup {
+    let positions = group.positions();
+    let control = group.control();
+    LocalGroup {
+        id: group.id(),
+        name: group.name().clone(),
+        primary: group.role() == Role::Primary,
+        recovered,
+        incarnation: group.incarnation(),
+        history: history_of(group, &positions),
+        durable: positions.durable,
+        requests: positions.requests,
+        log_start: group.log_start(),
+        failed: group.data_state().0 == DataState::Failed,
+        membership: membership_of(&control, me, peer, asked_for, positions.head == Lsn::ZERO),
+    }
+}

@@ -1,0 +1,183 @@
+//! Calls over the peer link: a method by name, JSON in, JSON or a line of text out.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::oneshot;
+
+use crate::units::{Name, NodeId};
+
+use super::core::ConnId;
+use super::link::{BODY_BYTES_MAX, Conn};
+use super::service::{Replication, ReplicationError, Shared};
+use super::wire::Message;
+
+/// Bytes of a body that go with one message.
+const PART_BYTES: usize = 128 * 1024;
+
+/// A future on the heap, as handlers return it.
+pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Who calls.
+#[derive(Clone, Debug)]
+pub struct PeerContext {
+    /// The peer.
+    pub node: NodeId,
+    /// Its name here.
+    pub name: Name,
+}
+
+/// What answers a method.
+pub type Handler =
+    Arc<dyn Fn(PeerContext, Value) -> BoxFuture<Result<Value, String>> + Send + Sync>;
+
+impl Replication {
+    /// Answers `method` from now on with `handler`. One handler a method: the last one holds.
+    pub fn on_call(&self, method: &str, handler: Handler) {
+        let mut handlers = self.shared.handlers.write().expect("no holder panics");
+        handlers.insert(method.to_owned(), handler);
+    }
+
+    /// Calls a method on a peer and waits for its answer.
+    ///
+    /// # Errors
+    ///
+    /// Where the peer is unknown or not connected, the link is lost meanwhile, the time is up, or
+    /// the handler there failed: its words are in the error.
+    pub async fn call(
+        &self,
+        peer_name: &str,
+        method: &str,
+        body: Value,
+        timeout: Duration,
+    ) -> Result<Value, ReplicationError> {
+        let shared = &self.shared;
+        let peer = shared.peer_named(peer_name)?;
+        let failed = |what: String| ReplicationError::Peer { name: peer_name.to_owned(), what };
+        let (conn_id, reason) = shared.link_of(peer.node);
+        let Some((conn_id, conn)) =
+            conn_id.and_then(|conn_id| shared.conn(conn_id).map(|conn| (conn_id, conn)))
+        else {
+            return Err(ReplicationError::NotConnected { name: peer_name.to_owned(), reason });
+        };
+        let body = serde_json::to_vec(&body).expect("a JSON value becomes JSON");
+        if body.len() > BODY_BYTES_MAX {
+            return Err(failed(format!("{method}: a body of {} bytes is too long", body.len())));
+        }
+        let id = shared.next_number();
+        let (answer, answered) = oneshot::channel();
+        shared.pending.lock().expect("no holder panics").insert((conn_id, id), answer);
+        let forget = Forget { shared, key: (conn_id, id) };
+        send_parts(&conn, id, false, &body, |body| Message::Call {
+            id,
+            method: method.to_owned(),
+            body,
+        });
+        let result = tokio::time::timeout(timeout, answered).await;
+        drop(forget);
+        let body = match result {
+            Err(_) => {
+                return Err(ReplicationError::NoAnswer {
+                    name: peer_name.to_owned(),
+                    method: method.to_owned(),
+                    seconds: timeout.as_secs_f64(),
+                });
+            }
+            Ok(Err(_)) => return Err(failed(format!("{method}: the link was lost meanwhile"))),
+            Ok(Ok(Err(text))) => return Err(failed(text)),
+            Ok(Ok(Ok(body))) => body,
+        };
+        serde_json::from_slice(&body)
+            .map_err(|error| failed(format!("{method}: the answer is not JSON: {error}")))
+    }
+}
+
+/// Takes an entry out of the pending calls, also where the caller gave up.
+struct Forget<'a> {
+    shared: &'a Shared,
+    key: (ConnId, u64),
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.shared.pending.lock().expect("no holder panics").remove(&self.key);
+    }
+}
+
+fn send_parts(
+    conn: &Conn,
+    id: u64,
+    answer: bool,
+    body: &[u8],
+    last_message: impl FnOnce(Vec<u8>) -> Message,
+) {
+    let mut rest = body;
+    while rest.len() > PART_BYTES {
+        let (part, behind) = rest.split_at(PART_BYTES);
+        conn.send(&Message::Part { id, answer, body: part.to_vec() });
+        rest = behind;
+    }
+    conn.send(&last_message(rest.to_vec()));
+}
+
+impl Shared {
+    /// The connection to a peer, or why there is none.
+    pub(super) fn link_of(&self, node: NodeId) -> (Option<ConnId>, String) {
+        let cores = self.cores.lock().expect("no holder panics");
+        match cores.get(&node) {
+            None => (None, "it is not a peer".to_owned()),
+            Some(core) => {
+                let reason = core.link_down().map_or(String::new(), |(_, why)| why.to_owned());
+                (core.conn(), reason)
+            }
+        }
+    }
+
+    /// Runs the handler of a call that came, and sends its answer.
+    pub(super) fn serve_call(
+        self: &Arc<Self>,
+        conn: &Arc<Conn>,
+        id: u64,
+        method: String,
+        body: Vec<u8>,
+    ) {
+        let handler = self.handlers.read().expect("no holder panics").get(&method).map(Arc::clone);
+        let peer = self.peer(conn.peer);
+        let conn = Arc::clone(conn);
+        tokio::spawn(async move {
+            let result = match (handler, peer) {
+                (None, _) => Err(format!("{method}: this node does not answer that call")),
+                (_, None) => Err("not a peer any more".to_owned()),
+                (Some(handler), Some(peer)) => match serde_json::from_slice(&body) {
+                    Err(error) => Err(format!("{method}: the body is not JSON: {error}")),
+                    Ok(value) => {
+                        handler(PeerContext { node: peer.node, name: peer.name }, value).await
+                    }
+                },
+            };
+            let (mut ok, mut body) = match result {
+                Ok(value) => (true, serde_json::to_vec(&value).expect("a JSON value becomes JSON")),
+                Err(text) => (false, text.into_bytes()),
+            };
+            if body.len() > BODY_BYTES_MAX {
+                ok = false;
+                body = format!("{method}: the answer is too long").into_bytes();
+            }
+            send_parts(&conn, id, true, &body, |body| Message::Answer { id, ok, body });
+        });
+    }
+
+    /// Gives an answer to whoever waits for it.
+    pub(super) fn answered(&self, conn: ConnId, id: u64, ok: bool, body: Vec<u8>) {
+        let waiting = self.pending.lock().expect("no holder panics").remove(&(conn, id));
+        if let Some(waiting) = waiting {
+            let result =
+                if ok { Ok(body) } else { Err(String::from_utf8_lossy(&body).into_owned()) };
+            // Fails where the caller gave up.
+            let _ = waiting.send(result);
+        }
+    }
+}

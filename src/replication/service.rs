@@ -1,0 +1,537 @@
+//! The replication service of a node: it owns the peers, their cores and connections, and carries
+//! out what the cores decide.
+//!
+//! One task feeds all cores, one input at a time; it does no I/O itself. Messages and frames are
+//! queued to the connections' writers, what touches a log to the group's [`Worker`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::events::Severity;
+use crate::group::{GroupContext, GroupError, Role};
+use crate::units::{GroupId, Incarnation, LogTime, NodeId};
+
+use super::core::{ConnId, Input, Output, PeerCore, Settings};
+use super::health::LogCheck;
+use super::link::{self, Conn, Range};
+use super::pairing::{Fingerprint, Invites};
+use super::peers::{Peer, PeerStore, StoreError};
+use super::replica::{Replica, Replicas, local_group};
+use super::rpc::Handler;
+use super::tls::Identity;
+use super::wire::{Hello, Message, Purpose, VERSIONS, Verdict};
+use super::worker::{Job, Worker};
+
+/// What the service needs of the node's configuration.
+#[derive(Clone, Debug)]
+pub struct ReplicationConfig {
+    /// Where peers connect; none where only this node dials.
+    pub listen: Option<SocketAddr>,
+    /// What peers dial, `HOST:PORT`; the listener's own address where none is given and it is no
+    /// wildcard.
+    pub advertise: Option<String>,
+    /// Directory of the key and the list of peers: `data_dir/node`.
+    pub state_dir: PathBuf,
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+    /// Silence after which a peer is lost.
+    pub lost_after: Duration,
+}
+
+/// What failed.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each message says it")]
+pub enum ReplicationError {
+    #[error("peer {0}: is not known here; `tidelog peer list` shows those that are")]
+    NoPeer(String),
+    #[error("peer {name}: is not connected: {reason}; `tidelog peer list` shows the link")]
+    NotConnected { name: String, reason: String },
+    #[error("peer {name}: {what}")]
+    Peer { name: String, what: String },
+    #[error("peer {name}: did not answer {method} within {seconds:.1} s")]
+    NoAnswer { name: String, method: String, seconds: f64 },
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error("peer listener {address}: {cause}; choose another `listen` under [peer]")]
+    Listen { address: SocketAddr, cause: std::io::Error },
+}
+
+/// Calls that wait for their answer, by connection and number.
+type PendingCalls = HashMap<(ConnId, u64), oneshot::Sender<Result<Vec<u8>, String>>>;
+
+/// What all tasks of the service share.
+pub struct Shared {
+    pub(super) config: ReplicationConfig,
+    pub(super) context: GroupContext,
+    pub(super) groups: Arc<dyn Replicas>,
+    pub(super) store: Mutex<PeerStore>,
+    pub(super) invites: Mutex<Invites>,
+    pub(super) cores: Mutex<BTreeMap<NodeId, PeerCore>>,
+    pub(super) checks: Mutex<HashMap<GroupId, LogCheck>>,
+    pub(super) handlers: RwLock<HashMap<String, Handler>>,
+    pub(super) pending: Mutex<PendingCalls>,
+    pub(super) advertised: Option<String>,
+    pub(super) local_addr: Option<SocketAddr>,
+    identity: RwLock<Arc<Identity>>,
+    incarnation: Incarnation,
+    inputs: mpsc::UnboundedSender<(NodeId, Input)>,
+    dirty: Mutex<HashSet<GroupId>>,
+    all_dirty: Mutex<bool>,
+    wake: Notify,
+    conns: Mutex<HashMap<ConnId, Arc<Conn>>>,
+    workers: Mutex<HashMap<GroupId, Worker>>,
+    watched: Mutex<HashSet<GroupId>>,
+    /// Groups that were primary when this service started.
+    recovered: BTreeSet<GroupId>,
+    next_number: AtomicU64,
+    shutdown: watch::Sender<bool>,
+}
+
+/// The replication service of a node. Dropping it ends its tasks.
+pub struct Replication {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Drop for Replication {
+    fn drop(&mut self) {
+        self.shared.shutdown.send_replace(true);
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no holder panics")
+}
+
+impl Replication {
+    /// Starts the service on the tokio runtime that calls this.
+    ///
+    /// # Errors
+    ///
+    /// Where the listener cannot be opened, or key or peers cannot be read.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn start(
+        config: ReplicationConfig,
+        context: GroupContext,
+        groups: Arc<dyn Replicas>,
+    ) -> Result<Arc<Replication>, ReplicationError> {
+        let store = PeerStore::open(&config.state_dir)?;
+        let identity = Identity::from_key(&store.key()?).map_err(ReplicationError::Refused)?;
+        let listener = config.listen.map(bind).transpose()?;
+        let local_addr = listener.as_ref().and_then(|listener| listener.local_addr().ok());
+        let advertised = config.advertise.clone().or_else(|| {
+            local_addr.filter(|addr| !addr.ip().is_unspecified()).map(|addr| addr.to_string())
+        });
+        let recovered = groups
+            .groups()
+            .iter()
+            .filter(|group| group.role() == Role::Primary)
+            .map(|group| group.id())
+            .collect();
+        let (inputs, input_queue) = mpsc::unbounded_channel();
+        let (shutdown, _) = watch::channel(false);
+        let incarnation = Incarnation(context.env.entropy.next_u64());
+        let shared = Arc::new(Shared {
+            config,
+            context,
+            groups,
+            store: Mutex::new(store),
+            invites: Mutex::new(Invites::default()),
+            cores: Mutex::new(BTreeMap::new()),
+            checks: Mutex::new(HashMap::new()),
+            handlers: RwLock::new(HashMap::new()),
+            pending: Mutex::new(HashMap::new()),
+            advertised,
+            local_addr,
+            identity: RwLock::new(Arc::new(identity)),
+            incarnation,
+            inputs,
+            dirty: Mutex::new(HashSet::new()),
+            all_dirty: Mutex::new(true),
+            wake: Notify::new(),
+            conns: Mutex::new(HashMap::new()),
+            workers: Mutex::new(HashMap::new()),
+            watched: Mutex::new(HashSet::new()),
+            recovered,
+            next_number: AtomicU64::new(1),
+            shutdown,
+        });
+        let replication = Arc::new(Replication { shared: Arc::clone(&shared) });
+        replication.install_handlers();
+        let weak = Arc::downgrade(&shared);
+        shared.groups.subscribe(Box::new(move || {
+            weak.upgrade().is_some_and(|shared| shared.groups_changed())
+        }));
+        let peers = locked(&shared.store).all().to_vec();
+        for peer in &peers {
+            shared.add_core(peer);
+        }
+        tokio::spawn(drive(Arc::clone(&shared), input_queue));
+        if let Some(listener) = listener {
+            tokio::spawn(link::listen(Arc::clone(&shared), listener));
+        }
+        tokio::spawn(super::check::run(Arc::clone(&shared)));
+        Ok(replication)
+    }
+
+    /// Where the listener listens.
+    #[must_use]
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        self.shared.local_addr
+    }
+
+    /// Ends all links and tasks.
+    pub fn shutdown(&self) {
+        self.shared.shutdown.send_replace(true);
+    }
+}
+
+fn bind(address: SocketAddr) -> Result<TcpListener, ReplicationError> {
+    let failed = |cause| ReplicationError::Listen { address, cause };
+    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    TcpListener::from_std(listener).map_err(failed)
+}
+
+impl Shared {
+    pub(super) fn me(&self) -> NodeId {
+        self.context.node.id
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.context.env.clock.monotonic()
+    }
+
+    pub(super) fn wall(&self) -> LogTime {
+        self.context.env.clock.wall()
+    }
+
+    pub(super) fn identity(&self) -> Arc<Identity> {
+        Arc::clone(&self.identity.read().expect("no holder panics"))
+    }
+
+    pub(super) fn set_identity(&self, identity: Identity) {
+        *self.identity.write().expect("no holder panics") = Arc::new(identity);
+    }
+
+    pub(super) fn hello(
+        &self,
+        purpose: Purpose,
+        verdict: Verdict,
+        wanted: Option<NodeId>,
+    ) -> Hello {
+        Hello {
+            version_min: *VERSIONS.start(),
+            version_max: *VERSIONS.end(),
+            purpose,
+            verdict,
+            node: self.me(),
+            incarnation: self.incarnation,
+            wanted,
+            features: 0,
+        }
+    }
+
+    pub(super) fn welcome(&self) -> Message {
+        Message::Welcome {
+            name: self.context.node.name.to_string(),
+            address: self.advertised.clone().unwrap_or_default(),
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    pub(super) fn peer(&self, node: NodeId) -> Option<Peer> {
+        locked(&self.store).by_node(node).cloned()
+    }
+
+    pub(super) fn peer_named(&self, name: &str) -> Result<Peer, ReplicationError> {
+        let found = locked(&self.store).by_name(name).cloned();
+        found.ok_or_else(|| ReplicationError::NoPeer(name.to_owned()))
+    }
+
+    pub(super) fn peer_by_fingerprint(&self, fingerprint: &Fingerprint) -> Option<Peer> {
+        locked(&self.store).by_fingerprint(fingerprint).cloned()
+    }
+
+    pub(super) fn replica(&self, group: GroupId) -> Option<Arc<dyn Replica>> {
+        self.groups.by_id(group)
+    }
+
+    pub(super) fn shutdown_signal(&self) -> watch::Receiver<bool> {
+        self.shutdown.subscribe()
+    }
+
+    pub(super) fn next_number(&self) -> u64 {
+        self.next_number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn next_conn(&self) -> ConnId {
+        ConnId(self.next_number())
+    }
+
+    /// Hands an input to a peer's core.
+    pub(super) fn input(&self, peer: NodeId, input: Input) {
+        // Fails when the service has ended.
+        let _ = self.inputs.send((peer, input));
+    }
+
+    pub(super) fn add_conn(&self, conn: ConnId, handle: Arc<Conn>) {
+        locked(&self.conns).insert(conn, handle);
+    }
+
+    pub(super) fn remove_conn(&self, conn: ConnId) {
+        locked(&self.conns).remove(&conn);
+        // Dropping the senders tells those who wait for an answer.
+        locked(&self.pending).retain(|(waiting, _), _| *waiting != conn);
+    }
+
+    pub(super) fn conn(&self, conn: ConnId) -> Option<Arc<Conn>> {
+        locked(&self.conns).get(&conn).cloned()
+    }
+
+    /// Adds the core of a peer, or renews what it knows.
+    pub(super) fn add_core(&self, peer: &Peer) {
+        {
+            let mut cores = locked(&self.cores);
+            cores.entry(peer.node).or_insert_with(|| {
+                let settings = Settings {
+                    heartbeat: self.config.heartbeat,
+                    lost_after: self.config.lost_after,
+                    ..Settings::default()
+                };
+                PeerCore::new(self.now(), self.me(), peer.node, peer.name.clone(), settings)
+            });
+        }
+        self.input(peer.node, Input::CanDial(peer.address.is_some()));
+        self.groups_changed();
+    }
+
+    pub(super) fn remove_core(&self, node: NodeId) {
+        let core = locked(&self.cores).remove(&node);
+        let reason = "the peer was removed here".to_owned();
+        if let Some(conn) = core.and_then(|core| core.conn()).and_then(|conn| self.conn(conn)) {
+            conn.close(reason);
+        }
+    }
+
+    /// Has all groups looked at again. False when the service has ended.
+    pub(super) fn groups_changed(&self) -> bool {
+        *locked(&self.all_dirty) = true;
+        self.wake.notify_one();
+        !*self.shutdown.borrow()
+    }
+
+    fn group_changed(&self, group: GroupId) -> bool {
+        locked(&self.dirty).insert(group);
+        self.wake.notify_one();
+        !*self.shutdown.borrow()
+    }
+
+    /// A peer said who it is: keep its address.
+    pub(super) fn on_welcome(&self, node: NodeId, name: &str, address: &str, program: &str) {
+        tracing::debug!(name, address, program, "peer says welcome");
+        if address.is_empty() {
+            return;
+        }
+        let changed = locked(&self.store)
+            .change(node, |peer| peer.address = Some(address.to_owned()))
+            .is_ok();
+        if changed {
+            self.input(node, Input::CanDial(true));
+        }
+    }
+
+    /// Tells every core what the groups are now, for those that changed.
+    fn look_at_groups(self: &Arc<Self>, outputs: &mut Vec<(NodeId, Output)>) {
+        let all = std::mem::take(&mut *locked(&self.all_dirty));
+        let dirty = std::mem::take(&mut *locked(&self.dirty));
+        let groups: Vec<Arc<dyn Replica>> = if all {
+            let groups = self.groups.groups();
+            self.watch(&groups);
+            groups
+        } else {
+            dirty.iter().filter_map(|group| self.groups.by_id(*group)).collect()
+        };
+        if !all && groups.is_empty() {
+            return;
+        }
+        let peers = locked(&self.store).all().to_vec();
+        let now = self.now();
+        let mut cores = locked(&self.cores);
+        for peer in &peers {
+            let Some(core) = cores.get_mut(&peer.node) else { continue };
+            let mut of_core = Vec::new();
+            for group in &groups {
+                let local = local_group(
+                    &**group,
+                    self.me(),
+                    peer.node,
+                    peer.copies.contains(&group.id()),
+                    self.recovered.contains(&group.id()),
+                );
+                core.handle(now, Input::Group(Box::new(local)), &mut of_core);
+                if all && peer.paused.contains(&group.id()) {
+                    let input = Input::Pause { group: group.id(), paused: true };
+                    core.handle(now, input, &mut of_core);
+                }
+            }
+            if all {
+                let here: HashSet<GroupId> = groups.iter().map(|group| group.id()).collect();
+                for gone in core.groups().filter(|group| !here.contains(group)).collect::<Vec<_>>()
+                {
+                    core.handle(now, Input::GroupGone(gone), &mut of_core);
+                }
+            }
+            outputs.extend(of_core.into_iter().map(|output| (peer.node, output)));
+        }
+        if all {
+            let here: HashSet<GroupId> = groups.iter().map(|group| group.id()).collect();
+            locked(&self.workers).retain(|group, _| here.contains(group));
+            locked(&self.checks).retain(|group, _| here.contains(group));
+        }
+    }
+
+    fn watch(self: &Arc<Self>, groups: &[Arc<dyn Replica>]) {
+        let mut watched = locked(&self.watched);
+        watched.retain(|id| groups.iter().any(|group| group.id() == *id));
+        for group in groups {
+            let id = group.id();
+            if watched.insert(id) {
+                let weak = Arc::downgrade(self);
+                group.subscribe(Box::new(move || {
+                    weak.upgrade().is_some_and(|shared| shared.group_changed(id))
+                }));
+            }
+        }
+    }
+
+    fn perform(self: &Arc<Self>, peer: NodeId, output: Output) {
+        match output {
+            Output::Dial => {
+                tokio::spawn(link::dial(Arc::clone(self), peer));
+            }
+            Output::Close { conn, reason } => {
+                if let Some(conn) = self.conn(conn) {
+                    conn.close(reason);
+                }
+            }
+            Output::Send { conn, mut message } => {
+                if let Message::Heartbeat { wall, .. } = &mut message {
+                    *wall = self.wall().0;
+                }
+                if let Some(conn) = self.conn(conn) {
+                    conn.send(&message);
+                }
+            }
+            Output::SendLog { conn, group, stream, from, to } => {
+                if let Some(conn) = self.conn(conn) {
+                    conn.send_range(Range { group, stream, from, to });
+                }
+            }
+            Output::Prepare { group, stream } => {
+                self.add_job(peer, group, Job::Prepare { peer, stream });
+            }
+            Output::LookupChain { group, lsn, ticket } => {
+                self.add_job(peer, group, Job::LookupChain { peer, lsn, ticket });
+            }
+            Output::Append { group, stream, position, bytes } => {
+                self.add_job(peer, group, Job::Append { peer, stream, position, bytes });
+            }
+            Output::Committed { group, lsn } => {
+                self.add_job(peer, group, Job::Committed { lsn });
+            }
+            Output::Demote { group } => self.add_job(peer, group, Job::Demote { peer }),
+            Output::Event { severity, code, group, text } => {
+                let group = group.as_ref().map(|name| name.as_str());
+                self.context.events.emit(severity, code, group, text, Value::Null);
+            }
+        }
+    }
+
+    fn add_job(self: &Arc<Self>, peer: NodeId, group: GroupId, job: Job) {
+        let mut workers = locked(&self.workers);
+        if let std::collections::hash_map::Entry::Vacant(vacant) = workers.entry(group) {
+            let Some(replica) = self.groups.by_id(group) else { return };
+            let inputs = self.inputs.clone();
+            let report = move |peer, input| {
+                let _ = inputs.send((peer, input));
+            };
+            match Worker::start(replica, report) {
+                Ok(worker) => {
+                    vacant.insert(worker);
+                }
+                Err(error) => {
+                    let text = format!("peer {peer}: no thread for its group: {error}");
+                    let code = "replication-thread";
+                    self.context.events.emit(Severity::Error, code, None, text, Value::Null);
+                    return;
+                }
+            }
+        }
+        if workers.get(&group).is_some_and(|worker| !worker.add(job)) {
+            workers.remove(&group);
+        }
+    }
+}
+
+/// Feeds the cores until the service ends.
+async fn drive(shared: Arc<Shared>, mut queue: mpsc::UnboundedReceiver<(NodeId, Input)>) {
+    let mut shutdown = shared.shutdown_signal();
+    let mut outputs: Vec<(NodeId, Output)> = Vec::new();
+    loop {
+        let now = shared.now();
+        let next = locked(&shared.cores).values().filter_map(PeerCore::next_wake).min();
+        let wait = next.map_or(Duration::from_secs(3600), |next| next.saturating_sub(now));
+        let received = tokio::select! {
+            received = queue.recv() => received,
+            () = shared.wake.notified() => None,
+            () = tokio::time::sleep(wait) => None,
+            _ = shutdown.wait_for(|ending| *ending) => break,
+        };
+        {
+            let now = shared.now();
+            let mut cores = locked(&shared.cores);
+            let mut received = received;
+            // A bounded batch, so that timers are looked at in between.
+            for _ in 0..256 {
+                let Some((peer, input)) = received.take().or_else(|| queue.try_recv().ok()) else {
+                    break;
+                };
+                if let Some(core) = cores.get_mut(&peer) {
+                    let mut of_core = Vec::new();
+                    core.handle(now, input, &mut of_core);
+                    outputs.extend(of_core.into_iter().map(|output| (peer, output)));
+                }
+            }
+            for (peer, core) in cores.iter_mut() {
+                if core.next_wake().is_some_and(|wake| wake <= now) {
+                    let mut of_core = Vec::new();
+                    core.handle(now, Input::Tick, &mut of_core);
+                    outputs.extend(of_core.into_iter().map(|output| (*peer, output)));
+                }
+            }
+        }
+        shared.look_at_groups(&mut outputs);
+        for (peer, output) in outputs.drain(..) {
+            shared.perform(peer, output);
+        }
+    }
+    for conn in locked(&shared.conns).values() {
+        conn.close("this node shuts down".to_owned());
+    }
+    locked(&shared.workers).clear();
+}

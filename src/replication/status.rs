@@ -1,0 +1,188 @@
+//! What status shows of a peer: plain data in the shape that scripts rely on.
+//!
+//! Every state that is not the good one has a reason and a time beside it.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::log::control::Mode;
+use crate::units::{LogTime, Lsn};
+
+use super::channel::{Channel, ReplicationState};
+use super::core::{Membership, PeerCore};
+
+/// How far a copy is behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Lag {
+    /// Bytes of log that it has not received.
+    pub bytes: u64,
+    /// Requests that it has not received.
+    pub operations: u64,
+    /// The age of the oldest byte that it has not received.
+    pub seconds: f64,
+}
+
+/// One entry of `peers` in status. On a secondary it is the primary, and lag is this node's own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// The peer's name.
+    pub name: String,
+    /// When a write is answered.
+    pub mode: Mode,
+    /// `primary` or `secondary`, as the peer last announced itself.
+    pub role: String,
+    /// `standalone`, `connecting` or `connected`.
+    pub link_state: String,
+    /// Why it is not connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_state_reason: Option<String>,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_state_since: Option<LogTime>,
+    /// `idle`, `streaming`, `catching-up`, `paused`, `blocked` or `split-brain`.
+    pub replication_state: String,
+    /// Why it is not streaming.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replication_state_reason: Option<String>,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replication_state_since: Option<LogTime>,
+    /// What the secondary of the two has received.
+    pub received_lsn: Lsn,
+    /// What of it survives power loss there.
+    pub durable_lsn: Lsn,
+    /// How far the secondary of the two is behind.
+    pub lag: Lag,
+    /// The age of the copy that its owner wants at most, if one was set.
+    pub rpo_target_seconds: Option<f64>,
+    /// The age of the oldest byte that is not durable on the secondary.
+    pub rpo_actual_seconds: f64,
+    /// Progress of a resync, where one is going on.
+    pub resync: Option<Value>,
+    /// Bytes of log that are not durable on the secondary.
+    pub behind_bytes: u64,
+    /// Peers always speak TLS 1.3.
+    pub tls: bool,
+    /// Seconds since anything was heard of the peer; none where nothing was since this node started.
+    pub heard_seconds: Option<f64>,
+    /// The peer's wall clock minus this node's.
+    pub clock_offset_seconds: Option<f64>,
+}
+
+impl PeerStatus {
+    /// The entry of a channel; none where the group has nothing to do with the peer. Times in it
+    /// are monotonic nanoseconds until [`PeerStatus::with_wall`] has made them wall-clock times.
+    pub(super) fn of(core: &PeerCore, channel: &Channel, now: Duration) -> Option<PeerStatus> {
+        let local = channel.local();
+        if local.membership == Membership::Stranger {
+            return None;
+        }
+        let rpo_target = match local.membership {
+            Membership::Member { rpo_target } => rpo_target,
+            _ => None,
+        };
+        let (state, reason, since) = channel.state();
+        let (link_state, link_reason) = match core.link_down() {
+            None => ("connected", None),
+            Some((since, reason)) if core.can_dial() => ("connecting", Some((reason, since))),
+            Some((since, _)) => {
+                ("standalone", Some(("there is no address to dial; the peer has to", since)))
+            }
+        };
+        let streaming = state == ReplicationState::Streaming;
+        let view =
+            if local.primary { primary_view(channel, now) } else { secondary_view(channel, now) };
+        let peer_is_primary = channel.remote().map_or(!local.primary, |remote| remote.primary);
+        Some(PeerStatus {
+            name: core.name().to_string(),
+            mode: Mode::Async,
+            role: if peer_is_primary { "primary" } else { "secondary" }.to_owned(),
+            link_state: link_state.to_owned(),
+            link_state_reason: link_reason.map(|(reason, _)| reason.to_owned()),
+            link_state_since: link_reason.map(|(_, since)| monotonic(since)),
+            replication_state: state.text().to_owned(),
+            replication_state_reason: (!streaming).then(|| reason.to_owned()),
+            replication_state_since: (!streaming).then(|| monotonic(since)),
+            received_lsn: view.received,
+            durable_lsn: view.durable,
+            lag: view.lag,
+            rpo_target_seconds: rpo_target.map(|target| target.0.as_secs_f64()),
+            rpo_actual_seconds: view.rpo_actual.as_secs_f64(),
+            resync: None,
+            behind_bytes: view.behind_bytes,
+            tls: true,
+            heard_seconds: core.heard().map(|heard| now.saturating_sub(heard).as_secs_f64()),
+            clock_offset_seconds: core.clock_offset().map(|offset| offset.seconds),
+        })
+    }
+
+    /// Turns monotonic times into wall-clock times.
+    #[must_use]
+    pub(super) fn with_wall(mut self, now: Duration, wall: LogTime) -> PeerStatus {
+        let convert = |time: LogTime| {
+            let age = now.saturating_sub(Duration::from_nanos(time.0));
+            LogTime(wall.0.saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)))
+        };
+        self.link_state_since = self.link_state_since.map(convert);
+        self.replication_state_since = self.replication_state_since.map(convert);
+        self
+    }
+}
+
+fn monotonic(time: Duration) -> LogTime {
+    LogTime(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+}
+
+struct View {
+    received: Lsn,
+    durable: Lsn,
+    lag: Lag,
+    rpo_actual: Duration,
+    behind_bytes: u64,
+}
+
+fn primary_view(channel: &Channel, now: Duration) -> View {
+    let local = channel.local();
+    let acked = channel.acked();
+    let (received_lag, durable_lag) = channel.lags(now);
+    View {
+        received: acked.received,
+        durable: acked.durable,
+        lag: Lag {
+            bytes: local.history.head.bytes_since(acked.received),
+            operations: local.requests.saturating_sub(acked.requests),
+            seconds: received_lag.as_secs_f64(),
+        },
+        rpo_actual: durable_lag,
+        behind_bytes: local.history.head.bytes_since(acked.durable),
+    }
+}
+
+/// A secondary knows only what it was told, so its age grows while nothing is heard.
+fn secondary_view(channel: &Channel, now: Duration) -> View {
+    let local = channel.local();
+    // Nothing told yet: at least as old as this node's process, and health says that it is unknown.
+    let age = secondary_lag(channel, now).unwrap_or(now);
+    let told = channel.told();
+    let primary_head = told.map_or(local.history.head, |told| told.head);
+    let primary_requests = told.map_or(local.requests, |told| told.requests);
+    View {
+        received: local.history.head,
+        durable: local.durable,
+        lag: Lag {
+            bytes: primary_head.bytes_since(local.history.head),
+            operations: primary_requests.saturating_sub(local.requests),
+            seconds: age.as_secs_f64(),
+        },
+        rpo_actual: age,
+        behind_bytes: primary_head.bytes_since(local.durable),
+    }
+}
+
+/// The age of a secondary's copy at worst: what the primary told, plus the time since. Unknown
+/// before it told anything.
+pub(super) fn secondary_lag(channel: &Channel, now: Duration) -> Option<Duration> {
+    channel.told().map(|told| told.lag + now.saturating_sub(told.at))
+}

@@ -1,0 +1,133 @@
+//! The thread of one replicated group: all that touches its log for the core, in order, off the
+//! runtime's threads.
+
+use std::sync::{Arc, mpsc};
+
+use bytes::Bytes;
+
+use crate::units::{Lsn, NodeId};
+
+use super::core::{Appended, Input};
+use super::replica::{Replica, history_of};
+
+/// Appended bytes after which a result is told though more bytes wait.
+const REPORT_BYTES: u64 = 1 << 20;
+
+/// What a group's thread does.
+#[derive(Debug)]
+pub(super) enum Job {
+    Prepare { peer: NodeId, stream: u64 },
+    LookupChain { peer: NodeId, lsn: Lsn, ticket: u64 },
+    Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
+    Committed { lsn: Lsn },
+    Demote { peer: NodeId },
+}
+
+/// A running thread; it ends when this is dropped and all its jobs are done.
+pub(super) struct Worker {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Worker {
+    /// Starts the thread. `report` takes each result, and never blocks.
+    pub(super) fn start(
+        group: Arc<dyn Replica>,
+        report: impl Fn(NodeId, Input) + Send + 'static,
+    ) -> std::io::Result<Worker> {
+        let (jobs, waiting) = mpsc::channel();
+        std::thread::Builder::new()
+            .name(format!("replica {}", group.name()))
+            .spawn(move || run(&*group, &waiting, &report))?;
+        Ok(Worker { jobs })
+    }
+
+    /// Adds a job behind those that wait. False where the thread is gone.
+    pub(super) fn add(&self, job: Job) -> bool {
+        self.jobs.send(job).is_ok()
+    }
+}
+
+fn run(
+    group: &dyn Replica,
+    waiting: &mpsc::Receiver<Job>,
+    report: &(impl Fn(NodeId, Input) + Send),
+) {
+    let mut next = None;
+    while let Some(job) = next.take().or_else(|| waiting.recv().ok()) {
+        match job {
+            Job::Prepare { peer, stream } => {
+                group.reset_received();
+                let positions = group.positions();
+                report(
+                    peer,
+                    Input::Prepared {
+                        group: group.id(),
+                        stream,
+                        history: history_of(group, &positions),
+                        durable: positions.durable.min(positions.head),
+                        requests: positions.requests,
+                    },
+                );
+            }
+            Job::LookupChain { peer, lsn, ticket } => {
+                let chain = group.chain_at(lsn);
+                report(peer, Input::ChainFound { group: group.id(), ticket, chain });
+            }
+            Job::Append { peer, stream, position, bytes } => {
+                let mut appended = bytes.len() as u64;
+                let mut result = append(group, position, &bytes);
+                // What waits behind it goes along before anybody is told.
+                while result.is_ok() && appended < REPORT_BYTES {
+                    match waiting.try_recv() {
+                        Ok(Job::Append { peer: p, stream: s, position, bytes })
+                            if p == peer && s == stream =>
+                        {
+                            appended += bytes.len() as u64;
+                            result = append(group, position, &bytes);
+                        }
+                        Ok(other) => {
+                            next = Some(other);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+                report(peer, appended_input(group, stream, result));
+            }
+            Job::Committed { lsn } => group.note_committed(lsn),
+            Job::Demote { peer } => {
+                if let Err(error) = group.demote() {
+                    let reason = error.to_string();
+                    report(peer, Input::DemoteFailed { group: group.id(), reason });
+                }
+            }
+        }
+    }
+}
+
+fn append(group: &dyn Replica, position: Lsn, bytes: &[u8]) -> Result<(), String> {
+    let expected = group.received_end();
+    if position != expected {
+        return Err(format!("bytes for LSN {position} came where {expected} is next"));
+    }
+    group.append_received(position, bytes).map(|_| ()).map_err(|error| error.to_string())
+}
+
+fn appended_input(group: &dyn Replica, stream: u64, result: Result<(), String>) -> Input {
+    let group_id = group.id();
+    match result {
+        Ok(()) => {
+            let positions = group.positions();
+            Input::Appended(Appended {
+                group: group_id,
+                stream,
+                received: group.received_end(),
+                head: positions.head,
+                chain: positions.chain,
+                durable: positions.durable.min(positions.head),
+                requests: positions.requests,
+            })
+        }
+        Err(reason) => Input::AppendFailed { group: group_id, stream, reason },
+    }
+}
