@@ -1,0 +1,647 @@
+//! One volume's image at the horizon: a sparse file, and its sidecar.
+
+use std::io::{self, IoSlice};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::io::{BatchRead, Disk, DiskFile, OpenMode};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, VolumeNumber};
+
+use super::sidecar::{self, BLOCKS_PER_CHUNK, SLOT_BYTES, SUMS_BYTES, Slot};
+
+/// Bytes of a block, as a length.
+const BLOCK: usize = BLOCK_BYTES as usize;
+
+/// What failed in the base.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BaseError {
+    /// A block is not what was folded.
+    #[error(
+        "base of volume {volume}: block at {offset}: checksum: got {got:08x}, expected {expected:08x}"
+    )]
+    Damaged {
+        /// The volume.
+        volume: VolumeNumber,
+        /// The block's first byte in the volume.
+        offset: u64,
+        /// What the block's bytes have.
+        got: u32,
+        /// What the sidecar says.
+        expected: u32,
+    },
+    /// The sidecar of a chunk is torn or damaged.
+    #[error("base of volume {volume}: sidecar of the chunk at {offset}: its checksum is wrong")]
+    Sidecar {
+        /// The volume.
+        volume: VolumeNumber,
+        /// The chunk's first byte in the volume.
+        offset: u64,
+    },
+    /// A file could not be read or written.
+    #[error("base of volume {volume}: {what}: {cause}")]
+    Io {
+        /// The volume.
+        volume: VolumeNumber,
+        /// What was tried.
+        what: &'static str,
+        /// What the disk said.
+        cause: String,
+    },
+}
+
+/// One read of a batch.
+pub struct BaseRead<'a> {
+    /// The volume to read.
+    pub base: &'a BaseVolume,
+    /// First byte, any alignment.
+    pub offset: u64,
+    /// Filled completely, or `result` is an error. What lies beyond the base's end reads as zeros.
+    pub buffer: &'a mut [u8],
+    /// How it went. `Ok` before the batch runs.
+    pub result: Result<(), BaseError>,
+}
+
+/// One volume's image at the horizon.
+pub struct BaseVolume {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    number: VolumeNumber,
+    image: Arc<dyn DiskFile>,
+    sums: Arc<dyn DiskFile>,
+    size_bytes: AtomicU64,
+    folder: Mutex<Option<OpenChunk>>,
+}
+
+/// The chunk that the folder is at: its sums and slot, written when it goes on.
+struct OpenChunk {
+    chunk: u64,
+    slot: Slot,
+    sums: Box<[u8; SUMS_BYTES]>,
+}
+
+fn image_path(dir: &Path, number: VolumeNumber) -> PathBuf {
+    dir.join(format!("{number}.img"))
+}
+
+fn sums_path(dir: &Path, number: VolumeNumber) -> PathBuf {
+    dir.join(format!("{number}.sum"))
+}
+
+fn check_size(size_bytes: u64) {
+    assert!(size_bytes.is_multiple_of(BLOCK_BYTES), "a volume of {size_bytes} bytes");
+}
+
+impl BaseVolume {
+    /// Makes the base of a new volume, all holes. It is durable on return; what an earlier attempt
+    /// left under its name is replaced.
+    pub fn create(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        number: VolumeNumber,
+        size_bytes: u64,
+    ) -> io::Result<BaseVolume> {
+        check_size(size_bytes);
+        let image = disk.open(&image_path(dir, number), OpenMode::Create)?;
+        let sums = disk.open(&sums_path(dir, number), OpenMode::Create)?;
+        for (file, bytes) in [(&image, size_bytes), (&sums, sidecar::file_bytes(size_bytes))] {
+            file.set_len(0)?;
+            file.set_len(bytes)?;
+        }
+        sums.write_at(&[IoSlice::new(&sidecar::encode_header(number))], 0)?;
+        image.sync()?;
+        sums.sync()?;
+        disk.sync_dir(dir)?;
+        Ok(BaseVolume::of(disk, dir, number, image, sums, size_bytes))
+    }
+
+    /// Opens the base of a volume.
+    pub fn open(disk: Arc<dyn Disk>, dir: &Path, number: VolumeNumber) -> io::Result<BaseVolume> {
+        let image = disk.open(&image_path(dir, number), OpenMode::ReadWrite)?;
+        let path = sums_path(dir, number);
+        let sums = disk.open(&path, OpenMode::ReadWrite)?;
+        let mut header = [0; 16];
+        let read = sums.read_at(&mut header, 0).map_err(|error| error.to_string());
+        read.and_then(|()| sidecar::check_header(&header, number)).map_err(|cause| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("{}: {cause}", path.display()))
+        })?;
+        let size_bytes = image.len()?;
+        if sums.len()? < sidecar::file_bytes(size_bytes) {
+            // A resize that did not get to its sync; it will be done again.
+            sums.set_len(sidecar::file_bytes(size_bytes))?;
+        }
+        Ok(BaseVolume::of(disk, dir, number, image, sums, size_bytes))
+    }
+
+    fn of(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        number: VolumeNumber,
+        image: Arc<dyn DiskFile>,
+        sums: Arc<dyn DiskFile>,
+        size_bytes: u64,
+    ) -> BaseVolume {
+        BaseVolume {
+            disk,
+            dir: dir.to_owned(),
+            number,
+            image,
+            sums,
+            size_bytes: AtomicU64::new(size_bytes),
+            folder: Mutex::new(None),
+        }
+    }
+
+    /// The volume's number.
+    #[must_use]
+    pub fn number(&self) -> VolumeNumber {
+        self.number
+    }
+
+    /// The base's size in bytes; it follows the volume's when a fold passes the resize.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Gives the base another size, a multiple of 4096. What is cut off reads as zeros should it
+    /// grow again. For the folder; durable with the next [`BaseVolume::sync`], and to be called again
+    /// after a crash before that, also where the size is the same.
+    pub fn resize(&self, size_bytes: u64) -> io::Result<()> {
+        check_size(size_bytes);
+        let mut folder = self.folder();
+        self.close_chunk(&mut folder)?;
+        self.image.set_len(size_bytes)?;
+        let sums_bytes = sidecar::file_bytes(size_bytes);
+        self.sums.set_len(sums_bytes)?;
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        // The last region's sums and slots beyond the end go.
+        let (block, chunk) = (size_bytes / BLOCK_BYTES, size_bytes.div_ceil(CHUNK_BYTES));
+        if size_bytes % CHUNK_BYTES != 0 {
+            let mut open = self.read_chunk(size_bytes / CHUNK_BYTES)?;
+            open.sums[(block as usize % BLOCKS_PER_CHUNK) * 4..].fill(0);
+            self.write_chunk(&mut open)?;
+        }
+        if chunk % sidecar::CHUNKS_PER_REGION != 0 {
+            let slots = sidecar::slot_offset(chunk);
+            let slots_end = slots / sidecar::REGION_BYTES * sidecar::REGION_BYTES;
+            let slots_end = slots_end + sidecar::HEADER_BYTES + sidecar::SLOTS_BYTES;
+            self.sums.punch_hole(slots, slots_end - slots)?;
+            let first = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
+            self.sums.punch_hole(first, sums_bytes - first)?;
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from `offset`, any alignment; every block that it touches is checked.
+    ///
+    /// # Errors
+    ///
+    /// [`BaseError::Damaged`] where a block is not what was folded; [`BaseError::Io`].
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BaseError> {
+        let mut reads = [BaseRead { base: self, offset, buffer, result: Ok(()) }];
+        read_batch(&*self.disk, &mut reads, &mut []);
+        let [read] = reads;
+        read.result
+    }
+
+    /// Writes whole blocks with their CRC-32s; `born` is the LSN of the last record folded into
+    /// them. For the folder, in the order of blocks; durable with the next [`BaseVolume::sync`].
+    pub fn write_blocks(
+        &self,
+        offset: u64,
+        data: &[u8],
+        crcs: &[u32],
+        born: Lsn,
+    ) -> io::Result<()> {
+        self.check_range(offset, data.len() as u64);
+        assert_eq!(crcs.len(), data.len() / BLOCK, "one CRC per block");
+        let mut folder = self.folder();
+        self.image.write_at(&[IoSlice::new(data)], offset)?;
+        for (index, (crc, bytes)) in crcs.iter().zip(data.chunks_exact(BLOCK)).enumerate() {
+            let block = offset / BLOCK_BYTES + index as u64;
+            let open = self.chunk_at(&mut folder, block / BLOCKS_PER_CHUNK as u64, born)?;
+            let sum = sidecar::stored_sum(*crc);
+            open.sums[sum_range(block)].copy_from_slice(&sum.to_le_bytes());
+            if sum == 0 && bytes.iter().any(|byte| *byte != 0) {
+                open.slot.collision = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a range of whole blocks read as zeros and gives its space back; `born` as in
+    /// [`BaseVolume::write_blocks`]. For the folder. A chunk that never held anything stays unborn.
+    pub fn zero_blocks(&self, offset: u64, length: u64, born: Lsn) -> io::Result<()> {
+        self.check_range(offset, length);
+        let mut folder = self.folder();
+        self.image.punch_hole(offset, length)?;
+        let end = offset + length;
+        let mut position = offset;
+        while position < end {
+            let chunk = position / CHUNK_BYTES;
+            let chunk_end = (chunk + 1) * CHUNK_BYTES;
+            if position % CHUNK_BYTES == 0 && chunk_end <= end {
+                // Whole chunks of one region: their sums become a hole.
+                let region_end = (chunk / sidecar::CHUNKS_PER_REGION + 1)
+                    * sidecar::CHUNKS_PER_REGION
+                    * CHUNK_BYTES;
+                let to = (end / CHUNK_BYTES * CHUNK_BYTES).min(region_end);
+                self.zero_chunks(&mut folder, chunk, to / CHUNK_BYTES, born)?;
+                position = to;
+                continue;
+            }
+            let to = end.min(chunk_end);
+            let written = {
+                let open = self.chunk_at_unborn(&mut folder, chunk)?;
+                let blocks = position / BLOCK_BYTES..to / BLOCK_BYTES;
+                let written = open.slot.is_written();
+                for block in blocks {
+                    open.sums[sum_range(block)].fill(0);
+                }
+                written
+            };
+            if written {
+                self.chunk_at(&mut folder, chunk, born)?;
+            }
+            position = to;
+        }
+        Ok(())
+    }
+
+    /// Makes image and sidecar durable. Where it fails nothing of the fold can be relied on, and it
+    /// must not be tried again as if nothing had happened.
+    pub fn sync(&self) -> io::Result<()> {
+        let mut folder = self.folder();
+        self.close_chunk(&mut folder)?;
+        drop(folder);
+        self.image.sync()?;
+        self.sums.sync()
+    }
+
+    /// What `[offset, offset + length)` holds as runs of (offset, length, whether it is data), in
+    /// order and without gaps, at most `limit` of them; both bounds are multiples of 4096. What is
+    /// not data is zeros and takes no space; where the sidecar cannot tell, it is called data.
+    pub fn allocation(
+        &self,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> io::Result<Vec<(u64, u64, bool)>> {
+        let end = offset + length;
+        let size_bytes = self.size_bytes();
+        let mut runs: Vec<(u64, u64, bool)> = Vec::new();
+        let mut push = |from: u64, to: u64, data: bool| {
+            if let Some(last) = runs.last_mut()
+                && last.2 == data
+            {
+                last.1 += to - from;
+                return true;
+            }
+            let room = runs.len() < limit;
+            if room {
+                runs.push((from, to - from, data));
+            }
+            room
+        };
+        let mut slots = SlotReader::new(self);
+        let mut position = offset;
+        'chunks: while position < end {
+            if position >= size_bytes {
+                push(position, end, false);
+                break;
+            }
+            let chunk = position / CHUNK_BYTES;
+            let to =
+                end.min((chunk + 1) * CHUNK_BYTES).min(size_bytes.next_multiple_of(BLOCK_BYTES));
+            match slots.slot(chunk)? {
+                Some(slot) if !slot.is_written() => {
+                    if !push(position, to, false) {
+                        break;
+                    }
+                }
+                Some(slot) if !slot.collision => {
+                    let mut sums = [0; SUMS_BYTES];
+                    let first = chunk * BLOCKS_PER_CHUNK as u64;
+                    self.sums.read_at(&mut sums, sidecar::sum_offset(first))?;
+                    let trusted = slot.covers(&sums);
+                    for block in position / BLOCK_BYTES..to.div_ceil(BLOCK_BYTES) {
+                        let data = !trusted || sums[sum_range(block)] != [0; 4];
+                        let from = position.max(block * BLOCK_BYTES);
+                        if !push(from, to.min((block + 1) * BLOCK_BYTES), data) {
+                            break 'chunks;
+                        }
+                    }
+                }
+                _ => {
+                    if !push(position, to, true) {
+                        break;
+                    }
+                }
+            }
+            position = to;
+        }
+        Ok(runs)
+    }
+
+    /// The runs of chunks, as (offset, length) in bytes, into which a record at or after `since` was
+    /// folded. A chunk whose slot is damaged counts as changed.
+    pub fn born_since(&self, since: Lsn) -> io::Result<Vec<(u64, u64)>> {
+        let size_bytes = self.size_bytes();
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut slots = SlotReader::new(self);
+        for chunk in 0..size_bytes.div_ceil(CHUNK_BYTES) {
+            let changed =
+                slots.slot(chunk)?.is_none_or(|slot| slot.is_written() && slot.birth >= since);
+            if changed {
+                let from = chunk * CHUNK_BYTES;
+                let length = CHUNK_BYTES.min(size_bytes - from);
+                match runs.last_mut() {
+                    Some(last) if last.0 + last.1 == from => last.1 += length,
+                    _ => runs.push((from, length)),
+                }
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Reads a range and checks every block and the sidecar of every chunk that it touches; bytes
+    /// read. For verify, not beside a fold.
+    ///
+    /// # Errors
+    ///
+    /// The first damage.
+    pub fn check(&self, offset: u64, length: u64) -> Result<u64, BaseError> {
+        let size_bytes = self.size_bytes();
+        let end = size_bytes.min(offset.saturating_add(length));
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        let mut position = offset;
+        let mut slots = SlotReader::new(self);
+        let mut checked = 0;
+        while position < end {
+            let chunk = position / CHUNK_BYTES;
+            let to = end.min((chunk + 1) * CHUNK_BYTES);
+            let mut sums = [0; SUMS_BYTES];
+            let first = chunk * BLOCKS_PER_CHUNK as u64;
+            let slot = slots.slot(chunk).map_err(|error| self.io("read the sidecar", &error))?;
+            self.sums
+                .read_at(&mut sums, sidecar::sum_offset(first))
+                .map_err(|error| self.io("read the sidecar", &error))?;
+            if !slot.is_some_and(|slot| slot.covers(&sums)) {
+                let offset = chunk * CHUNK_BYTES;
+                return Err(BaseError::Sidecar { volume: self.number, offset });
+            }
+            if slot.is_some_and(|slot| slot.is_written()) {
+                let bytes = (to - position) as usize;
+                self.read(position, &mut buffer[..bytes])?;
+                checked += bytes as u64;
+            }
+            position = to;
+        }
+        Ok(checked)
+    }
+
+    /// Takes the volume's files away; durable on return.
+    pub fn remove(self) -> io::Result<()> {
+        self.disk.remove(&image_path(&self.dir, self.number))?;
+        self.disk.remove(&sums_path(&self.dir, self.number))?;
+        self.disk.sync_dir(&self.dir)
+    }
+
+    fn folder(&self) -> MutexGuard<'_, Option<OpenChunk>> {
+        self.folder.lock().expect("no folder panics")
+    }
+
+    fn check_range(&self, offset: u64, length: u64) {
+        assert!(offset.is_multiple_of(BLOCK_BYTES), "offset {offset} is not a multiple of 4096");
+        assert!(length.is_multiple_of(BLOCK_BYTES), "length {length} is not a multiple of 4096");
+        let size_bytes = self.size_bytes();
+        assert!(
+            offset + length <= size_bytes.next_multiple_of(BLOCK_BYTES),
+            "[{offset}, {}) in a base of {size_bytes} bytes",
+            offset + length
+        );
+    }
+
+    fn io(&self, what: &'static str, error: &io::Error) -> BaseError {
+        BaseError::Io { volume: self.number, what, cause: error.to_string() }
+    }
+
+    /// The chunk for changing, born at `born` at the earliest.
+    fn chunk_at<'a>(
+        &self,
+        folder: &'a mut Option<OpenChunk>,
+        chunk: u64,
+        born: Lsn,
+    ) -> io::Result<&'a mut OpenChunk> {
+        assert!(born < Lsn::MAX, "position {born} needs the top bit");
+        let open = self.chunk_at_unborn(folder, chunk)?;
+        open.slot.birth = open.slot.birth.max(born);
+        Ok(open)
+    }
+
+    fn chunk_at_unborn<'a>(
+        &self,
+        folder: &'a mut Option<OpenChunk>,
+        chunk: u64,
+    ) -> io::Result<&'a mut OpenChunk> {
+        if folder.as_ref().is_none_or(|open| open.chunk != chunk) {
+            self.close_chunk(folder)?;
+            *folder = Some(self.read_chunk(chunk)?);
+        }
+        Ok(folder.as_mut().expect("it was put there"))
+    }
+
+    fn read_chunk(&self, chunk: u64) -> io::Result<OpenChunk> {
+        let mut sums = Box::new([0; SUMS_BYTES]);
+        let first = chunk * BLOCKS_PER_CHUNK as u64;
+        self.sums.read_at(&mut *sums, sidecar::sum_offset(first))?;
+        let mut slot = [0; SLOT_BYTES];
+        self.sums.read_at(&mut slot, sidecar::slot_offset(chunk))?;
+        // A slot that was torn is made again: the fold that tore it is the one that runs now, and
+        // sums that it does not set are the same before and after. A sum that is damaged besides
+        // shows as a damaged block.
+        let slot =
+            Slot::decode(&slot, chunk).unwrap_or(Slot { collision: true, ..Slot::default() });
+        Ok(OpenChunk { chunk, slot, sums })
+    }
+
+    fn close_chunk(&self, folder: &mut Option<OpenChunk>) -> io::Result<()> {
+        if let Some(mut open) = folder.take() {
+            self.write_chunk(&mut open)?;
+        }
+        Ok(())
+    }
+
+    fn write_chunk(&self, open: &mut OpenChunk) -> io::Result<()> {
+        let first = open.chunk * BLOCKS_PER_CHUNK as u64;
+        if !open.slot.is_written() {
+            return self.sums.punch_hole(sidecar::sum_offset(first), SUMS_BYTES as u64);
+        }
+        open.slot.sums_checksum = crc32fast::hash(&*open.sums);
+        self.sums.write_at(&[IoSlice::new(&*open.sums)], sidecar::sum_offset(first))?;
+        let slot = open.slot.encode(open.chunk);
+        self.sums.write_at(&[IoSlice::new(&slot)], sidecar::slot_offset(open.chunk))
+    }
+
+    /// Zeros the sums of whole chunks of one region, and notes the birth of those that held
+    /// something.
+    fn zero_chunks(
+        &self,
+        folder: &mut Option<OpenChunk>,
+        from: u64,
+        to: u64,
+        born: Lsn,
+    ) -> io::Result<()> {
+        assert!(born < Lsn::MAX, "position {born} needs the top bit");
+        self.close_chunk(folder)?;
+        let first = sidecar::sum_offset(from * BLOCKS_PER_CHUNK as u64);
+        self.sums.punch_hole(first, (to - from) * SUMS_BYTES as u64)?;
+        let mut slots = vec![0; (to - from) as usize * SLOT_BYTES];
+        self.sums.read_at(&mut slots, sidecar::slot_offset(from))?;
+        let mut changed = false;
+        for (index, bytes) in slots.chunks_exact_mut(SLOT_BYTES).enumerate() {
+            let chunk = from + index as u64;
+            let bytes: &mut [u8; SLOT_BYTES] = bytes.try_into().expect("a slot's bytes");
+            let birth = match Slot::decode(bytes, chunk) {
+                Ok(slot) if !slot.is_written() => continue,
+                Ok(slot) => slot.birth.max(born),
+                Err(_) => born,
+            };
+            let sums_checksum = crc32fast::hash(&[0; SUMS_BYTES]);
+            *bytes = Slot { birth, collision: false, sums_checksum }.encode(chunk);
+            changed = true;
+        }
+        if changed {
+            self.sums.write_at(&[IoSlice::new(&slots)], sidecar::slot_offset(from))?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a block's sum lies among those of its chunk.
+fn sum_range(block: u64) -> std::ops::Range<usize> {
+    let index = block as usize % BLOCKS_PER_CHUNK;
+    index * 4..index * 4 + 4
+}
+
+/// Reads slots in order, a region's page at a time.
+struct SlotReader<'a> {
+    base: &'a BaseVolume,
+    region: Option<u64>,
+    page: Vec<u8>,
+}
+
+impl<'a> SlotReader<'a> {
+    fn new(base: &'a BaseVolume) -> SlotReader<'a> {
+        SlotReader { base, region: None, page: vec![0; sidecar::SLOTS_BYTES as usize] }
+    }
+
+    /// A chunk's slot; `None` where it is damaged.
+    fn slot(&mut self, chunk: u64) -> io::Result<Option<Slot>> {
+        let region = chunk / sidecar::CHUNKS_PER_REGION;
+        if self.region != Some(region) {
+            let first = region * sidecar::CHUNKS_PER_REGION;
+            self.base.sums.read_at(&mut self.page, sidecar::slot_offset(first))?;
+            self.region = Some(region);
+        }
+        let index = (chunk % sidecar::CHUNKS_PER_REGION) as usize;
+        let bytes = self.page[index * SLOT_BYTES..][..SLOT_BYTES].try_into().expect("its length");
+        Ok(Slot::decode(bytes, chunk).ok())
+    }
+}
+
+/// How one read of a batch is done: whole blocks into the caller's buffer, or beside it where the
+/// alignment does not fit.
+struct Plan {
+    first_block: u64,
+    blocks: usize,
+    /// Bytes of the caller's buffer that lie in the base.
+    wanted: usize,
+    /// Empty where the caller's buffer holds whole blocks.
+    beside: Vec<u8>,
+    sums: Vec<u8>,
+    /// Indexes of its reads in the batch.
+    reads: std::ops::Range<usize>,
+}
+
+/// Runs all reads of bases, and `others` beside them, as one batch; each has its result afterwards.
+pub fn read_batch(disk: &dyn Disk, reads: &mut [BaseRead<'_>], others: &mut [BatchRead<'_>]) {
+    let mut plans: Vec<Plan> = reads.iter().map(plan).collect();
+    let mut batch: Vec<BatchRead<'_>> = Vec::with_capacity(3 * reads.len() + others.len());
+    for other in others.iter_mut() {
+        let (file, offset) = (other.file, other.offset);
+        batch.push(BatchRead { file, offset, buffer: &mut *other.buffer, result: Ok(()) });
+    }
+    for (read, plan) in reads.iter_mut().zip(&mut plans) {
+        let start = batch.len();
+        if plan.blocks > 0 {
+            let buffer = if plan.beside.is_empty() {
+                &mut read.buffer[..plan.wanted]
+            } else {
+                &mut plan.beside[..]
+            };
+            let offset = plan.first_block * BLOCK_BYTES;
+            batch.push(BatchRead { file: &*read.base.image, offset, buffer, result: Ok(()) });
+            let mut rest = &mut plan.sums[..];
+            let mut block = plan.first_block;
+            while !rest.is_empty() {
+                // Up to the end of a region the sums are contiguous.
+                let per_region = sidecar::CHUNKS_PER_REGION * BLOCKS_PER_CHUNK as u64;
+                let here = (per_region - block % per_region).min(rest.len() as u64 / 4);
+                let (buffer, behind) = rest.split_at_mut(here as usize * 4);
+                let offset = sidecar::sum_offset(block);
+                batch.push(BatchRead { file: &*read.base.sums, offset, buffer, result: Ok(()) });
+                rest = behind;
+                block += here;
+            }
+        }
+        plan.reads = start..batch.len();
+    }
+    disk.read_batch(&mut batch);
+    let mut results: Vec<io::Result<()>> = batch.into_iter().map(|read| read.result).collect();
+    for (other, result) in others.iter_mut().zip(&mut results) {
+        other.result = std::mem::replace(result, Ok(()));
+    }
+    for (read, plan) in reads.iter_mut().zip(plans) {
+        let failed = results[plan.reads.clone()].iter().find_map(|result| result.as_ref().err());
+        read.result = match failed {
+            Some(error) => Err(read.base.io("read", error)),
+            None => finish(read, &plan),
+        };
+    }
+}
+
+fn plan(read: &BaseRead<'_>) -> Plan {
+    let size_bytes = read.base.size_bytes();
+    let end = (read.offset + read.buffer.len() as u64).min(size_bytes).max(read.offset);
+    let wanted = (end - read.offset) as usize;
+    let first_block = read.offset / BLOCK_BYTES;
+    let blocks = if wanted == 0 { 0 } else { (end.div_ceil(BLOCK_BYTES) - first_block) as usize };
+    let whole = read.offset.is_multiple_of(BLOCK_BYTES) && wanted.is_multiple_of(BLOCK);
+    let beside = if whole { Vec::new() } else { vec![0; blocks * BLOCK] };
+    Plan { first_block, blocks, wanted, beside, sums: vec![0; blocks * 4], reads: 0..0 }
+}
+
+/// Checks what was read and puts it where the caller wants it.
+fn finish(read: &mut BaseRead<'_>, plan: &Plan) -> Result<(), BaseError> {
+    let whole = plan.beside.is_empty();
+    let bytes = if whole { &read.buffer[..plan.wanted] } else { &plan.beside[..] };
+    for (index, (block, sum)) in
+        bytes.chunks_exact(BLOCK).zip(plan.sums.chunks_exact(4)).enumerate()
+    {
+        let got = crc32fast::hash(block);
+        let sum = u32::from_le_bytes(sum.try_into().expect("four bytes"));
+        let expected = sidecar::stored_sum(sum);
+        if got != expected {
+            let offset = (plan.first_block + index as u64) * BLOCK_BYTES;
+            return Err(BaseError::Damaged { volume: read.base.number, offset, got, expected });
+        }
+    }
+    if !whole {
+        let skip = (read.offset % BLOCK_BYTES) as usize;
+        read.buffer[..plan.wanted].copy_from_slice(&plan.beside[skip..skip + plan.wanted]);
+    }
+    read.buffer[plan.wanted..].fill(0);
+    Ok(())
+}
