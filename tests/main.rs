@@ -1,5 +1,6 @@
 //! The one integration binary: a module per subject.
 
+mod backup;
 mod serve;
 mod supply;
 mod support;

@@ -4,12 +4,24 @@
 //! decision may know, `job` is what the operator asked for, `placement_page` prints the whole table
 //! of the decision as `docs/placement.md`.
 
+mod catalog;
 mod decision;
 mod facts;
 mod job;
+mod objects;
 mod placement_page;
+mod repository;
+mod restore;
+mod source;
 
+pub use catalog::{
+    BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, VolumeChecksum,
+};
 pub use decision::{Decision, Explanation, REASON_CODES, Verdict, decide, explain};
 pub use facts::{AssumeError, Facts, GivenUp, NodeFacts, Reason, ReplicationFacts};
 pub use job::{Comparison, Condition, JobError, JobSettings, Placement};
+pub use objects::{FileObjects, MemoryObjects, Objects};
 pub use placement_page::placement_page;
+pub use repository::{BackupPlan, Made, Parent, Repository, RepositoryConfig, RepositoryError};
+pub use restore::{FileSink, RestoreSink};
+pub use source::{Progress, Stop};

@@ -1,0 +1,216 @@
+//! Small objects beside the repository's own files, in a `tidelog/` directory that restic ignores:
+//! what nodes that cannot hear each other agree by.
+//!
+//! An object appears whole or not at all, under its name or not at all, and of two that create the
+//! same name one is told that it came second.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The door to the small objects of a repository. Names are relative, with `/` between their parts.
+pub trait Objects: Send + Sync {
+    /// Creates an object; `false` where the name is taken. Durable on return.
+    fn create(&self, name: &str, body: &[u8]) -> io::Result<bool>;
+    /// Creates or replaces an object.
+    fn replace(&self, name: &str, body: &[u8]) -> io::Result<()>;
+    /// The body of an object, if there is one.
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
+    /// The names of the objects and directories in a directory, sorted; none where there is no such
+    /// directory.
+    fn list(&self, dir: &str) -> io::Result<Vec<String>>;
+}
+
+/// Objects as files below a directory. Exclusive by `link(2)`, which is atomic on local file systems
+/// and on NFS.
+pub struct FileObjects {
+    root: PathBuf,
+    writer: u64,
+    count: AtomicU64,
+}
+
+impl FileObjects {
+    /// Objects below `root`; `writer` is a random number that sets this process's temporary names
+    /// apart from other nodes'.
+    #[must_use]
+    pub fn new(root: PathBuf, writer: u64) -> FileObjects {
+        FileObjects { root, writer, count: AtomicU64::new(0) }
+    }
+
+    /// Writes the body under a temporary name in the same directory, synced.
+    fn write_temporary(&self, path: &Path, body: &[u8]) -> io::Result<(PathBuf, PathBuf)> {
+        let dir = path.parent().unwrap_or(&self.root).to_path_buf();
+        fs::create_dir_all(&dir)?;
+        let number = self.count.fetch_add(1, Ordering::Relaxed);
+        let temporary = dir.join(format!(".new-{:016x}-{number}", self.writer));
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(body)?;
+        file.sync_all()?;
+        Ok((dir, temporary))
+    }
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    fs::File::open(dir)?.sync_all()
+}
+
+impl Objects for FileObjects {
+    fn create(&self, name: &str, body: &[u8]) -> io::Result<bool> {
+        let path = self.root.join(name);
+        let (dir, temporary) = self.write_temporary(&path, body)?;
+        let linked = fs::hard_link(&temporary, &path);
+        let removed = fs::remove_file(&temporary);
+        match linked {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                // A lost answer of a network file system can be our own success.
+                return Ok(fs::read(&path)? == body);
+            }
+            Err(error) => return Err(error),
+        }
+        removed?;
+        sync_dir(&dir)?;
+        Ok(true)
+    }
+
+    fn replace(&self, name: &str, body: &[u8]) -> io::Result<()> {
+        let path = self.root.join(name);
+        let (dir, temporary) = self.write_temporary(&path, body)?;
+        fs::rename(&temporary, &path)?;
+        sync_dir(&dir)
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(self.root.join(name)) {
+            Ok(body) => Ok(Some(body)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(self.root.join(dir)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if !name.starts_with(".new-") {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// Objects in memory, for tests and the simulation; can be put out of reach.
+#[derive(Default)]
+pub struct MemoryObjects {
+    state: Mutex<(BTreeMap<String, Vec<u8>>, bool)>,
+}
+
+impl MemoryObjects {
+    /// No objects.
+    #[must_use]
+    pub fn new() -> MemoryObjects {
+        MemoryObjects::default()
+    }
+
+    /// Puts the objects out of reach, or back.
+    pub fn set_reachable(&self, reachable: bool) {
+        self.state.lock().expect("no holder panics").1 = !reachable;
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut BTreeMap<String, Vec<u8>>) -> T) -> io::Result<T> {
+        let mut state = self.state.lock().expect("no holder panics");
+        if state.1 {
+            return Err(io::Error::new(io::ErrorKind::NotConnected, "out of reach"));
+        }
+        Ok(work(&mut state.0))
+    }
+}
+
+impl Objects for MemoryObjects {
+    fn create(&self, name: &str, body: &[u8]) -> io::Result<bool> {
+        self.with(|objects| {
+            if objects.contains_key(name) {
+                return objects[name] == body;
+            }
+            objects.insert(name.to_owned(), body.to_vec());
+            true
+        })
+    }
+
+    fn replace(&self, name: &str, body: &[u8]) -> io::Result<()> {
+        self.with(|objects| drop(objects.insert(name.to_owned(), body.to_vec())))
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        self.with(|objects| objects.get(name).cloned())
+    }
+
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        self.with(|objects| {
+            let prefix = format!("{dir}/");
+            let mut names: Vec<String> = objects
+                .keys()
+                .filter_map(|name| name.strip_prefix(&prefix))
+                .filter_map(|rest| rest.split('/').next())
+                .map(str::to_owned)
+                .collect();
+            names.dedup();
+            names
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_that_create_a_name_one_comes_second() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (a, b) = (
+            FileObjects::new(dir.path().join("tidelog"), 1),
+            FileObjects::new(dir.path().join("tidelog"), 2),
+        );
+        let memory = MemoryObjects::new();
+        let pairs: [(&dyn Objects, &dyn Objects); 2] = [(&a, &b), (&memory, &memory)];
+        for (first, second) in pairs {
+            assert_eq!(first.list("slots/x").expect("no directory"), Vec::<String>::new());
+            assert!(first.create("slots/x/claim-1", b"a").expect("created"));
+            assert!(!second.create("slots/x/claim-1", b"b").expect("refused"));
+            assert_eq!(second.read("slots/x/claim-1").expect("read"), Some(b"a".to_vec()));
+            second.replace("slots/x/claim-1", b"c").expect("replaced");
+            assert_eq!(first.read("slots/x/claim-1").expect("read"), Some(b"c".to_vec()));
+            assert_eq!(first.list("slots/x").expect("listed"), ["claim-1"]);
+            assert_eq!(first.list("slots").expect("listed"), ["x"]);
+            assert_eq!(first.read("slots/x/claim-2").expect("read"), None);
+        }
+    }
+
+    #[test]
+    fn many_threads_that_create_a_name_have_one_winner() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let root = dir.path().to_path_buf();
+        let wins: usize = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8u64)
+                .map(|number| {
+                    let objects = FileObjects::new(root.clone(), number);
+                    scope.spawn(move || {
+                        objects.create("slots/x/claim-1", &number.to_le_bytes()).expect("answered")
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| usize::from(thread.join().expect("ended"))).sum()
+        });
+        assert_eq!(wins, 1);
+    }
+}
