@@ -1,6 +1,7 @@
 //! The one integration binary: a module per subject.
 
 mod backup;
+mod kill;
 mod serve;
 mod supply;
 mod support;

@@ -37,8 +37,6 @@ pub struct Appliance {
     pub node: &'static str,
     /// Its directory: configuration, data, sockets, log of the process.
     pub dir: PathBuf,
-    /// HOST:PORT on which it listens for peers.
-    pub peer_address: String,
     child: Option<Child>,
 }
 
@@ -61,7 +59,7 @@ impl Appliance {
              [peer]\nlisten = \"{peer_address}\"\nadvertise = \"{advertise}\"\n"
         );
         fs::write(dir.join("tidelog.toml"), configuration).unwrap();
-        let mut appliance = Appliance { node, dir: dir.to_owned(), peer_address, child: None };
+        let mut appliance = Appliance { node, dir: dir.to_owned(), child: None };
         appliance.restart();
         appliance
     }
@@ -114,11 +112,6 @@ impl Appliance {
         self.dir.join("run/nbd.sock")
     }
 
-    /// The process id of the appliance.
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("it runs").id()
-    }
-
     /// Runs one `tidelog` command against this node.
     pub fn command(&self, arguments: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_tidelog"))
@@ -154,6 +147,20 @@ impl Appliance {
         let printed = self.run(&with_json);
         serde_json::from_str(&printed)
             .unwrap_or_else(|cause| panic!("{}: {cause}: {printed}", arguments.join(" ")))
+    }
+
+    /// Pairs this node with another, as a person would.
+    pub fn pair_with(&self, other: &Appliance) {
+        let invite = self.json(&["peer", "invite"]);
+        let (token, address) = (&invite["token"], &invite["address"]);
+        let (token, address) = (token.as_str().unwrap(), address.as_str().unwrap());
+        other.run(&["peer", "join", token, "--address", address]);
+        for (node, peer) in [(self, other), (other, self)] {
+            wait_for(&format!("{} to know {}", node.node, peer.node), || {
+                let peers = node.json(&["peer", "list"]).to_string();
+                peers.contains(&format!("\"{}\"", peer.node)).then_some(())
+            });
+        }
     }
 
     /// The status of one group on this node.
