@@ -1,6 +1,7 @@
 //! The command line: one file per family of commands, each talking to the control socket alone.
 
 mod arguments;
+mod demo;
 mod events;
 mod group;
 mod manual;
@@ -50,6 +51,7 @@ enum Command {
     #[command(subcommand)]
     Image(time::ImageCommand),
     Events(events::EventsArguments),
+    Demo(demo::Args),
     Serve(serve::ServeArguments),
     CheckConfig(serve::CheckConfigArguments),
     Completions(manual::CompletionsArguments),
@@ -85,6 +87,7 @@ pub fn run() -> Result<()> {
     let cli = Cli::parse();
     let session = Session { client: Client::new(cli.socket), json: cli.json };
     match cli.command {
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Serve(arguments) => serve::serve(&arguments),
         Command::CheckConfig(arguments) => serve::check_config(&arguments, session.json),
         Command::Completions(arguments) => manual::completions(&arguments),
@@ -107,7 +110,11 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Timeline(arguments) => time::timeline(session, &arguments).await,
         Command::Image(command) => time::image(session, command).await,
         Command::Events(arguments) => events::events(session, &arguments).await,
-        Command::Serve(_) | Command::CheckConfig(_) | Command::Completions(_) | Command::Man(_) => {
+        Command::Demo(_)
+        | Command::Serve(_)
+        | Command::CheckConfig(_)
+        | Command::Completions(_)
+        | Command::Man(_) => {
             unreachable!("answered without a node")
         }
     }
