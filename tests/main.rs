@@ -2,6 +2,7 @@
 
 mod backup;
 mod kill;
+mod nbd;
 mod serve;
 mod supply;
 mod support;

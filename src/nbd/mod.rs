@@ -3,18 +3,23 @@
 //! [`listen`] opens a Unix or TCP listener and serves each client on a thread of its own:
 //! `connection` agrees with it on an export (`handshake`, a pure function over `wire`), then a
 //! `session` carries out its requests in batches by wake-up. What is served comes through two
-//! traits, [`Exports`] and [`Device`]; `groups` puts a node's groups and images behind them, `ram` a
-//! device in memory. `docs/nbd.md` lists which parts of the protocol are supported.
+//! traits, [`Exports`] and [`Device`]; `groups` puts a node's groups and images behind them, `ram`
+//! a device in memory. `docs/nbd.md` lists which parts of the protocol are supported.
 
 mod address;
 mod client;
 mod command;
 mod connection;
 mod export;
+#[doc(hidden)]
+pub mod fuzz;
+mod groups;
 mod handshake;
 mod input;
 mod listener;
+mod numbers;
 mod ram;
+mod reply;
 mod sender;
 mod server;
 mod session;
@@ -24,6 +29,7 @@ pub mod wire;
 pub use address::{AddressBlock, AddressError, NbdAddress};
 pub use client::{Client, ClientError};
 pub use export::{Device, ExportInfo, Exports, Refusal};
+pub use groups::GroupExports;
 pub use listener::{ListenError, NbdListen, NbdServer, listen};
 pub use ram::{RamDevice, RamExports};
 pub use server::{Counter, NbdCounters, NbdLimits};

@@ -3,8 +3,8 @@
 //! A wake-up is one receive of up to 256 KiB. Every complete request in it is parsed; all that
 //! change data go to the engine as one append, in the order in which they came; all reads follow
 //! as one batch, so that a read sees every write that was answered before it was sent; all replies
-//! leave in one send. Flushes and FUA writes are answered later, from the group's sync thread, while
-//! this thread goes on receiving.
+//! leave in one send. Flushes and FUA writes are answered later, from the group's sync thread,
+//! while this thread goes on receiving.
 //!
 //! Memory of a connection is bounded: input 512 KiB, output 1 MiB, and one payload above 512 KiB,
 //! which has to fit into a budget that all connections of the server share.
@@ -13,21 +13,16 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use zerocopy::IntoBytes;
-use zerocopy::big_endian::{U32, U64};
-
 use super::command::{Command, Rules, check};
 use super::export::{Device, errno_of};
 use super::handshake::Agreed;
 use super::input::{Front, INPUT_BYTES, Input};
+use super::reply::{prefix_bytes, put_empty_read, put_error, put_prefix, put_status, put_success};
 use super::sender::{Sender, Turn};
 use super::server::Shared;
 use super::socket::Socket;
-use super::wire::{
-    self, ChunkHeader, DATA_CHUNK_PREFIX_BYTES, Errno, RequestHeader, SimpleReply,
-    StatusDescriptor, allocation, chunk, chunk_header, simple_reply,
-};
-use crate::group::{Allocation, GroupError, Op, Read, Request};
+use super::wire::{self, Errno, RequestHeader, SimpleReply};
+use crate::group::{GroupError, Op, Read, Request};
 use crate::units::{Lsn, VolumeNumber};
 
 /// Bytes read at once at most; larger reads are answered in pieces of this size.
@@ -40,6 +35,9 @@ const STATUS_DESCRIPTORS_MAX: usize = 4096;
 const REPLIES_BYTES: usize = 256 << 10;
 /// Bytes that one CACHE request reads at most: it is a hint, and must not hold up what follows.
 const CACHE_BYTES_MAX: u64 = 8 << 20;
+
+/// What a client is told at shutdown.
+const STOPPING: &str = "this node is shutting down";
 
 /// Why a connection ended.
 #[derive(Debug)]
@@ -163,7 +161,7 @@ impl<'a> Session<'a> {
 
     /// Sorts what has arrived into this batch.
     fn parse(&mut self) -> Next {
-        let stopping = self.stopping();
+        let stopping = self.shared.is_stopping();
         loop {
             let (header, payload) = match self.input.front() {
                 Front::Request(header, payload) => (header, payload),
@@ -175,16 +173,17 @@ impl<'a> Session<'a> {
             self.shared.counters.requests.add(1);
             match check(&header, &self.rules) {
                 Ok(Command::Disconnect) => return Next::End(End::Disconnected),
-                Ok(_) if stopping.is_some() => {
-                    let text = stopping.as_deref().unwrap_or_default();
-                    self.refuse(&header, Errno::Eshutdown, text);
+                Ok(_) if stopping => {
+                    self.refuse(&header, Errno::Eshutdown, STOPPING);
                 }
                 Ok(
                     Command::Write { length: 0, .. }
                     | Command::Zero { length: 0, .. }
                     | Command::Trim { length: 0, .. },
-                ) => self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes()),
-                Ok(Command::Read { length: 0, .. }) => self.answer_empty_read(cookie),
+                ) => put_success(&mut self.replies, cookie),
+                Ok(Command::Read { length: 0, .. }) => {
+                    put_empty_read(&mut self.replies, self.rules.structured_replies, cookie)
+                }
                 Ok(Command::Read { offset, length }) => {
                     let length = usize::try_from(length).expect("32 bits fit");
                     self.fetches.push(Fetch { cookie, offset, length });
@@ -199,23 +198,6 @@ impl<'a> Session<'a> {
                 return Next::Parse;
             }
         }
-    }
-
-    fn answer_empty_read(&mut self, cookie: u64) {
-        if self.rules.structured_replies {
-            let end = chunk_header(cookie, chunk::NONE, true, 0);
-            self.replies.extend_from_slice(end.as_bytes());
-        } else {
-            self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes());
-        }
-    }
-
-    /// Why new requests are not served, if so.
-    fn stopping(&self) -> Option<String> {
-        if self.shared.is_stopping() {
-            return Some("this node is shutting down".to_owned());
-        }
-        self.device.check_serving().err().map(|error| error.to_string())
     }
 
     /// A WRITE of which only a part has arrived.
@@ -246,8 +228,8 @@ impl<'a> Session<'a> {
         }
         self.socket.set_receive_timeout(None)?;
         self.shared.counters.requests.add(1);
-        if let Some(text) = self.stopping() {
-            self.refuse(header, Errno::Eshutdown, &text);
+        if self.shared.is_stopping() {
+            self.refuse(header, Errno::Eshutdown, STOPPING);
             return Ok(());
         }
         let offset = header.offset.get();
@@ -265,7 +247,19 @@ impl<'a> Session<'a> {
     fn carry_out(&mut self) -> Result<(), End> {
         self.carry_out_changes();
         self.carry_out_others()?;
-        if self.fetches.is_empty() { self.send_replies() } else { self.carry_out_fetches() }
+        if self.fetches.is_empty() {
+            return self.send_replies();
+        }
+        // Writes learn it from the append itself.
+        if let Err(error) = self.device.check_serving() {
+            let text = error.to_string();
+            for fetch in std::mem::take(&mut self.fetches) {
+                self.shared.counters.errors.add(1);
+                self.put_error(fetch.cookie, errno_of(&error, false), &text);
+            }
+            return self.send_replies();
+        }
+        self.carry_out_fetches()
     }
 
     fn carry_out_changes(&mut self) {
@@ -276,7 +270,7 @@ impl<'a> Session<'a> {
         if self.rules.read_only {
             // Only flushes come this far, and an image is as durable as it was opened.
             for change in &changes {
-                self.replies.extend_from_slice(simple_reply(change.cookie, None).as_bytes());
+                put_success(&mut self.replies, change.cookie);
             }
         } else {
             let mut written_bytes = 0;
@@ -322,7 +316,7 @@ impl<'a> Session<'a> {
                     late.push(cookie);
                     durable_at = durable_at.max(lsn);
                 }
-                Ok(_) => self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes()),
+                Ok(_) => put_success(&mut self.replies, cookie),
                 Err(error) => {
                     self.shared.counters.errors.add(1);
                     let code = errno_of(&error, true);
@@ -341,7 +335,7 @@ impl<'a> Session<'a> {
             let mut replies = Vec::with_capacity(late.len() * SimpleReply::BYTES);
             for &cookie in &late {
                 match &result {
-                    Ok(()) => replies.extend_from_slice(simple_reply(cookie, None).as_bytes()),
+                    Ok(()) => put_success(&mut replies, cookie),
                     Err(error) => {
                         let text = error.to_string();
                         put_error(&mut replies, structured, cookie, errno_of(error, true), &text);
@@ -363,9 +357,7 @@ impl<'a> Session<'a> {
                 Command::Cache { offset, length } => {
                     let result = self.warm(offset, u64::from(length).min(CACHE_BYTES_MAX));
                     match result {
-                        Ok(()) => {
-                            self.replies.extend_from_slice(simple_reply(cookie, None).as_bytes())
-                        }
+                        Ok(()) => put_success(&mut self.replies, cookie),
                         Err(error) => {
                             let code = errno_of(&error, false);
                             self.put_error(cookie, code, &error.to_string());
@@ -390,33 +382,7 @@ impl<'a> Session<'a> {
                 return self.put_error(cookie, code, &error.to_string());
             }
         };
-        let mut runs: Vec<(u64, u32)> = Vec::with_capacity(extents.len());
-        for extent in extents {
-            let flags = match extent.allocation {
-                Allocation::Data => 0,
-                Allocation::Zero => allocation::ZERO,
-                Allocation::Hole => allocation::ZERO | allocation::HOLE,
-            };
-            match runs.last_mut() {
-                Some(last) if last.1 == flags => last.0 += extent.length,
-                _ => runs.push((extent.length, flags)),
-            }
-        }
-        if runs.is_empty() {
-            // The protocol allows to call anything data.
-            runs.push((u64::from(length), 0));
-        }
-        runs.truncate(limit);
-        let payload_bytes = 4 + runs.len() * StatusDescriptor::BYTES;
-        let header = chunk_header(cookie, chunk::BLOCK_STATUS, true, payload_bytes);
-        self.replies.extend_from_slice(header.as_bytes());
-        self.replies.extend_from_slice(U32::new(allocation::CONTEXT).as_bytes());
-        for (run_bytes, flags) in runs {
-            let run_bytes = u32::try_from(run_bytes.min(u64::from(length))).expect("32 bits");
-            let descriptor =
-                StatusDescriptor { length: U32::new(run_bytes), flags: U32::new(flags) };
-            self.replies.extend_from_slice(descriptor.as_bytes());
-        }
+        put_status(&mut self.replies, cookie, length, limit, &extents);
     }
 
     /// Reads a range so that it is in the cache.
@@ -449,7 +415,7 @@ impl<'a> Session<'a> {
             }
             let mut used = self.replies.len();
             let fitting = fetches[from..].iter().take_while(|fetch| {
-                used += self.prefix_bytes() + fetch.length;
+                used += prefix_bytes(self.rules.structured_replies) + fetch.length;
                 used <= OUTPUT_BYTES && fetch.length <= READ_BYTES_MAX
             });
             let count = fitting.count();
@@ -468,7 +434,8 @@ impl<'a> Session<'a> {
 
     /// Answers reads that fit into the output behind the small replies, in one batch and one send.
     fn carry_out_some(&mut self, fetches: &[Fetch]) -> Result<(), End> {
-        let (structured, prefix_bytes) = (self.rules.structured_replies, self.prefix_bytes());
+        let (structured, prefix_bytes) =
+            (self.rules.structured_replies, prefix_bytes(self.rules.structured_replies));
         let front = self.replies.len();
         let (replies, mut rest) = self.output.split_at_mut(front);
         replies.copy_from_slice(&self.replies);
@@ -511,7 +478,7 @@ impl<'a> Session<'a> {
     /// not agree on those, as one simple reply that cannot be taken back once it has begun.
     fn carry_out_large_fetch(&mut self, fetch: Fetch) -> Result<(), End> {
         let structured = self.rules.structured_replies;
-        let prefix_bytes = self.prefix_bytes();
+        let prefix_bytes = prefix_bytes(self.rules.structured_replies);
         let sender = Arc::clone(&self.sender);
         let mut turn: Option<Turn<'_>> = None;
         let mut done = 0;
@@ -558,11 +525,6 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Bytes in front of the data of a read's reply.
-    fn prefix_bytes(&self) -> usize {
-        if self.rules.structured_replies { DATA_CHUNK_PREFIX_BYTES } else { SimpleReply::BYTES }
-    }
-
     fn refuse(&mut self, header: &RequestHeader, error: Errno, text: &str) {
         self.shared.counters.errors.add(1);
         self.put_error(header.cookie.get(), error, text);
@@ -570,33 +532,5 @@ impl<'a> Session<'a> {
 
     fn put_error(&mut self, cookie: u64, error: Errno, text: &str) {
         put_error(&mut self.replies, self.rules.structured_replies, cookie, error, text);
-    }
-}
-
-/// The reply of a request that failed.
-fn put_error(out: &mut Vec<u8>, structured: bool, cookie: u64, error: Errno, text: &str) {
-    if structured {
-        wire::put_error_chunk(out, cookie, error, text);
-    } else {
-        out.extend_from_slice(simple_reply(cookie, Some(error)).as_bytes());
-    }
-}
-
-/// What stands in front of a read's data. `last` where the reply ends with these data.
-fn put_prefix(
-    prefix: &mut [u8],
-    structured: bool,
-    cookie: u64,
-    offset: u64,
-    length: usize,
-    last: bool,
-) {
-    if structured {
-        let (header, at) = prefix.split_at_mut(ChunkHeader::BYTES);
-        let bytes = chunk_header(cookie, chunk::OFFSET_DATA, last, 8 + length);
-        header.copy_from_slice(bytes.as_bytes());
-        at.copy_from_slice(U64::new(offset).as_bytes());
-    } else {
-        prefix.copy_from_slice(simple_reply(cookie, None).as_bytes());
     }
 }
