@@ -82,7 +82,7 @@ pub struct Explanation {
 
 /// Every code that a reason of the decision may carry, with its meaning. Reasons of replication's
 /// health are passed on under their own codes behind `replication-unhealthy`.
-pub const REASON_CODES: [(&str, &str); 27] = [
+pub const REASON_CODES: &[(&str, &str)] = &[
     ("secondary-fit", "the secondary is reachable, recent and has the means"),
     ("primary-fit", "the primary is reachable and has the means"),
     ("primary-takes-over", "the primary runs because a node preferred to it cannot"),
@@ -108,6 +108,8 @@ pub const REASON_CODES: [(&str, &str); 27] = [
     ("secondary-storage-low", "the secondary has too little free storage"),
     ("primary-cpu-above-max", "the primary's CPU is busier than the job permits"),
     ("repository-unreachable", "the job's repository cannot be opened from there"),
+    ("repository-differs", "the two nodes mean different repositories by the same name"),
+    ("claimed", "the named node holds the slot's claim in the repository and renews it"),
     ("gave-up", "the node had its chance for this slot"),
     ("deadline-passed", "the latest start is over: nothing is waited for"),
 ];

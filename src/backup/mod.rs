@@ -5,6 +5,7 @@
 //! of the decision as `docs/placement.md`.
 
 mod catalog;
+mod claim;
 mod decision;
 mod facts;
 mod job;
@@ -12,11 +13,14 @@ mod objects;
 mod placement_page;
 mod repository;
 mod restore;
+mod run;
+mod slot;
 mod source;
 
 pub use catalog::{
     BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, VolumeChecksum,
 };
+pub use claim::{Claim, Holder, SlotResult, SlotStore, SlotView};
 pub use decision::{Decision, Explanation, REASON_CODES, Verdict, decide, explain};
 pub use facts::{AssumeError, Facts, GivenUp, NodeFacts, Reason, ReplicationFacts};
 pub use job::{Comparison, Condition, JobError, JobSettings, Placement};
@@ -24,4 +28,6 @@ pub use objects::{FileObjects, MemoryObjects, Objects};
 pub use placement_page::placement_page;
 pub use repository::{BackupPlan, Made, Parent, Repository, RepositoryConfig, RepositoryError};
 pub use restore::{FileSink, RestoreSink};
+pub use run::{Next, Observation, PeerPhase, SlotRun};
+pub use slot::{Due, Schedule};
 pub use source::{Progress, Stop};

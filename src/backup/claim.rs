@@ -1,0 +1,330 @@
+//! Who makes a slot's backup, settled in the repository where nodes cannot hear each other.
+//!
+//! Below `slots/JOB/SLOT/`: `claim-NNNN` is created exclusively and never deleted, so that numbers
+//! only rise; `renewed-NNNN` holds a counter that its holder raises; `ended-NNNN` says that the holder
+//! gave up; `result` is created exclusively after the snapshot and decides. A claim is taken over by
+//! creating the next number, when its counter has stood still for its term on the *observer's*
+//! monotonic clock: no node believes another's clock.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::catalog::{Stats, VolumeChecksum};
+use super::facts::Reason;
+use crate::group::Role;
+use crate::units::{EpochId, LogTime, Lsn, Name, Span};
+
+/// A claim's body.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The node that holds it.
+    pub node: Name,
+    /// A random number of the run, so that a node is not taken for its own earlier life.
+    pub run: EpochId,
+    /// How long its counter may stand still.
+    pub term: Span,
+}
+
+/// A slot's result: it exists or not, and is never changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SlotResult {
+    /// The node that made the backup.
+    pub node: Name,
+    /// Its role then.
+    pub role: Role,
+    /// The run.
+    pub run: EpochId,
+    /// The snapshot.
+    pub id: String,
+    /// The epoch of the image.
+    pub epoch: EpochId,
+    /// The position of the image.
+    pub lsn: Lsn,
+    /// Log time of the image.
+    pub time: LogTime,
+    /// When the run ended, by its node's clock.
+    pub ended: LogTime,
+    /// What it cost.
+    pub bytes_read: u64,
+    /// Bytes that the repository grew by.
+    pub bytes_added: u64,
+    /// From start to end.
+    pub duration_seconds: f64,
+    /// A checksum for each volume.
+    pub checksums: Vec<VolumeChecksum>,
+    /// What the copy's health was at the end, where it was no longer good.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reasons_at_end: Vec<Reason>,
+}
+
+impl SlotResult {
+    /// What it cost.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            bytes_read: self.bytes_read,
+            bytes_added: self.bytes_added,
+            duration_seconds: self.duration_seconds,
+        }
+    }
+}
+
+/// How the holder of the highest claim is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Holder {
+    /// There is no claim.
+    Nobody,
+    /// Its counter moves, or has not stood still for its term.
+    Live(Claim),
+    /// Its counter stood still for its term.
+    Still(Claim),
+    /// It gave up, and why.
+    Ended(Claim, String),
+}
+
+/// What the repository says of a slot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SlotView {
+    /// The highest claim's number; 0 where there is none.
+    pub number: u32,
+    /// Who holds it.
+    pub holder: Holder,
+    /// The result, if there is one.
+    pub result: Option<SlotResult>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Renewed {
+    counter: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Ended {
+    reason: String,
+}
+
+/// A slot in the repository, as one observer sees it.
+pub struct SlotStore {
+    objects: Arc<dyn Objects>,
+    dir: String,
+    /// The last movement seen: claim number, counter, when.
+    movement: Option<(u32, u64, Duration)>,
+}
+
+use super::objects::Objects;
+
+impl SlotStore {
+    /// The slot of a job.
+    #[must_use]
+    pub fn new(objects: Arc<dyn Objects>, job: EpochId, slot: LogTime) -> SlotStore {
+        SlotStore { objects, dir: slot_dir(job, slot), movement: None }
+    }
+
+    /// Looks, at `now` on the monotonic clock.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be read.
+    pub fn look(&mut self, now: Duration) -> io::Result<SlotView> {
+        let result = self.read("result")?;
+        let names = self.objects.list(&self.dir)?;
+        let number = names
+            .iter()
+            .filter_map(|name| name.strip_prefix("claim-")?.parse::<u32>().ok())
+            .max()
+            .unwrap_or(0);
+        if number == 0 {
+            return Ok(SlotView { number, holder: Holder::Nobody, result });
+        }
+        // A body that cannot be read is a holder nonetheless.
+        let claim = self.read::<Claim>(&format!("claim-{number:04}"))?.unwrap_or(Claim {
+            node: "unknown".parse().expect("a constant name"),
+            run: EpochId(0),
+            term: Span::from_secs(60),
+        });
+        if let Some(Ended { reason }) = self.read(&format!("ended-{number:04}"))? {
+            return Ok(SlotView { number, holder: Holder::Ended(claim, reason), result });
+        }
+        let counter = self
+            .read::<Renewed>(&format!("renewed-{number:04}"))?
+            .map_or(0, |renewed| renewed.counter);
+        let since = match self.movement {
+            Some((seen, count, since)) if seen == number && count == counter => since,
+            _ => now,
+        };
+        self.movement = Some((number, counter, since));
+        let still = now.saturating_sub(since) >= claim.term.0;
+        let holder = if still { Holder::Still(claim) } else { Holder::Live(claim) };
+        Ok(SlotView { number, holder, result })
+    }
+
+    /// Creates the claim of a number; `false` where another was first.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be written.
+    pub fn claim(&self, number: u32, claim: &Claim) -> io::Result<bool> {
+        self.objects.create(&format!("{}/claim-{number:04}", self.dir), &body(claim))
+    }
+
+    /// Raises the counter of a claim.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be written.
+    pub fn renew(&self, number: u32, counter: u64) -> io::Result<()> {
+        let name = format!("{}/renewed-{number:04}", self.dir);
+        self.objects.replace(&name, &body(&Renewed { counter }))
+    }
+
+    /// Says that the holder of a claim gave up.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be written.
+    pub fn end(&self, number: u32, reason: &str) -> io::Result<()> {
+        let ended = Ended { reason: reason.to_owned() };
+        self.objects.replace(&format!("{}/ended-{number:04}", self.dir), &body(&ended))
+    }
+
+    /// Creates the result; the other's where another was first.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be written or read.
+    pub fn finish(&self, result: &SlotResult) -> io::Result<Option<SlotResult>> {
+        if self.objects.create(&format!("{}/result", self.dir), &body(result))? {
+            return Ok(None);
+        }
+        let other = self.read::<SlotResult>("result")?;
+        other.map(Some).ok_or_else(|| io::Error::other("the slot's result cannot be read"))
+    }
+
+    /// Whether another than this run has made the backup.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be read.
+    pub fn result(&self) -> io::Result<Option<SlotResult>> {
+        self.read("result")
+    }
+
+    /// An object of the slot; `None` where it is not there or not what it should be.
+    fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<Option<T>> {
+        let body = self.objects.read(&format!("{}/{name}", self.dir))?;
+        Ok(body.and_then(|body| serde_json::from_slice(&body).ok()))
+    }
+}
+
+/// The directory of a slot.
+fn slot_dir(job: EpochId, slot: LogTime) -> String {
+    format!("slots/{job}/{}", slot.timestamp().strftime("%Y-%m-%dT%H-%M-%S.%9fZ"))
+}
+
+fn body<T: Serialize>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain data becomes JSON")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::objects::MemoryObjects;
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn claim(node: &str, run: u64) -> Claim {
+        Claim { node: node.parse().expect("a name"), run: EpochId(run), term: Span::from_secs(60) }
+    }
+
+    fn result(node: &str, run: u64) -> SlotResult {
+        SlotResult {
+            node: node.parse().expect("a name"),
+            role: Role::Secondary,
+            run: EpochId(run),
+            id: format!("{run}"),
+            epoch: EpochId(1),
+            lsn: Lsn(4096),
+            time: LogTime(1),
+            ended: LogTime(2),
+            bytes_read: 0,
+            bytes_added: 0,
+            duration_seconds: 0.0,
+            checksums: Vec::new(),
+            reasons_at_end: Vec::new(),
+        }
+    }
+
+    fn stores() -> (SlotStore, SlotStore, Arc<MemoryObjects>) {
+        let objects = Arc::new(MemoryObjects::new());
+        let store = || SlotStore::new(objects.clone(), EpochId(7), LogTime(1_700_000_000 << 30));
+        (store(), store(), objects.clone())
+    }
+
+    #[test]
+    fn a_claim_that_is_renewed_is_live_and_one_that_stands_still_is_not() {
+        let (a, mut b, _) = stores();
+        assert_eq!(b.look(Duration::ZERO).expect("read").holder, Holder::Nobody);
+        assert!(a.claim(1, &claim("a", 1)).expect("written"));
+        assert!(!b.claim(1, &claim("b", 2)).expect("written"), "the number is taken");
+        let mut now = Duration::ZERO;
+        for counter in 1..20 {
+            a.renew(1, counter).expect("written");
+            now += 59 * SECOND;
+            assert!(matches!(b.look(now).expect("read").holder, Holder::Live(_)));
+        }
+        assert!(matches!(b.look(now + 59 * SECOND).expect("read").holder, Holder::Live(_)));
+        assert!(matches!(b.look(now + 60 * SECOND).expect("read").holder, Holder::Still(_)));
+        assert!(b.claim(2, &claim("b", 2)).expect("written"), "taken over by the next number");
+        let view = b.look(now + 61 * SECOND).expect("read");
+        assert_eq!((view.number, view.holder), (2, Holder::Live(claim("b", 2))));
+    }
+
+    #[test]
+    fn an_observer_that_comes_late_waits_a_whole_term_of_its_own() {
+        let (a, mut b, _) = stores();
+        a.claim(1, &claim("a", 1)).expect("written");
+        let late = 100_000 * SECOND;
+        assert!(matches!(b.look(late).expect("read").holder, Holder::Live(_)));
+        assert!(matches!(b.look(late + 60 * SECOND).expect("read").holder, Holder::Still(_)));
+    }
+
+    #[test]
+    fn the_first_result_decides() {
+        let (a, b, _) = stores();
+        assert_eq!(a.finish(&result("a", 1)).expect("written"), None);
+        assert_eq!(b.finish(&result("b", 2)).expect("read"), Some(result("a", 1)));
+        assert_eq!(a.finish(&result("a", 1)).expect("written"), None, "the same once more");
+        assert_eq!(b.result().expect("read"), Some(result("a", 1)));
+    }
+
+    #[test]
+    fn a_holder_that_gave_up_is_told() {
+        let (a, mut b, _) = stores();
+        a.claim(1, &claim("a", 1)).expect("written");
+        a.end(1, "no space").expect("written");
+        let view = b.look(Duration::ZERO).expect("read");
+        assert_eq!(view.holder, Holder::Ended(claim("a", 1), "no space".to_owned()));
+    }
+
+    #[test]
+    fn a_torn_claim_is_held_until_its_term_is_over() {
+        let (_, mut b, objects) = stores();
+        objects.create(&format!("{}/claim-0003", b.dir), b"{\"no").expect("written");
+        let view = b.look(Duration::ZERO).expect("read");
+        assert_eq!(view.number, 3);
+        assert!(matches!(view.holder, Holder::Live(_)));
+        assert!(matches!(b.look(60 * SECOND).expect("read").holder, Holder::Still(_)));
+    }
+
+    #[test]
+    fn each_slot_has_a_directory_that_people_can_read() {
+        let slot: LogTime = "2026-11-24T02:00:00Z".parse().expect("a time");
+        assert_eq!(
+            slot_dir(EpochId(255), slot),
+            "slots/00000000000000ff/2026-11-24T02-00-00.000000000Z"
+        );
+    }
+}
