@@ -5,8 +5,6 @@
 //! [`Group::read_log`] and appends with [`Group::append_received`]; who shows the past opens an
 //! [`Image`].
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -14,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::events::Events;
 use crate::io::Env;
 use crate::log::control::{
-    BookmarkRecord, Control, EpochRecord, JobRecord, MemberRecord, PolicyRecord,
+    BookmarkRecord, EpochRecord, JobRecord, MemberRecord, PolicyRecord,
 };
-use crate::units::{Chain, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, VolumeNumber};
+use crate::units::{Chain, EpochId, LogTime, Lsn, Name, NodeId, VolumeNumber};
 
 /// Who this node is, as far as its groups need to know.
 #[derive(Clone, Debug)]
@@ -282,5 +280,28 @@ pub struct ReceiveError {
 /// Called once when a wait ends; must not block.
 pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
 
-mod stub;
-pub use stub::*;
+mod append;
+mod clock;
+mod content;
+mod engine;
+mod files;
+mod fold;
+mod fold_plan;
+mod image;
+mod indexing;
+mod meta;
+mod read;
+mod receive;
+mod recover;
+mod recovery_decision;
+mod registry;
+mod reign;
+mod sync;
+mod timeline;
+mod worker;
+
+pub use append::REQUEST_BYTES_MAX;
+pub use engine::{ClientGuard, Group, NewGroup};
+pub use image::Image;
+pub use recover::Recovery;
+pub use registry::Registry;

@@ -1,0 +1,286 @@
+//! What a group holds at one position: its volumes with their maps, and its control records.
+//!
+//! The live group, an image, a fold and recovery are the same thing at different positions: a
+//! [`Content`] at the horizon with records applied to it in order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::value::RawValue;
+
+use super::{ControlView, Volume};
+use crate::base::{ControlEntry, ControlState};
+use crate::extent_map::{ExtentMap, Freed};
+use crate::log::control::Control;
+use crate::log::record::{Header, Kind, flags};
+use crate::units::{EpochId, Lsn, Name, NodeId, SECTOR_BYTES, VolumeNumber};
+
+/// A volume with its map.
+#[derive(Clone)]
+pub(super) struct VolumeContent {
+    /// The volume.
+    pub volume: Volume,
+    /// Where its blocks are.
+    pub map: ExtentMap,
+}
+
+/// A group at one position.
+#[derive(Clone, Default)]
+pub(super) struct Content {
+    /// The volumes that exist.
+    pub volumes: BTreeMap<VolumeNumber, VolumeContent>,
+    /// The control records that count.
+    pub table: ControlTable,
+    /// The first record that had to be understood and was not: no image goes past it.
+    pub barrier: Option<Lsn>,
+}
+
+/// A control record that counts.
+pub(super) struct Entry {
+    /// As it was written.
+    pub raw: ControlEntry,
+    /// What it says, where this version knows its kind.
+    pub control: Option<Control>,
+}
+
+/// The control records that count, in log order: of those about one thing, the last.
+#[derive(Clone, Default)]
+pub(super) struct ControlTable {
+    entries: Vec<Arc<Entry>>,
+}
+
+/// What a control record is about: a later one about the same thing replaces it.
+#[derive(PartialEq)]
+enum About<'a> {
+    Group,
+    Epoch(EpochId),
+    Volume(VolumeNumber),
+    Member(NodeId),
+    Policy,
+    Job(&'a Name),
+    Bookmark(&'a Name),
+    Clock,
+}
+
+impl Content {
+    /// The content at the horizon.
+    pub(super) fn at_horizon(state: &ControlState) -> Content {
+        let mut content = Content::default();
+        for entry in &state.entries {
+            let control = read_control(entry.kind, entry.version, entry.body.get().as_bytes());
+            // What does not parse was refused when it came in; here it is carried along.
+            let entry = Entry { raw: entry.clone(), control: control.unwrap_or(None) };
+            content.apply_entry(entry, &mut Vec::new());
+        }
+        content
+    }
+
+    /// Whether a record can be applied, or why not: bytes of a peer or a disk are not trusted to
+    /// have the right shape because their checksum is.
+    pub(super) fn check(&self, header: &Header, payload: &[u8]) -> Result<(), String> {
+        match kind_of(header) {
+            Some(Kind::Write | Kind::Zero | Kind::Trim) => {
+                let Some(volume) = self.volumes.get(&header.volume) else {
+                    return Err(format!("volume {} does not exist", header.volume));
+                };
+                let aligned = header.offset.is_multiple_of(SECTOR_BYTES)
+                    && header.length.is_multiple_of(SECTOR_BYTES)
+                    && header.length > 0;
+                let end = header.offset.checked_add(header.length);
+                if aligned && end.is_some_and(|end| end <= volume.volume.size_bytes) {
+                    Ok(())
+                } else {
+                    Err(format!(
+                        "{} bytes at {} do not fit volume {}",
+                        header.length, header.offset, header.volume
+                    ))
+                }
+            }
+            Some(Kind::Control) => {
+                raw_json(payload)?;
+                match read_control(header.control_kind, header.version, payload)? {
+                    Some(Control::Volume(record)) if record.number.0 == 0 => {
+                        Err("a volume has the number 0".to_owned())
+                    }
+                    Some(Control::Volume(record)) if !record.size_bytes.is_multiple_of(4096) => {
+                        Err(format!("a volume has {} bytes", record.size_bytes))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Some(Kind::FlushMark | Kind::Pad) | None => Ok(()),
+        }
+    }
+
+    /// Applies a record that [`Content::check`] allows; anything else is passed over. `freed` takes
+    /// what is dropped outside of locks. Whether the control records changed.
+    pub(super) fn apply(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        freed: &mut Vec<Freed>,
+    ) -> bool {
+        let applies = self.check(header, payload).is_ok();
+        match kind_of(header) {
+            Some(Kind::Write) if applies => {
+                let volume = self.volumes.get_mut(&header.volume).expect("checked");
+                let payload_lsn = header.payload_lsn();
+                volume.map.write(header.offset, payload_lsn, header.length, &header.crcs);
+                false
+            }
+            Some(Kind::Zero | Kind::Trim) if applies => {
+                let volume = self.volumes.get_mut(&header.volume).expect("checked");
+                let hole = header.flags & flags::NO_HOLE == 0;
+                freed.push(volume.map.zero(header.offset, header.length, header.lsn, hole));
+                false
+            }
+            Some(Kind::Control) if applies => {
+                let body = raw_json(payload).expect("checked");
+                let control = read_control(header.control_kind, header.version, payload);
+                let raw = ControlEntry {
+                    kind: header.control_kind,
+                    version: header.version,
+                    flags: header.flags,
+                    lsn: header.lsn,
+                    epoch: header.epoch,
+                    time: header.time,
+                    body,
+                };
+                self.apply_entry(Entry { raw, control: control.expect("checked") }, freed);
+                true
+            }
+            None if header.flags & flags::MUST_UNDERSTAND != 0 => {
+                self.barrier.get_or_insert(header.lsn);
+                false
+            }
+            _ => false,
+        }
+    }
+
+    fn apply_entry(&mut self, entry: Entry, freed: &mut Vec<Freed>) {
+        if let Some(Control::Volume(record)) = &entry.control {
+            if record.removed {
+                self.volumes.remove(&record.number);
+            } else {
+                let volume = Volume {
+                    number: record.number,
+                    name: record.name.clone(),
+                    size_bytes: record.size_bytes,
+                };
+                match self.volumes.get_mut(&record.number) {
+                    None => {
+                        let map = ExtentMap::new();
+                        self.volumes.insert(record.number, VolumeContent { volume, map });
+                    }
+                    Some(known) => {
+                        let lost = known.volume.size_bytes.saturating_sub(volume.size_bytes);
+                        if lost > 0 {
+                            // What is cut off must not come back when the volume grows again, and
+                            // the base below may still hold it.
+                            let lsn = entry.raw.lsn;
+                            freed.push(known.map.zero(volume.size_bytes, lost, lsn, true));
+                        }
+                        known.volume = volume;
+                    }
+                }
+            }
+        }
+        if entry.control.is_none() && entry.raw.flags & flags::MUST_UNDERSTAND != 0 {
+            self.barrier.get_or_insert(entry.raw.lsn);
+        }
+        self.table.apply(entry);
+    }
+}
+
+impl ControlTable {
+    fn apply(&mut self, entry: Entry) {
+        if let Some(about) = entry.control.as_ref().map(About::of) {
+            self.entries.retain(|old| old.control.as_ref().map(About::of).as_ref() != Some(&about));
+        }
+        self.entries.push(Arc::new(entry));
+    }
+
+    /// The records that count, in log order.
+    pub(super) fn entries(&self) -> &[Arc<Entry>] {
+        &self.entries
+    }
+
+    /// The highest number that a volume ever had.
+    pub(super) fn highest_volume(&self) -> u32 {
+        let numbers = self.entries.iter().filter_map(|entry| match &entry.control {
+            Some(Control::Volume(record)) => Some(record.number.0),
+            _ => None,
+        });
+        numbers.max().unwrap_or(0)
+    }
+
+    /// What is carried into the base at `target`: without what is gone, what no longer can be
+    /// reached, and what says nothing about the state. A removed volume stays, since its number is
+    /// never used again.
+    pub(super) fn folded(&self, target: Lsn) -> Vec<ControlEntry> {
+        let stays = |entry: &&Arc<Entry>| match &entry.control {
+            Some(Control::Clock(_)) => false,
+            Some(Control::Job(record)) => !record.removed,
+            Some(Control::Member(record)) => !record.removed,
+            Some(Control::Bookmark(record)) => !record.removed && record.lsn >= target,
+            Some(Control::Group(_) | Control::Epoch(_) | Control::Volume(_) | Control::Policy(_))
+            | None => true,
+        };
+        self.entries.iter().filter(stays).map(|entry| entry.raw.clone()).collect()
+    }
+
+    /// What the records say, for other rooms.
+    pub(super) fn view(&self, volumes: Vec<Volume>) -> ControlView {
+        let mut view = ControlView { volumes, ..ControlView::default() };
+        for entry in &self.entries {
+            match &entry.control {
+                Some(Control::Member(record)) if !record.removed => {
+                    view.members.push(record.clone());
+                }
+                Some(Control::Job(record)) if !record.removed => view.jobs.push(record.clone()),
+                Some(Control::Bookmark(record)) if !record.removed => {
+                    view.bookmarks.push(record.clone());
+                }
+                Some(Control::Epoch(record)) => view.epochs.push(record.clone()),
+                Some(Control::Policy(record)) => view.policy = record.clone(),
+                _ => {}
+            }
+        }
+        view.bookmarks.sort_by_key(|bookmark| bookmark.lsn);
+        view.epochs.sort_by_key(|epoch| epoch.first_lsn);
+        view
+    }
+}
+
+impl About<'_> {
+    fn of(control: &Control) -> About<'_> {
+        match control {
+            Control::Group(_) => About::Group,
+            Control::Epoch(record) => About::Epoch(record.id),
+            Control::Volume(record) => About::Volume(record.number),
+            Control::Member(record) => About::Member(record.node),
+            Control::Policy(_) => About::Policy,
+            Control::Job(record) => About::Job(&record.name),
+            Control::Bookmark(record) => About::Bookmark(&record.name),
+            Control::Clock(_) => About::Clock,
+        }
+    }
+}
+
+/// The kind of a record. A control record of a later version is one too: it is carried along.
+fn kind_of(header: &Header) -> Option<Kind> {
+    if header.kind == Kind::Control as u8 { Some(Kind::Control) } else { header.known_kind() }
+}
+
+/// Reads a body; `None` for what a later version wrote.
+fn read_control(kind: u32, version: u8, body: &[u8]) -> Result<Option<Control>, String> {
+    if version != 1 {
+        return Ok(None);
+    }
+    Control::from_json(kind, body).map_err(|error| format!("control record of kind {kind}: {error}"))
+}
+
+fn raw_json(payload: &[u8]) -> Result<Box<RawValue>, String> {
+    let text = std::str::from_utf8(payload).map_err(|error| format!("control record: {error}"))?;
+    RawValue::from_string(text.to_owned()).map_err(|error| format!("control record: {error}"))
+}

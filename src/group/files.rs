@@ -1,0 +1,32 @@
+//! Small files that are replaced as a whole.
+
+use std::io::{self, IoSlice};
+use std::path::Path;
+
+use crate::io::{Disk, OpenMode};
+
+/// Bytes of such a file at most.
+const BYTES_MAX: u64 = 16 << 20;
+
+/// Replaces a file by a new one with these bytes; after a crash it is the old or the new one.
+pub(super) fn store(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let file = disk.open(&temporary, OpenMode::Create)?;
+    file.set_len(bytes.len() as u64)?;
+    file.write_at(&[IoSlice::new(bytes)], 0)?;
+    file.sync()?;
+    disk.rename(&temporary, path)?;
+    disk.sync_dir(path.parent().unwrap_or(path))
+}
+
+/// Reads such a file.
+pub(super) fn load(disk: &dyn Disk, path: &Path) -> io::Result<Vec<u8>> {
+    let file = disk.open(path, OpenMode::Read)?;
+    let bytes = file.len()?;
+    if bytes > BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too long"));
+    }
+    let mut buffer = vec![0; bytes as usize];
+    file.read_at(&mut buffer, 0)?;
+    Ok(buffer)
+}

@@ -1,0 +1,308 @@
+//! Folding: the oldest part of the log goes into the base, and its segments are used again.
+//!
+//! The target is durable before the first write to the base, and from that moment no image below it
+//! is given out; base and control state are durable before the horizon moves. A crash in between
+//! leaves a base of which some blocks are newer than the horizon, every one of them also in the log:
+//! nothing shows them but the log's own version, and the next start finishes the fold.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::content::VolumeContent;
+use super::engine::{Group, checkpoint};
+use super::fold_plan::{FoldFacts, FoldGoal, FoldStep, fold_goal, fold_steps, obsolete, written_at};
+use super::image::replay;
+use super::read::{Fetch, read_base};
+use super::timeline::{Checkpoint, follow};
+use super::GroupError;
+use crate::base::{BaseVolume, ControlState};
+use crate::events::Severity;
+use crate::log::record::crc32;
+use crate::units::{BLOCK_BYTES, Lsn};
+
+/// Bytes that are fetched and written at a time.
+const BATCH_BYTES: usize = 1 << 20;
+
+impl Group {
+    /// Folds up to the target that policy, holds and limits allow; the new horizon.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says, or damage in the log or the base; the horizon then stays.
+    pub fn fold_now(&self) -> Result<Lsn, GroupError> {
+        self.fold(true)
+    }
+
+    pub(super) fn fold(&self, forced: bool) -> Result<Lsn, GroupError> {
+        let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
+        self.close_expired();
+        let horizon = self.lock().timeline.horizon();
+        let Some(goal) = fold_goal(&self.fold_facts(forced)?) else { return Ok(horizon.lsn) };
+        let from = self.lock().timeline.before_lsn(goal.target);
+        let target = self.follow_to(from, |header| header.end() <= goal.target)?;
+        if target.lsn <= horizon.lsn || !self.claim(&target, goal) {
+            return Ok(self.lock().timeline.horizon().lsn);
+        }
+        self.fold_to(target)
+    }
+
+    fn fold_facts(&self, forced: bool) -> Result<FoldFacts, GroupError> {
+        let clock = &self.context.env.clock;
+        let (oldest, from) = {
+            let core = self.lock();
+            let now = core.clock.peek(clock.wall(), clock.monotonic());
+            let oldest = now.before(self.window(&core));
+            (oldest, core.timeline.before_time(oldest))
+        };
+        let window_end = self.follow_to(from, |header| header.time <= oldest)?.lsn;
+        let core = self.lock();
+        let holds = core.images.values().filter(|image| image.broken().is_none());
+        Ok(FoldFacts {
+            horizon: core.timeline.horizon().lsn,
+            head: core.writer.head(),
+            durable: core.durable,
+            committed: core.committed(),
+            lowest_hold: holds.map(|image| image.position().lsn).min(),
+            barrier: core.content.barrier,
+            window_end: if oldest < from.time { from.lsn.min(core.timeline.horizon().lsn) } else { window_end },
+            log_limit_bytes: self.log_limit(&core),
+            forced,
+        })
+    }
+
+    fn follow_to(
+        &self,
+        from: Checkpoint,
+        keep: impl Fn(&crate::log::record::Header) -> bool,
+    ) -> Result<Checkpoint, GroupError> {
+        let end = self.lock().timeline.end().lsn;
+        follow(&self.segments, from, end, keep).map_err(|cause| GroupError::Damaged {
+            group: self.name().clone(),
+            what: format!("log behind {}: {cause}", from.lsn),
+        })
+    }
+
+    /// Takes everything below the target away from who might open an image there. Not where an image
+    /// was opened meanwhile that needs it.
+    fn claim(&self, target: &Checkpoint, goal: FoldGoal) -> bool {
+        let broken: Vec<_> = {
+            let mut core = self.lock();
+            let below: Vec<_> = core
+                .images
+                .values()
+                .filter(|image| image.broken().is_none() && image.position().lsn < target.lsn)
+                .cloned()
+                .collect();
+            if !below.is_empty() && !goal.break_holds {
+                return false;
+            }
+            for image in &below {
+                image.break_hold("the log reached its limit, and this image was in the way");
+            }
+            core.fold_target = core.fold_target.max(target.lsn);
+            below
+        };
+        for image in broken {
+            let text = format!(
+                "image {} of {} was given up: the log reached its limit",
+                image.name(),
+                image.owner()
+            );
+            self.emit(Severity::Warning, "hold-broken", text, json!({ "image": image.name() }));
+        }
+        true
+    }
+
+    /// Folds up to the end of a request, which nothing needs the past of.
+    pub(super) fn fold_to(&self, target: Checkpoint) -> Result<Lsn, GroupError> {
+        self.update_meta(|meta| meta.fold_target = meta.fold_target.max(target.lsn))?;
+        let old = self.lock().horizon.clone();
+        let content = replay(&self.segments, &old, target.lsn).map_err(|cause| {
+            let what = format!("log up to {}: {cause}", target.lsn);
+            GroupError::Damaged { group: self.name().clone(), what }
+        })?;
+        for known in content.volumes.values() {
+            self.fold_volume(known)?;
+        }
+        let state = ControlState {
+            position: target.position(),
+            chain: target.chain,
+            requests: target.requests,
+            entries: content.table.folded(target.lsn),
+        };
+        let disk = &self.context.env.disk;
+        state
+            .store(&**disk, &self.dir.join("base"))
+            .map_err(|cause| self.io("write control state", &cause))?;
+        let gone = obsolete(self.bases.read().expect("no holder panics").keys(), |number| {
+            content.volumes.contains_key(number)
+        });
+        drop(content);
+        self.move_horizon(state);
+        self.update_meta(|meta| meta.horizon = target.lsn)?;
+        for number in gone {
+            let base = self.bases.write().expect("no holder panics").remove(&number);
+            if let Some(base) = base {
+                base.remove().map_err(|cause| self.io("remove base", &cause))?;
+            }
+        }
+        self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
+        self.segments.collect().map_err(|cause| self.io("recycle segments", &cause))?;
+        self.lock().log_used_bytes = self.segments.used_bytes();
+        self.space.notify_all();
+        self.notify();
+        Ok(target.lsn)
+    }
+
+    /// The base is complete up to here: maps forget what it has.
+    fn move_horizon(&self, state: ControlState) {
+        let target = state.position.lsn;
+        let mut freed = Vec::new();
+        let images: Vec<_> = {
+            let mut core = self.lock();
+            core.timeline.fold(checkpoint(&state));
+            core.horizon = Arc::new(state);
+            for known in core.content.volumes.values_mut() {
+                freed.push(known.map.forget_below(target));
+            }
+            core.images.values().cloned().collect()
+        };
+        drop(freed);
+        for image in images {
+            image.forget_below(target);
+        }
+    }
+
+    fn fold_volume(&self, known: &VolumeContent) -> Result<(), GroupError> {
+        let volume = &known.volume;
+        let steps = fold_steps(known.map.pieces(), volume.size_bytes);
+        let base = match self.base_of(volume.number) {
+            Some(base) => base,
+            None if steps.is_empty() => return Ok(()),
+            None => {
+                let base = BaseVolume::create(
+                    self.context.env.disk.clone(),
+                    &self.dir.join("base"),
+                    volume.number,
+                    volume.size_bytes,
+                )
+                .map_err(|cause| self.io(format!("create base of {}", volume.name), &cause))?;
+                let base = Arc::new(base);
+                self.bases
+                    .write()
+                    .expect("no holder panics")
+                    .insert(volume.number, base.clone());
+                base
+            }
+        };
+        let write = |cause| self.io(format!("write base of {}", volume.name), &cause);
+        if base.size_bytes() != volume.size_bytes {
+            let _gate = self.base_gate.write().expect("no holder panics");
+            base.resize(volume.size_bytes).map_err(write)?;
+        }
+        let mut batch = Batch::default();
+        for step in steps {
+            match step {
+                FoldStep::Copy { offset, piece } => {
+                    if batch.end() != Some(offset) || batch.bytes() >= BATCH_BYTES {
+                        self.write_batch(known, &base, &mut batch)?;
+                        batch.offset = offset;
+                    }
+                    batch.born = batch.born.max(written_at(&piece.source));
+                    batch.pieces.push(piece);
+                }
+                FoldStep::Zero { offset, length, born } => {
+                    self.write_batch(known, &base, &mut batch)?;
+                    let _gate = self.base_gate.write().expect("no holder panics");
+                    base.zero_blocks(offset, length, born).map_err(write)?;
+                }
+                FoldStep::Mend { offset, parts } => {
+                    self.write_batch(known, &base, &mut batch)?;
+                    self.mend(known, &base, offset, parts)?;
+                }
+            }
+        }
+        self.write_batch(known, &base, &mut batch)?;
+        base.sync().map_err(|cause| self.fail(&format!("sync of base of {}", volume.name), &cause))
+    }
+
+    /// Whole blocks from the log, one behind the other, with the checksums they came with.
+    fn write_batch(
+        &self,
+        known: &VolumeContent,
+        base: &BaseVolume,
+        batch: &mut Batch,
+    ) -> Result<(), GroupError> {
+        if batch.pieces.is_empty() {
+            return Ok(());
+        }
+        let Batch { offset, pieces, born } = std::mem::take(batch);
+        let mut data = vec![0; pieces.len() * BLOCK_BYTES as usize];
+        let crcs: Vec<u32> = pieces.iter().filter_map(crc_of).collect();
+        let volume = known.volume.number;
+        self.fetch_checked(vec![Fetch { volume, pieces, buffer: &mut data }])?;
+        let _gate = self.base_gate.write().expect("no holder panics");
+        base.write_blocks(offset, &data, &crcs, born)
+            .map_err(|cause| self.io(format!("write base of {}", known.volume.name), &cause))
+    }
+
+    /// A block that the log has in parts.
+    fn mend(
+        &self,
+        known: &VolumeContent,
+        base: &Arc<BaseVolume>,
+        offset: u64,
+        parts: Vec<crate::extent_map::Piece>,
+    ) -> Result<(), GroupError> {
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        let covered: u64 = parts.iter().map(|part| part.length).sum();
+        let born = parts.iter().map(|part| written_at(&part.source)).max().unwrap_or_default();
+        if covered < BLOCK_BYTES && read_base(Some(base), offset, &mut block).is_err() {
+            // A crash in the middle of an earlier attempt at this very block may have left any of
+            // its sectors new, the rest old, and a checksum of neither. What the log lacks is the
+            // same in both. Nothing else excuses a wrong checksum.
+            if self.lock().unfinished_fold.is_none() {
+                let what = format!("base of {} at {offset}: checksum differs", known.volume.name);
+                return Err(GroupError::Damaged { group: self.name().clone(), what });
+            }
+            base.read_unchecked(offset, &mut block)
+                .map_err(|cause| self.io(format!("read base of {}", known.volume.name), &cause))?;
+        }
+        for part in parts {
+            let start = (part.offset - offset) as usize;
+            let buffer = &mut block[start..start + part.length as usize];
+            let volume = known.volume.number;
+            self.fetch_checked(vec![Fetch { volume, pieces: vec![part], buffer }])?;
+        }
+        let crc = crc32(&block);
+        let _gate = self.base_gate.write().expect("no holder panics");
+        base.write_blocks(offset, &block, &[crc], born)
+            .map_err(|cause| self.io(format!("write base of {}", known.volume.name), &cause))
+    }
+}
+
+/// Blocks that follow each other and come from the log as they are.
+#[derive(Default)]
+struct Batch {
+    offset: u64,
+    pieces: Vec<crate::extent_map::Piece>,
+    born: Lsn,
+}
+
+impl Batch {
+    fn bytes(&self) -> usize {
+        self.pieces.len() * BLOCK_BYTES as usize
+    }
+
+    fn end(&self) -> Option<u64> {
+        (!self.pieces.is_empty()).then(|| self.offset + self.bytes() as u64)
+    }
+}
+
+fn crc_of(piece: &crate::extent_map::Piece) -> Option<u32> {
+    match piece.source {
+        crate::extent_map::Source::Log { crc, .. } => Some(crc),
+        _ => None,
+    }
+}

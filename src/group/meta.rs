@@ -1,0 +1,210 @@
+//! The group's small metadata: one file of two slots, written in turn, so that one of them is whole
+//! whatever a crash does.
+//!
+//! All integers are little-endian. A slot is 4096 bytes; slot 1 begins at byte 4096. Of two whole
+//! slots the one with the higher sequence counts.
+//!
+//! | offset | size | field | meaning |
+//! | ---: | ---: | --- | --- |
+//! | 0 | 8 | `magic` | `TIDEMETA` |
+//! | 8 | 4 | `version` | 1 |
+//! | 12 | 4 | `flags` | 1 clean, 2 demoted, 4 retired, 8 failed |
+//! | 16 | 8 | `sequence` | grows by one with every write |
+//! | 24 | 16 | `group` | the group's id |
+//! | 40 | 8 | `segment_bytes` | bytes of a segment |
+//! | 48 | 8 | `fold_target` | up to which a fold may have written to the base |
+//! | 56 | 8 | `horizon` | up to which the base is complete |
+//! | 64 | 8 | `durable` | a position that the log had on disk when this was written |
+//! | 72 | 8 | `incarnation` | random, new at each start |
+//! | 80 | 1 | `name_bytes` | length of the name |
+//! | 81 | 63 | `name` | the group's name, zeros behind it |
+//! | 144 | 8 | `checksum` | xxh3-64 of the 144 bytes before |
+
+use std::io::{self, IoSlice};
+use std::mem::offset_of;
+use std::path::Path;
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_64;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::io::{Disk, DiskFile, OpenMode};
+use crate::units::{GroupId, Incarnation, Lsn, Name};
+
+const MAGIC: [u8; 8] = *b"TIDEMETA";
+const VERSION: u32 = 1;
+const SLOT_BYTES: u64 = 4096;
+const CHECKSUM_OFFSET: usize = 144;
+
+const CLEAN: u32 = 1;
+const DEMOTED: u32 = 2;
+const RETIRED: u32 = 4;
+const FAILED: u32 = 8;
+
+/// What the file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Meta {
+    /// The group.
+    pub group: GroupId,
+    /// Its name.
+    pub name: Name,
+    /// Bytes of a segment.
+    pub segment_bytes: u64,
+    /// Up to which a fold may have written to the base.
+    pub fold_target: Lsn,
+    /// Up to which the base is complete.
+    pub horizon: Lsn,
+    /// A position that the log had on disk.
+    pub durable: Lsn,
+    /// New at each start.
+    pub incarnation: Incarnation,
+    /// The log was closed in order at `durable`.
+    pub clean: bool,
+    /// This node gave up its reign.
+    pub demoted: bool,
+    /// Replication was stopped here.
+    pub retired: bool,
+    /// A sync failed.
+    pub failed: bool,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSlot {
+    magic: [u8; 8],
+    version: U32,
+    flags: U32,
+    sequence: U64,
+    group: [u8; 16],
+    segment_bytes: U64,
+    fold_target: U64,
+    horizon: U64,
+    durable: U64,
+    incarnation: U64,
+    name_bytes: u8,
+    name: [u8; 63],
+    checksum: U64,
+}
+
+const _: () = {
+    assert!(size_of::<RawSlot>() == 152);
+    assert!(offset_of!(RawSlot, sequence) == 16);
+    assert!(offset_of!(RawSlot, group) == 24);
+    assert!(offset_of!(RawSlot, fold_target) == 48);
+    assert!(offset_of!(RawSlot, incarnation) == 72);
+    assert!(offset_of!(RawSlot, name_bytes) == 80);
+    assert!(offset_of!(RawSlot, checksum) == CHECKSUM_OFFSET);
+};
+
+impl Meta {
+    /// The bytes of a slot, without the zeros behind them.
+    pub(super) fn encode(&self, sequence: u64) -> Vec<u8> {
+        let mut name = [0; 63];
+        name[..self.name.as_str().len()].copy_from_slice(self.name.as_str().as_bytes());
+        let flags = [
+            (self.clean, CLEAN),
+            (self.demoted, DEMOTED),
+            (self.retired, RETIRED),
+            (self.failed, FAILED),
+        ];
+        let mut raw = RawSlot {
+            magic: MAGIC,
+            version: VERSION.into(),
+            flags: flags.iter().filter(|flag| flag.0).map(|flag| flag.1).sum::<u32>().into(),
+            sequence: sequence.into(),
+            group: self.group.0,
+            segment_bytes: self.segment_bytes.into(),
+            fold_target: self.fold_target.0.into(),
+            horizon: self.horizon.0.into(),
+            durable: self.durable.0.into(),
+            incarnation: self.incarnation.0.into(),
+            name_bytes: self.name.as_str().len() as u8,
+            name,
+            checksum: 0.into(),
+        };
+        raw.checksum = xxh3_64(&raw.as_bytes()[..CHECKSUM_OFFSET]).into();
+        raw.as_bytes().to_vec()
+    }
+
+    /// Sequence and contents of a slot, where it is whole and of this version.
+    pub(super) fn decode(bytes: &[u8]) -> Option<(u64, Meta)> {
+        let (raw, _) = RawSlot::ref_from_prefix(bytes).ok()?;
+        let checksum = xxh3_64(&raw.as_bytes()[..CHECKSUM_OFFSET]);
+        if raw.magic != MAGIC || raw.version.get() != VERSION || raw.checksum.get() != checksum {
+            return None;
+        }
+        let name = raw.name.get(..usize::from(raw.name_bytes))?;
+        let flags = raw.flags.get();
+        let meta = Meta {
+            group: GroupId(raw.group),
+            name: std::str::from_utf8(name).ok()?.parse().ok()?,
+            segment_bytes: raw.segment_bytes.get(),
+            fold_target: Lsn(raw.fold_target.get()),
+            horizon: Lsn(raw.horizon.get()),
+            durable: Lsn(raw.durable.get()),
+            incarnation: Incarnation(raw.incarnation.get()),
+            clean: flags & CLEAN != 0,
+            demoted: flags & DEMOTED != 0,
+            retired: flags & RETIRED != 0,
+            failed: flags & FAILED != 0,
+        };
+        Some((raw.sequence.get(), meta))
+    }
+}
+
+/// The open file, with what it says.
+pub(super) struct MetaFile {
+    file: Arc<dyn DiskFile>,
+    sequence: u64,
+    /// What the file says.
+    pub meta: Meta,
+}
+
+impl MetaFile {
+    /// Makes the file; the directory is synced by the caller.
+    pub(super) fn create(disk: &dyn Disk, path: &Path, meta: Meta) -> io::Result<MetaFile> {
+        let file = disk.open(path, OpenMode::Create)?;
+        file.set_len(2 * SLOT_BYTES)?;
+        let mut meta_file = MetaFile { file, sequence: 0, meta };
+        meta_file.store()?;
+        Ok(meta_file)
+    }
+
+    /// Opens the file; `Ok(None)` where no slot is whole.
+    pub(super) fn open(disk: &dyn Disk, path: &Path) -> io::Result<Option<MetaFile>> {
+        let file = disk.open(path, OpenMode::ReadWrite)?;
+        let mut best: Option<(u64, Meta)> = None;
+        for slot in 0..2 {
+            let mut bytes = vec![0; SLOT_BYTES as usize];
+            if file.read_at(&mut bytes, slot * SLOT_BYTES).is_ok()
+                && let Some(found) = Meta::decode(&bytes)
+                && best.as_ref().is_none_or(|best| best.0 < found.0)
+            {
+                best = Some(found);
+            }
+        }
+        Ok(best.map(|(sequence, meta)| MetaFile { file, sequence, meta }))
+    }
+
+    /// Changes the contents and makes them durable. A change that changes nothing writes nothing.
+    pub(super) fn update(&mut self, change: impl FnOnce(&mut Meta)) -> io::Result<()> {
+        let before = self.meta.clone();
+        change(&mut self.meta);
+        if self.meta == before {
+            return Ok(());
+        }
+        self.store().inspect_err(|_| self.meta = before)
+    }
+
+    fn store(&mut self) -> io::Result<()> {
+        // After a failed write the same slot is written again: it may be torn, the other is whole.
+        let slot = self.sequence % 2;
+        let mut bytes = self.meta.encode(self.sequence + 1);
+        bytes.resize(SLOT_BYTES as usize, 0);
+        self.file.write_at(&[IoSlice::new(&bytes)], slot * SLOT_BYTES)?;
+        self.file.sync()?;
+        self.sequence += 1;
+        Ok(())
+    }
+}

@@ -1,0 +1,421 @@
+//! Reads: look up under the lock, fetch outside of it, check every checksum, and look again where the
+//! map changed underneath.
+
+use std::io;
+use std::sync::Arc;
+
+use super::content::Content;
+use super::engine::{Core, Group};
+use super::{Allocation, Extent, GroupError, Read, View, Volume};
+use crate::base::BaseVolume;
+use crate::extent_map::{Piece, Source};
+use crate::io::BatchRead;
+use crate::log::record::crc32;
+use crate::log::segment::Segment;
+use crate::units::{Lsn, SECTOR_BYTES, VolumeNumber};
+
+/// Where maps are looked up: the live group, or an image.
+pub(super) trait Lookup {
+    /// Runs `look` on the content, under its lock.
+    fn with_content(&self, look: &mut dyn FnMut(&Content));
+}
+
+/// Why bytes could not be had.
+enum Trouble {
+    /// The segment has been folded meanwhile.
+    Moved,
+    /// Bytes and checksum of the log differ.
+    Checksum(Lsn),
+    /// The base says so; perhaps only because the folder was at work there.
+    Base(String),
+    /// The disk.
+    Io(io::Error),
+}
+
+/// A read from a segment.
+struct LogRead<'b> {
+    segment: Arc<Segment>,
+    offset: u64,
+    lsn: Lsn,
+    /// The index of the read that it belongs to.
+    owner: usize,
+    target: Target<'b>,
+}
+
+enum Target<'b> {
+    /// Whole pieces that follow each other, straight to where they belong; length and CRC of each.
+    Direct { buffer: &'b mut [u8], pieces: Vec<(usize, u32)> },
+    /// One piece of which a part is wanted.
+    Part { whole: Vec<u8>, skip: usize, buffer: &'b mut [u8], crc: u32 },
+}
+
+impl Target<'_> {
+    fn buffer(&mut self) -> &mut [u8] {
+        match self {
+            Target::Direct { buffer, .. } => buffer,
+            Target::Part { whole, .. } => whole,
+        }
+    }
+
+    /// Checks what was read, and puts a part where it belongs.
+    fn finish(self) -> bool {
+        match self {
+            Target::Direct { buffer, pieces } => {
+                let mut rest = &buffer[..];
+                pieces.into_iter().all(|(bytes, crc)| {
+                    let (piece, behind) = rest.split_at(bytes);
+                    rest = behind;
+                    crc32(piece) == crc
+                })
+            }
+            Target::Part { whole, skip, buffer, crc } => {
+                let good = crc32(&whole) == crc;
+                buffer.copy_from_slice(&whole[skip..skip + buffer.len()]);
+                good
+            }
+        }
+    }
+}
+
+/// One range to fetch, with what the map says about it.
+pub(super) struct Fetch<'b> {
+    /// The volume.
+    pub volume: VolumeNumber,
+    /// What the map says, in order, without gaps.
+    pub pieces: Vec<Piece>,
+    /// As long as the pieces together.
+    pub buffer: &'b mut [u8],
+}
+
+impl Group {
+    /// Looks up and reads until each read has its bytes or a real error.
+    pub(super) fn read_through(&self, lookup: &dyn Lookup, reads: &mut [Read<'_>]) {
+        let mut open: Vec<usize> = (0..reads.len()).collect();
+        let mut before: Vec<Option<Vec<Piece>>> = vec![None; reads.len()];
+        let mut gate = None;
+        while !open.is_empty() {
+            let mut found: Vec<Result<Vec<Piece>, GroupError>> = Vec::with_capacity(open.len());
+            lookup.with_content(&mut |content| {
+                for index in &open {
+                    let read = &reads[*index];
+                    let bytes = read.buffer.len() as u64;
+                    found.push(self.look_up(content, read.volume, read.offset, bytes));
+                }
+            });
+            let mut fetches = Vec::with_capacity(open.len());
+            let mut fetched = Vec::with_capacity(open.len());
+            let mut found = found.into_iter();
+            for (index, read) in reads.iter_mut().enumerate() {
+                if !open.contains(&index) {
+                    continue;
+                }
+                match found.next().expect("one per open read") {
+                    Ok(pieces) => {
+                        fetched.push((index, pieces.clone()));
+                        fetches.push(Fetch { volume: read.volume, pieces, buffer: read.buffer });
+                        read.result = Ok(());
+                    }
+                    Err(error) => read.result = Err(error),
+                }
+            }
+            let troubles = self.fetch(fetches);
+            open.clear();
+            for ((index, pieces), trouble) in fetched.into_iter().zip(troubles) {
+                let Some(trouble) = trouble else { continue };
+                // The same place twice, and still wrong: no fold was in the way.
+                let settled = before[index].as_ref() == Some(&pieces);
+                match trouble {
+                    Trouble::Moved => open.push(index),
+                    Trouble::Checksum(lsn) if settled => {
+                        let what = format!("log at {lsn}: payload checksum differs");
+                        reads[index].result = Err(self.damaged(what));
+                    }
+                    Trouble::Base(what) if settled && gate.is_some() => {
+                        reads[index].result = Err(self.damaged(what));
+                    }
+                    Trouble::Io(cause) if settled => {
+                        reads[index].result = Err(self.io("read", &cause));
+                    }
+                    Trouble::Checksum(_) | Trouble::Base(_) | Trouble::Io(_) => open.push(index),
+                }
+                before[index] = Some(pieces);
+            }
+            if !open.is_empty() && gate.is_none() {
+                gate = Some(self.base_gate.read().expect("no holder panics"));
+            }
+        }
+    }
+
+    fn look_up(
+        &self,
+        content: &Content,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+    ) -> Result<Vec<Piece>, GroupError> {
+        let known = content.volumes.get(&volume).ok_or_else(|| self.no_volume(volume))?;
+        let end = offset.checked_add(length);
+        if end.is_none_or(|end| end > known.volume.size_bytes) {
+            return Err(GroupError::OutOfRange { group: self.name().clone(), offset, length });
+        }
+        let mut pieces = Vec::new();
+        if length > 0 {
+            known.map.lookup(offset, length, &mut pieces);
+        }
+        Ok(pieces)
+    }
+
+    fn damaged(&self, what: String) -> GroupError {
+        GroupError::Damaged { group: self.name().clone(), what }
+    }
+
+    /// Fetches all ranges in one batch; what went wrong with each, if anything.
+    fn fetch(&self, fetches: Vec<Fetch<'_>>) -> Vec<Option<Trouble>> {
+        let mut troubles: Vec<Option<Trouble>> = fetches.iter().map(|_| None).collect();
+        let mut log_reads: Vec<LogRead<'_>> = Vec::new();
+        for (owner, fetch) in fetches.into_iter().enumerate() {
+            let base = self.base_of(fetch.volume);
+            if let Err(trouble) = self.plan(owner, fetch, base.as_ref(), &mut log_reads) {
+                troubles[owner] = Some(trouble);
+            }
+        }
+        let mut batch: Vec<BatchRead<'_>> = log_reads
+            .iter_mut()
+            .map(|read| BatchRead {
+                file: &*read.segment.file,
+                offset: read.offset,
+                buffer: read.target.buffer(),
+                result: Ok(()),
+            })
+            .collect();
+        self.context.env.disk.read_batch(&mut batch);
+        let results: Vec<io::Result<()>> = batch.into_iter().map(|read| read.result).collect();
+        for (read, result) in log_reads.into_iter().zip(results) {
+            if let Err(cause) = result {
+                troubles[read.owner] = Some(Trouble::Io(cause));
+            } else if !read.target.finish() {
+                troubles[read.owner] = Some(Trouble::Checksum(read.lsn));
+            }
+        }
+        troubles
+    }
+
+    /// Zeros and the base at once; what is in the log goes to `log_reads`, pieces that follow each
+    /// other as one read.
+    fn plan<'b>(
+        &self,
+        owner: usize,
+        fetch: Fetch<'b>,
+        base: Option<&Arc<BaseVolume>>,
+        log_reads: &mut Vec<LogRead<'b>>,
+    ) -> Result<(), Trouble> {
+        let segment_bytes = self.segment_bytes();
+        let mut rest = fetch.buffer;
+        let mut pieces = fetch.pieces.into_iter().peekable();
+        while let Some(piece) = pieces.next() {
+            match piece.source {
+                Source::Zero { .. } => take(&mut rest, piece.length).fill(0),
+                Source::Base => {
+                    let buffer = take(&mut rest, piece.length);
+                    read_base(base, piece.offset, buffer).map_err(Trouble::Base)?;
+                }
+                Source::Log { piece: lsn, piece_bytes, skip, crc } => {
+                    let number = lsn.segment_number(segment_bytes);
+                    let segment = self.segments.get(number).ok_or(Trouble::Moved)?;
+                    let offset = lsn.segment_offset(segment_bytes);
+                    let target = if skip == 0 && u64::from(piece_bytes) == piece.length {
+                        let mut run = vec![(piece.length as usize, crc)];
+                        let mut bytes = piece.length;
+                        while let Some(next) = pieces.peek()
+                            && let Source::Log { piece: next_lsn, piece_bytes, skip: 0, crc } =
+                                next.source
+                            && u64::from(piece_bytes) == next.length
+                            && next_lsn.0 == lsn.0 + bytes
+                            && next_lsn.segment_number(segment_bytes) == number
+                        {
+                            run.push((next.length as usize, crc));
+                            bytes += next.length;
+                            pieces.next();
+                        }
+                        Target::Direct { buffer: take(&mut rest, bytes), pieces: run }
+                    } else {
+                        Target::Part {
+                            whole: vec![0; piece_bytes as usize],
+                            skip: skip as usize,
+                            buffer: take(&mut rest, piece.length),
+                            crc,
+                        }
+                    };
+                    log_reads.push(LogRead { segment, offset, lsn, owner, target });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn base_of(&self, volume: VolumeNumber) -> Option<Arc<BaseVolume>> {
+        self.bases.read().expect("no holder panics").get(&volume).cloned()
+    }
+
+    /// Fetches for the folder, which is alone with the base: no second look.
+    pub(super) fn fetch_checked(&self, fetches: Vec<Fetch<'_>>) -> Result<(), GroupError> {
+        match self.fetch(fetches).into_iter().flatten().next() {
+            None => Ok(()),
+            Some(Trouble::Moved) => Err(self.damaged("a segment is missing".to_owned())),
+            Some(Trouble::Checksum(lsn)) => {
+                Err(self.damaged(format!("log at {lsn}: payload checksum differs")))
+            }
+            Some(Trouble::Base(what)) => Err(self.damaged(what)),
+            Some(Trouble::Io(cause)) => Err(self.io("read", &cause)),
+        }
+    }
+
+    /// The sectors at the edges of an unaligned request, with where they were found.
+    pub(super) fn read_sectors(
+        &self,
+        volume: VolumeNumber,
+        edges: [u64; 2],
+        old: &mut [Vec<u8>; 2],
+    ) -> Result<Vec<Vec<Piece>>, GroupError> {
+        let places = self.places(&self.lock(), volume, edges)?;
+        for (offset, buffer) in edges.into_iter().zip(old) {
+            let mut reads = [Read { volume, offset, buffer, result: Ok(()) }];
+            self.read(&mut reads);
+            let [read] = reads;
+            read.result?;
+        }
+        Ok(places)
+    }
+
+    /// Where the sectors at the edges are.
+    pub(super) fn places(
+        &self,
+        core: &Core,
+        volume: VolumeNumber,
+        edges: [u64; 2],
+    ) -> Result<Vec<Vec<Piece>>, GroupError> {
+        edges
+            .into_iter()
+            .map(|offset| self.look_up(&core.content, volume, offset, SECTOR_BYTES))
+            .collect()
+    }
+
+    /// What a range holds, in the words of block status.
+    pub(super) fn extents_through(
+        &self,
+        lookup: &dyn Lookup,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> Result<Vec<Extent>, GroupError> {
+        let mut found = Ok(Vec::new());
+        lookup.with_content(&mut |content| {
+            found = self.look_up(content, volume, offset, length);
+        });
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut push = |offset: u64, length: u64, allocation: Allocation| {
+            let full = extents.len() == limit;
+            match extents.last_mut() {
+                Some(last) if last.allocation == allocation => last.length += length,
+                _ if full => return false,
+                _ => extents.push(Extent { offset, length, allocation }),
+            }
+            true
+        };
+        for piece in found? {
+            let more = match piece.source {
+                Source::Log { .. } => push(piece.offset, piece.length, Allocation::Data),
+                Source::Zero { hole, .. } => {
+                    let allocation = if hole { Allocation::Hole } else { Allocation::Zero };
+                    push(piece.offset, piece.length, allocation)
+                }
+                Source::Base => self
+                    .base_extents(volume, piece.offset, piece.length, limit)?
+                    .into_iter()
+                    .all(|extent| push(extent.offset, extent.length, extent.allocation)),
+            };
+            if !more {
+                break;
+            }
+        }
+        Ok(extents)
+    }
+
+    fn base_extents(
+        &self,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> Result<Vec<Extent>, GroupError> {
+        let hole = |offset, length| Extent { offset, length, allocation: Allocation::Hole };
+        let Some(base) = self.base_of(volume) else { return Ok(vec![hole(offset, length)]) };
+        let inside = base.size_bytes().saturating_sub(offset).min(length);
+        let mut extents = Vec::new();
+        let mut end = offset;
+        if inside > 0 {
+            let found = base
+                .allocation(offset, inside, limit)
+                .map_err(|cause| self.damaged(cause.to_string()))?;
+            for (offset, length, is_data) in found {
+                let allocation = if is_data { Allocation::Data } else { Allocation::Hole };
+                extents.push(Extent { offset, length, allocation });
+                end = offset + length;
+            }
+        }
+        if end == offset + inside && inside < length {
+            extents.push(hole(end, length - inside));
+        }
+        Ok(extents)
+    }
+}
+
+fn take<'b>(rest: &mut &'b mut [u8], bytes: u64) -> &'b mut [u8] {
+    let (part, behind) = std::mem::take(rest).split_at_mut(bytes as usize);
+    *rest = behind;
+    part
+}
+
+/// Reads the base; what it lacks is zeros: a volume that nothing was folded into yet, or that grew
+/// since.
+pub(super) fn read_base(
+    base: Option<&Arc<BaseVolume>>,
+    offset: u64,
+    buffer: &mut [u8],
+) -> Result<(), String> {
+    let Some(base) = base else {
+        buffer.fill(0);
+        return Ok(());
+    };
+    let inside = base.size_bytes().saturating_sub(offset).min(buffer.len() as u64) as usize;
+    let (known, beyond) = buffer.split_at_mut(inside);
+    beyond.fill(0);
+    if known.is_empty() { Ok(()) } else { base.read(offset, known).map_err(|cause| cause.to_string()) }
+}
+
+impl Lookup for Group {
+    fn with_content(&self, look: &mut dyn FnMut(&Content)) {
+        look(&self.lock().content);
+    }
+}
+
+impl View for Group {
+    fn volumes(&self) -> Vec<Volume> {
+        self.lock().view.volumes.clone()
+    }
+
+    fn read(&self, reads: &mut [Read<'_>]) {
+        self.read_through(self, reads);
+    }
+
+    fn extents(
+        &self,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> Result<Vec<Extent>, GroupError> {
+        self.extents_through(self, volume, offset, length, limit)
+    }
+}

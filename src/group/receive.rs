@@ -1,0 +1,197 @@
+//! The log as a peer sends it: the same bytes at the same address, checked before they are kept.
+//!
+//! Bytes come cut anywhere. What does not yet make a whole request waits in memory, so that the log
+//! of a secondary always ends with a request, and no image of it can show half of one.
+
+use super::engine::Group;
+use super::{ReceiveError, Role};
+use crate::log::record::{Header, Kind, RecordError, flags};
+use crate::log::segment::fits;
+use crate::units::{Chain, Lsn};
+
+/// Bytes that wait for the rest of their request at most: the longest request with its headers.
+const PENDING_BYTES_MAX: usize = super::REQUEST_BYTES_MAX + (8 << 20);
+
+/// What came and is not yet in the log.
+#[derive(Default)]
+pub(super) struct Pending {
+    /// From the head on.
+    bytes: Vec<u8>,
+    /// Whole records at the start of `bytes`, with the place of each.
+    records: Vec<(usize, Header)>,
+    /// Where the next record starts in `bytes`, and what it must continue; `None` at the head.
+    next: Option<(usize, Chain)>,
+}
+
+impl Group {
+    /// Where the next received byte belongs: the head plus the unfinished tail.
+    #[must_use]
+    pub fn received_end(&self) -> Lsn {
+        let core = self.lock();
+        core.writer.head().advance(core.pending.bytes.len() as u64)
+    }
+
+    /// Forgets the unfinished tail, for a new connection.
+    pub fn reset_received(&self) {
+        self.lock().pending = Pending::default();
+    }
+
+    /// The primary told that it is durable there up to `lsn`.
+    pub fn note_committed(&self, lsn: Lsn) {
+        let changed = {
+            let mut core = self.lock();
+            let before = core.committed();
+            core.committed = core.committed.max(lsn);
+            core.committed() != before
+        };
+        if changed {
+            self.notify();
+        }
+    }
+
+    /// Appends bytes that continue the log at `at`, which is [`Group::received_end`]; they may cut
+    /// records anywhere. Chain, headers, payload checksums and places are checked. The new head.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the bytes; nothing of the request they belong to is kept, and the
+    /// unfinished tail is forgotten.
+    pub fn append_received(&self, at: Lsn, bytes: &[u8]) -> Result<Lsn, ReceiveError> {
+        let mut freed = Vec::new();
+        let mut core = self.lock();
+        let wrong = |at: Lsn, what: String| ReceiveError { at, what };
+        let end = core.writer.head().advance(core.pending.bytes.len() as u64);
+        if core.role == Role::Primary {
+            return Err(wrong(at, "this node is primary".to_owned()));
+        }
+        if core.closed {
+            return Err(wrong(at, "the group is closed".to_owned()));
+        }
+        if let Err(error) = self.failed_error(&core) {
+            return Err(wrong(at, error.to_string()));
+        }
+        if at != end {
+            return Err(wrong(at, format!("got bytes at {at}, expected {end}")));
+        }
+        // Taken out while it is worked on: an error forgets it.
+        let mut pending = std::mem::take(&mut core.pending);
+        pending.bytes.extend_from_slice(bytes);
+        let head = core.writer.head();
+        let parsed = pending.parse(head, core.writer.chain(), self.segment_bytes());
+        let complete = pending.complete();
+        let mut from = 0;
+        let mut first = 0;
+        // Control records shape what later records are checked against: each ends a part.
+        while first < complete {
+            let control = Kind::Control as u8;
+            let count = pending.records[first..complete]
+                .iter()
+                .take_while(|(_, header)| header.kind != control)
+                .count();
+            let last = (first + count).min(complete - 1);
+            let part = &pending.records[first..=last];
+            for (place, header) in part {
+                let payload = payload_of(&pending.bytes, *place, header);
+                core.content.check(header, payload).map_err(|what| wrong(header.lsn, what))?;
+            }
+            let (place, header) = &pending.records[last];
+            let to = place + header.record_bytes() as usize;
+            let appended = core.writer.append_encoded(
+                &pending.bytes[from..to],
+                header.checksum,
+                header.requests,
+            );
+            if let Err(cause) = appended {
+                let error = if cause.kind() == std::io::ErrorKind::StorageFull {
+                    self.io("append", &cause)
+                } else {
+                    self.fail_locked(&mut core, "append", &cause)
+                };
+                drop(core);
+                self.report();
+                return Err(wrong(at, error.to_string()));
+            }
+            for (place, header) in part {
+                core.apply(header, payload_of(&pending.bytes, *place, header), &mut freed);
+                core.committed = core.committed.max(header.durable);
+            }
+            let now = self.context.env.clock.monotonic();
+            core.clock.follow(header.time, now);
+            (from, first) = (to, last + 1);
+        }
+        pending.drain(complete, from);
+        // What was whole is kept even where something behind it is not.
+        parsed.map_err(|(at, what)| wrong(at, what))?;
+        if pending.bytes.len() > PENDING_BYTES_MAX {
+            let what = format!("a request of more than {PENDING_BYTES_MAX} bytes");
+            return Err(wrong(core.writer.head(), what));
+        }
+        core.pending = pending;
+        self.appended(&mut core, head);
+        let new_head = core.writer.head();
+        drop(core);
+        drop(freed);
+        if new_head > head {
+            self.notify();
+        }
+        Ok(new_head)
+    }
+}
+
+fn payload_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {
+    let start = place + header.header_bytes() as usize;
+    &bytes[start..start + header.payload_bytes as usize]
+}
+
+impl Pending {
+    /// Finds whole records behind those that are known.
+    fn parse(&mut self, head: Lsn, chain: Chain, segment_bytes: u64) -> Result<(), (Lsn, String)> {
+        loop {
+            let (place, chain) = self.next.unwrap_or((0, chain));
+            let lsn = head.advance(place as u64);
+            let header = match Header::decode(&self.bytes[place..]) {
+                Ok(header) => header,
+                Err(RecordError::Short { .. }) => return Ok(()),
+                Err(error) => return Err((lsn, error.to_string())),
+            };
+            if !header.follows(lsn, chain) {
+                return Err((lsn, "the record does not continue this log".to_owned()));
+            }
+            let room = segment_bytes - lsn.segment_offset(segment_bytes);
+            let record_bytes = header.record_bytes();
+            let pad = header.kind == Kind::Pad as u8;
+            if (pad && record_bytes != room) || (!pad && !fits(record_bytes, room)) {
+                return Err((lsn, "the record does not fit its segment".to_owned()));
+            }
+            if self.bytes.len() - place < record_bytes as usize {
+                return Ok(());
+            }
+            if !pad && !header.payload_is_whole(payload_of(&self.bytes, place, &header)) {
+                return Err((lsn, "payload checksum differs".to_owned()));
+            }
+            self.next = Some((place + record_bytes as usize, header.checksum));
+            self.records.push((place, header));
+        }
+    }
+
+    /// How many of the records make whole requests.
+    fn complete(&self) -> usize {
+        let last = |(_, header): &(usize, Header)| header.flags & flags::LAST_OF_REQUEST != 0;
+        self.records.iter().rposition(last).map_or(0, |index| index + 1)
+    }
+
+    /// Forgets the first `records`, which take `bytes`.
+    fn drain(&mut self, records: usize, bytes: usize) {
+        self.bytes.drain(..bytes);
+        self.records.drain(..records);
+        for (place, _) in &mut self.records {
+            *place -= bytes;
+        }
+        if bytes > 0 {
+            self.next = match self.next {
+                Some((place, chain)) if !self.records.is_empty() => Some((place - bytes, chain)),
+                _ => None,
+            };
+        }
+    }
+}

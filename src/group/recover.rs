@@ -1,0 +1,405 @@
+//! Opening a group again: control state, log from the horizon on, and what the end of it means.
+//!
+//! Up to the durable mark the chain of headers is followed, and payloads are checked when they are
+//! read. Above it every payload is checked too, and what is kept is written to fresh files and
+//! synced before it is trusted: after a failed sync the page cache shows what the disk does not have.
+
+use std::io::{self, IoSlice};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::content::Content;
+use super::engine::{Group, beginning, checkpoint};
+use super::meta::MetaFile;
+use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
+use super::timeline::{Checkpoint, Timeline, follow};
+use super::{GroupContext, GroupError, Role};
+use crate::base::{BaseVolume, ControlState};
+use crate::events::Severity;
+use crate::extent_map::Freed;
+use crate::io::{Disk, OpenMode};
+use crate::log::reader::{Remains, ScanEnd, Scanner, remains};
+use crate::log::record::{Header, Kind};
+use crate::log::segment::{Segments, segment_name};
+use crate::log::writer::Writer;
+use crate::units::{Incarnation, LogTime, Lsn, Name, NodeId};
+
+/// What recovery found.
+#[derive(Clone, Debug, Default)]
+pub struct Recovery {
+    /// An unclean boot: answered but unflushed writes may be missing in this span.
+    pub cut: Option<(Lsn, Lsn)>,
+    /// Log time of that span, to the start of the node.
+    pub cut_time: Option<(LogTime, LogTime)>,
+    /// Bytes of log that were followed.
+    pub scanned_bytes: u64,
+    /// Records with a payload that is damaged, although it was durable.
+    pub damaged: Vec<Lsn>,
+}
+
+/// The log as a scan found it.
+struct Found {
+    content: Content,
+    timeline: Timeline,
+    /// Behind the last whole record.
+    chain_end: Lsn,
+    /// The highest `durable` that a record tells.
+    durable: Lsn,
+    damaged: Vec<Lsn>,
+    remains: Remains,
+}
+
+impl Group {
+    /// Opens and recovers.
+    ///
+    /// # Errors
+    ///
+    /// Where neither slot of `meta` is whole, or what the disk says.
+    pub fn open(context: GroupContext, dir: &Path) -> Result<(Arc<Group>, Recovery), GroupError> {
+        let disk = context.env.disk.clone();
+        let unnamed: Name = "unknown".parse().expect("a name");
+        let io = |what: &str, cause: &io::Error| {
+            GroupError::io(&unnamed, format!("{what} in {}", dir.display()), cause)
+        };
+        let meta = MetaFile::open(&*disk, &dir.join("meta"))
+            .map_err(|cause| io("read meta", &cause))?
+            .ok_or_else(|| GroupError::Damaged {
+                group: unnamed.clone(),
+                what: format!("{}: neither slot is whole", dir.join("meta").display()),
+            })?;
+        let before = meta.meta.clone();
+        let name = before.name.clone();
+        let io = |what: &str, cause: &io::Error| GroupError::io(&name, what, cause);
+        let segments = Segments::open(disk.clone(), &dir.join("log"), before.segment_bytes)
+            .map_err(|cause| io("open log", &cause))?;
+        let segments = Arc::new(segments);
+        let base_dir = dir.join("base");
+        let horizon = ControlState::load(&*disk, &base_dir)
+            .map_err(|cause| GroupError::Damaged {
+                group: name.clone(),
+                what: format!("control state: {cause}"),
+            })?
+            .unwrap_or_else(|| beginning(before.group));
+        // Records tell what was durable at their author. That is here only where they are our own.
+        let own = |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
+        let mut found =
+            scan(&segments, &horizon, before.durable, own).map_err(|cause| io("read log", &cause))?;
+        let primary = own(&found.content);
+        let proven = |durable: Lsn| if primary { durable } else { Lsn::ZERO };
+        let decision = decide(&RecoveryFacts {
+            chain_end: found.chain_end,
+            request_end: found.timeline.end().lsn,
+            mark: before.durable.max(proven(found.durable)),
+            remains: Remains { durable: proven(found.remains.durable), ..found.remains },
+            clean: before.clean,
+        });
+        let (at, damage) = match decision {
+            RecoveryDecision::Keep => (found.chain_end, None),
+            RecoveryDecision::Cut { at, .. } => (at, None),
+            RecoveryDecision::Damage { at, damaged_at, durable } => (at, Some((damaged_at, durable))),
+        };
+        // A primary with damage stays as it is until somebody has looked: it serves no writes. A
+        // secondary takes the rest from its primary again.
+        let stopped = damage.is_some() && primary;
+        let unclean = decision != RecoveryDecision::Keep;
+        if unclean && !stopped {
+            settle(&segments, dir, before.durable.min(at), at, found.chain_end)
+                .map_err(|cause| io("settle the end of the log", &cause))?;
+        }
+        segments
+            .ensure(at.segment_number(before.segment_bytes))
+            .map_err(|cause| io("open segment", &cause))?;
+        let end = found.timeline.end();
+        let writer = Writer::open(segments.clone(), at, end.chain, end.requests)
+            .map_err(|cause| io("read the end of the log", &cause))?;
+        let mut meta = meta;
+        let incarnation = Incarnation(context.env.entropy.next_u64());
+        meta.update(|meta| {
+            meta.incarnation = incarnation;
+            meta.clean = false;
+            if !stopped {
+                meta.durable = at;
+                meta.failed = false;
+            }
+        })
+        .map_err(|cause| io("write meta", &cause))?;
+        let bases = open_bases(&disk, &base_dir, &horizon, &found.content)
+            .map_err(|cause| io("open base", &cause))?;
+        let content = std::mem::take(&mut found.content);
+        let scanned_bytes = found.chain_end.bytes_since(horizon.position.lsn);
+        let timeline = found.timeline.clone();
+        let group =
+            Group::assemble(context, dir, meta, segments, writer, content, timeline, horizon);
+        *group.bases.write().expect("no holder panics") = bases;
+        {
+            let mut core = group.lock();
+            core.committed = found.durable;
+            core.role = if primary { Role::Primary } else { Role::Secondary };
+        }
+        let mut recovery =
+            Recovery { scanned_bytes, damaged: found.damaged.clone(), ..Recovery::default() };
+        group.report_recovery(&found, decision, before.failed, &mut recovery);
+        if stopped {
+            let (damaged_at, durable) = damage.expect("that is why");
+            let cause = io::Error::other(format!(
+                "damaged at {damaged_at}, segment {}, although it was durable up to {durable}",
+                damaged_at.segment_number(group.segment_bytes())
+            ));
+            group.fail("log", &cause);
+            return Ok((group, recovery));
+        }
+        group.finish_fold(before.fold_target)?;
+        if primary && unclean {
+            let counter = group.control().epochs.last().map_or(0, |epoch| epoch.counter);
+            group.begin_epoch(group.new_epoch("recovery", counter + 1))?;
+        }
+        group.reopen_images();
+        Ok((group, recovery))
+    }
+
+    fn report_recovery(
+        &self,
+        found: &Found,
+        decision: RecoveryDecision,
+        failed: bool,
+        recovery: &mut Recovery,
+    ) {
+        for lsn in &found.damaged {
+            self.emit(
+                Severity::Error,
+                "log-damaged",
+                format!("the record at {lsn} was durable, and its payload is damaged"),
+                json!({ "lsn": lsn, "segment": lsn.segment_number(self.segment_bytes()) }),
+            );
+        }
+        if failed {
+            let text = "had failed; everything that could be read is on disk again".to_owned();
+            self.emit(Severity::Warning, "data-recovered", text, json!(null));
+        }
+        let end = found.timeline.end();
+        let (code, severity) = match decision {
+            RecoveryDecision::Keep => return,
+            RecoveryDecision::Cut { .. } => ("unclean-start", Severity::Warning),
+            RecoveryDecision::Damage { .. } => ("log-damaged", Severity::Error),
+        };
+        let last_seen = found.remains.last_end.unwrap_or(found.chain_end).max(found.chain_end);
+        let now = self.context.env.clock.wall();
+        recovery.cut = Some((end.lsn, last_seen));
+        recovery.cut_time = Some((end.time, now));
+        self.emit(
+            severity,
+            code,
+            format!(
+                "was not closed in order: writes that were answered but not flushed may be missing \
+                 behind LSN {} and between {} and {now}",
+                end.lsn, end.time
+            ),
+            json!({
+                "from_lsn": end.lsn,
+                "to_lsn": last_seen,
+                "from": end.time,
+                "to": now,
+                "durable_lsn": found.durable,
+            }),
+        );
+    }
+
+    /// Finishes a fold that a crash interrupted: until then its target is as good as the horizon for
+    /// everybody, but blocks in it may be torn.
+    fn finish_fold(&self, target: Lsn) -> Result<(), GroupError> {
+        let (horizon, end) = {
+            let core = self.lock();
+            (core.timeline.horizon(), core.timeline.end())
+        };
+        if target <= horizon.lsn || target > end.lsn {
+            return Ok(());
+        }
+        let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
+        self.lock().unfinished_fold = Some(target);
+        let from = self.lock().timeline.before_lsn(target);
+        let found = follow(&self.segments, from, end.lsn, |header| header.end() <= target)
+            .map_err(|cause| GroupError::Damaged {
+                group: self.name().clone(),
+                what: format!("log up to {target}: {cause}"),
+            })?;
+        self.fold_to(found)?;
+        self.lock().unfinished_fold = None;
+        Ok(())
+    }
+}
+
+/// The author of the last reign.
+fn author_of(content: &Content) -> Option<NodeId> {
+    content.table.view(Vec::new()).epochs.last().map(|epoch| epoch.author)
+}
+
+/// Follows the log from the horizon on. Requests are applied when they are whole.
+fn scan(
+    segments: &Segments,
+    horizon: &ControlState,
+    mark: Lsn,
+    own: impl Fn(&Content) -> bool,
+) -> io::Result<Found> {
+    let start = checkpoint(horizon);
+    let mut found = Found {
+        content: Content::at_horizon(horizon),
+        timeline: Timeline::new(start, segments.segment_bytes()),
+        chain_end: start.lsn,
+        durable: Lsn::ZERO,
+        damaged: Vec::new(),
+        remains: Remains::default(),
+    };
+    let mut request: Vec<(Header, Vec<u8>)> = Vec::new();
+    let mut freed: Vec<Freed> = Vec::new();
+    let mut scanner = Scanner::new(segments, start.lsn, start.chain);
+    loop {
+        let above = scanner.at() >= mark;
+        let header = match scanner.next(above) {
+            Ok(header) => header,
+            Err(ScanEnd::Payload(header)) => {
+                let behind = remains_behind(segments, header.end())?;
+                let proven = if own(&found.content) { behind.durable } else { Lsn::ZERO };
+                let control = header.kind == Kind::Control as u8;
+                if control || mark.max(proven) < header.end() {
+                    // Torn, or a control record that nothing can be shown without.
+                    found.remains = behind;
+                    break;
+                }
+                // It was durable: the chain goes on, and who reads these blocks is told.
+                found.damaged.push(header.lsn);
+                scanner.step_over(&header);
+                *header
+            }
+            Err(ScanEnd::Io(cause)) => return Err(cause),
+            Err(_) => {
+                found.remains = remains_behind(segments, scanner.at().advance(8))?;
+                break;
+            }
+        };
+        found.chain_end = header.end();
+        found.durable = found.durable.max(header.durable);
+        let last = header.is_last_of_request();
+        let control = header.kind == Kind::Control as u8;
+        let payload = if control { scanner.payload().to_vec() } else { Vec::new() };
+        request.push((header, payload));
+        if last {
+            for (header, payload) in request.drain(..) {
+                found.content.apply(&header, &payload, &mut freed);
+                if header.is_last_of_request() {
+                    found.timeline.push(Checkpoint::behind(&header));
+                }
+            }
+            freed.clear();
+        }
+    }
+    Ok(found)
+}
+
+/// What stands at its own position from here on, in any segment.
+fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remains> {
+    let first = from.segment_number(segments.segment_bytes());
+    let mut all = Remains::default();
+    for number in segments.numbers().into_iter().filter(|number| *number >= first) {
+        let found = remains(segments, number, from)?;
+        all.last_end = all.last_end.max(found.last_end);
+        all.durable = all.durable.max(found.durable);
+    }
+    Ok(all)
+}
+
+/// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and synced,
+/// what is behind leaves, and is kept apart where something in it is whole.
+pub(super) fn settle(
+    segments: &Segments,
+    dir: &Path,
+    trusted: Lsn,
+    at: Lsn,
+    chain_end: Lsn,
+) -> io::Result<()> {
+    let segment_bytes = segments.segment_bytes();
+    let disk = segments.disk();
+    let last = at.segment_number(segment_bytes);
+    let branch = dir.join("branches").join(format!("cut-{at}"));
+    // From the last segment to the first, so that a crash in between leaves a log that ends early
+    // rather than one with a gap whose far side looks whole.
+    let behind = segments.numbers().into_iter().rev().filter(|number| *number > last);
+    for number in behind.collect::<Vec<_>>() {
+        let found = remains(segments, number, at)?;
+        if found.last_end.is_some() {
+            disk.create_dir(&branch)?;
+            segments.take_out(number, Some(&branch.join(segment_name(number))))?;
+        } else {
+            segments.take_out(number, None)?;
+        }
+    }
+    let first = trusted.segment_number(segment_bytes);
+    for number in first..=last {
+        let Some(segment) = segments.get(number) else { continue };
+        let start = Lsn(number * segment_bytes);
+        let kept = at.bytes_since(start).min(segment_bytes);
+        let cut_off = kept < segment_bytes
+            && (chain_end > at || remains(segments, number, at)?.last_end.is_some());
+        if cut_off {
+            disk.create_dir(&branch)?;
+            copy(&**disk, &*segment.file, &branch.join(segment_name(number)), segment_bytes, segment_bytes)?;
+        }
+        let temporary = segments.dir().join(format!("{number:012}.new"));
+        copy(&**disk, &*segment.file, &temporary, kept, segment_bytes)?;
+        if cut_off {
+            disk.sync_dir(&branch)?;
+        }
+        segments.replace(number, &temporary)?;
+        segments.drop_index(number)?;
+    }
+    if disk.exists(&branch) {
+        disk.sync_dir(&branch)?;
+        disk.sync_dir(&dir.join("branches"))?;
+        disk.sync_dir(dir)?;
+    }
+    disk.sync_dir(segments.dir())
+}
+
+/// Copies the first `bytes` of a file to a new one of `length` bytes, and syncs it.
+fn copy(
+    disk: &dyn Disk,
+    from: &dyn crate::io::DiskFile,
+    to: &Path,
+    bytes: u64,
+    length: u64,
+) -> io::Result<()> {
+    if disk.exists(to) {
+        disk.remove(to)?;
+    }
+    let file = disk.open(to, OpenMode::CreateNew)?;
+    file.set_len(length)?;
+    let mut at = 0;
+    let mut buffer = vec![0; 1 << 20];
+    while at < bytes {
+        let count = (bytes - at).min(buffer.len() as u64) as usize;
+        from.read_at(&mut buffer[..count], at)?;
+        file.write_at(&[IoSlice::new(&buffer[..count])], at)?;
+        at += count as u64;
+    }
+    file.sync()
+}
+
+/// Opens what is in the base. A volume that is in neither the horizon's state nor the present one
+/// was removed, and its file is left for the fold that removes it.
+fn open_bases(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    horizon: &ControlState,
+    content: &Content,
+) -> io::Result<std::collections::BTreeMap<crate::units::VolumeNumber, Arc<BaseVolume>>> {
+    let mut bases = std::collections::BTreeMap::new();
+    let at_horizon = Content::at_horizon(horizon);
+    let numbers = at_horizon.volumes.keys().chain(content.volumes.keys());
+    for number in numbers.copied().collect::<std::collections::BTreeSet<_>>() {
+        if let Some(base) = BaseVolume::open(disk.clone(), dir, number)? {
+            bases.insert(number, Arc::new(base));
+        }
+    }
+    Ok(bases)
+}

@@ -1,0 +1,210 @@
+//! The groups of a node.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, RwLock};
+
+use serde_json::json;
+
+use super::engine::{Group, Listener, NewGroup};
+use super::recover::Recovery;
+use super::{GroupContext, GroupError};
+use crate::events::Severity;
+use crate::log::segment::SEGMENT_BYTES_DEFAULT;
+use crate::units::{GroupId, Name};
+
+/// The groups of a node.
+pub struct Registry {
+    context: GroupContext,
+    dir: PathBuf,
+    groups: RwLock<BTreeMap<Name, Arc<Group>>>,
+    /// One group is made or deleted at a time.
+    changing: Mutex<()>,
+    listeners: RwLock<Vec<Listener>>,
+    recoveries: Vec<(Name, Recovery)>,
+}
+
+impl Registry {
+    /// Opens and recovers every group under `dir` (`data_dir/groups`), and starts their threads. A
+    /// group that cannot be opened is left alone, and told by an event.
+    ///
+    /// # Errors
+    ///
+    /// Where the directory cannot be read.
+    pub fn open(context: GroupContext, dir: &Path) -> Result<Arc<Registry>, GroupError> {
+        let disk = context.env.disk.clone();
+        let io = |cause| {
+            let name = "unknown".parse().expect("a name");
+            GroupError::io(&name, format!("open {}", dir.display()), &cause)
+        };
+        disk.create_dir(dir).map_err(io)?;
+        let mut groups = BTreeMap::new();
+        let mut recoveries = Vec::new();
+        for id in disk.list(dir).map_err(io)? {
+            let path = dir.join(&id);
+            if id.parse::<GroupId>().is_err() || !disk.exists(&path.join("meta")) {
+                // A group whose making was interrupted has no meta yet, and nothing in it.
+                continue;
+            }
+            match Group::open(context.clone(), &path) {
+                Ok((group, recovery)) => {
+                    group.start_workers();
+                    recoveries.push((group.name().clone(), recovery));
+                    groups.insert(group.name().clone(), group);
+                }
+                Err(error) => context.events.emit(
+                    Severity::Error,
+                    "group-not-opened",
+                    Some(&id),
+                    format!("{} was left as it is: {error}", path.display()),
+                    json!({ "id": id }),
+                ),
+            }
+        }
+        Ok(Arc::new(Registry {
+            context,
+            dir: dir.to_owned(),
+            groups: RwLock::new(groups),
+            changing: Mutex::default(),
+            listeners: RwLock::default(),
+            recoveries,
+        }))
+    }
+
+    /// What recovery found, by group.
+    #[must_use]
+    pub fn recoveries(&self) -> &[(Name, Recovery)] {
+        &self.recoveries
+    }
+
+    /// All groups, by name.
+    #[must_use]
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.groups.read().expect("no holder panics").values().cloned().collect()
+    }
+
+    /// A group.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none of that name.
+    pub fn by_name(&self, name: &str) -> Result<Arc<Group>, GroupError> {
+        let parsed: Option<Name> = name.parse().ok();
+        let groups = self.groups.read().expect("no holder panics");
+        parsed.as_ref().and_then(|name| groups.get(name)).cloned().ok_or_else(|| {
+            GroupError::NotFound {
+                group: parsed.unwrap_or_else(|| "unknown".parse().expect("a name")),
+                what: "group",
+                name: name.to_owned(),
+            }
+        })
+    }
+
+    /// A group, by its identity.
+    #[must_use]
+    pub fn by_id(&self, id: GroupId) -> Option<Arc<Group>> {
+        self.groups.read().expect("no holder panics").values().find(|group| group.id() == id).cloned()
+    }
+
+    /// Makes a group with this node as its primary.
+    ///
+    /// # Errors
+    ///
+    /// Where the name is taken, or what the disk says.
+    pub fn create(&self, name: Name, segment_bytes: Option<u64>) -> Result<Arc<Group>, GroupError> {
+        let id = GroupId(self.context.env.entropy.next_id());
+        let segment_bytes = segment_bytes.unwrap_or(SEGMENT_BYTES_DEFAULT);
+        self.add(NewGroup { id, name, segment_bytes }, Group::create)
+    }
+
+    /// Makes the copy that a peer's `replicate` asks for; a taken name is refused.
+    ///
+    /// # Errors
+    ///
+    /// Where the name or the identity is taken, or what the disk says.
+    pub fn create_copy(
+        &self,
+        id: GroupId,
+        name: Name,
+        segment_bytes: u64,
+    ) -> Result<Arc<Group>, GroupError> {
+        self.add(NewGroup { id, name, segment_bytes }, Group::create_copy)
+    }
+
+    fn add(
+        &self,
+        new: NewGroup,
+        make: impl FnOnce(GroupContext, &Path, NewGroup) -> Result<Arc<Group>, GroupError>,
+    ) -> Result<Arc<Group>, GroupError> {
+        let _one_at_a_time = self.changing.lock().expect("no holder panics");
+        let taken = self.groups.read().expect("no holder panics").contains_key(&new.name);
+        if taken || self.by_id(new.id).is_some() {
+            let name = new.name.to_string();
+            return Err(GroupError::Exists { group: new.name, what: "group", name });
+        }
+        let path = self.dir.join(new.id.to_string());
+        let disk = &self.context.env.disk;
+        if disk.exists(&path) {
+            // Left by a making that did not end, or of a group that could not be opened.
+            if disk.exists(&path.join("meta")) {
+                let what = format!("{} exists already, and could not be opened", path.display());
+                return Err(GroupError::Refused { group: new.name, what });
+            }
+            disk.remove_dir(&path)
+                .map_err(|cause| GroupError::io(&new.name, "remove what is left", &cause))?;
+        }
+        let group = make(self.context.clone(), &path, new)?;
+        group.start_workers();
+        let mut groups = self.groups.write().expect("no holder panics");
+        groups.insert(group.name().clone(), group.clone());
+        drop(groups);
+        self.notify();
+        Ok(group)
+    }
+
+    /// Closes a group and removes all that it has on this node.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none of that name, or what the disk says.
+    pub fn delete(&self, name: &Name) -> Result<(), GroupError> {
+        let _one_at_a_time = self.changing.lock().expect("no holder panics");
+        let group = self.by_name(name.as_str())?;
+        // It goes whatever its disk says now.
+        if let Err(error) = group.close() {
+            tracing::warn!("group {name}: closing before it is deleted: {error}");
+        }
+        self.groups.write().expect("no holder panics").remove(name);
+        let disk = &self.context.env.disk;
+        let path = self.dir.join(group.id().to_string());
+        let removed = disk.remove_dir(&path).and_then(|()| disk.sync_dir(&self.dir));
+        self.notify();
+        removed.map_err(|cause| GroupError::io(name, format!("remove {}", path.display()), &cause))
+    }
+
+    /// Has `listener` called after a group was made or deleted, until it answers `false`.
+    pub fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
+        self.listeners.write().expect("no holder panics").push(Arc::from(listener));
+    }
+
+    fn notify(&self) {
+        let listeners = self.listeners.read().expect("no holder panics").clone();
+        let ended: Vec<Listener> =
+            listeners.into_iter().filter(|listener| !listener()).collect();
+        if !ended.is_empty() {
+            self.listeners
+                .write()
+                .expect("no holder panics")
+                .retain(|known| !ended.iter().any(|ended| Arc::ptr_eq(known, ended)));
+        }
+    }
+
+    /// Closes all groups in order.
+    pub fn close(&self) {
+        for group in self.groups() {
+            if let Err(error) = group.close() {
+                tracing::error!("group {}: closing: {error}", group.name());
+            }
+        }
+    }
+}

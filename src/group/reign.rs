@@ -1,0 +1,171 @@
+//! Whose turn it is: promote, demote, and closing in order.
+
+use std::sync::atomic::Ordering;
+
+use super::engine::Group;
+use super::{EpochRecord, GroupError, Role};
+use crate::log::reader::{ScanEnd, Scanner};
+use crate::units::Lsn;
+
+impl Group {
+    /// Begins a new epoch with this node as its author; durable on return. The present epoch where
+    /// this node reigns already.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no image yet, the group failed, or the log has a record that must be
+    /// understood and is not.
+    pub fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError> {
+        let counter = {
+            let mut core = self.lock();
+            self.failed_error(&core)?;
+            let last = core.view.epochs.last();
+            if core.role == Role::Primary {
+                return Ok(last.expect("a primary began an epoch").clone());
+            }
+            if core.closed {
+                return Err(self.refused("is closed"));
+            }
+            let Some(last) = last else {
+                return Err(self.refused("has no image yet; wait until its primary has sent one"));
+            };
+            if let Some(lsn) = core.content.barrier {
+                return Err(self.refused(format!(
+                    "the record at {lsn} must be understood, and this version does not; upgrade the node"
+                )));
+            }
+            let counter = last.counter + 1;
+            core.pending = super::receive::Pending::default();
+            counter
+        };
+        // What came from the other primary is durable here before anything of our own.
+        let durable = self.sync_now()?;
+        self.update_meta(|meta| meta.durable = meta.durable.max(durable))?;
+        let epoch = self.begin_epoch(self.new_epoch(reason, counter))?;
+        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted again.
+        self.update_meta(|meta| (meta.demoted, meta.retired) = (false, false))?;
+        self.lock().retired = None;
+        self.notify();
+        Ok(epoch)
+    }
+
+    /// Stops taking writes; durable on return.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says; the group then takes no writes either.
+    pub fn demote(&self) -> Result<(), GroupError> {
+        {
+            let mut core = self.lock();
+            if core.role == Role::Secondary {
+                return Ok(());
+            }
+            core.role = Role::Secondary;
+        }
+        self.notify();
+        let durable = self.sync_now()?;
+        {
+            let mut core = self.lock();
+            core.committed = core.committed.max(durable);
+        }
+        self.update_meta(|meta| {
+            meta.demoted = true;
+            meta.durable = meta.durable.max(durable);
+        })?;
+        self.space.notify_all();
+        self.notify();
+        Ok(())
+    }
+
+    /// Closes in order: stops the threads, syncs, and marks the log as clean. Later appends fail.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says; the next start then recovers.
+    pub fn close(&self) -> Result<(), GroupError> {
+        {
+            let mut core = self.lock();
+            if core.closed {
+                return Ok(());
+            }
+            core.closed = true;
+        }
+        self.space.notify_all();
+        self.workers.stop(&self.waiters_changed);
+        let synced = self.sync_now();
+        self.fail_waiters();
+        // Images hold the group; the file beside it remembers them.
+        let images = std::mem::take(&mut self.lock().images);
+        drop(images);
+        let durable = synced?;
+        assert_eq!(durable.0, self.durable.load(Ordering::Acquire), "closed at the head");
+        self.update_meta(|meta| {
+            meta.durable = durable;
+            meta.clean = true;
+        })
+    }
+
+    /// Reads raw log bytes `[from, from + buffer.len())` below the head, from the page cache and
+    /// without the group's mutex held.
+    ///
+    /// # Errors
+    ///
+    /// Where the range is not below the head, or was folded.
+    pub fn read_log(&self, from: Lsn, buffer: &mut [u8]) -> Result<(), GroupError> {
+        let (head, end) = (self.lock().writer.head(), from.0.checked_add(buffer.len() as u64));
+        let not_covered = || GroupError::NotCovered {
+            group: self.name().clone(),
+            point: format!("lsn:{from}"),
+            from: self.log_start(),
+            to: head,
+        };
+        if end.is_none_or(|end| end > head.0) || from < self.log_start() {
+            return Err(not_covered());
+        }
+        self.segments.read(from, buffer).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::NotFound => not_covered(),
+            _ => self.io("read log", &cause),
+        })
+    }
+
+    /// The lowest LSN that [`Group::read_log`] can serve: the start of a record.
+    #[must_use]
+    pub fn log_start(&self) -> Lsn {
+        let first = self.segments.numbers().first().copied().unwrap_or_default();
+        Lsn(first * self.segment_bytes())
+    }
+
+    /// Checks all headers and checksums of `[from, to)` of the log; bytes read. `from` is the start
+    /// of a record.
+    ///
+    /// # Errors
+    ///
+    /// Where the damage is.
+    pub fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError> {
+        let head = self.lock().writer.head();
+        let to = to.min(head);
+        let damaged = |what: String| GroupError::Damaged { group: self.name().clone(), what };
+        if from >= to {
+            return Ok(0);
+        }
+        let chain = self
+            .chain_at(from)
+            .ok_or_else(|| damaged(format!("log at {from}: no record starts here")))?;
+        let mut scanner = Scanner::new(&self.segments, from, chain);
+        while scanner.at() < to {
+            match scanner.next(true) {
+                Ok(_) => {}
+                Err(ScanEnd::NoSegment(_)) => {
+                    return Err(GroupError::NotCovered {
+                        group: self.name().clone(),
+                        point: format!("lsn:{}", scanner.at()),
+                        from: self.log_start(),
+                        to: head,
+                    });
+                }
+                Err(cause) => return Err(damaged(format!("log at {}: {cause}", scanner.at()))),
+            }
+        }
+        Ok(scanner.at().bytes_since(from))
+    }
+}

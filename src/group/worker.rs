@@ -1,0 +1,224 @@
+//! The threads of a group: one syncs, one folds, one prepares segments and starts write-back.
+//!
+//! None of them is needed for correctness: a group without threads is driven by `sync_now` and
+//! `fold_now`, and makes its segments when it needs them.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::engine::{Core, Group};
+use crate::events::Severity;
+use crate::units::Lsn;
+
+/// The daemon syncs at least this often, so that `durable` follows without the host's flushes.
+const SYNC_EVERY: Duration = Duration::from_secs(1);
+/// The window moves with the clock alone: it is looked at this often.
+const FOLD_EVERY: Duration = Duration::from_secs(5);
+/// Write-back is started whenever so many bytes were appended.
+const WRITEBACK_BYTES: u64 = 4 << 20;
+
+/// The threads, and what wakes them.
+#[derive(Default)]
+pub(super) struct Workers {
+    running: AtomicBool,
+    stopping: AtomicBool,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    fold: Bell,
+    prepare: Bell,
+    /// Head at the last time that write-back was asked for.
+    asked_at: AtomicU64,
+}
+
+/// A wish that one thread waits for.
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Bell {
+    fn ring(&self) {
+        *self.lock() = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits for a ring, or for `at_most`.
+    fn wait(&self, at_most: Duration) {
+        let (mut rung, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), at_most, |rung| !*rung)
+            .expect("no holder panics");
+        *rung = false;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.rung.lock().expect("no holder panics")
+    }
+}
+
+impl Workers {
+    pub(super) fn running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    pub(super) fn wake_folder(&self) {
+        self.fold.ring();
+    }
+
+    pub(super) fn stop(&self, waiters_changed: &Condvar) {
+        self.stopping.store(true, Ordering::Release);
+        self.running.store(false, Ordering::Release);
+        waiters_changed.notify_all();
+        self.fold.ring();
+        self.prepare.ring();
+        let threads = std::mem::take(&mut *self.threads.lock().expect("no holder panics"));
+        for thread in threads {
+            // The last owner of a group may be one of its own threads.
+            if thread.thread().id() != std::thread::current().id() {
+                thread.join().expect("a panic ends the process");
+            }
+        }
+    }
+}
+
+impl Group {
+    /// Starts the threads that sync, fold and prepare.
+    pub fn start_workers(self: &Arc<Self>) {
+        if self.workers.running.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let mut threads = self.workers.threads.lock().expect("no holder panics");
+        let jobs: [(&str, fn(&Group)); 3] =
+            [("sync", Group::run_sync), ("fold", Group::run_fold), ("prepare", Group::run_prepare)];
+        for (name, job) in jobs {
+            let group = self.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("{name} {}", self.name()))
+                .spawn(move || job(&group))
+                .expect("the system gives a thread");
+            threads.push(thread);
+        }
+    }
+
+    fn stopping(&self) -> bool {
+        self.workers.stopping.load(Ordering::Acquire)
+    }
+
+    fn run_sync(&self) {
+        let mut marked = self.context.env.clock.monotonic();
+        loop {
+            {
+                let waiters = self.waiters.lock().expect("no holder panics");
+                let _waited = self
+                    .waiters_changed
+                    .wait_timeout_while(waiters, SYNC_EVERY, |waiters| {
+                        waiters.is_empty() && !self.stopping()
+                    })
+                    .expect("no holder panics");
+            }
+            if self.stopping() {
+                return;
+            }
+            // A failure is latched and told by who finds it.
+            let Ok(durable) = self.sync_now() else {
+                self.fail_waiters();
+                self.workers.prepare.wait(SYNC_EVERY);
+                continue;
+            };
+            let now = self.context.env.clock.monotonic();
+            if now.saturating_sub(marked) >= SYNC_EVERY {
+                marked = now;
+                self.mark_durable(durable);
+            }
+        }
+    }
+
+    /// Writes the durable mark: what is below it is trusted after a crash, and missing is damage.
+    fn mark_durable(&self, durable: Lsn) {
+        if let Err(error) = self.update_meta(|meta| meta.durable = meta.durable.max(durable)) {
+            self.fail("durable mark", &std::io::Error::other(error.to_string()));
+        }
+    }
+
+    fn run_fold(&self) {
+        let mut told = None;
+        loop {
+            self.workers.fold.wait(FOLD_EVERY);
+            if self.stopping() {
+                return;
+            }
+            self.close_expired();
+            match self.fold(false) {
+                Ok(_) => told = None,
+                Err(error) => {
+                    // Told once: it is tried again with every round.
+                    let text = error.to_string();
+                    if told.as_ref() != Some(&text) {
+                        self.emit(
+                            Severity::Error,
+                            "fold-failed",
+                            format!("the log could not be folded: {text}"),
+                            serde_json::Value::Null,
+                        );
+                        told = Some(text);
+                    }
+                }
+            }
+        }
+    }
+
+    fn run_prepare(&self) {
+        let mut written_back = self.lock().writer.head();
+        loop {
+            self.workers.prepare.wait(SYNC_EVERY);
+            if self.stopping() {
+                return;
+            }
+            let head = self.lock().writer.head();
+            // The next one is ready before the present one is half full. Where the disk is full, the
+            // append that needs it says so.
+            let next = head.segment_number(self.segment_bytes()) + 1;
+            if self.segments.get(next).is_none() && self.segments.ensure(next).is_ok() {
+                self.lock().log_used_bytes = self.segments.used_bytes();
+            }
+            self.start_writeback(written_back, head);
+            written_back = head;
+            self.write_indices();
+        }
+    }
+
+    /// Has the kernel begin to write what was appended, so that the next sync finds little to do.
+    fn start_writeback(&self, from: Lsn, head: Lsn) {
+        let segment_bytes = self.segment_bytes();
+        let mut at = from;
+        while at < head {
+            let offset = at.segment_offset(segment_bytes);
+            let count = (segment_bytes - offset).min(head.bytes_since(at));
+            if let Some(segment) = self.segments.get(at.segment_number(segment_bytes)) {
+                segment.file.start_writeback(offset, count);
+            }
+            at = at.advance(count);
+        }
+    }
+
+    /// Called under the mutex after every append: rings for what is due.
+    pub(super) fn appended(&self, core: &mut Core, before: Lsn) {
+        if !self.workers.running() {
+            core.log_used_bytes = self.segments.used_bytes();
+            return;
+        }
+        let head = core.writer.head();
+        let entered =
+            head.segment_number(self.segment_bytes()) != before.segment_number(self.segment_bytes());
+        let asked_at = self.workers.asked_at.load(Ordering::Relaxed);
+        if entered || head.bytes_since(Lsn(asked_at)) >= WRITEBACK_BYTES.min(self.segment_bytes() / 4) {
+            self.workers.asked_at.store(head.0, Ordering::Relaxed);
+            self.workers.prepare.ring();
+        }
+        if self.log_bytes(core) >= self.log_limit(core) / 10 * 8 {
+            self.workers.fold.ring();
+        }
+    }
+}

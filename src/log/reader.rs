@@ -1,0 +1,210 @@
+//! Follows the chain of records through the segments, and says why it ended.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::log::record::{HEADER_BYTES, Header, Kind, RecordError};
+use crate::log::segment::{Segment, Segments, fits};
+use crate::units::{Chain, Lsn};
+
+/// Bytes that a scan reads at least at a time.
+const WINDOW_BYTES: usize = 128 << 10;
+
+/// Why a scan found no further record.
+#[derive(Debug, thiserror::Error)]
+pub enum ScanEnd {
+    /// The segment does not exist.
+    #[error("no segment {0}")]
+    NoSegment(u64),
+    /// What stands there is no record.
+    #[error("{0}")]
+    Record(#[from] RecordError),
+    /// A record stands there, but not the next one of this chain.
+    #[error("record: it does not continue the chain")]
+    Chain,
+    /// The record would not leave its segment as the rules want it.
+    #[error("record: it does not fit its segment")]
+    Placement,
+    /// The header is whole, the payload is not.
+    #[error("record: payload checksum differs")]
+    Payload(Box<Header>),
+    /// The disk could not read.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// A position in a scan: the next record and what it must continue.
+pub struct Scanner<'a> {
+    segments: &'a Segments,
+    at: Lsn,
+    chain: Chain,
+    segment: Option<Arc<Segment>>,
+    window: Vec<u8>,
+    window_at: Lsn,
+    /// Where the last record's payload lies in `window`.
+    payload: std::ops::Range<usize>,
+}
+
+impl<'a> Scanner<'a> {
+    /// A scan that expects a record at `at` that continues `chain`.
+    #[must_use]
+    pub fn new(segments: &'a Segments, at: Lsn, chain: Chain) -> Scanner<'a> {
+        Scanner {
+            segments,
+            at,
+            chain,
+            segment: None,
+            window: Vec::new(),
+            window_at: at,
+            payload: 0..0,
+        }
+    }
+
+    /// Where the next record is expected.
+    #[must_use]
+    pub fn at(&self) -> Lsn {
+        self.at
+    }
+
+    /// What the next record must continue.
+    #[must_use]
+    pub fn chain(&self) -> Chain {
+        self.chain
+    }
+
+    /// The payload of the last record, where [`Scanner::next`] was asked for it.
+    #[must_use]
+    pub fn payload(&self) -> &[u8] {
+        &self.window[self.payload.clone()]
+    }
+
+    /// The next record. The payload of control records is always read and checked, that of others
+    /// where `payloads` says so.
+    ///
+    /// # Errors
+    ///
+    /// Why the chain ends here; the scan stays where it is.
+    #[expect(clippy::should_implement_trait, reason = "it takes an argument and ends with a reason")]
+    pub fn next(&mut self, payloads: bool) -> Result<Header, ScanEnd> {
+        let segment_bytes = self.segments.segment_bytes();
+        let room = segment_bytes - self.at.segment_offset(segment_bytes);
+        self.fill(HEADER_BYTES as u64, room)?;
+        let header = match Header::decode(self.bytes()) {
+            Err(RecordError::Short { needed }) if needed as u64 <= room => {
+                self.fill(needed as u64, room)?;
+                Header::decode(self.bytes())?
+            }
+            other => other?,
+        };
+        if !header.follows(self.at, self.chain) {
+            return Err(ScanEnd::Chain);
+        }
+        let record_bytes = header.record_bytes();
+        let pad = header.kind == Kind::Pad as u8;
+        if (pad && record_bytes != room) || (!pad && !fits(record_bytes, room)) {
+            return Err(ScanEnd::Placement);
+        }
+        self.payload = 0..0;
+        if header.payload_bytes > 0 && (payloads || header.kind == Kind::Control as u8) {
+            let header_bytes = header.header_bytes();
+            self.fill(header_bytes + u64::from(header.payload_bytes), room)?;
+            let start = (self.at.bytes_since(self.window_at) + header_bytes) as usize;
+            self.payload = start..start + header.payload_bytes as usize;
+            if !header.payload_is_whole(&self.window[self.payload.clone()]) {
+                return Err(ScanEnd::Payload(Box::new(header)));
+            }
+        }
+        self.at = header.end();
+        self.chain = header.checksum;
+        Ok(header)
+    }
+
+    /// Steps over a record whose payload is damaged: its header is whole, so the chain goes on.
+    pub fn step_over(&mut self, header: &Header) {
+        assert_eq!(header.lsn, self.at, "only the record that the scan stopped at is stepped over");
+        self.at = header.end();
+        self.chain = header.checksum;
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.window[self.at.bytes_since(self.window_at) as usize..]
+    }
+
+    /// Has at least `bytes` from `at` in the window; `room` is what the segment has left.
+    fn fill(&mut self, bytes: u64, room: u64) -> Result<(), ScanEnd> {
+        if bytes > room {
+            return Err(ScanEnd::Placement);
+        }
+        let have = (self.window_at.0 + self.window.len() as u64).saturating_sub(self.at.0);
+        if self.at >= self.window_at && have >= bytes {
+            return Ok(());
+        }
+        let segment_bytes = self.segments.segment_bytes();
+        let number = self.at.segment_number(segment_bytes);
+        if self.segment.as_ref().is_none_or(|segment| segment.number != number) {
+            self.segment =
+                Some(self.segments.get(number).ok_or(ScanEnd::NoSegment(number))?);
+        }
+        let segment = self.segment.as_ref().expect("set above");
+        let wanted = bytes.max(WINDOW_BYTES as u64).min(room);
+        self.window.resize(wanted as usize, 0);
+        self.window_at = self.at;
+        let result =
+            segment.file.read_at(&mut self.window, self.at.segment_offset(segment_bytes));
+        if let Err(error) = result {
+            self.window.clear();
+            return Err(error.into());
+        }
+        Ok(())
+    }
+}
+
+/// What stands behind the end of a chain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Remains {
+    /// End of the last whole record that stands at its own position, where there is one.
+    pub last_end: Option<Lsn>,
+    /// The highest `durable` that such a record tells.
+    pub durable: Lsn,
+}
+
+/// Looks at every place where a record could start in `[from, end of segment)` for records that
+/// stand at their own position: what was written behind a gap.
+///
+/// # Errors
+///
+/// What the disk says.
+pub fn remains(segments: &Segments, number: u64, from: Lsn) -> io::Result<Remains> {
+    let segment_bytes = segments.segment_bytes();
+    let mut found = Remains::default();
+    let Some(segment) = segments.get(number) else { return Ok(found) };
+    let file_bytes = segment.file.len()?.min(segment_bytes);
+    let start = number * segment_bytes;
+    let mut offset = from.0.max(start) - start;
+    let mut window = Vec::new();
+    let overlap = crate::log::record::HEADER_AND_CRCS_BYTES_MAX as u64;
+    while offset < file_bytes {
+        let count = (file_bytes - offset).min(1 << 20);
+        window.resize(count as usize, 0);
+        segment.file.read_at(&mut window, offset)?;
+        let last_window = offset + count == file_bytes;
+        let until = if last_window { count } else { count - overlap };
+        let mut place = 0;
+        while place < until {
+            let bytes = &window[place as usize..];
+            if bytes.starts_with(&crate::log::record::MAGIC)
+                && let Ok(header) = Header::decode(bytes)
+                && header.lsn.0 == start + offset + place
+            {
+                found.last_end = found.last_end.max(Some(header.end()));
+                found.durable = found.durable.max(header.durable);
+            }
+            place += 8;
+        }
+        if last_window {
+            break;
+        }
+        offset += until;
+    }
+    Ok(found)
+}

@@ -1,0 +1,295 @@
+//! The files of a log: which segments there are, how the next one gets its name, and how a folded
+//! one is used again.
+//!
+//! A segment is named and its directory synced before its first append. A folded segment becomes a
+//! spare once no reader holds it, and takes the name of a later segment as it is: its old records
+//! carry other positions, so a scan ends where the new ones do. Bytes that were cut off never come
+//! back as a spare, since their positions will be used again.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, RwLock};
+
+use crate::io::{Disk, DiskFile, OpenMode};
+use crate::log::record::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
+use crate::units::{BLOCK_BYTES, Lsn};
+
+/// Bytes of a segment at least: a record, the pad behind it, and room for more.
+pub const SEGMENT_BYTES_MIN: u64 = 64 << 10;
+/// Bytes of a segment at most.
+pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+/// Bytes of a segment where nobody asked for another size.
+pub const SEGMENT_BYTES_DEFAULT: u64 = 64 << 20;
+/// Folded segments that wait for reuse at most; more are given back to the file system.
+const SPARES_MAX: usize = 4;
+
+/// Whether a group may have segments of this size: a power of two within the limits.
+#[must_use]
+pub fn is_segment_size(bytes: u64) -> bool {
+    bytes.is_power_of_two() && (SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&bytes)
+}
+
+/// Bytes of payload that one record may carry in segments of this size, a multiple of 4096.
+#[must_use]
+pub fn payload_bytes_max(segment_bytes: u64) -> usize {
+    let quarter = (segment_bytes / 4 / BLOCK_BYTES * BLOCK_BYTES) as usize;
+    quarter.min(PAYLOAD_BYTES_MAX)
+}
+
+/// Whether a record of `record_bytes` may stand where `room_bytes` are left in the segment: what
+/// remains behind it is nothing, or enough for a pad.
+#[must_use]
+pub fn fits(record_bytes: u64, room_bytes: u64) -> bool {
+    record_bytes == room_bytes || record_bytes + HEADER_BYTES as u64 <= room_bytes
+}
+
+/// An open segment file. Who reads holds an `Arc`, which recycling waits for.
+pub struct Segment {
+    /// Its number: the LSN of its first byte divided by the segment size.
+    pub number: u64,
+    /// The file.
+    pub file: Arc<dyn DiskFile>,
+}
+
+/// The segments of one log.
+pub struct Segments {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    segment_bytes: u64,
+    live: RwLock<BTreeMap<u64, Arc<Segment>>>,
+    idle: Mutex<Idle>,
+}
+
+/// Files that hold no part of the log any more.
+#[derive(Default)]
+struct Idle {
+    /// Folded, perhaps still held by readers, still under their old names.
+    folded: Vec<Arc<Segment>>,
+    /// Free for reuse: file names.
+    spares: Vec<String>,
+    next_spare: u64,
+}
+
+/// The name of a segment's file.
+#[must_use]
+pub fn segment_name(number: u64) -> String {
+    format!("{number:012}.seg")
+}
+
+/// The name of the index beside it.
+#[must_use]
+pub fn index_name(number: u64) -> String {
+    format!("{number:012}.idx")
+}
+
+/// The number in a segment's file name.
+fn number_of(name: &str) -> Option<u64> {
+    name.strip_suffix(".seg")?.parse().ok()
+}
+
+impl Segments {
+    /// Opens the directory of a log, making it where it is missing. Temporary files of a cut that
+    /// did not finish are removed.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn open(disk: Arc<dyn Disk>, dir: &Path, segment_bytes: u64) -> io::Result<Segments> {
+        disk.create_dir(dir)?;
+        let mut live = BTreeMap::new();
+        let mut idle = Idle::default();
+        for name in disk.list(dir)? {
+            if let Some(number) = number_of(&name) {
+                let file = disk.open(&dir.join(&name), OpenMode::ReadWrite)?;
+                live.insert(number, Arc::new(Segment { number, file }));
+            } else if let Some(number) =
+                name.strip_suffix(".spare").and_then(|number| number.parse::<u64>().ok())
+            {
+                idle.next_spare = idle.next_spare.max(number + 1);
+                idle.spares.push(name);
+            } else if name.ends_with(".new") {
+                disk.remove(&dir.join(&name))?;
+            }
+        }
+        Ok(Segments {
+            disk,
+            dir: dir.to_owned(),
+            segment_bytes,
+            live: RwLock::new(live),
+            idle: Mutex::new(idle),
+        })
+    }
+
+    /// The disk that the segments are on.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// Where the segments are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Bytes of a segment.
+    #[must_use]
+    pub fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
+    }
+
+    /// A segment, where the log still has it.
+    #[must_use]
+    pub fn get(&self, number: u64) -> Option<Arc<Segment>> {
+        self.live.read().expect("no holder panics").get(&number).cloned()
+    }
+
+    /// Numbers of all segments, ascending.
+    #[must_use]
+    pub fn numbers(&self) -> Vec<u64> {
+        self.live.read().expect("no holder panics").keys().copied().collect()
+    }
+
+    /// Bytes of disk that segments take, spares and folded ones that a reader holds included.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        let live = self.live.read().expect("no holder panics").len();
+        let idle = self.idle.lock().expect("no holder panics");
+        (live + idle.folded.len() + idle.spares.len()) as u64 * self.segment_bytes
+    }
+
+    /// Gets segment `number` ready for appends: a spare or a new file takes the name, and the
+    /// directory is synced. No error where it is there already.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says; the name may then be taken or not.
+    pub fn ensure(&self, number: u64) -> io::Result<Arc<Segment>> {
+        if let Some(segment) = self.get(number) {
+            return Ok(segment);
+        }
+        self.collect()?;
+        let path = self.dir.join(segment_name(number));
+        // The lock is held to the end, so that two callers do not name the same segment.
+        let mut idle = self.idle.lock().expect("no holder panics");
+        if let Some(segment) = self.get(number) {
+            return Ok(segment);
+        }
+        match idle.spares.pop() {
+            Some(spare) => self.disk.rename(&self.dir.join(&spare), &path)?,
+            None => {
+                let file = self.disk.open(&path, OpenMode::Create)?;
+                file.set_len(self.segment_bytes)?;
+                file.sync()?;
+            }
+        }
+        self.disk.sync_dir(&self.dir)?;
+        let file = self.disk.open(&path, OpenMode::ReadWrite)?;
+        let segment = Arc::new(Segment { number, file });
+        self.live.write().expect("no holder panics").insert(number, segment.clone());
+        Ok(segment)
+    }
+
+    /// Takes the segments below `number` out of the log; they are used again when their last
+    /// reader is gone.
+    pub fn retire_below(&self, number: u64) {
+        let mut idle = self.idle.lock().expect("no holder panics");
+        let mut live = self.live.write().expect("no holder panics");
+        let kept = live.split_off(&number);
+        idle.folded.extend(std::mem::replace(&mut *live, kept).into_values());
+    }
+
+    /// Turns folded segments that nobody reads any more into spares, or gives them back.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn collect(&self) -> io::Result<()> {
+        let mut idle = self.idle.lock().expect("no holder panics");
+        let mut held = Vec::new();
+        for segment in std::mem::take(&mut idle.folded) {
+            if Arc::strong_count(&segment) > 1 {
+                held.push(segment);
+                continue;
+            }
+            let path = self.dir.join(segment_name(segment.number));
+            let index = self.dir.join(index_name(segment.number));
+            if self.disk.exists(&index) {
+                self.disk.remove(&index)?;
+            }
+            if idle.spares.len() < SPARES_MAX {
+                let spare = format!("{:012}.spare", idle.next_spare);
+                idle.next_spare += 1;
+                self.disk.rename(&path, &self.dir.join(&spare))?;
+                idle.spares.push(spare);
+            } else {
+                self.disk.remove(&path)?;
+            }
+        }
+        idle.folded = held;
+        Ok(())
+    }
+
+    /// Puts `file`, which has been synced under the name `temporary`, in the place of a segment.
+    /// The directory is synced by the caller.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn replace(&self, number: u64, temporary: &Path) -> io::Result<()> {
+        let path = self.dir.join(segment_name(number));
+        self.disk.rename(temporary, &path)?;
+        let file = self.disk.open(&path, OpenMode::ReadWrite)?;
+        let mut live = self.live.write().expect("no holder panics");
+        live.insert(number, Arc::new(Segment { number, file }));
+        Ok(())
+    }
+
+    /// Moves a segment out of the log to `to`, or removes it where that is `None`; its index goes.
+    /// Directories are synced by the caller.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn take_out(&self, number: u64, to: Option<&Path>) -> io::Result<()> {
+        self.live.write().expect("no holder panics").remove(&number);
+        let path = self.dir.join(segment_name(number));
+        match to {
+            Some(to) => self.disk.rename(&path, to)?,
+            None => self.disk.remove(&path)?,
+        }
+        self.drop_index(number)
+    }
+
+    /// Removes the index of a segment, where there is one.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn drop_index(&self, number: u64) -> io::Result<()> {
+        let index = self.dir.join(index_name(number));
+        if self.disk.exists(&index) { self.disk.remove(&index) } else { Ok(()) }
+    }
+
+    /// Reads `[from, from + buffer.len())`, across segments.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` where a segment is not in the log, else what the disk says.
+    pub fn read(&self, from: Lsn, buffer: &mut [u8]) -> io::Result<()> {
+        let mut at = from;
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let number = at.segment_number(self.segment_bytes);
+            let offset = at.segment_offset(self.segment_bytes);
+            let count = (self.segment_bytes - offset).min(rest.len() as u64) as usize;
+            let (part, behind) = rest.split_at_mut(count);
+            let segment = self.get(number).ok_or(io::ErrorKind::NotFound)?;
+            segment.file.read_at(part, offset)?;
+            at = at.advance(count as u64);
+            rest = behind;
+        }
+        Ok(())
+    }
+}
