@@ -205,6 +205,12 @@ impl BaseVolume {
         read.result
     }
 
+    /// Fills `buffer` from `offset` without checking anything: for the folder, which finishes what a
+    /// crash interrupted and replaces what may be torn. Within the base's size.
+    pub fn read_unchecked(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.image.read_at(buffer, offset)
+    }
+
     /// Writes whole blocks with their CRC-32s; `born` is the LSN of the last record folded into
     /// them. For the folder, in the order of blocks; durable with the next [`BaseVolume::sync`].
     pub fn write_blocks(
@@ -402,7 +408,7 @@ impl BaseVolume {
     }
 
     /// Takes the volume's files away; durable on return.
-    pub fn remove(self) -> io::Result<()> {
+    pub fn remove(&self) -> io::Result<()> {
         self.disk.remove(&image_path(&self.dir, self.number))?;
         self.disk.remove(&sums_path(&self.dir, self.number))?;
         self.disk.sync_dir(&self.dir)

@@ -204,7 +204,9 @@ impl Group {
                 let target = &mut bytes[(from - at) as usize..(to - at) as usize];
                 match data {
                     Some(data) => {
-                        target.copy_from_slice(&data[(from - offset) as usize..(to - offset) as usize]);
+                        target.copy_from_slice(
+                            &data[(from - offset) as usize..(to - offset) as usize],
+                        );
                     }
                     None => target.fill(0),
                 }
@@ -220,7 +222,10 @@ impl Group {
                 change(begin, &mut bytes);
                 writes.push((begin, bytes));
             } else {
-                inside = (offset.next_multiple_of(SECTOR_BYTES), (offset + length) / SECTOR_BYTES * SECTOR_BYTES);
+                inside = (
+                    offset.next_multiple_of(SECTOR_BYTES),
+                    (offset + length) / SECTOR_BYTES * SECTOR_BYTES,
+                );
                 for (at, mut bytes) in edges.into_iter().zip(old) {
                     if at < inside.0 || at >= inside.1 {
                         change(at, &mut bytes);
@@ -272,7 +277,9 @@ impl Group {
     /// Where this node is not the primary or failed; for kinds that only the engine writes.
     pub fn append_control(&self, control: Control) -> Result<Lsn, GroupError> {
         if !is_callers(control.kind()) {
-            return Err(self.refused(format!("{:?} records are not appended by hand", control.kind())));
+            return Err(
+                self.refused(format!("{:?} records are not appended by hand", control.kind()))
+            );
         }
         self.append_control_with(|_| Ok(control))
     }
@@ -305,15 +312,21 @@ impl Group {
         let body = control.to_json();
         let bytes_max = payload_bytes_max(self.segment_bytes());
         if body.len() > bytes_max {
-            let what = format!("control record: got {} bytes, expected at most {bytes_max}", body.len());
+            let what =
+                format!("control record: got {} bytes, expected at most {bytes_max}", body.len());
             return Err(self.refused(what));
         }
-        let (_, ends) = self.append_drafts(core, vec![control_draft(control, &body)], epoch, freed)?;
+        let (_, ends) =
+            self.append_drafts(core, vec![control_draft(control, &body)], epoch, freed)?;
         Ok(*ends.last().expect("one record"))
     }
 
     /// The very first record of the log.
-    pub(super) fn append_first(&self, control: &Control, epoch: EpochId) -> Result<Lsn, GroupError> {
+    pub(super) fn append_first(
+        &self,
+        control: &Control,
+        epoch: EpochId,
+    ) -> Result<Lsn, GroupError> {
         self.append_body(&mut self.lock(), control, Some(epoch), &mut Vec::new())
     }
 
@@ -354,7 +367,11 @@ impl Group {
         self.append_control_with(|core| {
             if volume_named(core, &name).is_some() {
                 let name = name.to_string();
-                return Err(GroupError::Exists { group: self.name().clone(), what: "volume", name });
+                return Err(GroupError::Exists {
+                    group: self.name().clone(),
+                    what: "volume",
+                    name,
+                });
             }
             let number = VolumeNumber(core.content.table.highest_volume() + 1);
             made = Some(Volume { number, name: name.clone(), size_bytes });
@@ -406,7 +423,11 @@ impl Group {
         self.append_control_with(|core| {
             if core.view.bookmarks.iter().any(|known| known.name == name) {
                 let name = name.to_string();
-                return Err(GroupError::Exists { group: self.name().clone(), what: "bookmark", name });
+                return Err(GroupError::Exists {
+                    group: self.name().clone(),
+                    what: "bookmark",
+                    name,
+                });
             }
             let end = core.timeline.end();
             let record = BookmarkRecord {

@@ -200,11 +200,6 @@ impl ControlTable {
         self.entries.push(Arc::new(entry));
     }
 
-    /// The records that count, in log order.
-    pub(super) fn entries(&self) -> &[Arc<Entry>] {
-        &self.entries
-    }
-
     /// The highest number that a volume ever had.
     pub(super) fn highest_volume(&self) -> u32 {
         let numbers = self.entries.iter().filter_map(|entry| match &entry.control {
@@ -223,7 +218,9 @@ impl ControlTable {
             Some(Control::Job(record)) => !record.removed,
             Some(Control::Member(record)) => !record.removed,
             Some(Control::Bookmark(record)) => !record.removed && record.lsn >= target,
-            Some(Control::Group(_) | Control::Epoch(_) | Control::Volume(_) | Control::Policy(_))
+            Some(
+                Control::Group(_) | Control::Epoch(_) | Control::Volume(_) | Control::Policy(_),
+            )
             | None => true,
         };
         self.entries.iter().filter(stays).map(|entry| entry.raw.clone()).collect()
@@ -277,7 +274,8 @@ fn read_control(kind: u32, version: u8, body: &[u8]) -> Result<Option<Control>, 
     if version != 1 {
         return Ok(None);
     }
-    Control::from_json(kind, body).map_err(|error| format!("control record of kind {kind}: {error}"))
+    Control::from_json(kind, body)
+        .map_err(|error| format!("control record of kind {kind}: {error}"))
 }
 
 fn raw_json(payload: &[u8]) -> Result<Box<RawValue>, String> {

@@ -121,12 +121,7 @@ pub(super) struct Report {
 
 impl Core {
     /// Applies a record that has just been appended.
-    pub(super) fn apply(
-        &mut self,
-        header: &Header,
-        payload: &[u8],
-        freed: &mut Vec<Freed>,
-    ) {
+    pub(super) fn apply(&mut self, header: &Header, payload: &[u8], freed: &mut Vec<Freed>) {
         if self.content.apply(header, payload, freed) {
             self.refresh_view();
         }
@@ -303,7 +298,8 @@ impl Group {
         let disk = &self.context.env.disk;
         let parent = self.dir.parent().unwrap_or(&self.dir);
         for dir in [&self.dir.join("log"), &self.dir.join("base"), &self.dir, parent] {
-            disk.sync_dir(dir).map_err(|cause| self.io(format!("sync {}", dir.display()), &cause))?;
+            disk.sync_dir(dir)
+                .map_err(|cause| self.io(format!("sync {}", dir.display()), &cause))?;
         }
         Ok(())
     }
@@ -560,10 +556,9 @@ impl Group {
 
     pub(super) fn failed_error(&self, core: &Core) -> Result<(), GroupError> {
         match &core.failed {
-            Some((reason, _)) => Err(GroupError::Failed {
-                group: self.name().clone(),
-                reason: reason.clone(),
-            }),
+            Some((reason, _)) => {
+                Err(GroupError::Failed { group: self.name().clone(), reason: reason.clone() })
+            }
             None => Ok(()),
         }
     }

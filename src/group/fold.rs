@@ -9,13 +9,15 @@ use std::sync::Arc;
 
 use serde_json::json;
 
+use super::GroupError;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
-use super::fold_plan::{FoldFacts, FoldGoal, FoldStep, fold_goal, fold_steps, obsolete, written_at};
+use super::fold_plan::{
+    FoldFacts, FoldGoal, FoldStep, fold_goal, fold_steps, obsolete, written_at,
+};
 use super::image::replay;
 use super::read::{Fetch, read_base};
 use super::timeline::{Checkpoint, follow};
-use super::GroupError;
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::log::record::crc32;
@@ -65,7 +67,11 @@ impl Group {
             committed: core.committed(),
             lowest_hold: holds.map(|image| image.position().lsn).min(),
             barrier: core.content.barrier,
-            window_end: if oldest < from.time { from.lsn.min(core.timeline.horizon().lsn) } else { window_end },
+            window_end: if oldest < from.time {
+                from.lsn.min(core.timeline.horizon().lsn)
+            } else {
+                window_end
+            },
             log_limit_bytes: self.log_limit(&core),
             forced,
         })
@@ -189,10 +195,7 @@ impl Group {
                 )
                 .map_err(|cause| self.io(format!("create base of {}", volume.name), &cause))?;
                 let base = Arc::new(base);
-                self.bases
-                    .write()
-                    .expect("no holder panics")
-                    .insert(volume.number, base.clone());
+                self.bases.write().expect("no holder panics").insert(volume.number, base.clone());
                 base
             }
         };

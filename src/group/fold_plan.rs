@@ -45,8 +45,11 @@ pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     let soft = facts.log_limit_bytes / 10 * 8;
     let pressed = used >= soft;
     let full = used >= facts.log_limit_bytes;
-    let for_space =
-        if pressed { Lsn(facts.head.0 - soft.saturating_sub(eighth).min(facts.head.0)) } else { Lsn::ZERO };
+    let for_space = if pressed {
+        Lsn(facts.head.0 - soft.saturating_sub(eighth).min(facts.head.0))
+    } else {
+        Lsn::ZERO
+    };
     let wanted = facts.window_end.max(for_space);
     let cap = facts.durable.min(facts.committed).min(facts.barrier.unwrap_or(Lsn::MAX));
     let held = facts.lowest_hold.unwrap_or(Lsn::MAX);
@@ -109,7 +112,9 @@ pub(super) fn fold_steps(pieces: impl Iterator<Item = Piece>, size_bytes: u64) -
                 }
                 Source::Zero { .. } if in_block == 0 => length / BLOCK_BYTES * BLOCK_BYTES,
                 Source::Log { piece_bytes, skip: 0, .. }
-                    if in_block == 0 && length == BLOCK_BYTES && u64::from(piece_bytes) == length =>
+                    if in_block == 0
+                        && length == BLOCK_BYTES
+                        && u64::from(piece_bytes) == length =>
                 {
                     length
                 }

@@ -11,12 +11,13 @@ use serde_json::json;
 
 use super::content::Content;
 use super::engine::{Group, checkpoint};
+use super::indexing::visit;
 use super::read::Lookup;
 use super::timeline::{Checkpoint, follow};
 use super::{Extent, GroupError, Point, Read, View, Volume};
 use crate::base::ControlState;
 use crate::events::Severity;
-use crate::log::reader::{ScanEnd, Scanner};
+use crate::log::reader::ScanEnd;
 use crate::log::segment::Segments;
 use crate::units::{LogTime, Lsn, Name, Position, VolumeNumber};
 
@@ -120,14 +121,14 @@ impl Image {
         let mut ranges = Vec::new();
         let size_bytes = {
             let content = self.content.read().expect("no holder panics");
-            let known =
-                content.volumes.get(&volume).ok_or_else(|| self.group.no_volume(volume))?;
+            let known = content.volumes.get(&volume).ok_or_else(|| self.group.no_volume(volume))?;
             ranges.extend(known.map.changed_since(since));
             known.volume.size_bytes
         };
         // The base may be folded further meanwhile, up to this image: then it has what the map had.
         if let Some(base) = self.group.base_of(volume) {
-            ranges.extend(base.born_since(since));
+            let born = base.born_since(since);
+            ranges.extend(born.map_err(|cause| self.group.io("read births", &cause))?);
         }
         self.check_hold()?;
         Ok(merge(ranges, size_bytes))
@@ -135,9 +136,9 @@ impl Image {
 
     fn check_hold(&self) -> Result<(), GroupError> {
         match self.broken() {
-            Some(reason) => {
-                Err(self.group.refused(format!("image {}: can no longer be read: {reason}", self.name)))
-            }
+            Some(reason) => Err(self
+                .group
+                .refused(format!("image {}: can no longer be read: {reason}", self.name))),
             None => Ok(()),
         }
     }
@@ -227,7 +228,11 @@ impl Group {
                     let bookmark = core.view.bookmarks.iter().find(|known| known.name == *name);
                     let Some(bookmark) = bookmark else {
                         let (what, name) = ("bookmark", name.to_string());
-                        return Err(GroupError::NotFound { group: self.name().clone(), what, name });
+                        return Err(GroupError::NotFound {
+                            group: self.name().clone(),
+                            what,
+                            name,
+                        });
                     };
                     if bookmark.lsn < core.timeline.horizon().lsn {
                         return Err(self.not_covered(&core, name.as_str()));
@@ -256,7 +261,9 @@ impl Group {
         });
         let core = self.lock();
         match found {
-            Ok(found) if found.lsn >= core.fold_target.max(core.timeline.horizon().lsn) => Ok(found),
+            Ok(found) if found.lsn >= core.fold_target.max(core.timeline.horizon().lsn) => {
+                Ok(found)
+            }
             Err(ScanEnd::Io(cause)) if core.timeline.horizon().lsn <= from.lsn => {
                 Err(self.io("read log", &cause))
             }
@@ -461,11 +468,9 @@ pub(super) fn replay(
     let mut content = Content::at_horizon(horizon);
     let start = checkpoint(horizon);
     let mut freed = Vec::new();
-    let mut scanner = Scanner::new(segments, start.lsn, start.chain);
-    while scanner.at() < end {
-        let header = scanner.next(false)?;
-        content.apply(&header, scanner.payload(), &mut freed);
+    visit(segments, (start.lsn, start.chain), end, end, |header, payload| {
+        content.apply(header, payload, &mut freed);
         freed.clear();
-    }
+    })?;
     Ok(content)
 }

@@ -5,7 +5,7 @@ use std::io::IoSlice;
 
 use super::engine::Group;
 use crate::io::OpenMode;
-use crate::log::index::{Index, IndexBuilder};
+use crate::log::index::{Index, IndexBuilder, Indexed};
 use crate::log::reader::{ScanEnd, Scanner};
 use crate::log::record::Header;
 use crate::log::segment::{Segments, index_name};
@@ -31,13 +31,12 @@ pub(super) fn visit(
         let next = Lsn((at.segment_number(segment_bytes) + 1) * segment_bytes);
         if at.segment_offset(segment_bytes) == 0
             && next <= end.min(believed)
-            && let Some(index) = load(segments, at, chain)
-            && let Some(records) = index.records(at, chain)
+            && let Some((records, end_chain)) = indexed(segments, at, chain)
         {
             for record in &records {
                 visit(&record.header, &record.payload);
             }
-            (at, chain) = (index.end, index.end_chain);
+            (at, chain) = (next, end_chain);
             continue;
         }
         let mut scanner = Scanner::new(segments, at, chain);
@@ -50,7 +49,13 @@ pub(super) fn visit(
     Ok(())
 }
 
-fn load(segments: &Segments, first: Lsn, chain: Chain) -> Option<Index> {
+/// The records of a whole segment and the chain behind them, by its index, where that is one chain
+/// from `chain` on.
+pub(super) fn indexed(
+    segments: &Segments,
+    first: Lsn,
+    chain: Chain,
+) -> Option<(Vec<Indexed>, Chain)> {
     let number = first.segment_number(segments.segment_bytes());
     let path = segments.dir().join(index_name(number));
     if !segments.disk().exists(&path) {
@@ -65,7 +70,10 @@ fn load(segments: &Segments, first: Lsn, chain: Chain) -> Option<Index> {
     let mut buffer = vec![0; bytes as usize];
     file.read_at(&mut buffer, 0).ok()?;
     let index = Index::decode(&buffer, first, chain)?;
-    (index.end == first.advance(segments.segment_bytes())).then_some(index)
+    if index.end != first.advance(segments.segment_bytes()) {
+        return None;
+    }
+    Some((index.records(first, chain)?, index.end_chain))
 }
 
 impl Group {

@@ -11,9 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::events::Events;
 use crate::io::Env;
-use crate::log::control::{
-    BookmarkRecord, EpochRecord, JobRecord, MemberRecord, PolicyRecord,
-};
+use crate::log::control::{BookmarkRecord, EpochRecord, JobRecord, MemberRecord, PolicyRecord};
 use crate::units::{Chain, EpochId, LogTime, Lsn, Name, NodeId, VolumeNumber};
 
 /// Who this node is, as far as its groups need to know.
@@ -305,3 +303,6 @@ pub use engine::{ClientGuard, Group, NewGroup};
 pub use image::Image;
 pub use recover::Recovery;
 pub use registry::Registry;
+
+#[cfg(test)]
+mod tests;

@@ -391,7 +391,11 @@ pub(super) fn read_base(
     let inside = base.size_bytes().saturating_sub(offset).min(buffer.len() as u64) as usize;
     let (known, beyond) = buffer.split_at_mut(inside);
     beyond.fill(0);
-    if known.is_empty() { Ok(()) } else { base.read(offset, known).map_err(|cause| cause.to_string()) }
+    if known.is_empty() {
+        Ok(())
+    } else {
+        base.read(offset, known).map_err(|cause| cause.to_string())
+    }
 }
 
 impl Lookup for Group {

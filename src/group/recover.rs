@@ -12,14 +12,16 @@ use serde_json::json;
 
 use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
+use super::indexing::indexed;
 use super::meta::MetaFile;
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
 use super::timeline::{Checkpoint, Timeline, follow};
 use super::{GroupContext, GroupError, Role};
-use crate::base::{BaseVolume, ControlState};
+use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::events::Severity;
 use crate::extent_map::Freed;
 use crate::io::{Disk, OpenMode};
+use crate::log::index::Indexed;
 use crate::log::reader::{Remains, ScanEnd, Scanner, remains};
 use crate::log::record::{Header, Kind};
 use crate::log::segment::{Segments, segment_name};
@@ -76,16 +78,20 @@ impl Group {
             .map_err(|cause| io("open log", &cause))?;
         let segments = Arc::new(segments);
         let base_dir = dir.join("base");
-        let horizon = ControlState::load(&*disk, &base_dir)
-            .map_err(|cause| GroupError::Damaged {
-                group: name.clone(),
-                what: format!("control state: {cause}"),
-            })?
-            .unwrap_or_else(|| beginning(before.group));
+        let horizon = match ControlState::load(&*disk, &base_dir) {
+            Ok(state) => state,
+            Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {
+                beginning(before.group)
+            }
+            Err(cause) => {
+                return Err(GroupError::Damaged { group: name.clone(), what: cause.to_string() });
+            }
+        };
         // Records tell what was durable at their author. That is here only where they are our own.
-        let own = |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
-        let mut found =
-            scan(&segments, &horizon, before.durable, own).map_err(|cause| io("read log", &cause))?;
+        let own =
+            |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
+        let mut found = scan(&segments, &horizon, before.durable, own)
+            .map_err(|cause| io("read log", &cause))?;
         let primary = own(&found.content);
         let proven = |durable: Lsn| if primary { durable } else { Lsn::ZERO };
         let decision = decide(&RecoveryFacts {
@@ -98,7 +104,9 @@ impl Group {
         let (at, damage) = match decision {
             RecoveryDecision::Keep => (found.chain_end, None),
             RecoveryDecision::Cut { at, .. } => (at, None),
-            RecoveryDecision::Damage { at, damaged_at, durable } => (at, Some((damaged_at, durable))),
+            RecoveryDecision::Damage { at, damaged_at, durable } => {
+                (at, Some((damaged_at, durable)))
+            }
         };
         // A primary with damage stays as it is until somebody has looked: it serves no writes. A
         // secondary takes the rest from its primary again.
@@ -251,12 +259,22 @@ fn scan(
         damaged: Vec::new(),
         remains: Remains::default(),
     };
+    let segment_bytes = segments.segment_bytes();
     let mut request: Vec<(Header, Vec<u8>)> = Vec::new();
-    let mut freed: Vec<Freed> = Vec::new();
     let mut scanner = Scanner::new(segments, start.lsn, start.chain);
     loop {
-        let above = scanner.at() >= mark;
-        let header = match scanner.next(above) {
+        let at = scanner.at();
+        if at.segment_offset(segment_bytes) == 0
+            && at.advance(segment_bytes) <= mark
+            && let Some((records, chain)) = indexed(segments, at, scanner.chain())
+        {
+            for Indexed { header, payload } in records {
+                found.take(header, payload, &mut request);
+            }
+            scanner.go_to(at.advance(segment_bytes), chain);
+            continue;
+        }
+        let header = match scanner.next(at >= mark) {
             Ok(header) => header,
             Err(ScanEnd::Payload(header)) => {
                 let behind = remains_behind(segments, header.end())?;
@@ -278,23 +296,30 @@ fn scan(
                 break;
             }
         };
-        found.chain_end = header.end();
-        found.durable = found.durable.max(header.durable);
-        let last = header.is_last_of_request();
         let control = header.kind == Kind::Control as u8;
         let payload = if control { scanner.payload().to_vec() } else { Vec::new() };
-        request.push((header, payload));
-        if last {
-            for (header, payload) in request.drain(..) {
-                found.content.apply(&header, &payload, &mut freed);
-                if header.is_last_of_request() {
-                    found.timeline.push(Checkpoint::behind(&header));
-                }
-            }
-            freed.clear();
-        }
+        found.take(header, payload, &mut request);
     }
     Ok(found)
+}
+
+impl Found {
+    /// Takes the next record; what it does is done when its request is whole.
+    fn take(&mut self, header: Header, payload: Vec<u8>, request: &mut Vec<(Header, Vec<u8>)>) {
+        self.chain_end = header.end();
+        self.durable = self.durable.max(header.durable);
+        let last = header.is_last_of_request();
+        request.push((header, payload));
+        if last {
+            let mut freed: Vec<Freed> = Vec::new();
+            for (header, payload) in request.drain(..) {
+                self.content.apply(&header, &payload, &mut freed);
+                if header.is_last_of_request() {
+                    self.timeline.push(Checkpoint::behind(&header));
+                }
+            }
+        }
+    }
 }
 
 /// What stands at its own position from here on, in any segment.
@@ -343,7 +368,13 @@ pub(super) fn settle(
             && (chain_end > at || remains(segments, number, at)?.last_end.is_some());
         if cut_off {
             disk.create_dir(&branch)?;
-            copy(&**disk, &*segment.file, &branch.join(segment_name(number)), segment_bytes, segment_bytes)?;
+            copy(
+                &**disk,
+                &*segment.file,
+                &branch.join(segment_name(number)),
+                segment_bytes,
+                segment_bytes,
+            )?;
         }
         let temporary = segments.dir().join(format!("{number:012}.new"));
         copy(&**disk, &*segment.file, &temporary, kept, segment_bytes)?;
@@ -397,8 +428,13 @@ fn open_bases(
     let at_horizon = Content::at_horizon(horizon);
     let numbers = at_horizon.volumes.keys().chain(content.volumes.keys());
     for number in numbers.copied().collect::<std::collections::BTreeSet<_>>() {
-        if let Some(base) = BaseVolume::open(disk.clone(), dir, number)? {
-            bases.insert(number, Arc::new(base));
+        match BaseVolume::open(disk.clone(), dir, number) {
+            Ok(base) => {
+                bases.insert(number, Arc::new(base));
+            }
+            // Nothing was folded into it yet.
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+            Err(cause) => return Err(cause),
         }
     }
     Ok(bases)

@@ -103,7 +103,12 @@ impl Registry {
     /// A group, by its identity.
     #[must_use]
     pub fn by_id(&self, id: GroupId) -> Option<Arc<Group>> {
-        self.groups.read().expect("no holder panics").values().find(|group| group.id() == id).cloned()
+        self.groups
+            .read()
+            .expect("no holder panics")
+            .values()
+            .find(|group| group.id() == id)
+            .cloned()
     }
 
     /// Makes a group with this node as its primary.
@@ -189,8 +194,7 @@ impl Registry {
 
     fn notify(&self) {
         let listeners = self.listeners.read().expect("no holder panics").clone();
-        let ended: Vec<Listener> =
-            listeners.into_iter().filter(|listener| !listener()).collect();
+        let ended: Vec<Listener> = listeners.into_iter().filter(|listener| !listener()).collect();
         if !ended.is_empty() {
             self.listeners
                 .write()

@@ -210,10 +210,12 @@ impl Group {
             return;
         }
         let head = core.writer.head();
-        let entered =
-            head.segment_number(self.segment_bytes()) != before.segment_number(self.segment_bytes());
+        let entered = head.segment_number(self.segment_bytes())
+            != before.segment_number(self.segment_bytes());
         let asked_at = self.workers.asked_at.load(Ordering::Relaxed);
-        if entered || head.bytes_since(Lsn(asked_at)) >= WRITEBACK_BYTES.min(self.segment_bytes() / 4) {
+        if entered
+            || head.bytes_since(Lsn(asked_at)) >= WRITEBACK_BYTES.min(self.segment_bytes() / 4)
+        {
             self.workers.asked_at.store(head.0, Ordering::Relaxed);
             self.workers.prepare.ring();
         }

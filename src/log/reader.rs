@@ -84,7 +84,10 @@ impl<'a> Scanner<'a> {
     /// # Errors
     ///
     /// Why the chain ends here; the scan stays where it is.
-    #[expect(clippy::should_implement_trait, reason = "it takes an argument and ends with a reason")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it takes an argument and ends with a reason"
+    )]
     pub fn next(&mut self, payloads: bool) -> Result<Header, ScanEnd> {
         let segment_bytes = self.segments.segment_bytes();
         let room = segment_bytes - self.at.segment_offset(segment_bytes);
@@ -119,6 +122,13 @@ impl<'a> Scanner<'a> {
         Ok(header)
     }
 
+    /// Goes on elsewhere: behind what an index has told.
+    pub fn go_to(&mut self, at: Lsn, chain: Chain) {
+        (self.at, self.chain, self.payload) = (at, chain, 0..0);
+        self.window.clear();
+        self.window_at = at;
+    }
+
     /// Steps over a record whose payload is damaged: its header is whole, so the chain goes on.
     pub fn step_over(&mut self, header: &Header) {
         assert_eq!(header.lsn, self.at, "only the record that the scan stopped at is stepped over");
@@ -142,15 +152,13 @@ impl<'a> Scanner<'a> {
         let segment_bytes = self.segments.segment_bytes();
         let number = self.at.segment_number(segment_bytes);
         if self.segment.as_ref().is_none_or(|segment| segment.number != number) {
-            self.segment =
-                Some(self.segments.get(number).ok_or(ScanEnd::NoSegment(number))?);
+            self.segment = Some(self.segments.get(number).ok_or(ScanEnd::NoSegment(number))?);
         }
         let segment = self.segment.as_ref().expect("set above");
         let wanted = bytes.max(WINDOW_BYTES as u64).min(room);
         self.window.resize(wanted as usize, 0);
         self.window_at = self.at;
-        let result =
-            segment.file.read_at(&mut self.window, self.at.segment_offset(segment_bytes));
+        let result = segment.file.read_at(&mut self.window, self.at.segment_offset(segment_bytes));
         if let Err(error) = result {
             self.window.clear();
             return Err(error.into());
