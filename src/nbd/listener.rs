@@ -9,11 +9,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
-use super::address::{AddressBlock, NbdAddress};
+use super::address::NbdAddress;
 use super::connection::serve;
 use super::export::Exports;
 use super::server::{NbdCounters, NbdLimits, Shared};
 use super::socket::{Socket, Stream};
+use crate::config::Network;
 use crate::io::SystemClock;
 
 /// Where to listen, and for whom.
@@ -22,7 +23,7 @@ pub struct NbdListen {
     /// The address.
     pub address: NbdAddress,
     /// TCP clients that are let in; empty lets all in.
-    pub allow: Vec<AddressBlock>,
+    pub allow: Vec<Network>,
     /// Permissions of a Unix socket.
     pub mode: u32,
 }

@@ -26,7 +26,7 @@ mod session;
 mod socket;
 pub mod wire;
 
-pub use address::{AddressBlock, AddressError, NbdAddress};
+pub use address::{AddressError, NbdAddress};
 pub use client::{Client, ClientError};
 pub use export::{Device, ExportInfo, Exports, Refusal};
 pub use groups::GroupExports;
