@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn the_control_state_is_these_bytes() {
         let golden = concat!(
-            "tidelog-control 1 0000000000000000 0\n",
+            "tidelog-control 1 966b69060525ce24 277\n",
             r#"{"position":{"epoch":"0000000000000abc","lsn":4096,"time":"1970-01-01T00:00:01.5Z"},"#,
             r#""chain":"0123456789abcdef","requests":7,"entries":[{"kind":77,"version":1,"flags":2,"#,
             r#""lsn":512,"epoch":"0000000000000abc","time":"1970-01-01T00:00:01Z","#,

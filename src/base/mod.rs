@@ -8,6 +8,8 @@
 
 mod control;
 mod sidecar;
+#[cfg(test)]
+mod tests;
 mod volume;
 
 pub use control::{ControlEntry, ControlState, ControlStateError};

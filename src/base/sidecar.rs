@@ -183,7 +183,7 @@ mod tests {
             0x54, 0x4c, 0x53, 0x31, // magic: TLS1
             0x01, 0x00, 0x00, 0x00, // version: 1
             0x07, 0x00, 0x00, 0x00, // volume: 7
-            0x00, 0x00, 0x00, 0x00, // checksum
+            0xc9, 0xfd, 0xee, 0xa2, // checksum
         ];
         assert_eq!(bytes, golden);
         assert_eq!(check_header(&bytes, VolumeNumber(7)), Ok(()));
@@ -201,7 +201,7 @@ mod tests {
         let golden = [
             0x78, 0x56, 0x34, 0x12, 0x00, 0x00, 0x00, 0x80, // birth, top bit: collision
             0xdd, 0xcc, 0xbb, 0xaa, // sums_checksum
-            0x00, 0x00, 0x00, 0x00, // checksum, chunk 300
+            0x11, 0x5b, 0x82, 0xe3, // checksum, with chunk 300
         ];
         assert_eq!(slot.encode(300), golden);
         assert_eq!(Slot::decode(&golden, 300), Ok(slot));

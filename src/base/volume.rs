@@ -179,6 +179,10 @@ impl BaseVolume {
         let (block, chunk) = (size_bytes / BLOCK_BYTES, size_bytes.div_ceil(CHUNK_BYTES));
         if size_bytes % CHUNK_BYTES != 0 {
             let mut open = self.read_chunk(size_bytes / CHUNK_BYTES)?;
+            if open.slot.is_written() && open.slot.birth == Lsn::ZERO {
+                // The slot is bad, and nothing is folded here that would say when it was born.
+                open.slot.birth = Lsn(Lsn::MAX.0 - 1);
+            }
             open.sums[(block as usize % BLOCKS_PER_CHUNK) * 4..].fill(0);
             self.write_chunk(&mut open)?;
         }
@@ -212,7 +216,8 @@ impl BaseVolume {
     }
 
     /// Writes whole blocks with their CRC-32s; `born` is the LSN of the last record folded into
-    /// them. For the folder, in the order of blocks; durable with the next [`BaseVolume::sync`].
+    /// them. For the folder, in the order of blocks; durable, and right for readers, with the next
+    /// [`BaseVolume::sync`]: until then the blocks are read from the log.
     pub fn write_blocks(
         &self,
         offset: u64,

@@ -236,6 +236,9 @@ impl ExtentMap {
                 }
                 position = start;
             }
+            if start == end {
+                break;
+            }
             let flow = match known {
                 None => ControlFlow::Continue(()),
                 Some(Known::Zero { mark, .. }) => {
