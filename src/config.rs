@@ -114,6 +114,17 @@ impl PeerConfig {
     }
 }
 
+impl Default for PeerConfig {
+    fn default() -> PeerConfig {
+        PeerConfig {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            heartbeat: default_heartbeat(),
+            lost_after: default_lost_after(),
+        }
+    }
+}
+
 fn default_heartbeat() -> Span {
     Span::from_secs(1)
 }

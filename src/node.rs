@@ -6,17 +6,20 @@
 
 use std::fmt::Display;
 use std::fs::File;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, cause};
-use crate::control::{Context, ControlServer, FileJournal, MetricsServer};
+use crate::config::{Config, ListenAddress, cause};
+use crate::control::{Context, ControlServer, FileJournal, MetricsServer, answer_peers};
 use crate::events::{Events, Severity};
 use crate::group::{GroupContext, LocalLimits, NodeIdentity, Registry};
 use crate::io::{Disk, Env, OpenMode};
+use crate::nbd::{GroupExports, NbdCounters, NbdLimits, NbdListen, NbdServer, listen};
+use crate::replication::{Replication, ReplicationConfig};
 use crate::units::NodeId;
 
 /// A node that cannot be built: object, what, cause, next command.
@@ -33,6 +36,7 @@ impl NodeError {
 /// A running node.
 pub struct Node {
     context: Arc<Context>,
+    nbd: Vec<NbdServer>,
     control: ControlServer,
     metrics: Option<MetricsServer>,
     /// Held until the process ends: no second node may use the data directory.
@@ -62,10 +66,15 @@ impl Node {
             events: events.clone(),
         };
         let dir = config.data_dir.join("groups");
-        let registry = tokio::task::spawn_blocking(move || Registry::open(groups, &dir))
+        let for_registry = groups.clone();
+        let registry = tokio::task::spawn_blocking(move || Registry::open(for_registry, &dir))
             .await
             .map_err(NodeError::new)?
             .map_err(NodeError::new)?;
+        let replication = Replication::start(replication_config(&config), groups, registry.clone())
+            .map_err(NodeError::new)?;
+        let nbd_counters = Arc::new(NbdCounters::default());
+        let nbd = start_nbd(&config, &registry, &nbd_counters)?;
         let metrics_listen = config.metrics.as_ref().map(|metrics| metrics.listen);
         let context = Arc::new(Context {
             env,
@@ -73,7 +82,10 @@ impl Node {
             config: RwLock::new(config),
             events: events.clone(),
             registry,
+            replication,
+            nbd_counters,
         });
+        answer_peers(&context);
         let control = ControlServer::start(context.clone()).await.map_err(NodeError::new)?;
         let metrics = match metrics_listen {
             Some(listen) => {
@@ -88,7 +100,7 @@ impl Node {
             format!("node {}: started, version {}", context.node.name, env!("CARGO_PKG_VERSION")),
             serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "id": context.node.id }),
         );
-        Ok(Node { context, control, metrics, _lock: lock })
+        Ok(Node { context, nbd, control, metrics, _lock: lock })
     }
 
     /// This node's identity.
@@ -123,8 +135,17 @@ impl Node {
         if let Some(metrics) = self.metrics {
             metrics.stop();
         }
+        let (nbd, registry) = (self.nbd, self.context.registry.clone());
+        let drained = tokio::task::spawn_blocking(move || {
+            for server in nbd {
+                server.shutdown();
+            }
+        });
+        if let Err(error) = drained.await {
+            tracing::error!("closing the NBD listeners: {error}");
+        }
         self.control.stop().await;
-        let registry = self.context.registry.clone();
+        self.context.replication.shutdown();
         let closed = tokio::task::spawn_blocking(move || registry.close()).await;
         if let Err(error) = closed {
             tracing::error!("closing the groups: {error}");
@@ -137,6 +158,63 @@ impl Node {
             serde_json::Value::Null,
         );
     }
+}
+
+fn replication_config(config: &Config) -> ReplicationConfig {
+    // Without [peer] nobody can dial this node, and what it once dialled it still does.
+    let peer = config.peer.clone();
+    let timing = peer.clone().unwrap_or_default();
+    ReplicationConfig {
+        listen: peer.as_ref().map(|peer| peer.listen),
+        advertise: peer.and_then(|peer| peer.advertise),
+        state_dir: config.data_dir.join("node"),
+        heartbeat: timing.heartbeat.0,
+        lost_after: timing.lost_after.0,
+    }
+}
+
+fn start_nbd(
+    config: &Config,
+    registry: &Arc<Registry>,
+    counters: &Arc<NbdCounters>,
+) -> Result<Vec<NbdServer>, NodeError> {
+    let defaults = NbdLimits::default();
+    let limits = NbdLimits {
+        connections: config.limits.connections.unwrap_or(defaults.connections),
+        ..defaults
+    };
+    let exports = Arc::new(GroupExports::new(registry.clone()));
+    let mut servers = Vec::new();
+    for nbd in &config.nbd {
+        if let ListenAddress::Unix(path) = &nbd.listen {
+            make_socket_dir(path)?;
+        }
+        let mut at = NbdListen::new(nbd.listen.to_string().parse().map_err(NodeError::new)?);
+        for network in &nbd.allow {
+            at.allow.push(network.to_string().parse().map_err(NodeError::new)?);
+        }
+        let server = listen(at, exports.clone(), limits.clone(), counters.clone());
+        servers.push(server.map_err(|error| {
+            NodeError::new(format!("{error}; choose another `listen` under [[nbd]]"))
+        })?);
+    }
+    Ok(servers)
+}
+
+/// Makes the directory of a socket where it is missing, for this user alone.
+fn make_socket_dir(socket: &Path) -> Result<(), NodeError> {
+    let Some(directory) = socket.parent().filter(|directory| !directory.exists()) else {
+        return Ok(());
+    };
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    made.map_err(|error| {
+        NodeError::new(format!(
+            "nbd listener unix:{}: its directory could not be made: {}; choose another `listen` \
+             under [[nbd]]",
+            socket.display(),
+            cause(&error)
+        ))
+    })
 }
 
 /// Makes the data directory where it is missing, and takes it for this process alone.

@@ -6,6 +6,7 @@ mod events;
 mod group;
 mod manual;
 pub mod output;
+mod peer;
 mod serve;
 mod status;
 mod time;
@@ -43,6 +44,12 @@ enum Command {
     /// Make, show, resize and delete volumes
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
+    /// Pair this node with others
+    #[command(subcommand)]
+    Peer(peer::PeerCommand),
+    Replicate(peer::ReplicateArguments),
+    Pause(peer::PauseArguments),
+    Resume(peer::ResumeArguments),
     Promote(group::PromoteArguments),
     Demote(group::DemoteArguments),
     Bookmark(time::BookmarkArguments),
@@ -104,6 +111,10 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Status(arguments) => status::status(session, &arguments).await,
         Command::Group(command) => group::group(session, command).await,
         Command::Volume(command) => volume::volume(session, command).await,
+        Command::Peer(command) => peer::peer(session, command).await,
+        Command::Replicate(arguments) => peer::replicate(session, &arguments).await,
+        Command::Pause(arguments) => peer::pause(session, &arguments).await,
+        Command::Resume(arguments) => peer::resume(session, &arguments).await,
         Command::Promote(arguments) => group::promote(session, &arguments).await,
         Command::Demote(arguments) => group::demote(session, &arguments).await,
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,

@@ -67,6 +67,15 @@ pub fn table(header: &[&str], rows: Vec<Vec<String>>, none: &str) -> String {
     table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
 }
 
+/// A bar of what is done of a whole, in 30 columns.
+pub fn bar(done: u64, whole: u64) -> String {
+    let whole = whole.max(1);
+    let columns =
+        usize::try_from(u128::from(done.min(whole)) * 30 / u128::from(whole)).unwrap_or(30);
+    let percent = u128::from(done.min(whole)) * 100 / u128::from(whole);
+    format!("[{}{}] {percent} %", "#".repeat(columns), "-".repeat(30 - columns))
+}
+
 /// A state as the word that JSON has for it.
 pub fn word<T: serde::Serialize>(value: &T) -> String {
     let value = serde_json::to_value(value).unwrap_or_default();

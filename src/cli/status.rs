@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::Value;
 
-use tidelog::control::api::{GroupStatus, Status};
+use tidelog::control::api::{BackupCapable, GroupStatus, PeerStatus, Status, Verdict};
 use tidelog::units::{ByteSize, Name};
 
 use super::{Session, output};
@@ -89,6 +89,7 @@ fn show_group(group: &GroupStatus) -> String {
         format!("{} {} ({} clients)", volume.name, ByteSize(volume.size_bytes), volume.clients)
     });
     lines.push(format!("  volumes {}", or_none(volumes.collect())));
+    lines.extend(group.peers.iter().map(show_peer));
     lines.push(format!("  backup  {}", capable(&group.backup_capable)));
     lines.join("\n") + "\n"
 }
@@ -97,16 +98,34 @@ fn or_none(items: Vec<String>) -> String {
     if items.is_empty() { "none".to_owned() } else { items.join(", ") }
 }
 
-fn capable(verdict: &Value) -> String {
-    let reasons: Vec<String> = verdict["reasons"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|reason| {
-            let text = reason.as_str().or_else(|| reason["text"].as_str());
-            text.map_or_else(|| reason.to_string(), str::to_owned)
-        })
-        .collect();
-    let word = if verdict["verdict"] == "yes" { "capable" } else { "not capable" };
+fn show_peer(peer: &PeerStatus) -> String {
+    let mut lines = vec![format!(
+        "  peer    {}  {}  {}  {}; {} behind ({} operations, {})",
+        peer.name,
+        output::word(&peer.mode),
+        peer.link_state,
+        peer.replication_state,
+        ByteSize(peer.lag.bytes),
+        peer.lag.operations,
+        output::seconds(peer.lag.seconds),
+    )];
+    if let Some(reason) = &peer.link_state_reason {
+        let since = peer.link_state_since.map_or_else(String::new, output::age);
+        lines.push(format!("          {}: {reason} ({since})", peer.link_state));
+    }
+    if let Some(reason) = &peer.replication_state_reason {
+        let since = peer.replication_state_since.map_or_else(String::new, output::age);
+        lines.push(format!("          {}: {reason} ({since})", peer.replication_state));
+    }
+    if peer.replication_state == "catching-up" && output::is_terminal() {
+        let done = peer.durable_lsn.0;
+        lines.push(format!("          {}", output::bar(done, done + peer.behind_bytes)));
+    }
+    lines.join("\n")
+}
+
+fn capable(capable: &BackupCapable) -> String {
+    let reasons: Vec<&str> = capable.reasons.iter().map(|reason| reason.text.as_str()).collect();
+    let word = if capable.verdict == Verdict::Yes { "capable" } else { "not capable" };
     if reasons.is_empty() { word.to_owned() } else { format!("{word}: {}", reasons.join("; ")) }
 }

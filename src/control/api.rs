@@ -1,12 +1,12 @@
 //! The types that the control socket's server and its clients share: answers as JSON, with the names
 //! that scripts rely on.
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-
 use crate::group::{DataState, Role};
 use crate::log::control::{Consistency, OnFull};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
+use serde::{Deserialize, Serialize};
+
+pub use crate::replication::{BackupCapable, Invite, PeerInfo, PeerStatus, Verdict};
 
 /// Bytes of the block size that volumes announce.
 pub const VOLUME_BLOCK_BYTES: u64 = crate::units::BLOCK_BYTES;
@@ -45,10 +45,10 @@ pub struct GroupStatus {
     pub log: LogStatus,
     /// How far back one can go now.
     pub protection_window: ProtectionWindow,
-    /// The other nodes that hold it.
-    pub peers: Vec<Value>,
+    /// The copies of it; on a secondary, the primary.
+    pub peers: Vec<PeerStatus>,
     /// Whether this copy may be backed up now.
-    pub backup_capable: Value,
+    pub backup_capable: BackupCapable,
 }
 
 /// A volume in its group's status.
@@ -119,7 +119,7 @@ pub struct GroupInfo {
     pub volumes: Vec<Name>,
     /// Window and limits.
     pub policy: PolicyInfo,
-    /// The nodes that hold it, besides the primary.
+    /// The nodes that hold it.
     pub members: Vec<MemberInfo>,
     /// Every reign, oldest first.
     pub epochs: Vec<EpochInfo>,
@@ -270,6 +270,29 @@ pub struct ImageInfo {
     pub broken: Option<String>,
     /// The names of its NBD exports.
     pub exports: Vec<String>,
+}
+
+/// `POST /v1/peers/join`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Joined {
+    /// The peer's name.
+    pub name: Name,
+    /// Its identity.
+    pub node: NodeId,
+}
+
+/// `GET /v1/peers`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Peers {
+    /// By name.
+    pub peers: Vec<PeerInfo>,
+}
+
+/// `POST /v1/peers/rotate`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Rotated {
+    /// Of the new key.
+    pub fingerprint: String,
 }
 
 /// An answer that is only "done".

@@ -6,6 +6,8 @@ use crate::config::Config;
 use crate::events::Events;
 use crate::group::{Group, NodeIdentity, Registry};
 use crate::io::Env;
+use crate::nbd::NbdCounters;
+use crate::replication::Replication;
 
 use super::problem::Problem;
 
@@ -21,6 +23,10 @@ pub struct Context {
     pub events: Events,
     /// The groups.
     pub registry: Arc<Registry>,
+    /// The links to peers.
+    pub replication: Arc<Replication>,
+    /// What the NBD listeners have done.
+    pub nbd_counters: Arc<NbdCounters>,
 }
 
 impl Context {

@@ -1,10 +1,14 @@
 //! From a request to its answer: the route, the primary where it must be asked, the audit event.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
+use crate::group::{Group, Role};
+use crate::replication::{BoxFuture, PeerContext};
 
 use super::context::Context;
 use super::problem::Problem;
@@ -53,9 +57,156 @@ pub async fn dispatch(
         })?;
     }
     let call = Call { path: names, query, body, user: caller.name() };
+    let primary = elsewhere(context, route, &call)?;
+    if let (Some(_), Some(from)) = (&primary, &caller.node) {
+        return Err(Problem::new(
+            409,
+            "not-primary",
+            format!("node {}: is not the primary either; {from} asked it", context.node.name),
+        ));
+    }
     let group = call.path.iter().find(|(name, _)| *name == "group").map(|(_, group)| group.clone());
     let shown = if route.changes_state() { Some(describe(route, &call)) } else { None };
-    let answer = match route.handler {
+    let answer = match primary {
+        Some(primary) => forward(context, caller, &primary, route, path, &call).await,
+        None => answer_here(context, route, call).await,
+    };
+    if let Some(shown) = shown {
+        audit(context, caller, route, group.as_deref(), &shown, answer.as_ref().err());
+    }
+    answer
+}
+
+/// The name of the peer that a call must be sent to: it appends, and the primary is that peer.
+fn elsewhere(context: &Context, route: &Route, call: &Call) -> Result<Option<String>, Problem> {
+    if !route.on_primary {
+        return Ok(None);
+    }
+    let group = context.group(call.path("group"))?;
+    if group.role() == Role::Primary {
+        return Ok(None);
+    }
+    primary_of(context, &group).map(Some)
+}
+
+/// The peer that reigns: as it says itself, else the author of the last epoch.
+fn primary_of(context: &Context, group: &Group) -> Result<String, Problem> {
+    let peers = context.replication.status(group);
+    if let Some(peer) = peers.iter().find(|peer| peer.role == "primary") {
+        return Ok(peer.name.clone());
+    }
+    let control = group.control();
+    let author = control.epochs.last().filter(|epoch| epoch.author != context.node.id);
+    author.map(|epoch| epoch.author_name.to_string()).ok_or_else(|| {
+        let name = group.name();
+        Problem::new(
+            409,
+            "no-primary",
+            format!(
+                "group {name}: has no primary that this node knows of; `tidelog promote {name}` \
+                 makes this node the primary"
+            ),
+        )
+    })
+}
+
+/// How long the primary may take over a call that was sent to it.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(60);
+/// The name of the call between nodes.
+const FORWARD_METHOD: &str = "control";
+
+/// A call as it goes to the primary.
+#[derive(Debug, Serialize, Deserialize)]
+struct Forwarded {
+    method: String,
+    path: String,
+    query: Vec<(String, String)>,
+    body: Map<String, Value>,
+    uid: u32,
+}
+
+/// What comes back.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ForwardedAnswer {
+    Done(Value),
+    Problem(Problem),
+}
+
+async fn forward(
+    context: &Context,
+    caller: &Caller,
+    primary: &str,
+    route: &Route,
+    path: &str,
+    call: &Call,
+) -> Result<Value, Problem> {
+    let forwarded = Forwarded {
+        method: route.method.to_owned(),
+        path: path.to_owned(),
+        query: call.query.clone(),
+        body: call.body.clone(),
+        uid: caller.uid,
+    };
+    let bug = |error: serde_json::Error| Problem::new(500, "bug", error.to_string());
+    let body = serde_json::to_value(&forwarded).map_err(bug)?;
+    let answer = context.replication.call(primary, FORWARD_METHOD, body, FORWARD_TIMEOUT).await?;
+    match serde_json::from_value(answer).map_err(bug)? {
+        ForwardedAnswer::Done(value) => Ok(value),
+        ForwardedAnswer::Problem(problem) => Err(problem),
+    }
+}
+
+/// Answers, from now on, what peers send on to this node.
+pub fn answer_peers(context: &Arc<Context>) {
+    let weak = Arc::downgrade(context);
+    let handler = move |peer: PeerContext, body: Value| -> BoxFuture<Result<Value, String>> {
+        let context = weak.upgrade();
+        Box::pin(async move {
+            let context = context.ok_or("this node shuts down")?;
+            answer_forwarded(&context, peer, body).await
+        })
+    };
+    context.replication.on_call(FORWARD_METHOD, Arc::new(handler));
+}
+
+/// Answers a call that a peer sent on: only what appends, and only to groups that it holds.
+async fn answer_forwarded(
+    context: &Arc<Context>,
+    peer: PeerContext,
+    body: Value,
+) -> Result<Value, String> {
+    let forwarded: Forwarded = serde_json::from_value(body).map_err(|error| error.to_string())?;
+    let answer = match allowed(context, &peer, &forwarded) {
+        Err(problem) => Err(problem),
+        Ok(()) => {
+            let caller = Caller { uid: forwarded.uid, node: Some(peer.name.to_string()) };
+            let Forwarded { method, path, query, body, .. } = forwarded;
+            dispatch(context, &caller, &method, &path, query, body).await
+        }
+    };
+    let answer = match answer {
+        Ok(value) => ForwardedAnswer::Done(value),
+        Err(problem) => ForwardedAnswer::Problem(problem),
+    };
+    serde_json::to_value(answer).map_err(|error| error.to_string())
+}
+
+fn allowed(context: &Context, peer: &PeerContext, forwarded: &Forwarded) -> Result<(), Problem> {
+    let (route, names) = find(&forwarded.method, &forwarded.path)?;
+    let forbidden = || {
+        Problem::new(403, "forbidden", format!("peer {}: may not ask for {}", peer.name, route.id))
+    };
+    let name = names.iter().find(|(key, _)| *key == "group").map(|(_, name)| name);
+    let name = name.filter(|_| route.on_primary).ok_or_else(forbidden)?;
+    let group = context.group(name).map_err(|_| forbidden())?;
+    let control = group.control();
+    let is_member = control.members.iter().any(|m| m.node == peer.node && !m.removed);
+    if is_member { Ok(()) } else { Err(forbidden()) }
+}
+
+async fn answer_here(context: &Arc<Context>, route: &Route, call: Call) -> Result<Value, Problem> {
+    match route.handler {
         Handler::Blocking(handler) => {
             let context = context.clone();
             tokio::task::spawn_blocking(move || handler(&context, &call))
@@ -63,11 +214,7 @@ pub async fn dispatch(
                 .unwrap_or_else(|error| Err(Problem::new(500, "bug", error.to_string())))
         }
         Handler::Async(handler) => handler(context.clone(), call).await,
-    };
-    if let Some(shown) = shown {
-        audit(context, caller, route, group.as_deref(), &shown, answer.as_ref().err());
     }
-    answer
 }
 
 fn refuse_unknown<'a>(

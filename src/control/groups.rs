@@ -1,6 +1,6 @@
 //! Handlers of groups: status, create, show, set, delete, promote, demote.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, OnFull, PolicyRecord};
@@ -33,7 +33,7 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
     })
 }
 
-fn group_status(_context: &Context, group: &Group) -> GroupStatus {
+fn group_status(context: &Context, group: &Group) -> GroupStatus {
     let positions = group.positions();
     let control = group.control();
     let clients = group.clients();
@@ -70,8 +70,8 @@ fn group_status(_context: &Context, group: &Group) -> GroupStatus {
             full_reason: group.log_full(),
         },
         protection_window: window(positions.horizon_time, positions.time),
-        peers: Vec::new(),
-        backup_capable: json!({ "verdict": "no", "reasons": ["no peer holds this group"] }),
+        peers: context.replication.status(group),
+        backup_capable: context.replication.backup_capable(group, None),
     }
 }
 
@@ -192,6 +192,19 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
              status {name}` shows which volumes they use"
         )));
     }
+    if let Some(peer) = context
+        .replication
+        .status(&group)
+        .iter()
+        .find(|peer| group.role() == Role::Primary || peer.link_state == "connected")
+        && group.data_state().0 != DataState::Retired
+    {
+        let node = if group.role() == Role::Primary { "here" } else { "on the primary" };
+        return Err(Problem::refused(format!(
+            "group {name}: is replicated with {}; `tidelog replicate {name} --stop` {node} first",
+            peer.name
+        )));
+    }
     drop(group);
     context.registry.delete(&name)?;
     done(format!("group {name}: deleted on node {}", context.node.name))
@@ -201,6 +214,10 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     if group.role() == Role::Primary {
         return done(format!("group {}: is the primary here already", group.name()));
+    }
+    let force: bool = call.field("force")?.unwrap_or(false);
+    if !force && let Some(refusal) = context.replication.promote_refusal(group.id()) {
+        return Err(Problem::new(409, "promote-refused", refusal));
     }
     group.promote("promote")?;
     done(format!("group {}: is the primary here now", group.name()))
@@ -217,6 +234,8 @@ pub(super) fn demote(context: &Context, call: &Call) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

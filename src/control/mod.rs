@@ -16,6 +16,7 @@ mod groups;
 mod images;
 mod journal;
 mod metrics;
+mod peers;
 mod problem;
 mod route;
 mod server;
@@ -23,7 +24,7 @@ mod volumes;
 
 pub use client::{Client, ClientError, EventStream, encode};
 pub use context::Context;
-pub use dispatch::{Caller, dispatch};
+pub use dispatch::{Caller, answer_peers, dispatch};
 pub use journal::FileJournal;
 pub use metrics::metrics_text;
 pub use problem::Problem;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::context::Context;
 use super::problem::Problem;
-use super::{groups, images, volumes};
+use super::{groups, images, peers, volumes};
 
 /// What a handler gives.
 pub type Answer = Result<Value, Problem>;
@@ -185,7 +185,7 @@ impl Route {
     }
 }
 
-use Handler::Blocking;
+use Handler::{Async, Blocking};
 
 const GROUP_ONLY: &[Parameter] = &[parameter("group", "string", "only this group")];
 
@@ -249,6 +249,65 @@ pub static ROUTES: &[Route] = &[
         Blocking(volumes::delete),
     )
     .on_primary(),
+    route(
+        "POST",
+        "/v1/peers/invite",
+        "peer invite",
+        "Open a one-time token for another node",
+        Blocking(peers::invite),
+    ),
+    route(
+        "POST",
+        "/v1/peers/join",
+        "peer join",
+        "Pair with the node that gave a token",
+        Async(peers::join),
+    )
+    .body(&[
+        parameter("token", "string", "the one-time token"),
+        parameter("address", "string", "HOST:PORT of the node that gave it"),
+    ]),
+    route("GET", "/v1/peers", "peer list", "List the peers", Blocking(peers::list)),
+    route(
+        "POST",
+        "/v1/peers/rotate",
+        "peer rotate",
+        "Give this node a new key, and tell its peers",
+        Async(peers::rotate),
+    ),
+    route("DELETE", "/v1/peers/{peer}", "peer remove", "Forget a peer", Blocking(peers::remove)),
+    route(
+        "POST",
+        "/v1/groups/{group}/replicate",
+        "replicate",
+        "Make a copy on a peer and keep it up to date",
+        Async(peers::replicate),
+    )
+    .body(&[
+        parameter("peer", "string", "the peer's name"),
+        parameter("mode", "string", "async: a write is answered when it is in the local log"),
+        parameter("rpo", "string", "the age that the copy may have: a duration"),
+    ])
+    .on_primary(),
+    route(
+        "DELETE",
+        "/v1/groups/{group}/replicate",
+        "replicate stop",
+        "Stop replicating; the copy on the peer is retired",
+        Async(peers::stop),
+    )
+    .query(&[parameter("peer", "string", "the peer's name, where there are several")])
+    .on_primary(),
+    route("POST", "/v1/groups/{group}/pause", "pause", "Pause replication", Blocking(peers::pause))
+        .body(&[parameter("peer", "string", "only with this peer")]),
+    route(
+        "POST",
+        "/v1/groups/{group}/resume",
+        "resume",
+        "Go on replicating",
+        Blocking(peers::resume),
+    )
+    .body(&[parameter("peer", "string", "only with this peer")]),
     route(
         "POST",
         "/v1/groups/{group}/promote",

@@ -1,0 +1,147 @@
+//! Handlers of peers and replication: invite, join, list, rotate, remove; replicate, stop, pause,
+//! resume.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::log::control::Mode;
+use crate::replication::{ReplicateOptions, ReplicationError};
+use crate::units::{Name, Span};
+
+use super::api::{Joined, Peers, Rotated};
+use super::context::Context;
+use super::groups::{answer, done};
+use super::problem::Problem;
+use super::route::{Answer, AnswerFuture, Call};
+
+/// How long `replicate` waits for the link to a peer that was joined a moment ago.
+const LINK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it looks.
+const LINK_POLL: Duration = Duration::from_millis(50);
+
+impl From<ReplicationError> for Problem {
+    fn from(error: ReplicationError) -> Problem {
+        let (status, code) = match error {
+            ReplicationError::Group(error) => return error.into(),
+            ReplicationError::NoPeer(_) => (404, "no-such-peer"),
+            ReplicationError::NotConnected { .. } => (503, "peer-not-connected"),
+            ReplicationError::Peer { .. } => (502, "peer-refused"),
+            ReplicationError::NoAnswer { .. } => (504, "peer-silent"),
+            ReplicationError::Refused(_) => (409, "refused"),
+            ReplicationError::Store(_) => (500, "io"),
+            ReplicationError::Listen { .. } => (500, "listen"),
+        };
+        Problem::new(status, code, error.to_string())
+    }
+}
+
+pub(super) fn invite(context: &Context, _call: &Call) -> Answer {
+    answer(context.replication.invite()?)
+}
+
+pub(super) fn join(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let token: String = call.required("token")?;
+        let address: String = call.required("address")?;
+        let peer = context.replication.join(token.trim(), &address).await?;
+        answer(Joined { name: peer.name, node: peer.node })
+    })
+}
+
+pub(super) fn list(context: &Context, _call: &Call) -> Answer {
+    answer(Peers { peers: context.replication.peers() })
+}
+
+pub(super) fn rotate(context: Arc<Context>, _call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let fingerprint = context.replication.rotate().await?;
+        answer(Rotated { fingerprint })
+    })
+}
+
+pub(super) fn remove(context: &Context, call: &Call) -> Answer {
+    let peer = call.path("peer");
+    context.replication.remove_peer(peer)?;
+    done(format!("peer {peer}: removed; remove this node there too"))
+}
+
+pub(super) fn replicate(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?.name().clone();
+        let peer: Name = call.required("peer")?;
+        let mode: Mode = call.field("mode")?.unwrap_or_default();
+        let rpo_target: Option<Span> = call.field("rpo")?;
+        wait_for_link(&context, peer.as_str()).await;
+        let options = ReplicateOptions { mode, rpo_target };
+        context.replication.replicate(group.as_str(), peer.as_str(), options).await?;
+        done(format!("group {group}: is replicated to {peer}"))
+    })
+}
+
+/// Gives the link to a known peer a moment to come up.
+async fn wait_for_link(context: &Context, peer: &str) {
+    let connected = async {
+        let mut ticks = tokio::time::interval(LINK_POLL);
+        loop {
+            ticks.tick().await;
+            let peers = context.replication.peers();
+            let known = peers.iter().find(|known| known.name.as_str() == peer);
+            if known.is_none_or(|known| known.link_state == "connected") {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINK_TIMEOUT, connected).await;
+}
+
+pub(super) fn stop(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?;
+        let peer = match call.query("peer") {
+            Some(peer) => peer.to_owned(),
+            None => only_peer(&context, &group)?,
+        };
+        let group = group.name();
+        context.replication.stop(group.as_str(), &peer).await?;
+        done(format!("group {group}: is no longer replicated to {peer}; the copy there is retired"))
+    })
+}
+
+fn only_peer(context: &Context, group: &crate::group::Group) -> Result<String, Problem> {
+    let control = group.control();
+    let mut others = control
+        .members
+        .iter()
+        .filter(|member| !member.removed && member.node != context.node.id)
+        .map(|member| member.name.to_string());
+    match (others.next(), others.next()) {
+        (Some(only), None) => Ok(only),
+        (None, _) => Err(Problem::refused(format!("group {}: is not replicated", group.name()))),
+        _ => Err(Problem::invalid(format!(
+            "group {}: has several peers; name one with --to PEER",
+            group.name()
+        ))),
+    }
+}
+
+pub(super) fn pause(context: &Context, call: &Call) -> Answer {
+    set_paused(context, call, true)
+}
+
+pub(super) fn resume(context: &Context, call: &Call) -> Answer {
+    set_paused(context, call, false)
+}
+
+fn set_paused(context: &Context, call: &Call, paused: bool) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let name = group.name().as_str();
+    let peer: Option<Name> = call.field("peer")?;
+    let peer = peer.as_ref().map(Name::as_str);
+    if paused {
+        context.replication.pause(name, peer)?;
+        done(format!("group {name}: replication is paused; `tidelog resume {name}` ends it"))
+    } else {
+        context.replication.resume(name, peer)?;
+        done(format!("group {name}: replication goes on"))
+    }
+}
