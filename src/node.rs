@@ -14,7 +14,9 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, ListenAddress, cause};
-use crate::control::{Context, ControlServer, FileJournal, MetricsServer, answer_peers};
+use crate::control::{
+    Context, ControlServer, FileJournal, MetricsServer, answer_peers, start_notifying,
+};
 use crate::events::{Events, Severity};
 use crate::group::{GroupContext, LocalLimits, NodeIdentity, Registry};
 use crate::io::{Disk, Env, OpenMode};
@@ -86,6 +88,7 @@ impl Node {
             nbd_counters,
         });
         answer_peers(&context);
+        start_notifying(&context);
         let control = ControlServer::start(context.clone()).await.map_err(NodeError::new)?;
         let metrics = match metrics_listen {
             Some(listen) => {

@@ -113,8 +113,43 @@ fn families(context: &Context) -> Vec<Family> {
             clients.samples.push((labels, here.map(|(_, count)| *count as f64).sum()));
         }
     }
+    let nbd = &context.nbd_counters;
+    let total = |name, help, value: u64| Family {
+        name,
+        help,
+        counts_up: true,
+        samples: vec![(Vec::new(), value as f64)],
+    };
+    let connections = Family {
+        name: "tidelog_nbd_connections",
+        help: "NBD connections now",
+        counts_up: false,
+        samples: vec![(Vec::new(), nbd.connections.value() as f64)],
+    };
     vec![
-        info, primary, consistent, head, durable, committed, horizon, used, limit, window,
-        requests, size, clients,
+        connections,
+        total("tidelog_nbd_accepted", "NBD connections ever", nbd.connections_total.value()),
+        total("tidelog_nbd_refused", "NBD connections closed at once", nbd.refused_total.value()),
+        total("tidelog_nbd_requests", "NBD requests", nbd.requests.value()),
+        total("tidelog_nbd_errors", "NBD requests answered with an error", nbd.errors.value()),
+        total("tidelog_nbd_read_bytes", "Bytes read by NBD clients", nbd.read_bytes.value()),
+        total(
+            "tidelog_nbd_written_bytes",
+            "Bytes written by NBD clients",
+            nbd.written_bytes.value(),
+        ),
+        info,
+        primary,
+        consistent,
+        head,
+        durable,
+        committed,
+        horizon,
+        used,
+        limit,
+        window,
+        requests,
+        size,
+        clients,
     ]
 }
