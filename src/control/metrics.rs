@@ -88,7 +88,30 @@ fn families(context: &Context) -> Vec<Family> {
     let mut requests = counter("tidelog_requests", "Requests in the log");
     let mut size = gauge("tidelog_volume_size_bytes", "Bytes of a volume");
     let mut clients = gauge("tidelog_volume_clients", "Connections that have a volume open");
+    let mut capable = gauge("tidelog_backup_capable", "1 where the copy may be backed up now");
+    let mut connected_to = gauge("tidelog_peer_connected", "1 where the link to a peer is up");
+    let mut lag_bytes = gauge("tidelog_peer_lag_bytes", "Bytes that the copy has not received");
+    let mut lag_operations = gauge("tidelog_peer_lag_operations", "Requests that it has not");
+    let mut lag_seconds =
+        gauge("tidelog_peer_lag_seconds", "Age of the oldest byte that it has not");
+    let mut rpo =
+        gauge("tidelog_peer_rpo_actual_seconds", "Age of the oldest byte not durable there");
     for group in context.registry.groups() {
+        for peer in context.replication.status(&group) {
+            let push = |family: &mut Family, value: f64| {
+                let labels = vec![("group", group.name().to_string()), ("peer", peer.name.clone())];
+                family.samples.push((labels, value));
+            };
+            push(&mut connected_to, f64::from(u8::from(peer.link_state == "connected")));
+            push(&mut lag_bytes, peer.lag.bytes as f64);
+            push(&mut lag_operations, peer.lag.operations as f64);
+            push(&mut lag_seconds, peer.lag.seconds);
+            push(&mut rpo, peer.rpo_actual_seconds);
+        }
+        let verdict = context.replication.backup_capable(&group, None).is_yes();
+        capable
+            .samples
+            .push((vec![("group", group.name().to_string())], f64::from(u8::from(verdict))));
         let positions = group.positions();
         let push = |family: &mut Family, value: f64| {
             family.samples.push((vec![("group", group.name().to_string())], value));
@@ -151,5 +174,11 @@ fn families(context: &Context) -> Vec<Family> {
         requests,
         size,
         clients,
+        capable,
+        connected_to,
+        lag_bytes,
+        lag_operations,
+        lag_seconds,
+        rpo,
     ]
 }
