@@ -1,6 +1,8 @@
 //! The one integration binary: a module per subject.
 
 mod backup;
+mod cli;
+mod control;
 mod kill;
 mod nbd;
 mod serve;

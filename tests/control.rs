@@ -1,0 +1,293 @@
+//! The control socket of a running node: commands, errors with codes, audit, events, metrics, routes.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use super::support::{Appliance, Setup, wait_for};
+
+/// One HTTP request on the control socket; status, content type and body.
+fn request(appliance: &Appliance, method: &str, path: &str, body: &str) -> (u16, String, String) {
+    let mut socket = UnixStream::connect(appliance.control_socket()).unwrap();
+    let length = body.len();
+    write!(
+        socket,
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
+    .unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let kind = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-type: "))
+        .unwrap_or_default()
+        .to_owned();
+    (status, kind, body.to_owned())
+}
+
+/// Runs a command that must fail with status 1 and one line; the line.
+fn failure(appliance: &Appliance, arguments: &[&str]) -> String {
+    let output = appliance.command(arguments);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+    assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
+    said
+}
+
+#[test]
+fn groups_and_volumes_are_made_shown_changed_and_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    assert!(node.run(&["status"]).contains("no groups"));
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    node.run(&["volume", "create", "g/w", "--size", "4096"]);
+    let status = node.json(&["status", "g"]);
+    let group = &status["groups"][0];
+    assert_eq!(status["node"], "a");
+    assert_eq!(group["role"], "primary");
+    assert_eq!(group["data_state"], "consistent");
+    assert_eq!(group["volumes"][0]["size_bytes"], 64 << 20);
+    assert_eq!(group["volumes"][0]["block_size_bytes"], 4096);
+    assert!(group["log"]["durable_lsn"].as_u64().unwrap() > 0);
+    assert!(group["protection_window"]["from"].is_string());
+    assert_eq!(group["peers"], serde_json::json!([]));
+
+    node.run(&["volume", "resize", "g/v", "--size", "128M"]);
+    assert_eq!(node.json(&["volume", "show", "g/v"])["size_bytes"], 128 << 20);
+    let set = node.json(&["group", "set", "g", "window=2h", "log_limit=1G"]);
+    assert_eq!(set["policy"]["window"], "2h");
+    assert_eq!(set["policy"]["log_limit"], 1 << 30);
+    node.run(&["volume", "delete", "g/w"]);
+    let volumes = node.json(&["volume", "list"]);
+    assert_eq!(volumes["volumes"].as_array().unwrap().len(), 1);
+    assert!(node.run(&["volume", "list", "g"]).contains("128 MiB"));
+
+    node.run(&["group", "delete", "g"]);
+    assert_eq!(node.json(&["group", "list"])["groups"], serde_json::json!([]));
+}
+
+#[test]
+fn what_was_made_is_there_after_a_restart_and_after_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    node.run(&["bookmark", "g", "before", "--consistency", "filesystem"]);
+    let before = node.json(&["timeline", "g"]);
+    node.stop();
+    node.restart();
+    let bookmarks = node.json(&["bookmark", "list", "g"]);
+    assert_eq!(bookmarks["bookmarks"], before["bookmarks"]);
+    assert_eq!(bookmarks["bookmarks"][0]["consistency"], "filesystem");
+    node.kill();
+    node.restart();
+    assert_eq!(node.json(&["bookmark", "list", "g"])["bookmarks"], before["bookmarks"]);
+    assert_eq!(node.json(&["volume", "show", "g/v"])["size_bytes"], 64 << 20);
+}
+
+#[test]
+fn images_are_opened_listed_and_closed_at_every_kind_of_point() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    let bookmark = node.json(&["bookmark", "g", "b1"]);
+    let lsn = format!("lsn:{}", bookmark["position"]["lsn"]);
+    for (name, point) in [("i1", "now"), ("i2", "b1"), ("i3", &lsn)] {
+        let image = node.json(&["image", "open", "g", "--at", point, "--name", name]);
+        assert_eq!(image["exports"][0], format!("g/v@{name}"));
+        assert!(image["position"]["epoch"].is_string() && image["position"]["time"].is_string());
+    }
+    assert_eq!(node.json(&["image", "list", "g"])["images"].as_array().unwrap().len(), 3);
+    assert_eq!(node.json(&["timeline", "g"])["holds"].as_array().unwrap().len(), 3);
+    for name in ["g@i1", "g@i2", "g@i3"] {
+        node.run(&["image", "close", name]);
+    }
+    assert_eq!(node.json(&["image", "list"])["images"], serde_json::json!([]));
+    let said = failure(&node, &["image", "open", "g", "--at", "no-such-bookmark"]);
+    assert!(said.contains("no-such-bookmark"), "{said}");
+}
+
+#[test]
+fn errors_name_object_cause_and_next_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    for (arguments, object, next) in [
+        (&["volume", "show", "g/nope"][..], "volume g/nope", "tidelog volume list g"),
+        (&["volume", "resize", "g/nope", "--size", "1G"], "volume g/nope", "tidelog volume list"),
+        (&["status", "nope"], "group nope", "tidelog group list"),
+        (&["group", "create", "g"], "`g`", "exists"),
+        (&["volume", "create", "g/v", "--size", "5000"], "volume v", "8192"),
+        (&["group", "set", "g", "windows=1h"], "`windows`", "window"),
+        (&["replicate", "g", "--to", "nobody"], "peer nobody", "tidelog peer list"),
+        (&["image", "close", "g@nope"], "nope", "not exist"),
+        (&["bookmark", "remove", "g", "nope"], "bookmark nope", "tidelog bookmark list g"),
+    ] {
+        let said = failure(&node, arguments);
+        assert!(said.contains(object) && said.contains(next), "{arguments:?}: {said}");
+    }
+    let (status, kind, body) = request(&node, "GET", "/v1/groups/nope", "");
+    let problem: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((status, kind.as_str()), (404, "application/problem+json"));
+    assert_eq!(problem["code"], "no-such-group");
+    let (status, _, body) = request(&node, "POST", "/v1/groups", "{\"nam\":\"x\"}");
+    assert_eq!(status, 400, "{body}");
+    assert!(body.contains("unknown field `nam`"), "{body}");
+    let (status, _, _) = request(&node, "POST", "/v1/groups", "not json");
+    assert_eq!(status, 400);
+    assert_eq!(request(&node, "PUT", "/v1/groups", "").0, 405);
+}
+
+#[test]
+fn changes_leave_audit_events_with_the_uid_and_followers_see_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Appliance::start(dir.path(), Setup::new("a"));
+    let mut follower = Command::new(env!("CARGO_BIN_EXE_tidelog"))
+        .arg("--socket")
+        .arg(node.control_socket())
+        .args(["--json", "events", "--follow"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    node.run(&["group", "create", "g"]);
+    let seen: Value = lines
+        .by_ref()
+        .map(|line| serde_json::from_str(&line.unwrap()).unwrap())
+        .find(|event: &Value| event["code"] == "audit")
+        .unwrap();
+    assert_eq!(seen["details"]["uid"], nix::unistd::getuid().as_raw());
+    assert!(seen["text"].as_str().unwrap().starts_with("group create g: by"), "{seen}");
+    node.stop();
+    assert!(follower.wait().unwrap().success(), "the stream ends with the node");
+    node.restart();
+    let events = node.json(&["events"]);
+    let kept = events["events"].as_array().unwrap();
+    assert!(kept.contains(&seen), "events survive a restart");
+    assert_eq!(kept.iter().filter(|event| event["code"] == "started").count(), 2);
+    assert_eq!(kept.iter().filter(|event| event["code"] == "stopped").count(), 1);
+    let last = kept.last().unwrap()["sequence"].to_string();
+    assert_eq!(node.json(&["events", "--since", &last])["events"], serde_json::json!([]));
+}
+
+#[test]
+fn metrics_and_the_description_of_routes_are_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    let (status, _, text) = request(&node, "GET", "/metrics", "");
+    assert_eq!(status, 200);
+    assert!(
+        text.contains("tidelog_volume_size_bytes{group=\"g\",volume=\"v\"} 67108864"),
+        "{text}"
+    );
+    assert!(text.contains("tidelog_group_primary{group=\"g\"} 1"), "{text}");
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        assert!(line.starts_with("tidelog_"), "{line}");
+    }
+    let (status, _, body) = request(&node, "GET", "/v1/openapi.json", "");
+    let document: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(status, 200);
+    assert!(document["paths"]["/v1/groups/{group}/volumes"]["post"].is_object());
+}
+
+#[test]
+fn two_nodes_share_neither_a_data_directory_nor_a_port() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let serve = |text: String| {
+        let path = dir.path().join("other.toml");
+        std::fs::write(&path, text).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_tidelog"))
+            .args(["serve", "--config", path.to_str().unwrap()])
+            .env_clear()
+            .env("RUST_LOG", "off")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let shown = dir.path().display().to_string();
+    let socket = format!("[control]\nsocket = \"{shown}/c.sock\"\n");
+    let said = serve(format!("node = \"x\"\ndata_dir = \"{shown}/a/data\"\n{socket}"));
+    assert!(said.contains("another node runs on it"), "{said}");
+    let peer = &node.peer_address;
+    let said = serve(format!(
+        "node = \"x\"\ndata_dir = \"{shown}/x\"\n{socket}[peer]\nlisten = \"{peer}\"\n"
+    ));
+    assert!(said.contains(peer.as_str()) && said.contains("in use"), "{said}");
+    assert!(said.contains("listen"), "{said}");
+    let said = serve(format!(
+        "node = \"x\"\ndata_dir = \"{shown}/y\"\n[control]\nsocket = \"{}\"\n",
+        node.control_socket().display()
+    ));
+    assert!(said.contains("another node answers on it"), "{said}");
+    assert_eq!(node.json(&["status"])["node"], "a", "the first node goes on");
+}
+
+#[test]
+fn hangup_reloads_who_may_use_the_socket_and_says_what_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(node.pid()).unwrap());
+    let path = dir.path().join("tidelog.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let reloaded = |count: usize| {
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+        wait_for("the reload", || {
+            let events = node.json(&["events"]);
+            let events = events["events"].as_array().unwrap().clone();
+            let mut found: Vec<Value> =
+                events.into_iter().filter(|event| event["code"] == "reloaded").collect();
+            (found.len() == count).then(|| found.pop().unwrap())
+        })
+    };
+    std::fs::write(&path, text.replace("[control]\n", "[control]\nallow = [\"daemon\"]\n"))
+        .unwrap();
+    assert_eq!(reloaded(1)["severity"], "info");
+    std::fs::write(&path, format!("{text}\n[limits]\nconnections = 3\n")).unwrap();
+    let event = reloaded(2);
+    assert_eq!(event["severity"], "warning");
+    assert!(event["text"].as_str().unwrap().contains("restart"), "{event}");
+}
+
+#[test]
+fn commands_that_append_work_on_a_secondary_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["group", "create", "g"]);
+    a.run(&["volume", "create", "g/v", "--size", "64M"]);
+    a.run(&["replicate", "g", "--to", "b", "--rpo", "5s"]);
+    wait_for("b to stream", || {
+        let peer = &a.status("g")["peers"][0];
+        (peer["replication_state"] == "streaming").then_some(())
+    });
+    b.run(&["bookmark", "g", "from-b"]);
+    let here = a.json(&["bookmark", "list", "g"]);
+    assert_eq!(here["bookmarks"][0]["name"], "from-b");
+    wait_for("b to have the bookmark", || {
+        (b.json(&["bookmark", "list", "g"])["bookmarks"] == here["bookmarks"]).then_some(())
+    });
+    let audits = a.json(&["events"]);
+    let from_b = audits["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|event| event["code"] == "audit" && event["details"]["node"] == "b");
+    assert!(from_b, "the primary knows who asked, and where");
+    let said = failure(&b, &["bookmark", "g", "from-b"]);
+    assert!(said.contains("exists"), "{said}");
+    assert_eq!(a.status("g")["peers"][0]["rpo_target_seconds"], 5.0);
+    assert_eq!(b.status("g")["role"], "secondary");
+    assert_eq!(b.status("g")["peers"][0]["name"], "a");
+}
