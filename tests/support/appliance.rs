@@ -37,6 +37,8 @@ pub struct Appliance {
     pub node: &'static str,
     /// Its directory: configuration, data, sockets, log of the process.
     pub dir: PathBuf,
+    /// HOST:PORT on which it listens for peers.
+    pub peer_address: String,
     child: Option<Child>,
 }
 
@@ -59,7 +61,7 @@ impl Appliance {
              [peer]\nlisten = \"{peer_address}\"\nadvertise = \"{advertise}\"\n"
         );
         fs::write(dir.join("tidelog.toml"), configuration).unwrap();
-        let mut appliance = Appliance { node, dir: dir.to_owned(), child: None };
+        let mut appliance = Appliance { node, dir: dir.to_owned(), peer_address, child: None };
         appliance.restart();
         appliance
     }
@@ -100,6 +102,11 @@ impl Appliance {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
         let status = child.wait().unwrap();
         assert!(status.success(), "node {}: {status}\n{}", self.node, self.log_tail());
+    }
+
+    /// The process id of the appliance.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
     }
 
     /// The control socket.
