@@ -3,6 +3,8 @@
 mod backup;
 mod cli;
 mod control;
+mod fuzz;
+mod fuzz_bodies;
 mod kill;
 mod nbd;
 mod serve;
