@@ -301,7 +301,9 @@ fn judge_any(facts: &Facts, role: Role, judgement: &mut Judgement) {
         judgement.against.push(problem.clone());
     }
     if node.repository == Some(false) {
-        let text = format!("the repository cannot be opened from {}", node.name);
+        let why = node.repository_reason.as_ref().map(|why| format!(": {why}"));
+        let why = why.unwrap_or_default();
+        let text = format!("the repository cannot be opened from {}{why}", node.name);
         judgement.add(Ability::Unfit, "repository-unreachable", text);
     }
 }

@@ -71,6 +71,12 @@ pub struct NodeFacts {
     pub storage_total_bytes: Option<u64>,
     /// Whether the job's repository can be opened from there.
     pub repository: Option<bool>,
+    /// The repository's own id there, so that one name never means two places.
+    #[serde(default)]
+    pub repository_id: Option<String>,
+    /// Why it cannot be opened.
+    #[serde(default)]
+    pub repository_reason: Option<String>,
     /// What else keeps the node from making this backup, such as failed data.
     pub problems: Vec<Reason>,
 }
@@ -88,6 +94,8 @@ impl NodeFacts {
             storage_free_bytes: None,
             storage_total_bytes: None,
             repository: None,
+            repository_id: None,
+            repository_reason: None,
             problems: Vec::new(),
         }
     }
@@ -279,8 +287,14 @@ impl Facts {
                 let total = self.secondary.storage_total_bytes.unwrap_or(0);
                 self.secondary.storage_total_bytes = Some(total.max(free));
             }
-            "secondary.repository" => self.secondary.repository = Some(yes()?),
-            "primary.repository" => self.primary.repository = Some(yes()?),
+            "secondary.repository" => {
+                self.secondary.repository = Some(yes()?);
+                self.secondary.repository_reason = None;
+            }
+            "primary.repository" => {
+                self.primary.repository = Some(yes()?);
+                self.primary.repository_reason = None;
+            }
             "placement" => {
                 settings.placement =
                     value.parse::<Placement>().map_err(|error| wrong(error.to_string()))?;
@@ -334,6 +348,8 @@ impl Facts {
             put("storage_free_bytes", json!(node.storage_free_bytes));
             put("storage_total_bytes", json!(node.storage_total_bytes));
             put("repository", json!(node.repository));
+            put("repository_id", json!(node.repository_id));
+            put("repository_reason", json!(node.repository_reason));
             put("problems", json!(node.problems));
         }
         inputs

@@ -1,0 +1,323 @@
+//! What operators ask of backups that exist: list, show, verify, restore; and of repositories.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::catalog::{BackupEntry, Manifest, Outcome};
+use super::claim::SlotStore;
+use super::repository::{Repository, RepositoryConfig, RepositoryError};
+use super::restore::{FileSink, RestoreSink};
+use super::scheduler::{BackupError, Inner, RestoreTarget, Scheduler, Verified, blocking};
+use super::source::Progress;
+use crate::group::{Group, Op, Request, Role, Volume};
+use crate::units::Name;
+
+impl Scheduler {
+    /// Backups in this node's repositories and runs of this node that made none, by slot. `of` names
+    /// a group, or a job of it.
+    ///
+    /// # Errors
+    ///
+    /// Where a repository that exists cannot be read.
+    pub async fn list(
+        &self,
+        of: Option<(String, Option<String>)>,
+    ) -> Result<Vec<BackupEntry>, BackupError> {
+        let inner = Arc::clone(self.inner());
+        blocking(move || {
+            let mut entries = inner.snapshots()?;
+            entries.extend(inner.history.runs());
+            entries.extend(inner.active_entries());
+            if let Some((group, job)) = of {
+                entries.retain(|entry| {
+                    entry.group.as_str() == group
+                        && job.as_ref().is_none_or(|job| entry.job.as_str() == job)
+                });
+            }
+            entries.sort_by(|a, b| (a.slot, a.time).cmp(&(b.slot, b.time)));
+            Ok(entries)
+        })
+        .await
+    }
+
+    /// A backup and its manifest, by the start of its id.
+    ///
+    /// # Errors
+    ///
+    /// Where no repository holds it.
+    pub async fn show(&self, id: &str) -> Result<(BackupEntry, Manifest), BackupError> {
+        let inner = Arc::clone(self.inner());
+        let id = id.to_owned();
+        blocking(move || {
+            let (repository, entry, manifest) = inner.find(&id)?;
+            Ok((inner.judged(&repository, entry, &manifest), manifest))
+        })
+        .await
+    }
+
+    /// Reads a backup back whole, and compares it with what its run left.
+    ///
+    /// # Errors
+    ///
+    /// Names what is damaged.
+    pub async fn verify(&self, id: &str, progress: Progress) -> Result<Verified, BackupError> {
+        let inner = Arc::clone(self.inner());
+        let id = id.to_owned();
+        blocking(move || {
+            let (repository, entry, manifest) = inner.find(&id)?;
+            let id = entry.id.unwrap_or(id);
+            let (bytes, checksums) = repository.verify(&id, &progress)?;
+            let store = SlotStore::new(repository.objects(), manifest.job_id, manifest.slot);
+            if let Ok(Some(result)) = store.result()
+                && result.id == id
+                && result.checksums != checksums
+            {
+                let name = repository.config().name.clone();
+                let what =
+                    format!("backup {id}: its volumes have other checksums than its run left");
+                return Err(RepositoryError::Damaged { name, what }.into());
+            }
+            Ok(Verified { id, bytes, checksums })
+        })
+        .await
+    }
+
+    /// Brings volumes of a backup back: one, or all where none is named.
+    ///
+    /// # Errors
+    ///
+    /// Where the backup is damaged, or the target cannot take it.
+    pub async fn restore(
+        &self,
+        id: &str,
+        volume: Option<Name>,
+        target: RestoreTarget,
+        progress: Progress,
+    ) -> Result<Vec<(Name, u64)>, BackupError> {
+        let inner = Arc::clone(self.inner());
+        let id = id.to_owned();
+        blocking(move || inner.restore(&id, volume.as_ref(), &target, &progress)).await
+    }
+
+    /// Makes a repository; its id.
+    ///
+    /// # Errors
+    ///
+    /// Where it exists, or cannot be made.
+    pub async fn repository_init(&self, name: &str) -> Result<String, BackupError> {
+        let repository = self.inner().repository(name)?;
+        blocking(move || Ok(repository.init()?)).await
+    }
+
+    /// Checks a repository, all its data where asked.
+    ///
+    /// # Errors
+    ///
+    /// Names what is damaged.
+    pub async fn repository_check(&self, name: &str, read_data: bool) -> Result<(), BackupError> {
+        let repository = self.inner().repository(name)?;
+        blocking(move || Ok(repository.check(read_data)?)).await
+    }
+
+    /// The repositories of this node, each with its id or why it cannot be opened.
+    ///
+    /// # Errors
+    ///
+    /// Never, as far as the node runs.
+    pub async fn repository_list(
+        &self,
+    ) -> Result<Vec<(RepositoryConfig, Result<String, RepositoryError>)>, BackupError> {
+        let inner = Arc::clone(self.inner());
+        blocking(move || {
+            let all = inner.repositories();
+            Ok(all.map(|repository| (repository.config().clone(), repository.id())).collect())
+        })
+        .await
+    }
+}
+
+impl Inner {
+    /// Every snapshot that Tidelog made, with what became of its slot.
+    fn snapshots(&self) -> Result<Vec<BackupEntry>, BackupError> {
+        let mut entries = Vec::new();
+        for repository in self.repositories() {
+            let listed = match repository.list() {
+                Ok(listed) => listed,
+                // One that was not made yet holds nothing.
+                Err(RepositoryError::Missing { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let listed = listed.into_iter();
+            entries
+                .extend(listed.map(|(entry, manifest)| self.judged(repository, entry, &manifest)));
+        }
+        Ok(entries)
+    }
+
+    /// The entry with what the slot's result and the marks say of it.
+    fn judged(
+        &self,
+        repository: &Repository,
+        mut entry: BackupEntry,
+        manifest: &Manifest,
+    ) -> BackupEntry {
+        let objects = repository.objects();
+        let id = entry.id.clone().unwrap_or_default();
+        entry.branch = self.mark(objects.as_ref(), &id);
+        let store = SlotStore::new(objects, manifest.job_id, manifest.slot);
+        entry.outcome = match store.result() {
+            Ok(Some(result)) if result.id == id => {
+                entry.bytes_read = result.bytes_read;
+                Outcome::Done
+            }
+            Ok(Some(_)) => Outcome::Superseded,
+            _ if entry.branch.is_some() => Outcome::Failed,
+            _ => Outcome::Running,
+        };
+        entry
+    }
+
+    fn find(&self, id: &str) -> Result<(Arc<Repository>, BackupEntry, Manifest), BackupError> {
+        for repository in self.repositories() {
+            let listed = match repository.list() {
+                Ok(listed) => listed,
+                Err(RepositoryError::Missing { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let mut found = listed.into_iter().filter(|(entry, _)| {
+                id.len() >= 6 && entry.id.as_ref().is_some_and(|known| known.starts_with(id))
+            });
+            if let Some((entry, manifest)) = found.next() {
+                if found.next().is_some() {
+                    let cause = "is the start of several ids; give more of it".to_owned();
+                    let what = format!("backup `{id}`");
+                    let name = repository.config().name.clone();
+                    return Err(RepositoryError::Failed { name, what, cause }.into());
+                }
+                return Ok((Arc::clone(repository), entry, manifest));
+            }
+        }
+        Err(BackupError::NoBackup { id: id.to_owned() })
+    }
+
+    fn restore(
+        &self,
+        id: &str,
+        volume: Option<&Name>,
+        target: &RestoreTarget,
+        progress: &Progress,
+    ) -> Result<Vec<(Name, u64)>, BackupError> {
+        let (repository, entry, manifest) = self.find(id)?;
+        let id = entry.id.unwrap_or_else(|| id.to_owned());
+        let chosen: Vec<_> = manifest
+            .volumes
+            .iter()
+            .filter(|known| volume.is_none_or(|wanted| known.name == *wanted))
+            .collect();
+        let failed =
+            |volume: &str, cause: String| BackupError::Restore { volume: volume.to_owned(), cause };
+        if chosen.is_empty() {
+            let names: Vec<_> = manifest.volumes.iter().map(|known| known.name.as_str()).collect();
+            let wanted = volume.map_or("no volume", Name::as_str);
+            return Err(failed(wanted, format!("the backup holds {}", names.join(", "))));
+        }
+        let several = chosen.len() > 1;
+        if several && let RestoreTarget::Path(path) = target {
+            std::fs::create_dir(path)
+                .map_err(|error| failed("all volumes", format!("{}: {error}", path.display())))?;
+        }
+        let mut restored = Vec::new();
+        for known in chosen {
+            let name = known.name.as_str();
+            let mut sink: Box<dyn RestoreSink> = match target {
+                RestoreTarget::Path(path) if several => {
+                    Box::new(file_sink(&path.join(format!("{name}.img")), name)?)
+                }
+                RestoreTarget::Path(path) => Box::new(file_sink(path, name)?),
+                RestoreTarget::Volume { .. } if several => {
+                    let cause = "the backup holds several volumes; choose one with --volume";
+                    return Err(failed(name, cause.to_owned()));
+                }
+                RestoreTarget::Volume { group, volume } => {
+                    Box::new(self.volume_sink(group, volume)?)
+                }
+            };
+            repository.restore(&id, name, sink.as_mut(), progress)?;
+            restored.push((known.name.clone(), known.size_bytes));
+        }
+        Ok(restored)
+    }
+
+    /// A volume as a sink; refused where hosts use it, who would see it change under them.
+    fn volume_sink(&self, group: &Name, volume: &Name) -> Result<VolumeSink, BackupError> {
+        let group = self.registry.by_name(group.as_str())?;
+        let failed = |cause: String| BackupError::Restore {
+            volume: format!("{}/{volume}", group.name()),
+            cause,
+        };
+        if group.role() != Role::Primary {
+            return Err(failed("this node is not the group's primary".to_owned()));
+        }
+        let control = group.control();
+        let found = control.volumes.iter().find(|known| known.name == *volume).cloned();
+        let found = found.ok_or_else(|| failed("the volume does not exist".to_owned()))?;
+        let clients =
+            group.clients().iter().find(|(number, _)| *number == found.number).map_or(0, |c| c.1);
+        if clients > 0 {
+            return Err(failed(format!("{clients} clients are connected; disconnect them first")));
+        }
+        Ok(VolumeSink { group: Arc::clone(&group), volume: found })
+    }
+}
+
+fn file_sink(path: &Path, volume: &str) -> Result<FileSink, BackupError> {
+    FileSink::create(path).map_err(|error| BackupError::Restore {
+        volume: volume.to_owned(),
+        cause: format!("{}: {error}", path.display()),
+    })
+}
+
+/// A live volume, written as a host would.
+struct VolumeSink {
+    group: Arc<Group>,
+    volume: Volume,
+}
+
+impl VolumeSink {
+    fn append(&self, op: Op<'_>) -> Result<(), String> {
+        let request = Request { volume: self.volume.number, op, fua: false };
+        let results = self.group.append(&[request]);
+        results.into_iter().try_for_each(|result| result.map(drop).map_err(|e| e.to_string()))
+    }
+}
+
+impl RestoreSink for VolumeSink {
+    fn begin(&mut self, size_bytes: u64) -> Result<(), String> {
+        if size_bytes > self.volume.size_bytes {
+            return Err(format!(
+                "the volume has {} bytes, the backup {size_bytes}; `tidelog volume resize` first",
+                self.volume.size_bytes
+            ));
+        }
+        let rest = self.volume.size_bytes - size_bytes;
+        if rest == 0 {
+            return Ok(());
+        }
+        self.append(Op::Zero { offset: size_bytes, length: rest, no_hole: false })
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), String> {
+        for (index, part) in data.chunks(256 << 10).enumerate() {
+            self.append(Op::Write { offset: offset + ((index as u64) << 18), data: part })?;
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, offset: u64, length: u64) -> Result<(), String> {
+        self.append(Op::Zero { offset, length, no_hole: false })
+    }
+
+    fn finish(&mut self) -> Result<(), String> {
+        self.group.sync_now().map(drop).map_err(|error| error.to_string())
+    }
+}

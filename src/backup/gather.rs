@@ -1,0 +1,233 @@
+//! The facts of this node and its peer, asked of those who know them.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::facts::{Facts, NodeFacts, Reason, ReplicationFacts};
+use super::peer::ReplicationView;
+use super::run::PeerPhase;
+use super::scheduler::{Inner, RunKey};
+use crate::group::{DataState, Group, Role};
+use crate::log::control::JobRecord;
+use crate::units::{EpochId, GroupId, LogTime, Name, Span};
+
+/// How long a peer may take to say how it is.
+const PEER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Reasons of health that waiting does not mend: the copy is unfit, not behind.
+const UNFIT: [&str; 7] = [
+    "no-image",
+    "data-failed",
+    "retired",
+    "log-damaged",
+    "logs-differ",
+    "positions",
+    "replication-split-brain",
+];
+
+/// What `backup.observe` is asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ObserveCall {
+    pub group: GroupId,
+    pub job: EpochId,
+    pub slot: Option<LogTime>,
+}
+
+/// What it answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ObserveAnswer {
+    pub facts: NodeFacts,
+    pub phase: PeerPhase,
+}
+
+/// A group's nodes as this one knows them.
+pub(super) struct Nodes {
+    pub role: Role,
+    pub replicated: bool,
+    pub retired: bool,
+    /// The node with the other role, if there is one.
+    pub other: Option<Name>,
+}
+
+impl Inner {
+    /// Who holds a group beside this node.
+    pub(super) fn nodes(&self, group: &Group) -> Nodes {
+        let role = group.role();
+        let retired = group.data_state().0 == DataState::Retired;
+        let control = group.control();
+        let this = &self.context.node;
+        let member = || {
+            let members =
+                control.members.iter().filter(|member| !member.removed && member.node != this.id);
+            // Of several copies the one that is linked, else the first.
+            let mut names: Vec<Name> = members.map(|member| member.name.clone()).collect();
+            names.sort_by_key(|name| self.peers.view(group, Some(name)).link_lost.is_some());
+            names.into_iter().next()
+        };
+        let other = match role {
+            Role::Primary => member(),
+            Role::Secondary => match control.epochs.last() {
+                Some(epoch) if epoch.author != this.id => Some(epoch.author_name.clone()),
+                // Demoted, and nobody was promoted yet.
+                _ => member(),
+            },
+        };
+        Nodes { role, replicated: other.is_some(), retired, other }
+    }
+
+    /// The facts of this node for a job.
+    pub(super) fn own_facts(&self, group: &Group, job: &JobRecord) -> NodeFacts {
+        let load = self.meter.measure(self.context.env.clock.monotonic());
+        let mut facts = NodeFacts::unknown(self.context.node.name.clone());
+        facts.cpu_percent = load.cpu_percent;
+        facts.memory_free_bytes = load.memory_free_bytes;
+        if let Ok(space) = self.context.env.disk.space(&self.config.data_dir) {
+            facts.storage_free_bytes = Some(space.free_bytes);
+            facts.storage_total_bytes = Some(space.total_bytes);
+        }
+        match self.repository(&job.repository).and_then(|repository| repository.id()) {
+            Ok(id) => {
+                facts.repository = Some(true);
+                facts.repository_id = Some(id);
+            }
+            Err(error) => {
+                facts.repository = Some(false);
+                facts.repository_reason = Some(error.to_string());
+            }
+        }
+        let (state, reason, _) = group.data_state();
+        if matches!(state, DataState::Failed | DataState::None) {
+            let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+            let (code, what) = match state {
+                DataState::None => ("no-image", "there is no image yet"),
+                _ => ("data-failed", "the disk under the data failed"),
+            };
+            facts.problems.push(Reason::new(code, format!("{}: {what}{why}", facts.name)));
+        }
+        facts
+    }
+
+    /// Asks the peer how it is and how far with a slot; its last known facts where it does not
+    /// answer.
+    pub(super) fn ask_peer(
+        &self,
+        peer: &Name,
+        view: &ReplicationView,
+        key: &RunKey,
+        slot: Option<LogTime>,
+    ) -> (NodeFacts, Option<PeerPhase>) {
+        let now = self.context.env.clock.monotonic();
+        if view.link_lost.is_none() {
+            let call = ObserveCall { group: key.group, job: key.job, slot };
+            let answer = self.peers.call(peer, "backup.observe", json!(call), PEER_TIMEOUT);
+            let answer = self.runtime.block_on(answer).and_then(|answer| {
+                serde_json::from_value::<ObserveAnswer>(answer).map_err(|error| error.to_string())
+            });
+            match answer {
+                Ok(ObserveAnswer { mut facts, phase }) => {
+                    facts.name = peer.clone();
+                    facts.age = Span::default();
+                    let known = (facts.clone(), now);
+                    self.lock().peer_facts.insert((key.group, key.job), known);
+                    return (facts, Some(phase));
+                }
+                Err(error) => tracing::debug!("peer {peer}: backup.observe: {error}"),
+            }
+        }
+        let known = self.lock().peer_facts.get(&(key.group, key.job)).cloned();
+        match known.filter(|(facts, _)| facts.name == *peer) {
+            Some((mut facts, at)) => {
+                facts.age = Span(now.saturating_sub(at));
+                (facts, None)
+            }
+            None => (NodeFacts::unknown(peer.clone()), None),
+        }
+    }
+
+    /// All facts for a job, and what the peer says of the slot.
+    pub(super) fn gather(
+        &self,
+        group: &Arc<Group>,
+        job: &JobRecord,
+        slot: Option<LogTime>,
+    ) -> (Facts, Option<PeerPhase>) {
+        let key = RunKey { group: group.id(), job: job.id, slot: slot.unwrap_or(LogTime(0)) };
+        let nodes = self.nodes(group);
+        let view = self.peers.view(group, nodes.other.as_ref());
+        let own = self.own_facts(group, job);
+        let (other, phase) = match &nodes.other {
+            Some(peer) => self.ask_peer(peer, &view, &key, slot),
+            None => (own.clone(), None),
+        };
+        let facts = assemble(group.name(), job, slot, &nodes, view, own, other);
+        (facts, phase)
+    }
+}
+
+fn assemble(
+    group: &Name,
+    job: &JobRecord,
+    slot: Option<LogTime>,
+    nodes: &Nodes,
+    view: ReplicationView,
+    own: NodeFacts,
+    other: NodeFacts,
+) -> Facts {
+    let (mut primary, mut secondary) = match nodes.role {
+        Role::Primary => (own, other),
+        Role::Secondary => (other, own),
+    };
+    let (unfit, behind): (Vec<_>, Vec<_>) =
+        view.reasons.into_iter().partition(|reason| UNFIT.contains(&reason.code.as_str()));
+    if nodes.replicated {
+        for reason in unfit {
+            if secondary.problems.iter().all(|known| known.code != reason.code) {
+                secondary.problems.push(reason);
+            }
+        }
+        if let (Some(one), Some(two)) = (&primary.repository_id, &secondary.repository_id)
+            && one != two
+        {
+            let text = format!(
+                "repository {} is {} on {} and {} on {}",
+                job.repository,
+                &one[..8.min(one.len())],
+                primary.name,
+                &two[..8.min(two.len())],
+                secondary.name
+            );
+            secondary.problems.push(Reason::new("repository-differs", text));
+        }
+    } else {
+        primary.problems.extend(unfit.iter().cloned());
+        secondary.problems.extend(unfit);
+    }
+    Facts {
+        group: group.clone(),
+        job: job.name.clone(),
+        slot,
+        role: nodes.role,
+        replicated: nodes.replicated,
+        retired: nodes.retired,
+        replication: ReplicationFacts {
+            healthy: behind.is_empty(),
+            reasons: behind,
+            lag: view.lag.map(Span),
+            link_lost: view.link_lost.map(Span),
+            age: Span::default(),
+        },
+        primary,
+        secondary,
+        // Hosts mount where the primary is; nothing else tells where the application runs.
+        active: Role::Primary,
+        deadline_passed: false,
+        done_by: None,
+        running_on: None,
+        given_up: Vec::new(),
+        assumed: BTreeSet::new(),
+    }
+}

@@ -1,0 +1,100 @@
+//! What this node remembers of its runs: how each ended, and up to which slot each job was dealt
+//! with. A file that is lost costs memory of failures, never a backup: those are in the repository.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+
+use super::catalog::BackupEntry;
+use crate::units::{EpochId, LogTime, Name};
+
+/// Runs that are remembered at most.
+const RUNS_MAX: usize = 512;
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Remembered {
+    /// Per job the newest slot that was dealt with.
+    #[serde(default)]
+    handled: BTreeMap<String, LogTime>,
+    /// How runs ended, oldest first.
+    #[serde(default)]
+    runs: Vec<BackupEntry>,
+}
+
+/// The memory, and its file.
+pub struct History {
+    path: PathBuf,
+    remembered: Mutex<Remembered>,
+}
+
+impl History {
+    /// Reads the file; a missing one is empty, and so is one that cannot be understood.
+    #[must_use]
+    pub fn open(path: &Path) -> History {
+        let remembered = match std::fs::read(path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+                tracing::warn!("{}: is damaged, and begun anew: {error}", path.display());
+                Remembered::default()
+            }),
+            Err(_) => Remembered::default(),
+        };
+        History { path: path.to_path_buf(), remembered: Mutex::new(remembered) }
+    }
+
+    /// The newest slot of a job that was dealt with.
+    #[must_use]
+    pub fn handled(&self, job: EpochId) -> Option<LogTime> {
+        self.lock().handled.get(&job.to_string()).copied()
+    }
+
+    /// A job's slots up to `slot` were dealt with.
+    pub fn set_handled(&self, job: EpochId, slot: LogTime) {
+        let mut remembered = self.lock();
+        let known = remembered.handled.entry(job.to_string()).or_insert(slot);
+        *known = (*known).max(slot);
+        self.write(&remembered);
+    }
+
+    /// Remembers how a run ended.
+    pub fn add(&self, entry: BackupEntry) {
+        let mut remembered = self.lock();
+        remembered.runs.push(entry);
+        let excess = remembered.runs.len().saturating_sub(RUNS_MAX);
+        remembered.runs.drain(..excess);
+        self.write(&remembered);
+    }
+
+    /// How runs ended, oldest first.
+    #[must_use]
+    pub fn runs(&self) -> Vec<BackupEntry> {
+        self.lock().runs.clone()
+    }
+
+    /// How this node's run of a slot ended.
+    #[must_use]
+    pub fn run(&self, group: &Name, job: &Name, slot: LogTime) -> Option<BackupEntry> {
+        let remembered = self.lock();
+        let mut newest_first = remembered.runs.iter().rev();
+        newest_first.find(|run| run.slot == slot && run.group == *group && run.job == *job).cloned()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Remembered> {
+        self.remembered.lock().expect("no holder panics")
+    }
+
+    fn write(&self, remembered: &Remembered) {
+        let write = || -> io::Result<()> {
+            let new_path = self.path.with_extension("new");
+            let mut file = std::fs::File::create(&new_path)?;
+            file.write_all(&serde_json::to_vec(remembered)?)?;
+            file.sync_all()?;
+            std::fs::rename(&new_path, &self.path)
+        };
+        if let Err(error) = write() {
+            tracing::warn!("{}: could not be written: {error}", self.path.display());
+        }
+    }
+}

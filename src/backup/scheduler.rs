@@ -1,0 +1,935 @@
+//! The scheduler: which slots are open, a thread for each, what peers ask and tell about them, and
+//! which slots never got a backup.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::catalog::{BackupEntry, Outcome};
+use super::claim::SlotStore;
+use super::decision::{Decision, Explanation, explain};
+use super::facts::{AssumeError, Facts, NodeFacts};
+use super::gather::{ObserveAnswer, ObserveCall};
+use super::history::History;
+use super::job::{JobError, JobSettings};
+use super::jobs::{JobChange, changed_job};
+use super::objects::Objects;
+use super::peer::{PeerCalls, PeerHandler};
+use super::repository::{Repository, RepositoryConfig, RepositoryError};
+use super::run::PeerPhase;
+use super::runner::{Task, missed_entry};
+use super::slot::Schedule;
+use super::source::{Progress, Stop};
+use crate::agent::LoadMeter;
+use crate::config;
+use crate::events::Severity;
+use crate::group::{Group, GroupContext, GroupError, Registry, Role};
+use crate::log::control::{Control, JobRecord};
+use crate::units::{EpochId, GroupId, LogTime, Lsn, Name, Span};
+
+/// What the scheduler needs of the node's configuration.
+#[derive(Clone, Debug)]
+pub struct BackupConfig {
+    /// Where backups can go.
+    pub repositories: Vec<RepositoryConfig>,
+    /// The node's data directory: where its state file lies, and whose free space counts.
+    pub data_dir: PathBuf,
+    /// How often an open slot is looked at.
+    pub tick: Duration,
+    /// How often a claim is renewed.
+    pub claim_renew: Span,
+    /// How long a claim's counter may stand still.
+    pub claim_term: Span,
+    /// What the nodes' clocks may differ by, before a slot is overdue.
+    pub allowance: Span,
+}
+
+impl BackupConfig {
+    /// The defaults, with the repositories of a configuration.
+    #[must_use]
+    pub fn new(data_dir: &Path, repositories: &[config::RepositoryConfig]) -> BackupConfig {
+        BackupConfig {
+            repositories: repositories
+                .iter()
+                .map(|repository| RepositoryConfig {
+                    name: repository.name.to_string(),
+                    url: repository.url.display().to_string(),
+                    password_file: repository.password_file.clone(),
+                })
+                .collect(),
+            data_dir: data_dir.to_path_buf(),
+            tick: Duration::from_secs(1),
+            claim_renew: Span::from_secs(10),
+            claim_term: Span::from_secs(60),
+            allowance: Span::from_secs(600),
+        }
+    }
+}
+
+/// What a command on backups can fail with.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "each message says it")]
+pub enum BackupError {
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Job(#[from] JobError),
+    #[error(transparent)]
+    Assume(#[from] AssumeError),
+    #[error("job {group}/{job}: does not exist; `tidelog job list {group}` shows those that do")]
+    NoJob { group: Name, job: String },
+    #[error("backup {id}: is in no repository of this node; `tidelog backup list` shows them")]
+    NoBackup { id: String },
+    #[error("restore of {volume}: {cause}")]
+    Restore { volume: String, cause: String },
+    #[error("backup: {0}")]
+    Internal(String),
+}
+
+/// A run that was started by command.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunStarted {
+    /// The group.
+    pub group: Name,
+    /// The job.
+    pub job: Name,
+    /// The moment of the command.
+    pub slot: LogTime,
+    /// This node.
+    pub node: Name,
+    /// What it decided first.
+    #[serde(flatten)]
+    pub decision: Decision,
+    /// The peers that were told, and those that could not be.
+    pub told: Vec<Name>,
+    /// Peers that could not be told, with the cause.
+    pub not_told: Vec<String>,
+}
+
+/// A slot without a backup, or one of which nobody can say.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SlotAlarm {
+    /// The group.
+    pub group: Name,
+    /// The job.
+    pub job: Name,
+    /// The slot.
+    pub slot: LogTime,
+    /// `overdue` or `unknown`.
+    pub state: String,
+    /// Why.
+    pub text: String,
+}
+
+/// Where a restore goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RestoreTarget {
+    /// A new file; with several volumes a new directory of `VOLUME.img`.
+    Path(PathBuf),
+    /// A volume of a group that this node is the primary of.
+    Volume {
+        /// The group.
+        group: Name,
+        /// The volume.
+        volume: Name,
+    },
+}
+
+/// A backup that was read back whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Its id.
+    pub id: String,
+    /// Bytes read back.
+    pub bytes: u64,
+    /// A checksum for each volume; equal to the ones that the run left, where it left some.
+    pub checksums: Vec<super::catalog::VolumeChecksum>,
+}
+
+/// A slot of a job of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct RunKey {
+    pub group: GroupId,
+    pub job: EpochId,
+    pub slot: LogTime,
+}
+
+struct Active {
+    name: (Name, Name),
+    phase: PeerPhase,
+    decision: Option<Decision>,
+    stop: Stop,
+    progress: Progress,
+    started: Duration,
+}
+
+/// The primary's word on a slot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Published {
+    facts: Facts,
+    /// What the primary held when the slot came.
+    lsn: Lsn,
+    #[serde(skip)]
+    at: Duration,
+}
+
+impl Published {
+    /// The facts as a node of this role judges by them.
+    pub(super) fn seen_by(self, role: Role) -> Facts {
+        Facts { role, ..self.facts }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct PublishCall {
+    group: GroupId,
+    job: EpochId,
+    slot: LogTime,
+    published: Published,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    active: HashMap<RunKey, Active>,
+    published: HashMap<RunKey, Published>,
+    /// The position that this node, as primary, held when a slot came.
+    slot_lsn: HashMap<RunKey, Lsn>,
+    pub(super) peer_facts: HashMap<(GroupId, EpochId), (NodeFacts, Duration)>,
+    /// First decisions of runs that have ended, for those who wait for them.
+    decided: HashMap<RunKey, Decision>,
+    alarms: BTreeMap<(Name, Name), SlotAlarm>,
+    checked: HashMap<EpochId, LogTime>,
+    complained: HashSet<(EpochId, LogTime)>,
+    stopping: bool,
+}
+
+pub(super) struct Inner {
+    pub(super) config: BackupConfig,
+    pub(super) context: GroupContext,
+    pub(super) registry: Arc<Registry>,
+    pub(super) peers: Arc<dyn PeerCalls>,
+    pub(super) runtime: tokio::runtime::Handle,
+    repositories: BTreeMap<String, Arc<Repository>>,
+    pub(super) meter: LoadMeter,
+    pub(super) history: History,
+    state: Mutex<State>,
+    pub(super) changed: Condvar,
+}
+
+/// The scheduler of a node.
+pub struct Scheduler {
+    inner: Arc<Inner>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Scheduler {
+    /// Starts the scheduler. Must run inside a tokio runtime, on which peers are called.
+    ///
+    /// # Errors
+    ///
+    /// Where a repository's configuration is wrong, or no thread can be had.
+    pub fn start(
+        config: BackupConfig,
+        context: GroupContext,
+        registry: Arc<Registry>,
+        peers: Arc<dyn PeerCalls>,
+    ) -> Result<Arc<Scheduler>, BackupError> {
+        let mut repositories = BTreeMap::new();
+        for repository in &config.repositories {
+            let writer = context.env.entropy.next_u64();
+            let opened = Repository::new(repository.clone(), writer)?;
+            repositories.insert(repository.name.clone(), Arc::new(opened));
+        }
+        let history = History::open(&config.data_dir.join("node").join("backup-runs"));
+        let inner = Arc::new(Inner {
+            runtime: tokio::runtime::Handle::current(),
+            config,
+            context,
+            registry,
+            peers,
+            repositories,
+            meter: LoadMeter::new(),
+            history,
+            state: Mutex::new(State::default()),
+            changed: Condvar::new(),
+        });
+        inner.answer_peers();
+        let for_thread = Arc::clone(&inner);
+        let thread = std::thread::Builder::new()
+            .name("backup-slots".to_owned())
+            .spawn(move || for_thread.keep_time())
+            .map_err(|error| BackupError::Internal(error.to_string()))?;
+        Ok(Arc::new(Scheduler { inner, thread: Mutex::new(Some(thread)) }))
+    }
+
+    /// Ends runs and threads; a run that is cut short leaves its slot to the other node.
+    pub fn shutdown(&self) {
+        self.inner.lock().stopping = true;
+        self.inner.changed.notify_all();
+        if let Some(thread) = self.thread.lock().expect("no holder panics").take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the scheduler's thread panicked");
+        }
+        let mut state = self.inner.lock();
+        while !state.active.is_empty() {
+            for active in state.active.values() {
+                active.stop.stop("the node is shutting down");
+            }
+            let wait = self.inner.changed.wait_timeout(state, Duration::from_millis(100));
+            state = wait.expect("no holder panics").0;
+        }
+    }
+
+    /// Starts a run of a job, here and on the peers that hold the group; returns when this node has
+    /// decided.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such group or job, or its settings are wrong.
+    pub async fn run(&self, group: &str, job: &str) -> Result<RunStarted, BackupError> {
+        let inner = Arc::clone(&self.inner);
+        let (group, job) = (group.to_owned(), job.to_owned());
+        blocking(move || inner.run_now(&group, &job)).await
+    }
+
+    /// The decision for a job as it would be now, without running anything.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such group or job, or an assumption is none.
+    pub async fn explain(
+        &self,
+        group: &str,
+        job: &str,
+        assume: &[(String, String)],
+    ) -> Result<Explanation, BackupError> {
+        let inner = Arc::clone(&self.inner);
+        let (group, job, assume) = (group.to_owned(), job.to_owned(), assume.to_vec());
+        blocking(move || {
+            let (group, job, mut settings) = inner.job(&group, &job)?;
+            let slot = inner.open_slot(&group, &job);
+            let (mut facts, _) = inner.gather(&group, &job, slot);
+            if let Some(slot) = slot {
+                let now = inner.context.env.clock.wall();
+                facts.deadline_passed = now >= slot.after(settings.deadline.0);
+            }
+            for (key, value) in &assume {
+                facts.assume(&mut settings, key, value)?;
+            }
+            Ok(explain(&facts, &settings))
+        })
+        .await
+    }
+
+    /// The jobs of a group.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such group.
+    pub fn jobs(&self, group: &str) -> Result<Vec<JobRecord>, BackupError> {
+        let group = self.inner.registry.by_name(group)?;
+        Ok(group.control().jobs.iter().filter(|job| !job.removed).cloned().collect())
+    }
+
+    /// Makes or changes a job; this node must be the primary.
+    ///
+    /// # Errors
+    ///
+    /// Where the change is wrong or cannot be appended.
+    pub fn set_job(
+        &self,
+        group: &str,
+        job: Name,
+        change: JobChange,
+    ) -> Result<JobRecord, BackupError> {
+        let group = self.inner.registry.by_name(group)?;
+        let env = &self.inner.context.env;
+        let control = group.control();
+        let existing = control.jobs.iter().find(|known| known.name == job && !known.removed);
+        let id = EpochId(env.entropy.next_u64());
+        let record = changed_job(existing, job, change, id, env.clock.wall())?;
+        group.append_control(Control::Job(record.clone()))?;
+        Ok(record)
+    }
+
+    /// Removes a job; its backups stay.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such job, or the record cannot be appended.
+    pub fn remove_job(&self, group: &str, job: &str) -> Result<(), BackupError> {
+        let (group, record) = self.inner.job_record(group, job)?;
+        group.append_control(Control::Job(JobRecord { removed: true, ..record }))?;
+        Ok(())
+    }
+
+    /// Slots that have no backup, or of which nobody can say.
+    #[must_use]
+    pub fn alarms(&self) -> Vec<SlotAlarm> {
+        self.inner.lock().alarms.values().cloned().collect()
+    }
+
+    /// How far the run of a job is: bytes done and to do.
+    #[must_use]
+    pub fn progress(&self, group: &str, job: &str) -> Option<(u64, u64)> {
+        let state = self.inner.lock();
+        let mut active = state.active.values();
+        active
+            .find(|active| {
+                active.name.0.as_str() == group
+                    && active.name.1.as_str() == job
+                    && active.phase == PeerPhase::Running
+            })
+            .map(|active| active.progress.bytes())
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.inner.lock().stopping = true;
+        self.inner.changed.notify_all();
+    }
+}
+
+/// Runs blocking work beside the runtime's own threads.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BackupError> + Send + 'static,
+) -> Result<T, BackupError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(BackupError::Internal(error.to_string())),
+    }
+}
+
+impl Inner {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.lock().stopping
+    }
+
+    /// Waits until something changed, or a time is over.
+    pub(super) fn wait(&self, at_most: Duration) {
+        let state = self.lock();
+        if !state.stopping {
+            drop(self.changed.wait_timeout(state, at_most).expect("no holder panics"));
+        }
+    }
+
+    pub(super) fn repository(&self, name: &str) -> Result<Arc<Repository>, RepositoryError> {
+        let known = self.repositories.get(name).cloned();
+        known.ok_or_else(|| RepositoryError::Unknown { name: name.to_owned() })
+    }
+
+    pub(super) fn repositories(&self) -> impl Iterator<Item = &Arc<Repository>> {
+        self.repositories.values()
+    }
+
+    fn job_record(&self, group: &str, job: &str) -> Result<(Arc<Group>, JobRecord), BackupError> {
+        let group = self.registry.by_name(group)?;
+        let control = group.control();
+        let record = control.jobs.iter().find(|known| known.name.as_str() == job && !known.removed);
+        match record {
+            Some(record) => Ok((group.clone(), record.clone())),
+            None => Err(BackupError::NoJob { group: group.name().clone(), job: job.to_owned() }),
+        }
+    }
+
+    fn job(
+        &self,
+        group: &str,
+        job: &str,
+    ) -> Result<(Arc<Group>, JobRecord, JobSettings), BackupError> {
+        let (group, record) = self.job_record(group, job)?;
+        let settings = JobSettings::parse(&record.settings)?;
+        Ok((group, record, settings))
+    }
+
+    fn open_slot(&self, group: &Group, job: &JobRecord) -> Option<LogTime> {
+        let state = self.lock();
+        let keys = state.active.keys().filter(|key| key.group == group.id() && key.job == job.id);
+        keys.map(|key| key.slot).max()
+    }
+
+    // Runs.
+
+    fn run_now(self: &Arc<Self>, group: &str, job: &str) -> Result<RunStarted, BackupError> {
+        let (group, job, settings) = self.job(group, job)?;
+        let slot = self.context.env.clock.wall();
+        let key = RunKey { group: group.id(), job: job.id, slot };
+        let name = job.name.clone();
+        self.open(&group, job, settings, slot)?;
+        let (mut told, mut not_told) = (Vec::new(), Vec::new());
+        if let Some(peer) = self.nodes(&group).other {
+            let body = json!({ "group": key.group, "job": key.job, "slot": slot });
+            let call = self.peers.call(&peer, "backup.start", body, Duration::from_secs(5));
+            match self.runtime.block_on(call) {
+                Ok(_) => told.push(peer),
+                Err(error) => not_told.push(format!("{peer}: {error}")),
+            }
+        }
+        let mut state = self.lock();
+        let decision = loop {
+            let now = state.active.get(&key).and_then(|active| active.decision.clone());
+            if let Some(decision) = now.or_else(|| state.decided.get(&key).cloned()) {
+                break decision;
+            }
+            if state.stopping {
+                return Err(BackupError::Internal("the node is shutting down".to_owned()));
+            }
+            let wait = self.changed.wait_timeout(state, Duration::from_secs(1));
+            state = wait.expect("no holder panics").0;
+        };
+        drop(state);
+        let node = self.context.node.name.clone();
+        Ok(RunStarted {
+            group: group.name().clone(),
+            job: name,
+            slot,
+            node,
+            decision,
+            told,
+            not_told,
+        })
+    }
+
+    /// Opens a slot on a thread of its own; nothing where it is open or over.
+    fn open(
+        self: &Arc<Self>,
+        group: &Arc<Group>,
+        job: JobRecord,
+        settings: JobSettings,
+        slot: LogTime,
+    ) -> Result<(), BackupError> {
+        let key = RunKey { group: group.id(), job: job.id, slot };
+        if self.history.run(group.name(), &job.name, slot).is_some() {
+            return Ok(());
+        }
+        let running_on = {
+            let mut state = self.lock();
+            if state.active.contains_key(&key) || state.decided.contains_key(&key) {
+                return Ok(());
+            }
+            let running = state
+                .active
+                .iter()
+                .find(|(other, _)| other.group == key.group && other.job == key.job)
+                .map(|(_, active)| {
+                    let named = active.decision.as_ref().and_then(|it| it.run_on.clone());
+                    named.unwrap_or_else(|| self.context.node.name.clone())
+                });
+            state.active.insert(
+                key,
+                Active {
+                    name: (group.name().clone(), job.name.clone()),
+                    phase: PeerPhase::Deciding,
+                    decision: None,
+                    stop: Stop::new(),
+                    progress: Progress::new(),
+                    started: self.context.env.clock.monotonic(),
+                },
+            );
+            running
+        };
+        if group.role() == Role::Primary {
+            // What hosts were answered before the slot belongs into its backup.
+            match group.sync_now() {
+                Ok(lsn) => drop(self.lock().slot_lsn.insert(key, lsn)),
+                Err(error) => tracing::warn!("group {}: {error}", group.name()),
+            }
+        }
+        let inner = Arc::clone(self);
+        let task = Task { group: Arc::clone(group), job, settings, key, running_on };
+        let work = move || {
+            inner.drive(task);
+            inner.forget(&key);
+        };
+        let spawned = std::thread::Builder::new().name("backup-run".to_owned()).spawn(work);
+        spawned.map(drop).map_err(|error| {
+            self.forget(&key);
+            BackupError::Internal(error.to_string())
+        })
+    }
+
+    fn forget(&self, key: &RunKey) {
+        let mut state = self.lock();
+        state.active.remove(key);
+        state.published.remove(key);
+        state.slot_lsn.remove(key);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn set_phase(&self, key: &RunKey, phase: PeerPhase, decision: Option<Decision>) {
+        let mut state = self.lock();
+        let Some(active) = state.active.get_mut(key) else { return };
+        let changed = active.phase != phase || active.decision.is_none();
+        active.phase = phase;
+        if decision.is_some() {
+            active.decision = decision;
+        }
+        drop(state);
+        if changed {
+            self.changed.notify_all();
+        }
+    }
+
+    pub(super) fn begin(&self, key: &RunKey) -> (Stop, Progress) {
+        let mut state = self.lock();
+        let stopping = state.stopping;
+        let (stop, progress) = (Stop::new(), Progress::new());
+        if stopping {
+            stop.stop("the node is shutting down");
+        }
+        if let Some(active) = state.active.get_mut(key) {
+            active.stop = stop.clone();
+            active.progress = progress.clone();
+        }
+        (stop, progress)
+    }
+
+    /// A run is over: what it was stays known for those who ask.
+    pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
+        if task.job.schedule.is_some() && task.running_on.is_none() {
+            self.history.set_handled(task.key.job, task.key.slot);
+        }
+        let mut state = self.lock();
+        if state.decided.len() > 256 {
+            state.decided.clear();
+        }
+        let first = state
+            .active
+            .get(&task.key)
+            .and_then(|active| active.decision.clone())
+            .unwrap_or(decision);
+        state.decided.insert(task.key, first);
+        if let Some(active) = state.active.get_mut(&task.key) {
+            active.phase = phase;
+        }
+        if state.active.contains_key(&task.key) {
+            let name = (task.group.name().clone(), task.job.name.clone());
+            if matches!(state.active[&task.key].phase, PeerPhase::Done) {
+                state.alarms.remove(&name);
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn active_entries(&self) -> Vec<BackupEntry> {
+        let clock = &self.context.env.clock;
+        let state = self.lock();
+        let ongoing = state
+            .active
+            .iter()
+            .filter(|(_, active)| matches!(active.phase, PeerPhase::Deciding | PeerPhase::Running));
+        ongoing
+            .map(|(key, active)| {
+                let role = self.registry.by_id(key.group).map_or(Role::Secondary, |g| g.role());
+                let node = self.context.node.name.clone();
+                let (group, job) = &active.name;
+                let mut entry = missed_entry(group, job, key.slot, node, role, clock.wall());
+                entry.outcome = Outcome::Running;
+                entry.duration_seconds =
+                    clock.monotonic().saturating_sub(active.started).as_secs_f64();
+                let decision = active.decision.clone();
+                entry.run_on = decision.as_ref().and_then(|decision| decision.run_on.clone());
+                entry.reasons = decision.map(|decision| decision.reasons).unwrap_or_default();
+                entry
+            })
+            .collect()
+    }
+
+    pub(super) fn emit(
+        &self,
+        severity: Severity,
+        code: &str,
+        group: &Name,
+        job: &Name,
+        slot: Option<LogTime>,
+        text: &str,
+    ) {
+        let details = json!({ "job": job, "slot": slot });
+        let text = format!("job {group}/{job}: {text}");
+        self.context.events.emit(severity, code, Some(group.as_str()), text, details);
+    }
+
+    // What nodes tell one another.
+
+    pub(super) fn publish(&self, task: &Task, facts: &Facts) {
+        if facts.replication.link_lost.is_some() || !facts.replicated {
+            return;
+        }
+        let lsn = self.lock().slot_lsn.get(&task.key).copied().unwrap_or(Lsn::ZERO);
+        let published = Published { facts: facts.clone(), lsn, at: Duration::ZERO };
+        let RunKey { group, job, slot } = task.key;
+        let body = json!(PublishCall { group, job, slot, published });
+        let peer = &facts.secondary.name;
+        let call = self.peers.call(peer, "backup.publish", body, Duration::from_secs(3));
+        if let Err(error) = self.runtime.block_on(call) {
+            tracing::debug!("peer {peer}: backup.publish: {error}");
+        }
+    }
+
+    /// The primary's word on a slot, while it is fresh.
+    pub(super) fn published(&self, key: &RunKey) -> Option<Published> {
+        let now = self.context.env.clock.monotonic();
+        let fresh = (self.config.tick * 3).max(Duration::from_secs(5));
+        let state = self.lock();
+        let published = state.published.get(key)?;
+        (now.saturating_sub(published.at) <= fresh).then(|| published.clone())
+    }
+
+    pub(super) fn published_lsn(&self, key: &RunKey) -> Option<Lsn> {
+        self.lock().published.get(key).map(|published| published.lsn)
+    }
+
+    fn answer_peers(self: &Arc<Self>) {
+        let answer = |work: fn(&Arc<Inner>, Name, Value) -> Result<Value, String>| {
+            let weak: Weak<Inner> = Arc::downgrade(self);
+            let handler: PeerHandler = Arc::new(move |peer, body| {
+                let weak = weak.clone();
+                Box::pin(async move {
+                    let inner = weak.upgrade().ok_or("the node is shutting down")?;
+                    tokio::task::spawn_blocking(move || work(&inner, peer, body))
+                        .await
+                        .map_err(|error| error.to_string())?
+                })
+            });
+            handler
+        };
+        self.peers.on_call("backup.start", answer(Inner::on_start));
+        self.peers.on_call("backup.publish", answer(Inner::on_publish));
+        self.peers.on_call("backup.observe", answer(Inner::on_observe));
+    }
+
+    /// The group and job of a call; a peer may only ask about groups that it holds with this node.
+    fn of_peer(
+        &self,
+        peer: &Name,
+        group: GroupId,
+        job: EpochId,
+    ) -> Result<(Arc<Group>, JobRecord), String> {
+        let unknown = || "backup: no such group or job here".to_owned();
+        let group = self.registry.by_id(group).ok_or_else(unknown)?;
+        let control = group.control();
+        let member = control.members.iter().any(|member| !member.removed && member.name == *peer);
+        let author = control.epochs.iter().any(|epoch| epoch.author_name == *peer);
+        if !member && !author {
+            return Err(unknown());
+        }
+        let job = control.jobs.iter().find(|known| known.id == job && !known.removed);
+        let job = job.cloned().ok_or_else(unknown)?;
+        Ok((group.clone(), job))
+    }
+
+    fn on_start(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
+        let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
+        let slot = call.slot.ok_or("backup.start: no slot")?;
+        let (group, job) = self.of_peer(&peer, call.group, call.job)?;
+        let settings = JobSettings::parse(&job.settings).map_err(|error| error.to_string())?;
+        self.open(&group, job, settings, slot).map_err(|error| error.to_string())?;
+        Ok(json!({}))
+    }
+
+    fn on_publish(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
+        let call: PublishCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
+        self.of_peer(&peer, call.group, call.job)?;
+        let now = self.context.env.clock.monotonic();
+        let key = RunKey { group: call.group, job: call.job, slot: call.slot };
+        let mut state = self.lock();
+        state.published.retain(|known, published| {
+            *known == key || now.saturating_sub(published.at) < Duration::from_secs(600)
+        });
+        let first = state.published.insert(key, Published { at: now, ..call.published }).is_none();
+        drop(state);
+        if first {
+            self.changed.notify_all();
+        }
+        Ok(json!({}))
+    }
+
+    fn on_observe(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
+        let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
+        let (group, job) = self.of_peer(&peer, call.group, call.job)?;
+        let facts = self.own_facts(&group, &job);
+        let phase = call.slot.map_or(PeerPhase::Unknown, |slot| self.phase(&group, &job, slot));
+        Ok(json!(ObserveAnswer { facts, phase }))
+    }
+
+    fn phase(&self, group: &Group, job: &JobRecord, slot: LogTime) -> PeerPhase {
+        let key = RunKey { group: group.id(), job: job.id, slot };
+        if let Some(active) = self.lock().active.get(&key) {
+            return active.phase.clone();
+        }
+        if let Some(run) = self.history.run(group.name(), &job.name, slot) {
+            let why: Vec<_> = run.reasons.iter().map(|reason| reason.text.as_str()).collect();
+            return PeerPhase::Ended { outcome: run.outcome, why: why.join("; ") };
+        }
+        match self.result(job, slot) {
+            Ok(true) => PeerPhase::Done,
+            _ => PeerPhase::Unknown,
+        }
+    }
+
+    /// Whether the repository holds a slot's result.
+    fn result(&self, job: &JobRecord, slot: LogTime) -> Result<bool, String> {
+        let repository = self.repository(&job.repository).map_err(|error| error.to_string())?;
+        repository.id().map_err(|error| error.to_string())?;
+        let store = SlotStore::new(repository.objects(), job.id, slot);
+        store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
+    }
+
+    // Time.
+
+    fn keep_time(self: &Arc<Self>) {
+        loop {
+            if self.is_stopping() {
+                return;
+            }
+            // A sample, so that the load over the last seconds is known when it is asked for.
+            let _ = self.meter.measure(self.context.env.clock.monotonic());
+            for group in self.registry.groups() {
+                for job in group.control().jobs.iter().filter(|job| !job.removed) {
+                    self.keep_job(&group, job);
+                }
+            }
+            self.wait(Duration::from_secs(1));
+        }
+    }
+
+    fn keep_job(self: &Arc<Self>, group: &Arc<Group>, job: &JobRecord) {
+        let Some(pattern) = &job.schedule else { return };
+        let parsed = Schedule::parse(pattern, job.zone.as_deref())
+            .and_then(|schedule| Ok((schedule, JobSettings::parse(&job.settings)?)));
+        let (schedule, settings) = match parsed {
+            Ok(parsed) => parsed,
+            Err(error) => {
+                if self.lock().complained.insert((job.id, job.since)) {
+                    let (name, text) = (group.name(), error.to_string());
+                    self.emit(Severity::Error, "job-invalid", name, &job.name, None, &text);
+                }
+                return;
+            }
+        };
+        let now = self.context.env.clock.wall();
+        let due = schedule.due(job.since, self.history.handled(job.id), now, settings.deadline.0);
+        for slot in due.missed {
+            self.miss(group, job, slot, now);
+        }
+        if let Some(slot) = due.open
+            && let Err(error) = self.open(group, job.clone(), settings.clone(), slot)
+        {
+            tracing::error!("job {}/{}: {error}", group.name(), job.name);
+        }
+        self.look_for_overdue(group, job, &schedule, &settings, now);
+    }
+
+    fn miss(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime, now: LogTime) {
+        let key = RunKey { group: group.id(), job: job.id, slot };
+        if self.lock().active.contains_key(&key) {
+            return;
+        }
+        self.history.set_handled(job.id, slot);
+        if self.history.run(group.name(), &job.name, slot).is_some() {
+            return;
+        }
+        let node = self.context.node.name.clone();
+        let entry = missed_entry(group.name(), &job.name, slot, node, group.role(), now);
+        self.history.add(entry);
+        let text = "the slot was missed: its deadline was over before this node saw it";
+        self.emit(Severity::Warning, "backup-missed", group.name(), &job.name, Some(slot), text);
+    }
+
+    /// Raises the newest slot whose time is over, where it has no result anywhere.
+    fn look_for_overdue(
+        self: &Arc<Self>,
+        group: &Arc<Group>,
+        job: &JobRecord,
+        schedule: &Schedule,
+        settings: &JobSettings,
+        now: LogTime,
+    ) {
+        let until = settings.deadline.0 + settings.run_limit.0 + self.config.allowance.0;
+        let Some(slot) = schedule.newest(now.before(until)).filter(|slot| *slot > job.since) else {
+            return;
+        };
+        if self.lock().checked.insert(job.id, slot) == Some(slot) {
+            return;
+        }
+        let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
+        let look = move || inner.check_overdue(&group, &job, slot);
+        if let Err(error) =
+            std::thread::Builder::new().name("backup-overdue".to_owned()).spawn(look)
+        {
+            tracing::error!("no thread to look for an overdue slot: {error}");
+        }
+    }
+
+    fn check_overdue(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) {
+        let name = (group.name().clone(), job.name.clone());
+        let here = self.result(job, slot);
+        let there = || {
+            let peer = self.nodes(group).other?;
+            let call = ObserveCall { group: group.id(), job: job.id, slot: Some(slot) };
+            let call =
+                self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
+            let answer = self.runtime.block_on(call).ok()?;
+            serde_json::from_value::<ObserveAnswer>(answer).ok()
+        };
+        let found = match &here {
+            Ok(found) => Ok(*found),
+            Err(error) => match there() {
+                Some(answer) if answer.phase == PeerPhase::Done => Ok(true),
+                Some(answer) if answer.facts.repository == Some(true) => Ok(false),
+                _ => Err(error.clone()),
+            },
+        };
+        let (state, severity, text) = match found {
+            Ok(true) => {
+                self.lock().alarms.remove(&name);
+                return;
+            }
+            Ok(false) => (
+                "overdue",
+                Severity::Error,
+                "the slot is overdue: no node has made its backup".to_owned(),
+            ),
+            Err(error) => (
+                "unknown",
+                Severity::Error,
+                format!("nobody can say whether the slot has its backup: {error}"),
+            ),
+        };
+        let code = format!("backup-{state}");
+        self.emit(severity, &code, group.name(), &job.name, Some(slot), &text);
+        let alarm = SlotAlarm {
+            group: name.0.clone(),
+            job: name.1.clone(),
+            slot,
+            state: state.to_owned(),
+            text,
+        };
+        self.lock().alarms.insert(name, alarm);
+    }
+
+    /// What was said about a backup after it was made: its image is on a branch.
+    pub(super) fn mark(&self, objects: &dyn Objects, id: &str) -> Option<String> {
+        let body = objects.read(&format!("marks/{id}")).ok()??;
+        let value: Value = serde_json::from_slice(&body).ok()?;
+        value["branch"].as_str().map(str::to_owned)
+    }
+}
