@@ -1,16 +1,44 @@
 //! What operators ask of backups that exist: list, show, verify, restore; and of repositories.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::catalog::{BackupEntry, Manifest, Outcome};
+use serde::{Deserialize, Serialize};
+
+use super::catalog::{BackupEntry, Manifest, Outcome, VolumeChecksum};
 use super::claim::SlotStore;
+use super::error::BackupError;
 use super::repository::{Repository, RepositoryConfig, RepositoryError};
 use super::restore::{FileSink, RestoreSink};
-use super::scheduler::{BackupError, Inner, RestoreTarget, Scheduler, Verified, blocking};
+use super::scheduler::{Inner, Scheduler, blocking};
 use super::source::Progress;
 use crate::group::{Group, Op, Request, Role, Volume};
 use crate::units::Name;
+
+/// Where a restore goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RestoreTarget {
+    /// A new file; with several volumes a new directory of `VOLUME.img`.
+    Path(PathBuf),
+    /// A volume of a group that this node is the primary of.
+    Volume {
+        /// The group.
+        group: Name,
+        /// The volume.
+        volume: Name,
+    },
+}
+
+/// A backup that was read back whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Its id.
+    pub id: String,
+    /// Bytes read back.
+    pub bytes: u64,
+    /// A checksum for each volume; equal to the ones that the run left, where it left some.
+    pub checksums: Vec<VolumeChecksum>,
+}
 
 impl Scheduler {
     /// Backups in this node's repositories and runs of this node that made none, by slot. `of` names

@@ -1,13 +1,25 @@
 //! Backup: facts become a decision, a decision becomes a run, a run leaves a snapshot and a result.
 //!
-//! Every node that holds a group evaluates [`decide`] for each slot by itself. `facts` are what the
-//! decision may know, `job` is what the operator asked for, `placement_page` prints the whole table
-//! of the decision as `docs/placement.md`.
+//! Every node that holds a group evaluates [`decide`] for each slot by itself: a pure function over
+//! `facts`, for the `job` that the operator asked for; `placement_page` prints its whole table as
+//! `docs/placement.md`. `slot` says when a job is due, `run` is one node's way through one slot, and
+//! `claim` settles who makes the backup, in small `objects` of the repository.
+//!
+//! Around that pure core: `scheduler` (a thread for each open slot), `timekeeper` (due, missed,
+//! overdue), `gather` (facts of this node and its peer), `conversation` and `peer` (what nodes tell
+//! one another), `runner` (makes a backup under its claim), `history` (how runs ended).
+//!
+//! `repository` writes and reads restic's format; `source` shows an image as files, `door` refuses
+//! a snapshot that must not count, `restore` is the way back, `catalog` what a backup says of itself,
+//! `jobs` and `commands` what operators ask for.
 
 mod catalog;
 mod claim;
 mod commands;
+mod conversation;
 mod decision;
+mod door;
+mod error;
 mod facts;
 mod gather;
 mod history;
@@ -23,12 +35,15 @@ mod runner;
 mod scheduler;
 mod slot;
 mod source;
+mod timekeeper;
 
 pub use catalog::{
     BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, VolumeChecksum,
 };
 pub use claim::{Claim, Holder, SlotResult, SlotStore, SlotView};
+pub use commands::{RestoreTarget, Verified};
 pub use decision::{Decision, Explanation, REASON_CODES, Verdict, decide, explain};
+pub use error::BackupError;
 pub use facts::{AssumeError, Facts, GivenUp, NodeFacts, Reason, ReplicationFacts};
 pub use job::{Comparison, Condition, JobError, JobSettings, Placement};
 pub use jobs::{JobChange, changed_job};
@@ -38,8 +53,6 @@ pub use placement_page::placement_page;
 pub use repository::{BackupPlan, Made, Parent, Repository, RepositoryConfig, RepositoryError};
 pub use restore::{FileSink, RestoreSink};
 pub use run::{Next, Observation, PeerPhase, SlotRun};
-pub use scheduler::{
-    BackupConfig, BackupError, RestoreTarget, RunStarted, Scheduler, SlotAlarm, Verified,
-};
+pub use scheduler::{BackupConfig, RunStarted, Scheduler, SlotAlarm};
 pub use slot::{Due, Schedule};
 pub use source::{Progress, Stop};

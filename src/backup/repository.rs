@@ -10,13 +10,13 @@ use std::time::Duration;
 use rustic_backend::BackendOptions;
 use rustic_core::repofile::{Chunker, MasterKey, Node, SnapshotFile, StringList};
 use rustic_core::{
-    BackupOptions, CheckOptions, ConfigOptions, Credentials, FileType, IndexedFullStatus,
-    IndexedIdsStatus, KeyOptions, OpenStatus, ParentOptions, ProgressBars, ProgressType,
-    ReadBackend, RepositoryBackends, RepositoryOptions, RusticError, RusticProgress, RusticResult,
-    SnapshotGroupCriterion, WriteBackend,
+    BackupOptions, CheckOptions, ConfigOptions, Credentials, IndexedFullStatus, IndexedIdsStatus,
+    KeyOptions, OpenStatus, ParentOptions, RepositoryBackends, RepositoryOptions, RusticError,
+    SnapshotGroupCriterion,
 };
 
 use super::catalog::{BackupEntry, Manifest, Stats, VolumeChecksum};
+use super::door::{Bars, Door};
 use super::objects::{FileObjects, Objects};
 use super::source::{DIR_FILES, FILE_BYTES, ImageSource, Progress, Stamp, Stamps, Stop, files};
 use crate::group::{View, Volume};
@@ -524,104 +524,4 @@ fn flat(error: &RusticError) -> String {
     let text = error.display_log();
     let text = text.strip_prefix("Error: ").unwrap_or(&text);
     text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// The backend with a guard at the door: no snapshot passes once the run must end.
-#[derive(Clone)]
-struct Door {
-    inner: Arc<dyn WriteBackend>,
-    stop: Stop,
-}
-
-impl ReadBackend for Door {
-    fn location(&self) -> String {
-        self.inner.location()
-    }
-
-    fn list_with_size(&self, kind: FileType) -> RusticResult<Vec<(rustic_core::Id, u32)>> {
-        self.inner.list_with_size(kind)
-    }
-
-    fn list(&self, kind: FileType) -> RusticResult<Vec<rustic_core::Id>> {
-        self.inner.list(kind)
-    }
-
-    fn read_full(&self, kind: FileType, id: &rustic_core::Id) -> RusticResult<bytes::Bytes> {
-        self.inner.read_full(kind, id)
-    }
-
-    fn read_partial(
-        &self,
-        kind: FileType,
-        id: &rustic_core::Id,
-        cacheable: bool,
-        offset: u32,
-        length: u32,
-    ) -> RusticResult<bytes::Bytes> {
-        self.inner.read_partial(kind, id, cacheable, offset, length)
-    }
-
-    fn warmup_path(&self, kind: FileType, id: &rustic_core::Id) -> String {
-        self.inner.warmup_path(kind, id)
-    }
-}
-
-impl WriteBackend for Door {
-    fn create(&self) -> RusticResult<()> {
-        self.inner.create()
-    }
-
-    fn write_bytes(
-        &self,
-        kind: FileType,
-        id: &rustic_core::Id,
-        cacheable: bool,
-        content: rustic_core::BytesList,
-    ) -> RusticResult<()> {
-        if kind == FileType::Snapshot
-            && let Some(reason) = self.stop.reason()
-        {
-            return Err(RusticError::new(rustic_core::ErrorKind::InputOutput, reason));
-        }
-        self.inner.write_bytes(kind, id, cacheable, content)
-    }
-
-    fn remove(&self, kind: FileType, id: &rustic_core::Id, cacheable: bool) -> RusticResult<()> {
-        self.inner.remove(kind, id, cacheable)
-    }
-}
-
-/// Adds the bytes that the library has dealt with, read or known to be unchanged, to our progress.
-#[derive(Clone)]
-struct Bars(Progress);
-
-impl std::fmt::Debug for Bars {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Bars({:?})", self.0.bytes())
-    }
-}
-
-impl ProgressBars for Bars {
-    fn progress(&self, kind: ProgressType, _prefix: &str) -> rustic_core::Progress {
-        match kind {
-            ProgressType::Bytes => rustic_core::Progress::new(self.clone()),
-            _ => rustic_core::Progress::hidden(),
-        }
-    }
-}
-
-impl RusticProgress for Bars {
-    fn is_hidden(&self) -> bool {
-        false
-    }
-
-    fn set_length(&self, _bytes: u64) {}
-
-    fn set_title(&self, _title: &str) {}
-
-    fn inc(&self, bytes: u64) {
-        self.0.add_done(bytes);
-    }
-
-    fn finish(&self) {}
 }

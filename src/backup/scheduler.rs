@@ -3,31 +3,30 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::catalog::{BackupEntry, Outcome};
-use super::claim::SlotStore;
+use super::conversation::Published;
 use super::decision::{Decision, Explanation, explain};
-use super::facts::{AssumeError, Facts, NodeFacts};
-use super::gather::{ObserveAnswer, ObserveCall};
+use super::error::BackupError;
+use super::facts::NodeFacts;
 use super::history::History;
-use super::job::{JobError, JobSettings};
+use super::job::JobSettings;
 use super::jobs::{JobChange, changed_job};
 use super::objects::Objects;
-use super::peer::{PeerCalls, PeerHandler};
+use super::peer::PeerCalls;
 use super::repository::{Repository, RepositoryConfig, RepositoryError};
 use super::run::PeerPhase;
 use super::runner::{Task, missed_entry};
-use super::slot::Schedule;
 use super::source::{Progress, Stop};
 use crate::agent::LoadMeter;
 use crate::config;
 use crate::events::Severity;
-use crate::group::{Group, GroupContext, GroupError, Registry, Role};
+use crate::group::{Group, GroupContext, Registry, Role};
 use crate::log::control::{Control, JobRecord};
 use crate::units::{EpochId, GroupId, LogTime, Lsn, Name, Span};
 
@@ -70,28 +69,6 @@ impl BackupConfig {
     }
 }
 
-/// What a command on backups can fail with.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "each message says it")]
-pub enum BackupError {
-    #[error(transparent)]
-    Group(#[from] GroupError),
-    #[error(transparent)]
-    Repository(#[from] RepositoryError),
-    #[error(transparent)]
-    Job(#[from] JobError),
-    #[error(transparent)]
-    Assume(#[from] AssumeError),
-    #[error("job {group}/{job}: does not exist; `tidelog job list {group}` shows those that do")]
-    NoJob { group: Name, job: String },
-    #[error("backup {id}: is in no repository of this node; `tidelog backup list` shows them")]
-    NoBackup { id: String },
-    #[error("restore of {volume}: {cause}")]
-    Restore { volume: String, cause: String },
-    #[error("backup: {0}")]
-    Internal(String),
-}
-
 /// A run that was started by command.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunStarted {
@@ -127,31 +104,6 @@ pub struct SlotAlarm {
     pub text: String,
 }
 
-/// Where a restore goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RestoreTarget {
-    /// A new file; with several volumes a new directory of `VOLUME.img`.
-    Path(PathBuf),
-    /// A volume of a group that this node is the primary of.
-    Volume {
-        /// The group.
-        group: Name,
-        /// The volume.
-        volume: Name,
-    },
-}
-
-/// A backup that was read back whole.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Verified {
-    /// Its id.
-    pub id: String,
-    /// Bytes read back.
-    pub bytes: u64,
-    /// A checksum for each volume; equal to the ones that the run left, where it left some.
-    pub checksums: Vec<super::catalog::VolumeChecksum>,
-}
-
 /// A slot of a job of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct RunKey {
@@ -160,52 +112,27 @@ pub(super) struct RunKey {
     pub slot: LogTime,
 }
 
-struct Active {
+pub(super) struct Active {
     name: (Name, Name),
-    phase: PeerPhase,
+    pub(super) phase: PeerPhase,
     decision: Option<Decision>,
     stop: Stop,
     progress: Progress,
     started: Duration,
 }
 
-/// The primary's word on a slot.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Published {
-    facts: Facts,
-    /// What the primary held when the slot came.
-    lsn: Lsn,
-    #[serde(skip)]
-    at: Duration,
-}
-
-impl Published {
-    /// The facts as a node of this role judges by them.
-    pub(super) fn seen_by(self, role: Role) -> Facts {
-        Facts { role, ..self.facts }
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-struct PublishCall {
-    group: GroupId,
-    job: EpochId,
-    slot: LogTime,
-    published: Published,
-}
-
 #[derive(Default)]
 pub(super) struct State {
-    active: HashMap<RunKey, Active>,
-    published: HashMap<RunKey, Published>,
+    pub(super) active: HashMap<RunKey, Active>,
+    pub(super) published: HashMap<RunKey, Published>,
     /// The position that this node, as primary, held when a slot came.
-    slot_lsn: HashMap<RunKey, Lsn>,
+    pub(super) slot_lsn: HashMap<RunKey, Lsn>,
     pub(super) peer_facts: HashMap<(GroupId, EpochId), (NodeFacts, Duration)>,
     /// First decisions of runs that have ended, for those who wait for them.
     decided: HashMap<RunKey, Decision>,
-    alarms: BTreeMap<(Name, Name), SlotAlarm>,
-    checked: HashMap<EpochId, LogTime>,
-    complained: HashSet<(EpochId, LogTime)>,
+    pub(super) alarms: BTreeMap<(Name, Name), SlotAlarm>,
+    pub(super) checked: HashMap<EpochId, LogTime>,
+    pub(super) complained: HashSet<(EpochId, LogTime)>,
     stopping: bool,
 }
 
@@ -507,7 +434,7 @@ impl Inner {
     }
 
     /// Opens a slot on a thread of its own; nothing where it is open or over.
-    fn open(
+    pub(super) fn open(
         self: &Arc<Self>,
         group: &Arc<Group>,
         job: JobRecord,
@@ -665,265 +592,6 @@ impl Inner {
         let details = json!({ "job": job, "slot": slot });
         let text = format!("job {group}/{job}: {text}");
         self.context.events.emit(severity, code, Some(group.as_str()), text, details);
-    }
-
-    // What nodes tell one another.
-
-    pub(super) fn publish(&self, task: &Task, facts: &Facts) {
-        if facts.replication.link_lost.is_some() || !facts.replicated {
-            return;
-        }
-        let lsn = self.lock().slot_lsn.get(&task.key).copied().unwrap_or(Lsn::ZERO);
-        let published = Published { facts: facts.clone(), lsn, at: Duration::ZERO };
-        let RunKey { group, job, slot } = task.key;
-        let body = json!(PublishCall { group, job, slot, published });
-        let peer = &facts.secondary.name;
-        let call = self.peers.call(peer, "backup.publish", body, Duration::from_secs(3));
-        if let Err(error) = self.runtime.block_on(call) {
-            tracing::debug!("peer {peer}: backup.publish: {error}");
-        }
-    }
-
-    /// The primary's word on a slot, while it is fresh.
-    pub(super) fn published(&self, key: &RunKey) -> Option<Published> {
-        let now = self.context.env.clock.monotonic();
-        let fresh = (self.config.tick * 3).max(Duration::from_secs(5));
-        let state = self.lock();
-        let published = state.published.get(key)?;
-        (now.saturating_sub(published.at) <= fresh).then(|| published.clone())
-    }
-
-    pub(super) fn published_lsn(&self, key: &RunKey) -> Option<Lsn> {
-        self.lock().published.get(key).map(|published| published.lsn)
-    }
-
-    fn answer_peers(self: &Arc<Self>) {
-        let answer = |work: fn(&Arc<Inner>, Name, Value) -> Result<Value, String>| {
-            let weak: Weak<Inner> = Arc::downgrade(self);
-            let handler: PeerHandler = Arc::new(move |peer, body| {
-                let weak = weak.clone();
-                Box::pin(async move {
-                    let inner = weak.upgrade().ok_or("the node is shutting down")?;
-                    tokio::task::spawn_blocking(move || work(&inner, peer, body))
-                        .await
-                        .map_err(|error| error.to_string())?
-                })
-            });
-            handler
-        };
-        self.peers.on_call("backup.start", answer(Inner::on_start));
-        self.peers.on_call("backup.publish", answer(Inner::on_publish));
-        self.peers.on_call("backup.observe", answer(Inner::on_observe));
-    }
-
-    /// The group and job of a call; a peer may only ask about groups that it holds with this node.
-    fn of_peer(
-        &self,
-        peer: &Name,
-        group: GroupId,
-        job: EpochId,
-    ) -> Result<(Arc<Group>, JobRecord), String> {
-        let unknown = || "backup: no such group or job here".to_owned();
-        let group = self.registry.by_id(group).ok_or_else(unknown)?;
-        let control = group.control();
-        let member = control.members.iter().any(|member| !member.removed && member.name == *peer);
-        let author = control.epochs.iter().any(|epoch| epoch.author_name == *peer);
-        if !member && !author {
-            return Err(unknown());
-        }
-        let job = control.jobs.iter().find(|known| known.id == job && !known.removed);
-        let job = job.cloned().ok_or_else(unknown)?;
-        Ok((group.clone(), job))
-    }
-
-    fn on_start(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
-        let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
-        let slot = call.slot.ok_or("backup.start: no slot")?;
-        let (group, job) = self.of_peer(&peer, call.group, call.job)?;
-        let settings = JobSettings::parse(&job.settings).map_err(|error| error.to_string())?;
-        self.open(&group, job, settings, slot).map_err(|error| error.to_string())?;
-        Ok(json!({}))
-    }
-
-    fn on_publish(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
-        let call: PublishCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
-        self.of_peer(&peer, call.group, call.job)?;
-        let now = self.context.env.clock.monotonic();
-        let key = RunKey { group: call.group, job: call.job, slot: call.slot };
-        let mut state = self.lock();
-        state.published.retain(|known, published| {
-            *known == key || now.saturating_sub(published.at) < Duration::from_secs(600)
-        });
-        let first = state.published.insert(key, Published { at: now, ..call.published }).is_none();
-        drop(state);
-        if first {
-            self.changed.notify_all();
-        }
-        Ok(json!({}))
-    }
-
-    fn on_observe(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
-        let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
-        let (group, job) = self.of_peer(&peer, call.group, call.job)?;
-        let facts = self.own_facts(&group, &job);
-        let phase = call.slot.map_or(PeerPhase::Unknown, |slot| self.phase(&group, &job, slot));
-        Ok(json!(ObserveAnswer { facts, phase }))
-    }
-
-    fn phase(&self, group: &Group, job: &JobRecord, slot: LogTime) -> PeerPhase {
-        let key = RunKey { group: group.id(), job: job.id, slot };
-        if let Some(active) = self.lock().active.get(&key) {
-            return active.phase.clone();
-        }
-        if let Some(run) = self.history.run(group.name(), &job.name, slot) {
-            let why: Vec<_> = run.reasons.iter().map(|reason| reason.text.as_str()).collect();
-            return PeerPhase::Ended { outcome: run.outcome, why: why.join("; ") };
-        }
-        match self.result(job, slot) {
-            Ok(true) => PeerPhase::Done,
-            _ => PeerPhase::Unknown,
-        }
-    }
-
-    /// Whether the repository holds a slot's result.
-    fn result(&self, job: &JobRecord, slot: LogTime) -> Result<bool, String> {
-        let repository = self.repository(&job.repository).map_err(|error| error.to_string())?;
-        repository.id().map_err(|error| error.to_string())?;
-        let store = SlotStore::new(repository.objects(), job.id, slot);
-        store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
-    }
-
-    // Time.
-
-    fn keep_time(self: &Arc<Self>) {
-        loop {
-            if self.is_stopping() {
-                return;
-            }
-            // A sample, so that the load over the last seconds is known when it is asked for.
-            let _ = self.meter.measure(self.context.env.clock.monotonic());
-            for group in self.registry.groups() {
-                for job in group.control().jobs.iter().filter(|job| !job.removed) {
-                    self.keep_job(&group, job);
-                }
-            }
-            self.wait(Duration::from_secs(1));
-        }
-    }
-
-    fn keep_job(self: &Arc<Self>, group: &Arc<Group>, job: &JobRecord) {
-        let Some(pattern) = &job.schedule else { return };
-        let parsed = Schedule::parse(pattern, job.zone.as_deref())
-            .and_then(|schedule| Ok((schedule, JobSettings::parse(&job.settings)?)));
-        let (schedule, settings) = match parsed {
-            Ok(parsed) => parsed,
-            Err(error) => {
-                if self.lock().complained.insert((job.id, job.since)) {
-                    let (name, text) = (group.name(), error.to_string());
-                    self.emit(Severity::Error, "job-invalid", name, &job.name, None, &text);
-                }
-                return;
-            }
-        };
-        let now = self.context.env.clock.wall();
-        let due = schedule.due(job.since, self.history.handled(job.id), now, settings.deadline.0);
-        for slot in due.missed {
-            self.miss(group, job, slot, now);
-        }
-        if let Some(slot) = due.open
-            && let Err(error) = self.open(group, job.clone(), settings.clone(), slot)
-        {
-            tracing::error!("job {}/{}: {error}", group.name(), job.name);
-        }
-        self.look_for_overdue(group, job, &schedule, &settings, now);
-    }
-
-    fn miss(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime, now: LogTime) {
-        let key = RunKey { group: group.id(), job: job.id, slot };
-        if self.lock().active.contains_key(&key) {
-            return;
-        }
-        self.history.set_handled(job.id, slot);
-        if self.history.run(group.name(), &job.name, slot).is_some() {
-            return;
-        }
-        let node = self.context.node.name.clone();
-        let entry = missed_entry(group.name(), &job.name, slot, node, group.role(), now);
-        self.history.add(entry);
-        let text = "the slot was missed: its deadline was over before this node saw it";
-        self.emit(Severity::Warning, "backup-missed", group.name(), &job.name, Some(slot), text);
-    }
-
-    /// Raises the newest slot whose time is over, where it has no result anywhere.
-    fn look_for_overdue(
-        self: &Arc<Self>,
-        group: &Arc<Group>,
-        job: &JobRecord,
-        schedule: &Schedule,
-        settings: &JobSettings,
-        now: LogTime,
-    ) {
-        let until = settings.deadline.0 + settings.run_limit.0 + self.config.allowance.0;
-        let Some(slot) = schedule.newest(now.before(until)).filter(|slot| *slot > job.since) else {
-            return;
-        };
-        if self.lock().checked.insert(job.id, slot) == Some(slot) {
-            return;
-        }
-        let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
-        let look = move || inner.check_overdue(&group, &job, slot);
-        if let Err(error) =
-            std::thread::Builder::new().name("backup-overdue".to_owned()).spawn(look)
-        {
-            tracing::error!("no thread to look for an overdue slot: {error}");
-        }
-    }
-
-    fn check_overdue(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) {
-        let name = (group.name().clone(), job.name.clone());
-        let here = self.result(job, slot);
-        let there = || {
-            let peer = self.nodes(group).other?;
-            let call = ObserveCall { group: group.id(), job: job.id, slot: Some(slot) };
-            let call =
-                self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
-            let answer = self.runtime.block_on(call).ok()?;
-            serde_json::from_value::<ObserveAnswer>(answer).ok()
-        };
-        let found = match &here {
-            Ok(found) => Ok(*found),
-            Err(error) => match there() {
-                Some(answer) if answer.phase == PeerPhase::Done => Ok(true),
-                Some(answer) if answer.facts.repository == Some(true) => Ok(false),
-                _ => Err(error.clone()),
-            },
-        };
-        let (state, severity, text) = match found {
-            Ok(true) => {
-                self.lock().alarms.remove(&name);
-                return;
-            }
-            Ok(false) => (
-                "overdue",
-                Severity::Error,
-                "the slot is overdue: no node has made its backup".to_owned(),
-            ),
-            Err(error) => (
-                "unknown",
-                Severity::Error,
-                format!("nobody can say whether the slot has its backup: {error}"),
-            ),
-        };
-        let code = format!("backup-{state}");
-        self.emit(severity, &code, group.name(), &job.name, Some(slot), &text);
-        let alarm = SlotAlarm {
-            group: name.0.clone(),
-            job: name.1.clone(),
-            slot,
-            state: state.to_owned(),
-            text,
-        };
-        self.lock().alarms.insert(name, alarm);
     }
 
     /// What was said about a backup after it was made: its image is on a branch.

@@ -1,0 +1,171 @@
+//! What the nodes of a group tell one another about a slot: that it is open, by which facts the
+//! primary judges, how they are and how far.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::claim::SlotStore;
+use super::facts::Facts;
+use super::gather::{ObserveAnswer, ObserveCall};
+use super::job::JobSettings;
+use super::peer::PeerHandler;
+use super::run::PeerPhase;
+use super::runner::Task;
+use super::scheduler::{Inner, RunKey};
+use crate::group::{Group, Role};
+use crate::log::control::JobRecord;
+use crate::units::{EpochId, GroupId, LogTime, Lsn, Name};
+
+/// The primary's word on a slot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Published {
+    facts: Facts,
+    /// What the primary held when the slot came.
+    lsn: Lsn,
+    #[serde(skip)]
+    pub(super) at: Duration,
+}
+
+impl Published {
+    /// The facts as a node of this role judges by them.
+    pub(super) fn seen_by(self, role: Role) -> Facts {
+        Facts { role, ..self.facts }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct PublishCall {
+    group: GroupId,
+    job: EpochId,
+    slot: LogTime,
+    published: Published,
+}
+
+impl Inner {
+    pub(super) fn publish(&self, task: &Task, facts: &Facts) {
+        if facts.replication.link_lost.is_some() || !facts.replicated {
+            return;
+        }
+        let lsn = self.lock().slot_lsn.get(&task.key).copied().unwrap_or(Lsn::ZERO);
+        let published = Published { facts: facts.clone(), lsn, at: Duration::ZERO };
+        let RunKey { group, job, slot } = task.key;
+        let body = json!(PublishCall { group, job, slot, published });
+        let peer = &facts.secondary.name;
+        let call = self.peers.call(peer, "backup.publish", body, Duration::from_secs(3));
+        if let Err(error) = self.runtime.block_on(call) {
+            tracing::debug!("peer {peer}: backup.publish: {error}");
+        }
+    }
+
+    /// The primary's word on a slot, while it is fresh.
+    pub(super) fn published(&self, key: &RunKey) -> Option<Published> {
+        let now = self.context.env.clock.monotonic();
+        let fresh = (self.config.tick * 3).max(Duration::from_secs(5));
+        let state = self.lock();
+        let published = state.published.get(key)?;
+        (now.saturating_sub(published.at) <= fresh).then(|| published.clone())
+    }
+
+    pub(super) fn published_lsn(&self, key: &RunKey) -> Option<Lsn> {
+        self.lock().published.get(key).map(|published| published.lsn)
+    }
+
+    pub(super) fn answer_peers(self: &Arc<Self>) {
+        let answer = |work: fn(&Arc<Inner>, Name, Value) -> Result<Value, String>| {
+            let weak: Weak<Inner> = Arc::downgrade(self);
+            let handler: PeerHandler = Arc::new(move |peer, body| {
+                let weak = weak.clone();
+                Box::pin(async move {
+                    let inner = weak.upgrade().ok_or("the node is shutting down")?;
+                    tokio::task::spawn_blocking(move || work(&inner, peer, body))
+                        .await
+                        .map_err(|error| error.to_string())?
+                })
+            });
+            handler
+        };
+        self.peers.on_call("backup.start", answer(Inner::on_start));
+        self.peers.on_call("backup.publish", answer(Inner::on_publish));
+        self.peers.on_call("backup.observe", answer(Inner::on_observe));
+    }
+
+    /// The group and job of a call; a peer may only ask about groups that it holds with this node.
+    fn of_peer(
+        &self,
+        peer: &Name,
+        group: GroupId,
+        job: EpochId,
+    ) -> Result<(Arc<Group>, JobRecord), String> {
+        let unknown = || "backup: no such group or job here".to_owned();
+        let group = self.registry.by_id(group).ok_or_else(unknown)?;
+        let control = group.control();
+        let member = control.members.iter().any(|member| !member.removed && member.name == *peer);
+        let author = control.epochs.iter().any(|epoch| epoch.author_name == *peer);
+        if !member && !author {
+            return Err(unknown());
+        }
+        let job = control.jobs.iter().find(|known| known.id == job && !known.removed);
+        let job = job.cloned().ok_or_else(unknown)?;
+        Ok((group.clone(), job))
+    }
+
+    fn on_start(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
+        let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
+        let slot = call.slot.ok_or("backup.start: no slot")?;
+        let (group, job) = self.of_peer(&peer, call.group, call.job)?;
+        let settings = JobSettings::parse(&job.settings).map_err(|error| error.to_string())?;
+        self.open(&group, job, settings, slot).map_err(|error| error.to_string())?;
+        Ok(json!({}))
+    }
+
+    fn on_publish(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
+        let call: PublishCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
+        self.of_peer(&peer, call.group, call.job)?;
+        let now = self.context.env.clock.monotonic();
+        let key = RunKey { group: call.group, job: call.job, slot: call.slot };
+        let mut state = self.lock();
+        state.published.retain(|known, published| {
+            *known == key || now.saturating_sub(published.at) < Duration::from_secs(600)
+        });
+        let first = state.published.insert(key, Published { at: now, ..call.published }).is_none();
+        drop(state);
+        if first {
+            self.changed.notify_all();
+        }
+        Ok(json!({}))
+    }
+
+    fn on_observe(self: &Arc<Self>, peer: Name, body: Value) -> Result<Value, String> {
+        let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
+        let (group, job) = self.of_peer(&peer, call.group, call.job)?;
+        let facts = self.own_facts(&group, &job);
+        let phase = call.slot.map_or(PeerPhase::Unknown, |slot| self.phase(&group, &job, slot));
+        Ok(json!(ObserveAnswer { facts, phase }))
+    }
+
+    fn phase(&self, group: &Group, job: &JobRecord, slot: LogTime) -> PeerPhase {
+        let key = RunKey { group: group.id(), job: job.id, slot };
+        if let Some(active) = self.lock().active.get(&key) {
+            return active.phase.clone();
+        }
+        if let Some(run) = self.history.run(group.name(), &job.name, slot) {
+            let why: Vec<_> = run.reasons.iter().map(|reason| reason.text.as_str()).collect();
+            return PeerPhase::Ended { outcome: run.outcome, why: why.join("; ") };
+        }
+        match self.result(job, slot) {
+            Ok(true) => PeerPhase::Done,
+            _ => PeerPhase::Unknown,
+        }
+    }
+
+    /// Whether the repository holds a slot's result.
+    pub(super) fn result(&self, job: &JobRecord, slot: LogTime) -> Result<bool, String> {
+        let repository = self.repository(&job.repository).map_err(|error| error.to_string())?;
+        repository.id().map_err(|error| error.to_string())?;
+        let store = SlotStore::new(repository.objects(), job.id, slot);
+        store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
+    }
+}

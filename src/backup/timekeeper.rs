@@ -1,0 +1,150 @@
+//! The scheduler's clockwork: which slots are due, which went by, and which never got a backup.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::gather::{ObserveAnswer, ObserveCall};
+use super::job::JobSettings;
+use super::run::PeerPhase;
+use super::runner::missed_entry;
+use super::scheduler::{Inner, RunKey, SlotAlarm};
+use super::slot::Schedule;
+use crate::events::Severity;
+use crate::group::Group;
+use crate::log::control::JobRecord;
+use crate::units::LogTime;
+
+impl Inner {
+    pub(super) fn keep_time(self: &Arc<Self>) {
+        loop {
+            if self.is_stopping() {
+                return;
+            }
+            // A sample, so that the load over the last seconds is known when it is asked for.
+            let _ = self.meter.measure(self.context.env.clock.monotonic());
+            for group in self.registry.groups() {
+                for job in group.control().jobs.iter().filter(|job| !job.removed) {
+                    self.keep_job(&group, job);
+                }
+            }
+            self.wait(Duration::from_secs(1));
+        }
+    }
+
+    fn keep_job(self: &Arc<Self>, group: &Arc<Group>, job: &JobRecord) {
+        let Some(pattern) = &job.schedule else { return };
+        let parsed = Schedule::parse(pattern, job.zone.as_deref())
+            .and_then(|schedule| Ok((schedule, JobSettings::parse(&job.settings)?)));
+        let (schedule, settings) = match parsed {
+            Ok(parsed) => parsed,
+            Err(error) => {
+                if self.lock().complained.insert((job.id, job.since)) {
+                    let (name, text) = (group.name(), error.to_string());
+                    self.emit(Severity::Error, "job-invalid", name, &job.name, None, &text);
+                }
+                return;
+            }
+        };
+        let now = self.context.env.clock.wall();
+        let due = schedule.due(job.since, self.history.handled(job.id), now, settings.deadline.0);
+        for slot in due.missed {
+            self.miss(group, job, slot, now);
+        }
+        if let Some(slot) = due.open
+            && let Err(error) = self.open(group, job.clone(), settings.clone(), slot)
+        {
+            tracing::error!("job {}/{}: {error}", group.name(), job.name);
+        }
+        self.look_for_overdue(group, job, &schedule, &settings, now);
+    }
+
+    fn miss(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime, now: LogTime) {
+        let key = RunKey { group: group.id(), job: job.id, slot };
+        if self.lock().active.contains_key(&key) {
+            return;
+        }
+        self.history.set_handled(job.id, slot);
+        if self.history.run(group.name(), &job.name, slot).is_some() {
+            return;
+        }
+        let node = self.context.node.name.clone();
+        let entry = missed_entry(group.name(), &job.name, slot, node, group.role(), now);
+        self.history.add(entry);
+        let text = "the slot was missed: its deadline was over before this node saw it";
+        self.emit(Severity::Warning, "backup-missed", group.name(), &job.name, Some(slot), text);
+    }
+
+    /// Raises the newest slot whose time is over, where it has no result anywhere.
+    fn look_for_overdue(
+        self: &Arc<Self>,
+        group: &Arc<Group>,
+        job: &JobRecord,
+        schedule: &Schedule,
+        settings: &JobSettings,
+        now: LogTime,
+    ) {
+        let until = settings.deadline.0 + settings.run_limit.0 + self.config.allowance.0;
+        let Some(slot) = schedule.newest(now.before(until)).filter(|slot| *slot > job.since) else {
+            return;
+        };
+        if self.lock().checked.insert(job.id, slot) == Some(slot) {
+            return;
+        }
+        let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
+        let look = move || inner.check_overdue(&group, &job, slot);
+        if let Err(error) =
+            std::thread::Builder::new().name("backup-overdue".to_owned()).spawn(look)
+        {
+            tracing::error!("no thread to look for an overdue slot: {error}");
+        }
+    }
+
+    fn check_overdue(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) {
+        let name = (group.name().clone(), job.name.clone());
+        let here = self.result(job, slot);
+        let there = || {
+            let peer = self.nodes(group).other?;
+            let call = ObserveCall { group: group.id(), job: job.id, slot: Some(slot) };
+            let call =
+                self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
+            let answer = self.runtime.block_on(call).ok()?;
+            serde_json::from_value::<ObserveAnswer>(answer).ok()
+        };
+        let found = match &here {
+            Ok(found) => Ok(*found),
+            Err(error) => match there() {
+                Some(answer) if answer.phase == PeerPhase::Done => Ok(true),
+                Some(answer) if answer.facts.repository == Some(true) => Ok(false),
+                _ => Err(error.clone()),
+            },
+        };
+        let (state, severity, text) = match found {
+            Ok(true) => {
+                self.lock().alarms.remove(&name);
+                return;
+            }
+            Ok(false) => (
+                "overdue",
+                Severity::Error,
+                "the slot is overdue: no node has made its backup".to_owned(),
+            ),
+            Err(error) => (
+                "unknown",
+                Severity::Error,
+                format!("nobody can say whether the slot has its backup: {error}"),
+            ),
+        };
+        let code = format!("backup-{state}");
+        self.emit(severity, &code, group.name(), &job.name, Some(slot), &text);
+        let alarm = SlotAlarm {
+            group: name.0.clone(),
+            job: name.1.clone(),
+            slot,
+            state: state.to_owned(),
+            text,
+        };
+        self.lock().alarms.insert(name, alarm);
+    }
+}
