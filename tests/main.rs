@@ -3,6 +3,7 @@
 mod backup;
 mod cli;
 mod control;
+mod crash;
 mod fuzz;
 mod fuzz_bodies;
 mod kill;

@@ -94,7 +94,8 @@ fn check_size(size_bytes: u64) {
 
 impl BaseVolume {
     /// Makes the base of a new volume, all holes. It is durable on return; what an earlier attempt
-    /// left under its name is replaced.
+    /// left under its name is replaced. The sidecar takes its name last: after a crash the base is
+    /// there as a whole, or [`BaseVolume::open`] does not find it.
     pub fn create(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -102,8 +103,10 @@ impl BaseVolume {
         size_bytes: u64,
     ) -> io::Result<BaseVolume> {
         check_size(size_bytes);
+        let path = sums_path(dir, number);
+        let new_path = path.with_extension("sum.new");
         let image = disk.open(&image_path(dir, number), OpenMode::Create)?;
-        let sums = disk.open(&sums_path(dir, number), OpenMode::Create)?;
+        let sums = disk.open(&new_path, OpenMode::Create)?;
         for (file, bytes) in [(&image, size_bytes), (&sums, sidecar::file_bytes(size_bytes))] {
             file.set_len(0)?;
             file.set_len(bytes)?;
@@ -112,14 +115,16 @@ impl BaseVolume {
         image.sync()?;
         sums.sync()?;
         disk.sync_dir(dir)?;
+        disk.rename(&new_path, &path)?;
+        disk.sync_dir(dir)?;
         Ok(BaseVolume::of(disk, dir, number, image, sums, size_bytes))
     }
 
-    /// Opens the base of a volume.
+    /// Opens the base of a volume; `NotFound` where it was never made, or not to the end.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, number: VolumeNumber) -> io::Result<BaseVolume> {
-        let image = disk.open(&image_path(dir, number), OpenMode::ReadWrite)?;
         let path = sums_path(dir, number);
         let sums = disk.open(&path, OpenMode::ReadWrite)?;
+        let image = disk.open(&image_path(dir, number), OpenMode::ReadWrite)?;
         let mut header = [0; 16];
         let read = sums.read_at(&mut header, 0).map_err(|error| error.to_string());
         read.and_then(|()| sidecar::check_header(&header, number)).map_err(|cause| {

@@ -87,6 +87,8 @@ impl Group {
                 return Err(GroupError::Damaged { group: name.clone(), what: cause.to_string() });
             }
         };
+        // Folded segments of which a crash took the new names of some, so that gaps are between them.
+        segments.retire_below(horizon.position.lsn.segment_number(before.segment_bytes));
         // Records tell what was durable at their author. That is here only where they are our own.
         let own =
             |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;

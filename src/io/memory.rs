@@ -149,6 +149,8 @@ struct State {
     faults: Vec<Fault>,
     off: bool,
     total_bytes: u64,
+    /// The disk before each operation since the recording began.
+    recorded: Option<Vec<State>>,
     /// Chooses what a failed sync or a failed write leaves behind.
     random: Random,
 }
@@ -371,6 +373,10 @@ impl State {
         if self.off {
             return Err(eio("power is off"));
         }
+        if let Some(mut recorded) = self.recorded.take() {
+            recorded.push(self.clone());
+            self.recorded = Some(recorded);
+        }
         self.operations += 1;
         let mut hit = None;
         for fault in &self.faults {
@@ -483,10 +489,28 @@ impl MemoryDisk {
         self.lock().total_bytes = bytes;
     }
 
+    /// Begins to keep the disk as it is before each operation, for
+    /// [`MemoryDisk::take_recorded`].
+    pub fn record(&self) {
+        self.lock().recorded = Some(Vec::new());
+    }
+
+    /// Ends the recording: the disk before each operation since, each on its own, and as it is now.
+    /// A test stops a program at every boundary with one run of it.
+    #[must_use]
+    pub fn take_recorded(&self) -> Vec<MemoryDisk> {
+        let recorded = self.lock().recorded.take().unwrap_or_default();
+        let mut disks: Vec<MemoryDisk> =
+            recorded.into_iter().map(|state| MemoryDisk::of(state).snapshot()).collect();
+        disks.push(self.snapshot());
+        disks
+    }
+
     /// The same disk as it is now, cache and all, on its own from here on.
     #[must_use]
     pub fn snapshot(&self) -> MemoryDisk {
         let mut state = self.lock().clone();
+        state.recorded = None;
         for inode in state.inodes.values_mut() {
             inode.handles = 0;
         }

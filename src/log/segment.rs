@@ -102,6 +102,10 @@ impl Segments {
         for name in disk.list(dir)? {
             if let Some(number) = number_of(&name) {
                 let file = disk.open(&dir.join(&name), OpenMode::ReadWrite)?;
+                if file.len()? < segment_bytes {
+                    // Its name got to the disk, its length did not: nothing was appended to it yet.
+                    file.set_len(segment_bytes)?;
+                }
                 live.insert(number, Arc::new(Segment { number, file }));
             } else if let Some(number) =
                 name.strip_suffix(".spare").and_then(|number| number.parse::<u64>().ok())
