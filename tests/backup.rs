@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tidelog::backup::{
@@ -24,6 +24,8 @@ struct RamView {
     volumes: Vec<(Volume, Mutex<Vec<u8>>)>,
     bytes_read: AtomicU64,
     broken: Mutex<Option<(u32, u64)>>,
+    /// Blocks of zeros are holes.
+    sparse: AtomicBool,
 }
 
 impl RamView {
@@ -47,6 +49,7 @@ impl RamView {
             volumes: volumes.collect(),
             bytes_read: AtomicU64::new(0),
             broken: Mutex::new(None),
+            sparse: AtomicBool::new(false),
         }
     }
 
@@ -89,12 +92,30 @@ impl View for RamView {
 
     fn extents(
         &self,
-        _volume: VolumeNumber,
+        volume: VolumeNumber,
         offset: u64,
         length: u64,
-        _limit: usize,
+        limit: usize,
     ) -> Result<Vec<Extent>, GroupError> {
-        Ok(vec![Extent { offset, length, allocation: Allocation::Data }])
+        if !self.sparse.load(Ordering::SeqCst) {
+            return Ok(vec![Extent { offset, length, allocation: Allocation::Data }]);
+        }
+        let (_, bytes) = self.volumes.iter().find(|(known, _)| known.number == volume).unwrap();
+        let bytes = bytes.lock().unwrap();
+        let mut extents: Vec<Extent> = Vec::new();
+        for at in (offset..offset + length).step_by(4096) {
+            let block = &bytes[at as usize..(at as usize + 4096).min(bytes.len())];
+            let is_hole = block.iter().all(|byte| *byte == 0);
+            let allocation = if is_hole { Allocation::Hole } else { Allocation::Data };
+            let length = block.len() as u64;
+            let full = extents.len() == limit;
+            match extents.last_mut() {
+                Some(last) if last.allocation == allocation => last.length += length,
+                _ if full => break,
+                _ => extents.push(Extent { offset: at, length, allocation }),
+            }
+        }
+        Ok(extents)
     }
 }
 
@@ -222,7 +243,7 @@ fn stock_restic_checks_the_repository_and_restores_the_image() {
         assert!(bench.restored_by_restic(&target, volume) == bench.view.bytes(index), "{volume}");
     }
     let manifest: Manifest =
-        serde_json::from_slice(&std::fs::read(target.join("g/manifest.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(target.join("g/tidelog.json")).unwrap()).unwrap();
     assert_eq!(manifest, bench.manifest(4096));
     assert!(objects.read("slots/x/claim-1").unwrap().is_some(), "restic left the claims alone");
     bench.repository.check(true).unwrap();
@@ -264,7 +285,11 @@ fn an_incremental_reads_only_what_changed_and_is_logically_full() {
     let mut third = parent(&second.id, 8192);
     third.changed[0].1.clear();
     third.changed[1].1.push((0, 512));
-    let third = bench.repository.backup(bench.plan(12288, Some(third))).unwrap();
+    // The other node makes it, for another job: the chain is the group's.
+    let mut plan = bench.plan(12288, Some(third));
+    plan.manifest.node = name("a");
+    plan.manifest.job = name("hourly");
+    let third = bench.repository.backup(plan).unwrap();
     assert_eq!(bench.view.take_bytes_read(), FILE_BYTES as u64);
 
     for (index, volume) in volumes.iter().enumerate() {
@@ -281,6 +306,72 @@ fn an_incremental_reads_only_what_changed_and_is_logically_full() {
     let listed = bench.repository.list().unwrap();
     let ids: Vec<_> = listed.iter().map(|(entry, _)| entry.id.clone().unwrap()).collect();
     assert_eq!(ids, [first.id, second.id, third.id]);
+    let (last, manifest) = listed.last().unwrap();
+    assert_eq!((last.bytes_read, last.bytes_added), {
+        let stats = third.stats;
+        (stats.bytes_read, stats.bytes_added)
+    });
+    assert_eq!((manifest.node.as_str(), manifest.job.as_str()), ("a", "hourly"));
+}
+
+#[test]
+fn a_second_backup_of_the_same_moment_has_its_own_manifest() {
+    let bench = Bench::new();
+    bench.repository.init().unwrap();
+    let first = bench.repository.backup(bench.plan(4096, None)).unwrap();
+    bench.view.take_bytes_read();
+    let parent = Parent {
+        id: first.id,
+        manifest: bench.manifest(4096),
+        changed: bench.view.volumes().into_iter().map(|volume| (volume, Vec::new())).collect(),
+    };
+    let mut plan = bench.plan(4096, Some(parent));
+    // As many bytes as before.
+    plan.manifest.node = name("c");
+    let second = bench.repository.backup(plan).unwrap();
+    assert_eq!(bench.view.take_bytes_read(), 0);
+    bench.repository.verify(&second.id, &Progress::new()).unwrap();
+}
+
+#[test]
+fn holes_are_not_read_and_come_back_as_holes() {
+    let bench = Bench::new();
+    bench.repository.init().unwrap();
+    bench.view.sparse.store(true, Ordering::SeqCst);
+    // Every other block of the last third of zeta, more runs than are told at once.
+    let start = (2 * FILE_BYTES + (1 << 20)) / 8192 * 8192;
+    for at in (start..3 * FILE_BYTES).step_by(8192) {
+        bench.view.write(0, at, &[1; 4096]);
+    }
+    let made = bench.repository.backup(bench.plan(4096, None)).unwrap();
+    let data = |volume: usize| {
+        let blocks = bench.view.bytes(volume);
+        blocks.chunks(4096).filter(|block| block.iter().any(|byte| *byte != 0)).count() as u64
+            * 4096
+    };
+    let expected = (0..3).map(data).sum::<u64>();
+    assert_eq!(bench.view.take_bytes_read(), expected);
+    assert_eq!(made.stats.bytes_read, expected);
+    let path = bench.dir.path().join("alpha");
+    let mut sink = FileSink::create(&path).unwrap();
+    bench.repository.restore(&made.id, "alpha", &mut sink, &Progress::new()).unwrap();
+    assert!(std::fs::read(&path).unwrap() == bench.view.bytes(1));
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap());
+    assert!(blocks * 512 < bench.view.volumes()[1].size_bytes, "{blocks} blocks: not sparse");
+}
+
+#[test]
+fn a_repository_that_takes_no_packs_gets_no_snapshot() {
+    let bench = Bench::new();
+    bench.repository.init().unwrap();
+    for dir in sorted(&bench.dir.path().join("repository/data")) {
+        std::fs::remove_dir(&dir).unwrap();
+        std::fs::write(&dir, b"").unwrap();
+    }
+    let error = bench.repository.backup(bench.plan(4096, None)).unwrap_err();
+    assert!(error.to_string().starts_with("repository main: "), "{error}");
+    assert!(!error.to_string().contains('\n'), "{error}");
+    assert!(bench.repository.list().unwrap().is_empty());
 }
 
 #[test]
@@ -338,6 +429,15 @@ fn every_failure_names_the_repository_and_the_next_command() {
     let id = bench.repository.init().unwrap();
     assert_eq!(bench.repository.id().unwrap(), id);
     assert!(text(bench.repository.init().unwrap_err()).contains("exists already"));
+    let mut full = config(bench.dir.path());
+    full.url = bench.dir.path().display().to_string();
+    let full = text(Repository::new(full, 8).unwrap().init().unwrap_err());
+    assert!(full.contains("is not empty"), "{full}");
+    let mut file = config(bench.dir.path());
+    file.url = bench.dir.path().join("password").display().to_string();
+    let file = Repository::new(file, 8).unwrap();
+    assert!(text(file.init().unwrap_err()).contains("password: "), "names the place");
+    assert!(text(file.id().unwrap_err()).contains("not a directory"));
 
     let other = tempfile::tempdir().unwrap();
     std::fs::write(other.path().join("password"), "wrong\n").unwrap();

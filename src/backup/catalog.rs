@@ -170,8 +170,23 @@ impl BackupEntry {
     }
 }
 
+/// What the description of a snapshot says: the manifest again, so that a list reads no tree, and
+/// what was only known when the run had ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Description {
+    /// The manifest.
+    #[serde(flatten)]
+    pub(super) manifest: Manifest,
+    /// What the run cost.
+    #[serde(default)]
+    pub(super) stats: Option<Stats>,
+    /// A checksum for each volume.
+    #[serde(default)]
+    pub(super) checksums: Vec<VolumeChecksum>,
+}
+
 /// What a backup cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
     /// Bytes read from the image.
     pub bytes_read: u64,

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::door::sync_dir;
+
 /// The door to the small objects of a repository. Names are relative, with `/` between their parts.
 pub trait Objects: Send + Sync {
     /// Creates an object; `false` where the name is taken. Durable on return.
@@ -24,8 +26,10 @@ pub trait Objects: Send + Sync {
     fn list(&self, dir: &str) -> io::Result<Vec<String>>;
 }
 
-/// Objects as files below a directory. Exclusive by `link(2)`, which is atomic on local file systems
-/// and on NFS.
+/// Objects as files below a directory of a repository. Exclusive by `link(2)`, which is atomic on
+/// local file systems and on NFS; where there are no links, by an exclusive open, whose file may be
+/// short after a crash. Where the repository is not there (a disk that is not mounted) everything is
+/// an error: "there is no claim" would be a lie, and a claim made there a second one.
 pub struct FileObjects {
     root: PathBuf,
     writer: u64,
@@ -43,7 +47,7 @@ impl FileObjects {
     /// Writes the body under a temporary name in the same directory, synced.
     fn write_temporary(&self, path: &Path, body: &[u8]) -> io::Result<(PathBuf, PathBuf)> {
         let dir = path.parent().unwrap_or(&self.root).to_path_buf();
-        fs::create_dir_all(&dir)?;
+        self.make_dir(&dir)?;
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         let temporary = dir.join(format!(".new-{:016x}-{number}", self.writer));
         let mut file = fs::File::create(&temporary)?;
@@ -51,50 +55,99 @@ impl FileObjects {
         file.sync_all()?;
         Ok((dir, temporary))
     }
+
+    /// Makes a directory below the root, durably.
+    fn make_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir.is_dir() {
+            return Ok(());
+        }
+        self.check_repository()?;
+        fs::create_dir_all(dir)?;
+        let upwards = dir.ancestors().take_while(|above| above.starts_with(&self.root));
+        upwards.chain(self.root.parent()).try_for_each(sync_dir)
+    }
+
+    /// Fails where the repository beside the objects is not there.
+    fn check_repository(&self) -> io::Result<()> {
+        let repository = self.root.parent().unwrap_or(&self.root);
+        match fs::metadata(repository.join("config")) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let what = format!("no repository at {}: {error}", repository.display());
+                Err(io::Error::new(error.kind(), what))
+            }
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        let part_is_good = |part: &str| !part.is_empty() && !part.starts_with('.');
+        assert!(name.split('/').all(part_is_good), "`{name}` is no name of an object");
+        self.root.join(name)
+    }
+
+    /// Creates an object where the file system has no links.
+    fn create_in_place(path: &Path, body: &[u8]) -> io::Result<bool> {
+        match fs::OpenOptions::new().write(true).create_new(true).open(path) {
+            Ok(mut file) => {
+                file.write_all(body)?;
+                file.sync_all()?;
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
 }
 
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    fs::File::open(dir)?.sync_all()
+fn lacks_links(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let code = error.raw_os_error().map(Errno::from_raw);
+    matches!(code, Some(Errno::EPERM | Errno::EOPNOTSUPP | Errno::ENOSYS))
 }
 
 impl Objects for FileObjects {
     fn create(&self, name: &str, body: &[u8]) -> io::Result<bool> {
-        let path = self.root.join(name);
+        let path = self.path(name);
         let (dir, temporary) = self.write_temporary(&path, body)?;
-        let linked = fs::hard_link(&temporary, &path);
-        let removed = fs::remove_file(&temporary);
-        match linked {
-            Ok(()) => {}
+        let linked = match fs::hard_link(&temporary, &path) {
+            Ok(()) => Ok(true),
+            // A lost answer of a network file system can be our own success.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                // A lost answer of a network file system can be our own success.
-                return Ok(fs::read(&path)? == body);
+                fs::read(&path).map(|found| found == body)
             }
-            Err(error) => return Err(error),
-        }
+            Err(error) if lacks_links(&error) => FileObjects::create_in_place(&path, body),
+            Err(error) => Err(error),
+        };
+        let removed = fs::remove_file(&temporary);
+        let created = linked?;
         removed?;
         sync_dir(&dir)?;
-        Ok(true)
+        Ok(created)
     }
 
     fn replace(&self, name: &str, body: &[u8]) -> io::Result<()> {
-        let path = self.root.join(name);
+        let path = self.path(name);
         let (dir, temporary) = self.write_temporary(&path, body)?;
         fs::rename(&temporary, &path)?;
         sync_dir(&dir)
     }
 
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        match fs::read(self.root.join(name)) {
+        match fs::read(self.path(name)) {
             Ok(body) => Ok(Some(body)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.check_repository().map(|()| None)
+            }
             Err(error) => Err(error),
         }
     }
 
     fn list(&self, dir: &str) -> io::Result<Vec<String>> {
-        let entries = match fs::read_dir(self.root.join(dir)) {
+        let entries = match fs::read_dir(self.path(dir)) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return self.check_repository().map(|()| Vec::new());
+            }
             Err(error) => return Err(error),
         };
         let mut names = Vec::new();
@@ -174,9 +227,50 @@ impl Objects for MemoryObjects {
 mod tests {
     use super::*;
 
+    /// A directory that looks like a repository.
+    fn repository() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("config"), b"x").expect("written");
+        dir
+    }
+
+    #[test]
+    fn a_repository_that_went_away_is_an_error_and_not_an_absence() {
+        let dir = repository();
+        let objects = FileObjects::new(dir.path().join("tidelog"), 1);
+        assert_eq!(objects.read("slots/x").expect("read"), None);
+        fs::remove_file(dir.path().join("config")).expect("removed");
+        let gone = [
+            objects.read("slots/x").err(),
+            objects.list("slots").err(),
+            objects.create("slots/x", b"").err(),
+            objects.replace("slots/x", b"").err(),
+        ];
+        for error in gone {
+            let error = error.expect("an error").to_string();
+            assert!(error.contains(&dir.path().display().to_string()), "{error}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).expect("there").count(), 0, "nothing was made");
+    }
+
+    #[test]
+    fn without_links_one_comes_second_too() {
+        let dir = repository();
+        let path = dir.path().join("x");
+        assert!(FileObjects::create_in_place(&path, b"a").expect("created"));
+        assert!(!FileObjects::create_in_place(&path, b"b").expect("refused"));
+        assert_eq!(fs::read(path).expect("read"), b"a");
+    }
+
+    #[test]
+    #[should_panic(expected = "is no name of an object")]
+    fn names_do_not_lead_out() {
+        drop(FileObjects::new(repository().path().join("tidelog"), 1).read("../config"));
+    }
+
     #[test]
     fn of_two_that_create_a_name_one_comes_second() {
-        let dir = tempfile::tempdir().expect("a directory");
+        let dir = repository();
         let (a, b) = (
             FileObjects::new(dir.path().join("tidelog"), 1),
             FileObjects::new(dir.path().join("tidelog"), 2),
@@ -198,8 +292,8 @@ mod tests {
 
     #[test]
     fn many_threads_that_create_a_name_have_one_winner() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let root = dir.path().to_path_buf();
+        let dir = repository();
+        let root = dir.path().join("tidelog");
         let wins: usize = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8u64)
                 .map(|number| {

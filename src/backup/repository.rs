@@ -10,13 +10,13 @@ use std::time::Duration;
 use rustic_backend::BackendOptions;
 use rustic_core::repofile::{Chunker, MasterKey, Node, SnapshotFile, StringList};
 use rustic_core::{
-    BackupOptions, CheckOptions, ConfigOptions, Credentials, IndexedFullStatus, IndexedIdsStatus,
-    KeyOptions, OpenStatus, ParentOptions, RepositoryBackends, RepositoryOptions, RusticError,
+    BackupOptions, CheckOptions, ConfigOptions, Credentials, IndexedIdsStatus, KeyOptions,
+    OpenStatus, ParentOptions, RepositoryBackends, RepositoryOptions, RusticError,
     SnapshotGroupCriterion,
 };
 
-use super::catalog::{BackupEntry, Manifest, Stats, VolumeChecksum};
-use super::door::{Bars, Door};
+use super::catalog::{BackupEntry, Description, Manifest, Stats, VolumeChecksum};
+use super::door::{Bars, Door, Gate, sync_dir};
 use super::objects::{FileObjects, Objects};
 use super::source::{DIR_FILES, FILE_BYTES, ImageSource, Progress, Stamp, Stamps, Stop, files};
 use crate::group::{View, Volume};
@@ -44,6 +44,8 @@ pub enum RepositoryError {
         "repository {name}: does not exist at {url}; `tidelog repository init {name}` makes it"
     )]
     Missing { name: String, url: String },
+    #[error("repository {name}: {url}: is not a directory; change its url in the configuration")]
+    NotADirectory { name: String, url: String },
     #[error("repository {name}: exists already at {url}")]
     Exists { name: String, url: String },
     #[error("repository {name}: password file {path}: {cause}")]
@@ -103,6 +105,9 @@ pub struct Repository {
     objects: Arc<dyn Objects>,
 }
 
+/// The tag that every snapshot of ours carries.
+const TAG: &str = "tidelog";
+
 type Opened = rustic_core::Repository<OpenStatus>;
 
 impl Repository {
@@ -139,21 +144,39 @@ impl Repository {
     ///
     /// Where one is there, and where directory or password fail.
     pub fn init(&self) -> Result<String, RepositoryError> {
-        if self.path.join("config").exists() {
-            let RepositoryConfig { name, url, .. } = self.config.clone();
-            return Err(RepositoryError::Exists { name, url });
-        }
+        self.check_empty()?;
         let credentials = self.password()?;
-        let repository = self.closed(None)?;
+        let repository = self.closed(&Gate::new(Stop::new()), None)?;
         let config = ConfigOptions::default().set_chunker(Chunker::FixedSize);
         let opened = repository
             .init(&credentials, &KeyOptions::default(), &config)
             .map_err(|error| self.failed("could not be made", &error))?;
         // restic expects the directory for its locks.
         std::fs::create_dir_all(self.path.join("locks"))
+            .and_then(|()| sync_dir(&self.path))
             .map_err(|error| self.failed_text("locks", &error.to_string()))?;
         *self.key.lock().expect("no holder panics") = Some(opened.key());
         Ok(opened.config().id.to_hex().to_string())
+    }
+
+    /// Refuses a place that holds a repository, or anything else.
+    fn check_empty(&self) -> Result<(), RepositoryError> {
+        let failed = |cause: &str| Err(self.failed_text(&self.config.url, cause));
+        match std::fs::read_dir(&self.path) {
+            Ok(entries) => {
+                if self.path.join("config").exists() {
+                    let RepositoryConfig { name, url, .. } = self.config.clone();
+                    return Err(RepositoryError::Exists { name, url });
+                }
+                let names = entries.filter_map(Result::ok).map(|entry| entry.file_name());
+                if names.into_iter().any(|name| name != "lost+found") {
+                    return failed("is not empty; give a directory that is empty or new");
+                }
+                Ok(())
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => failed(&error.to_string()),
+        }
     }
 
     /// The repository's own id, by which two nodes know that they mean the same.
@@ -162,7 +185,7 @@ impl Repository {
     ///
     /// Where it cannot be opened.
     pub fn id(&self) -> Result<String, RepositoryError> {
-        Ok(self.open(None)?.config().id.to_hex().to_string())
+        Ok(self.open()?.config().id.to_hex().to_string())
     }
 
     /// Makes a backup of an image.
@@ -173,8 +196,10 @@ impl Repository {
     /// snapshot is left then.
     pub fn backup(&self, plan: BackupPlan) -> Result<Made, RepositoryError> {
         let BackupPlan { view, manifest, parent, stop, progress } = plan;
+        let gate = Gate::new(stop.clone());
+        gate.close();
         let repository = self
-            .open(Some((&stop, &progress)))?
+            .open_through(&gate, Some(&progress))?
             .to_indexed_ids()
             .map_err(|error| self.failed("index", &error))?;
         let wanted: Vec<Volume> = view
@@ -196,41 +221,39 @@ impl Repository {
         let root = PathBuf::from("/").join(manifest.group.as_str());
         let roots = [root.clone()];
         let source = ImageSource::new(view, sources, root, body, stop.clone(), progress.clone());
-        let mut snapshot = SnapshotFile::default();
-        snapshot.label = manifest.group.to_string();
-        snapshot.hostname = manifest.node.to_string();
-        snapshot.program_version = concat!("tidelog ", env!("CARGO_PKG_VERSION")).to_owned();
-        snapshot.tags = StringList::default();
-        for tag in ["tidelog".to_owned(), format!("job:{}", manifest.job)] {
-            snapshot.tags.add(tag);
-        }
-        snapshot.description =
-            Some(serde_json::to_string(&manifest).expect("plain data becomes JSON"));
-        let mut options = BackupOptions::default().no_scan(true);
-        options.parent_opts = ParentOptions::default()
-            .group_by(SnapshotGroupCriterion::new().label(true))
-            .ignore_inode(false);
-        match &parent {
-            Some(parent) => options.parent_opts.parents = vec![parent.id.clone()],
-            None => options.parent_opts.force = true,
-        }
-        let made = repository.archive(&options, &source, snapshot, &roots);
+        let expected = source.file_count();
+        let made = repository.archive(
+            &archive_options(parent.as_ref()),
+            &source,
+            blank_snapshot(&manifest),
+            &roots,
+        );
+        let stopped =
+            |reason: String| RepositoryError::Stopped { name: self.config.name.clone(), reason };
         if let Some(reason) = stop.reason() {
-            // The snapshot was refused at the door, unless the order came just behind it.
-            if let Ok(snapshot) = &made {
-                let opened = self.open(None)?;
-                opened
-                    .delete_snapshots(&[snapshot.id])
-                    .map_err(|error| self.failed("forget", &error))?;
-            }
-            return Err(RepositoryError::Stopped { name: self.config.name.clone(), reason });
+            return Err(stopped(reason));
         }
-        let made = made.map_err(|error| self.failed("backup", &error))?;
+        let mut snapshot = made.map_err(|error| self.failed("backup", &error))?;
+        let processed = snapshot.summary.as_ref().map_or(0, |s| s.total_files_processed);
+        if processed != expected {
+            let cause = format!("{processed} of {expected} files could be written");
+            return Err(self.failed_text("backup", &cause));
+        }
         // What was just written is not in the index that was read before.
-        let checked = self.open(None)?.to_indexed().map_err(|e| self.failed("index", &e))?;
-        let checksums = self.checksums(&checked, &made, &manifest)?;
-        let stats = stats_of(&made, progress.bytes_read());
-        Ok(Made { id: made.id.to_hex().to_string(), stats, checksums })
+        let written = self.open()?.to_indexed_ids().map_err(|e| self.failed("index", &e))?;
+        let checksums = self.checksums(&written, &snapshot, &manifest)?;
+        let stats = stats_of(&snapshot, progress.bytes_read());
+        let described = Description { manifest, stats: Some(stats), checksums };
+        snapshot.description =
+            Some(serde_json::to_string(&described).expect("plain data becomes JSON"));
+        gate.open();
+        if let Err(error) = repository.save_snapshots(vec![snapshot]) {
+            return Err(stop
+                .reason()
+                .map_or_else(|| self.failed("snapshot could not be saved", &error), stopped));
+        }
+        let id = gate.saved().expect("a snapshot went through the gate").to_hex().to_string();
+        Ok(Made { id, stats, checksums: described.checksums })
     }
 
     /// All backups that Tidelog made, oldest first.
@@ -239,17 +262,15 @@ impl Repository {
     ///
     /// Where the repository cannot be read.
     pub fn list(&self) -> Result<Vec<(BackupEntry, Manifest)>, RepositoryError> {
-        let mut snapshots = self.snapshots(&self.open(None)?)?;
-        snapshots.sort_by(|a, b| a.0.time.timestamp().cmp(&b.0.time.timestamp()));
+        let mut snapshots = self.snapshots(&self.open()?)?;
+        snapshots.sort_by_key(|(snapshot, described)| {
+            (described.manifest.time, snapshot.id.to_hex().to_string())
+        });
         Ok(snapshots
             .into_iter()
-            .map(|(snapshot, manifest)| {
-                let read = snapshot.summary.as_ref().map_or(0, |summary| {
-                    // Files that were not unmodified were read.
-                    let of = summary.files_new + summary.files_changed;
-                    (of * FILE_BYTES).min(manifest.size_bytes())
-                });
-                let stats = stats_of(&snapshot, read);
+            .map(|(snapshot, described)| {
+                let Description { manifest, stats, .. } = described;
+                let stats = stats.unwrap_or_else(|| stats_of(&snapshot, manifest.size_bytes()));
                 let id = snapshot.id.to_hex().to_string();
                 (BackupEntry::of_snapshot(id, manifest.clone(), stats), manifest)
             })
@@ -262,7 +283,7 @@ impl Repository {
     ///
     /// Where there is no such snapshot, or it cannot be removed.
     pub fn forget(&self, id: &str) -> Result<(), RepositoryError> {
-        let opened = self.open(None)?;
+        let opened = self.open()?;
         let (snapshot, _) = self.find(&opened, id)?;
         opened.delete_snapshots(&[snapshot.id]).map_err(|error| self.failed("forget", &error))
     }
@@ -274,20 +295,19 @@ impl Repository {
     /// Names what is damaged.
     pub fn check(&self, read_data: bool) -> Result<(), RepositoryError> {
         let options = CheckOptions::default().read_data(read_data);
-        let results =
-            self.open(None)?.check(options).map_err(|error| self.failed("check", &error))?;
+        let results = self.open()?.check(options).map_err(|error| self.failed("check", &error))?;
         results.is_ok().map_err(|_| {
             let what: Vec<_> = results.0.iter().take(3).map(|(_, e)| e.to_string()).collect();
             RepositoryError::Damaged { name: self.config.name.clone(), what: what.join("; ") }
         })
     }
 
-    /// The snapshot whose id begins with `id`, with its manifest.
+    /// The snapshot whose id begins with `id`, with what it says of itself.
     pub(super) fn find(
         &self,
         opened: &Opened,
         id: &str,
-    ) -> Result<(SnapshotFile, Manifest), RepositoryError> {
+    ) -> Result<(SnapshotFile, Description), RepositoryError> {
         let none =
             || RepositoryError::NoBackup { name: self.config.name.clone(), id: id.to_owned() };
         if id.len() < 6 {
@@ -304,18 +324,30 @@ impl Repository {
         found.pop().ok_or_else(none)
     }
 
-    pub(super) fn open(&self, run: Option<(&Stop, &Progress)>) -> Result<Opened, RepositoryError> {
+    pub(super) fn open(&self) -> Result<Opened, RepositoryError> {
+        self.open_through(&Gate::new(Stop::new()), None)
+    }
+
+    fn open_through(
+        &self,
+        gate: &Arc<Gate>,
+        progress: Option<&Progress>,
+    ) -> Result<Opened, RepositoryError> {
         if !self.path.join("config").exists() {
             let RepositoryConfig { name, url, .. } = self.config.clone();
-            return Err(RepositoryError::Missing { name, url });
+            return Err(if self.path.exists() && !self.path.is_dir() {
+                RepositoryError::NotADirectory { name, url }
+            } else {
+                RepositoryError::Missing { name, url }
+            });
         }
         let known = self.key.lock().expect("no holder panics").clone();
         if let Some(key) = known
-            && let Ok(opened) = self.closed(run)?.open(&Credentials::Masterkey(key))
+            && let Ok(opened) = self.closed(gate, progress)?.open(&Credentials::Masterkey(key))
         {
             return Ok(opened);
         }
-        let opened = self.closed(run)?.open(&self.password()?).map_err(|error| {
+        let opened = self.closed(gate, progress)?.open(&self.password()?).map_err(|error| {
             if error.is_incorrect_password() {
                 RepositoryError::Password {
                     name: self.config.name.clone(),
@@ -386,18 +418,19 @@ impl Repository {
 
     fn closed(
         &self,
-        run: Option<(&Stop, &Progress)>,
+        gate: &Arc<Gate>,
+        progress: Option<&Progress>,
     ) -> Result<rustic_core::Repository<()>, RepositoryError> {
         let backends = BackendOptions::default()
             .repository(self.config.url.clone())
             .to_backends()
             .map_err(|error| self.failed("could not be opened", &error))?;
+        let door = Door::new(backends.repository(), &self.path, gate);
+        let backends = RepositoryBackends::new(Arc::new(door), None);
         let options = RepositoryOptions::default().no_cache(true);
-        let closed = match run {
+        let closed = match progress {
             None => rustic_core::Repository::new(&options, &backends),
-            Some((stop, progress)) => {
-                let door = Door { inner: backends.repository(), stop: stop.clone() };
-                let backends = RepositoryBackends::new(Arc::new(door), None);
+            Some(progress) => {
                 let bars = Bars(progress.clone());
                 rustic_core::Repository::new_with_progress(&options, &backends, bars)
             }
@@ -420,14 +453,24 @@ impl Repository {
         Ok(Credentials::Password(line))
     }
 
-    fn snapshots(&self, opened: &Opened) -> Result<Vec<(SnapshotFile, Manifest)>, RepositoryError> {
+    fn snapshots(
+        &self,
+        opened: &Opened,
+    ) -> Result<Vec<(SnapshotFile, Description)>, RepositoryError> {
         let all = opened.get_all_snapshots().map_err(|error| self.failed("snapshots", &error))?;
         Ok(all
             .into_iter()
-            .filter(|snapshot| snapshot.tags.contains("tidelog"))
+            .filter(|snapshot| snapshot.tags.contains(TAG))
             .filter_map(|snapshot| {
-                let manifest = serde_json::from_str(snapshot.description.as_deref()?).ok()?;
-                Some((snapshot, manifest))
+                let text = snapshot.description.as_deref().unwrap_or_default();
+                match serde_json::from_str(text) {
+                    Ok(described) => Some((snapshot, described)),
+                    Err(error) => {
+                        let id = snapshot.id;
+                        tracing::warn!("snapshot {id}: its description is not ours: {error}");
+                        None
+                    }
+                }
             })
             .collect())
     }
@@ -448,7 +491,7 @@ impl Repository {
         if before.name != volume.name || parent.manifest.group != manifest.group {
             return Ok(all_new);
         }
-        let opened = self.open(None)?;
+        let opened = self.open()?;
         let (snapshot, _) = self.find(&opened, &parent.id)?;
         let mut stamps = Stamps::default();
         let limit = files(volume.size_bytes);
@@ -488,7 +531,7 @@ impl Repository {
     /// Also checks that the snapshot holds every file of every volume.
     fn checksums(
         &self,
-        repository: &rustic_core::Repository<IndexedFullStatus>,
+        repository: &rustic_core::Repository<IndexedIdsStatus>,
         snapshot: &SnapshotFile,
         manifest: &Manifest,
     ) -> Result<Vec<VolumeChecksum>, RepositoryError> {
@@ -508,6 +551,35 @@ impl Repository {
     }
 }
 
+/// A snapshot of a run, before its files are known.
+fn blank_snapshot(manifest: &Manifest) -> SnapshotFile {
+    let mut snapshot = SnapshotFile::default();
+    // The moment that the image shows is what `restic snapshots` lists.
+    snapshot.time = manifest.time.timestamp().to_zoned(jiff::tz::TimeZone::UTC);
+    snapshot.label = manifest.group.to_string();
+    snapshot.hostname = manifest.node.to_string();
+    snapshot.program_version = concat!("tidelog ", env!("CARGO_PKG_VERSION")).to_owned();
+    snapshot.tags = StringList::default();
+    for tag in
+        [TAG.to_owned(), format!("group:{}", manifest.group), format!("job:{}", manifest.job)]
+    {
+        snapshot.tags.add(tag);
+    }
+    snapshot
+}
+
+fn archive_options(parent: Option<&Parent>) -> BackupOptions {
+    let mut options = BackupOptions::default().no_scan(true);
+    // No criterion: the parent is named, whichever node or job made it.
+    options.parent_opts =
+        ParentOptions::default().group_by(SnapshotGroupCriterion::new()).ignore_inode(false);
+    match parent {
+        Some(parent) => options.parent_opts.parents = vec![parent.id.clone()],
+        None => options.parent_opts.force = true,
+    }
+    options
+}
+
 fn stats_of(snapshot: &SnapshotFile, bytes_read: u64) -> Stats {
     let summary = snapshot.summary.as_ref();
     Stats {
@@ -520,7 +592,7 @@ fn stats_of(snapshot: &SnapshotFile, bytes_read: u64) -> Stats {
 }
 
 /// An error of the library on one line.
-fn flat(error: &RusticError) -> String {
+pub(super) fn flat(error: &RusticError) -> String {
     let text = error.display_log();
     let text = text.strip_prefix("Error: ").unwrap_or(&text);
     text.split_whitespace().collect::<Vec<_>>().join(" ")

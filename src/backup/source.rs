@@ -21,8 +21,12 @@ use crate::units::{EpochId, Lsn, Position, VolumeNumber};
 pub const FILE_BYTES: u64 = 4 << 20;
 /// Files of a directory.
 pub const DIR_FILES: u64 = 1024;
+/// The manifest's name, beside `data`.
+pub(super) const MANIFEST_FILE: &str = "tidelog.json";
 /// Bytes of one read from the image.
 const READ_BYTES: usize = 256 << 10;
+/// Extents that are asked for at once.
+const EXTENTS: usize = 512;
 
 /// The identity of a file's content: where it was last read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -216,6 +220,11 @@ impl ImageSource {
         progress.set_total(volumes.iter().map(|v| v.volume.size_bytes).sum());
         ImageSource { shared: Arc::new(Shared { view, volumes, root, manifest, stop, progress }) }
     }
+
+    /// Files that a whole snapshot of this source holds.
+    pub(super) fn file_count(&self) -> u64 {
+        self.shared.volumes.iter().map(|source| source.stamps.count()).sum::<u64>() + 1
+    }
 }
 
 /// The number of files of a volume.
@@ -282,12 +291,11 @@ impl Iterator for Entries {
             return None;
         }
         self.manifest_done = true;
-        let path = shared.root.join("manifest.json");
-        let (mtime, ctime) = Stamp { lsn: Lsn(0), epoch: EpochId(0) }.times();
+        let path = shared.root.join(MANIFEST_FILE);
         let length = shared.manifest.len() as u64;
-        // Its content differs each time, its times do not: the size alone must not make it equal.
-        let unique = Timestamp::from_nanosecond(i128::from(crc32fast::hash(&shared.manifest)));
-        let ctime = unique.unwrap_or(ctime);
+        // Its times must tell its content apart from the parent's, whose size may be the same.
+        let epoch = EpochId(xxhash_rust::xxh3::xxh3_64(&shared.manifest));
+        let (mtime, ctime) = Stamp { lsn: Lsn(0), epoch }.times();
         Some(Ok(entry(shared, path, length, mtime, ctime, Content::Manifest { at: 0 })))
     }
 }
@@ -342,20 +350,8 @@ impl FileReader {
         if let Some(reason) = self.shared.stop.reason() {
             return Err(io::Error::other(reason));
         }
-        let extents = self.shared.view.extents(*volume, *at, length as u64, 1);
-        let holds_data = extents.map(|extents| {
-            !extents.iter().any(|extent| {
-                extent.allocation != Allocation::Data && extent.length >= length as u64
-            })
-        });
-        let result = match holds_data {
-            Ok(false) => Ok(()),
-            Ok(true) => {
-                self.shared.progress.add_read(length as u64);
-                read_all(self.shared.view.as_ref(), *volume, *at, &mut self.buffer)
-            }
-            Err(error) => Err(error),
-        };
+        let result = read_range(self.shared.view.as_ref(), *volume, *at, &mut self.buffer);
+        let result = result.map(|bytes_read| self.shared.progress.add_read(bytes_read));
         if let Err(error) = result {
             let reason = format!("volume {volume} at {at}: {error}");
             self.shared.stop.stop(reason.clone());
@@ -366,23 +362,41 @@ impl FileReader {
     }
 }
 
-/// Reads a range of a view in one batch.
-fn read_all(
+/// Fills `buffer` from a view, without reading what is known to be zeros; the bytes read.
+fn read_range(
     view: &dyn View,
     volume: VolumeNumber,
-    at: u64,
+    offset: u64,
     buffer: &mut [u8],
-) -> Result<(), group::GroupError> {
-    let mut reads: Vec<group::Read<'_>> = buffer
-        .chunks_mut(READ_BYTES)
-        .enumerate()
-        .map(|(index, buffer)| {
-            let offset = at + (index * READ_BYTES) as u64;
-            group::Read { volume, offset, buffer, result: Ok(()) }
-        })
-        .collect();
+) -> Result<u64, group::GroupError> {
+    let mut reads = Vec::new();
+    let mut bytes_read = 0;
+    let (mut rest, mut at) = (buffer, offset);
+    while !rest.is_empty() {
+        let extents = view.extents(volume, at, rest.len() as u64, EXTENTS)?;
+        let before = rest.len();
+        for extent in extents {
+            let end = extent.offset.saturating_add(extent.length);
+            let length = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX);
+            let (part, after) = rest.split_at_mut(length.min(rest.len()));
+            rest = after;
+            if extent.allocation != Allocation::Data {
+                part.fill(0);
+                at += part.len() as u64;
+                continue;
+            }
+            for buffer in part.chunks_mut(READ_BYTES) {
+                let length = buffer.len() as u64;
+                reads.push(group::Read { volume, offset: at, buffer, result: Ok(()) });
+                at += length;
+                bytes_read += length;
+            }
+        }
+        assert!(rest.len() < before, "volume {volume}: extents at {at} lead nowhere");
+    }
     view.read(&mut reads);
-    reads.into_iter().try_for_each(|read| read.result)
+    reads.into_iter().try_for_each(|read| read.result)?;
+    Ok(bytes_read)
 }
 
 impl Read for FileReader {
