@@ -2,6 +2,7 @@
 #
 #   . tests/clients/lib.sh        sets $work, makes cleanup certain
 #   start_appliance               serves group g; $socket is the NBD socket, $tidelog the command line
+#   more_config=…                 lines that start_appliance adds to the configuration
 #   add_volume v 256M             a volume of group g
 #   uri g/v                       its NBD URI
 #
@@ -83,6 +84,7 @@ start_appliance() {
     cat >"$work/tidelog.toml" <<END
 node = "a"
 data_dir = "$work/data"
+${more_config:-}
 [control]
 socket = "$work/control.sock"
 [[nbd]]
