@@ -4,15 +4,17 @@
 //! only then do listeners open. Draining goes the other way round: listeners close, requests in
 //! flight are answered, groups are synced and marked clean.
 
+use std::collections::HashMap;
 use std::fmt::Display;
 use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::backup::{BackupConfig, ReplicationPeers, Scheduler};
 use crate::config::{Config, ListenAddress, cause};
 use crate::control::{
     Context, ControlServer, FileJournal, MetricsServer, answer_peers, start_notifying,
@@ -73,7 +75,12 @@ impl Node {
             .await
             .map_err(NodeError::new)?
             .map_err(NodeError::new)?;
-        let replication = Replication::start(replication_config(&config), groups, registry.clone())
+        let replication =
+            Replication::start(replication_config(&config), groups.clone(), registry.clone())
+                .map_err(NodeError::new)?;
+        let peers = Arc::new(ReplicationPeers::new(replication.clone(), env.clock.clone()));
+        let backup_config = BackupConfig::new(&config.data_dir, &config.repository);
+        let scheduler = Scheduler::start(backup_config, groups, registry.clone(), peers)
             .map_err(NodeError::new)?;
         let nbd_counters = Arc::new(NbdCounters::default());
         let nbd = start_nbd(&config, &registry, &nbd_counters)?;
@@ -85,6 +92,8 @@ impl Node {
             events: events.clone(),
             registry,
             replication,
+            scheduler,
+            tickets: Mutex::new(HashMap::new()),
             nbd_counters,
         });
         answer_peers(&context);
@@ -148,6 +157,10 @@ impl Node {
             tracing::error!("closing the NBD listeners: {error}");
         }
         self.control.stop().await;
+        let scheduler = self.context.scheduler.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || scheduler.shutdown()).await {
+            tracing::error!("ending the runs: {error}");
+        }
         self.context.replication.shutdown();
         let closed = tokio::task::spawn_blocking(move || registry.close()).await;
         if let Err(error) = closed {

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use clap::Args;
+
 use tidelog::units::Name;
 
 /// A member of a group, written `GROUP/NAME`: a volume or a job.
@@ -66,5 +68,33 @@ impl FromStr for Assignment {
         let (key, value) =
             text.split_once('=').ok_or_else(|| format!("`{text}`: expected KEY=VALUE"))?;
         Ok(Assignment { key: key.to_owned(), value: value.to_owned() })
+    }
+}
+
+/// A job, written `GROUP JOB` or `GROUP/JOB`.
+#[derive(Args, Clone, Debug)]
+pub struct JobName {
+    /// The group, or GROUP/JOB
+    #[arg(value_name = "GROUP")]
+    group: String,
+    /// The job
+    #[arg(value_name = "JOB")]
+    job: Option<Name>,
+}
+
+impl JobName {
+    /// Group and job.
+    ///
+    /// # Errors
+    ///
+    /// Where they are no names, or the job is missing or given twice.
+    pub fn resolve(&self) -> anyhow::Result<(Name, Name)> {
+        match &self.job {
+            Some(job) => Ok((self.group.parse()?, job.clone())),
+            None => {
+                let member: Member = self.group.parse().map_err(anyhow::Error::msg)?;
+                Ok((member.group, member.name))
+            }
+        }
     }
 }

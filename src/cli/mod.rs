@@ -1,6 +1,7 @@
 //! The command line: one file per family of commands, each talking to the control socket alone.
 
 mod arguments;
+mod backup;
 mod demo;
 mod events;
 mod group;
@@ -57,6 +58,15 @@ enum Command {
     /// Open, list and close images of past moments
     #[command(subcommand)]
     Image(time::ImageCommand),
+    /// Set, show and remove backup jobs
+    #[command(subcommand)]
+    Job(backup::JobCommand),
+    /// Make, check and list repositories
+    #[command(subcommand)]
+    Repository(backup::RepositoryCommand),
+    /// Run jobs, explain decisions, list, verify and restore backups
+    #[command(subcommand)]
+    Backup(backup::BackupCommand),
     Events(events::EventsArguments),
     Demo(demo::Args),
     Serve(serve::ServeArguments),
@@ -120,6 +130,9 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,
         Command::Timeline(arguments) => time::timeline(session, &arguments).await,
         Command::Image(command) => time::image(session, command).await,
+        Command::Job(command) => backup::job(session, command).await,
+        Command::Repository(command) => backup::repository(session, command).await,
+        Command::Backup(command) => backup::backup(session, command).await,
         Command::Events(arguments) => events::events(session, &arguments).await,
         Command::Demo(_)
         | Command::Serve(_)

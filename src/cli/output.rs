@@ -76,6 +76,34 @@ pub fn bar(done: u64, whole: u64) -> String {
     format!("[{}{}] {percent} %", "#".repeat(columns), "-".repeat(30 - columns))
 }
 
+/// A progress bar on standard error.
+pub struct ProgressLine(indicatif::ProgressBar);
+
+impl ProgressLine {
+    /// A bar of a size that is not known yet.
+    pub fn new() -> ProgressLine {
+        let bar = indicatif::ProgressBar::new(0);
+        let template = "{bar:30} {percent:>3} %  {bytes} of {total_bytes}, {bytes_per_sec}, {eta}";
+        if let Ok(style) = indicatif::ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        ProgressLine(bar)
+    }
+
+    /// Shows what is done of a whole; nothing where the whole is not known.
+    pub fn show(&self, done: u64, whole: u64) {
+        if whole > 0 {
+            self.0.set_length(whole);
+            self.0.set_position(done);
+        }
+    }
+
+    /// Takes it away.
+    pub fn clear(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// A state as the word that JSON has for it.
 pub fn word<T: serde::Serialize>(value: &T) -> String {
     let value = serde_json::to_value(value).unwrap_or_default();

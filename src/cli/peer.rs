@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use tidelog::control::api::{Done, Invite, Joined, Peers, Rotated};
+use tidelog::control::api::{Done, Invite, Joined, Peers, Rotated, Status};
 use tidelog::units::{Name, Span};
 
 use super::{Session, output};
@@ -152,7 +152,36 @@ pub async fn replicate(session: &Session, arguments: &ReplicateArguments) -> Res
         "mode": mode.map(|mode| mode.get_name().to_owned()),
         "rpo": arguments.rpo,
     });
-    session.ask("POST", &path, Some(body), show).await
+    session.ask("POST", &path, Some(body), show).await?;
+    match &arguments.to {
+        Some(peer) if output::is_terminal() && !session.json => {
+            show_first_copy(session, &arguments.group, peer).await
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Shows how far the first copy is, until it streams or stops.
+async fn show_first_copy(session: &Session, group: &Name, peer: &Name) -> Result<()> {
+    let bar = output::ProgressLine::new();
+    let mut ticks = tokio::time::interval(std::time::Duration::from_millis(200));
+    loop {
+        ticks.tick().await;
+        let status: Status = session.client.get(&format!("/v1/status?group={group}")).await?;
+        let Some(group) = status.groups.first() else { break };
+        let Some(peer) = group.peers.iter().find(|known| known.name == peer.as_str()) else {
+            break;
+        };
+        let head = group.log.head_lsn.0;
+        bar.show(head.saturating_sub(peer.behind_bytes), head);
+        if !matches!(peer.replication_state.as_str(), "idle" | "catching-up")
+            || peer.link_state == "standalone"
+        {
+            break;
+        }
+    }
+    bar.clear();
+    Ok(())
 }
 
 pub async fn pause(session: &Session, arguments: &PauseArguments) -> Result<()> {

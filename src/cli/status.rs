@@ -51,6 +51,12 @@ fn show(status: &Status) -> String {
         text.push('\n');
         text.push_str(&show_group(group));
     }
+    for alarm in &status.backup_alarms {
+        text.push_str(&format!(
+            "\nbackup {}: {}/{} of {}: {}\n",
+            alarm.state, alarm.group, alarm.job, alarm.slot, alarm.text
+        ));
+    }
     text
 }
 

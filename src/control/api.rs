@@ -5,7 +5,12 @@ use crate::group::{DataState, Role};
 use crate::log::control::{Consistency, OnFull};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+pub use crate::backup::{
+    BackupEntry, Explanation, Manifest, Outcome, RunStarted, SlotAlarm, Verdict as RunVerdict,
+    Verified,
+};
 pub use crate::replication::{BackupCapable, Invite, PeerInfo, PeerStatus, Verdict};
 
 /// Bytes of the block size that volumes announce.
@@ -20,6 +25,8 @@ pub struct Status {
     pub version: String,
     /// Its groups, by name.
     pub groups: Vec<GroupStatus>,
+    /// Slots of jobs that have no backup, or of which nobody can say.
+    pub backup_alarms: Vec<SlotAlarm>,
 }
 
 /// One group as this node sees it.
@@ -293,6 +300,102 @@ pub struct Peers {
 pub struct Rotated {
     /// Of the new key.
     pub fingerprint: String,
+}
+
+/// `GET /v1/jobs`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Jobs {
+    /// By group.
+    pub jobs: Vec<JobInfo>,
+}
+
+/// A backup job.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JobInfo {
+    /// Its group.
+    pub group: Name,
+    /// Its name.
+    pub name: Name,
+    /// The repository's name in each node's configuration.
+    pub repository: String,
+    /// A cron pattern; none where it runs by command only.
+    pub schedule: Option<String>,
+    /// The zone of the schedule; UTC where there is none.
+    pub zone: Option<String>,
+    /// When it was set last.
+    pub since: LogTime,
+    /// What is not at its default.
+    pub settings: Map<String, Value>,
+}
+
+/// `GET /v1/repositories`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Repositories {
+    /// As they are configured.
+    pub repositories: Vec<RepositoryInfo>,
+}
+
+/// A repository of this node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RepositoryInfo {
+    /// Its name.
+    pub name: String,
+    /// Where it is.
+    pub url: String,
+    /// Its own identity; none where it cannot be opened.
+    pub id: Option<String>,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// `GET /v1/backups`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Backups {
+    /// By slot; only what is restorable has an `id`.
+    pub backups: Vec<BackupEntry>,
+}
+
+/// `GET /v1/backups/ID`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BackupDetails {
+    /// The backup.
+    #[serde(flatten)]
+    pub backup: BackupEntry,
+    /// What was stored with it.
+    pub manifest: Manifest,
+}
+
+/// `POST /v1/backups/verify`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifiedBackups {
+    /// All were whole, else the call fails.
+    pub verified: Vec<Verified>,
+}
+
+/// `POST /v1/backups/ID/restore`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Restored {
+    /// What was brought back.
+    pub volumes: Vec<RestoredVolume>,
+}
+
+/// A volume that was brought back.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RestoredVolume {
+    /// Its name in the backup.
+    pub name: Name,
+    /// Bytes.
+    pub size_bytes: u64,
+}
+
+/// How far something is.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ProgressInfo {
+    /// Bytes done.
+    pub done_bytes: u64,
+    /// Bytes in all; 0 where that is not known yet.
+    pub total_bytes: u64,
 }
 
 /// An answer that is only "done".

@@ -1,7 +1,9 @@
 //! What the handlers work on: the parts of a running node.
 
-use std::sync::{Arc, RwLock};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, RwLock};
 
+use crate::backup::{Progress, Scheduler};
 use crate::config::Config;
 use crate::events::Events;
 use crate::group::{Group, NodeIdentity, Registry};
@@ -25,6 +27,10 @@ pub struct Context {
     pub registry: Arc<Registry>,
     /// The links to peers.
     pub replication: Arc<Replication>,
+    /// Jobs, runs and repositories.
+    pub scheduler: Arc<Scheduler>,
+    /// How far restores and verifications are, by the ticket that their caller gave.
+    pub tickets: Mutex<HashMap<String, Progress>>,
     /// What the NBD listeners have done.
     pub nbd_counters: Arc<NbdCounters>,
 }
@@ -50,6 +56,17 @@ impl Context {
         })
     }
 
+    /// A progress that others can look up by `ticket` for as long as what is returned with it lives.
+    #[must_use]
+    pub fn progress(&self, ticket: Option<String>) -> (Progress, Ticket<'_>) {
+        let progress = Progress::new();
+        if let Some(ticket) = &ticket {
+            let mut tickets = self.tickets.lock().expect("no holder panics");
+            tickets.insert(ticket.clone(), progress.clone());
+        }
+        (progress, Ticket { context: self, ticket })
+    }
+
     /// The group that a query names, or all, by name.
     ///
     /// # Errors
@@ -62,5 +79,19 @@ impl Context {
         };
         groups.sort_by(|a, b| a.name().cmp(b.name()));
         Ok(groups)
+    }
+}
+
+/// Keeps a progress known until it is dropped.
+pub struct Ticket<'a> {
+    context: &'a Context,
+    ticket: Option<String>,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        if let Some(ticket) = &self.ticket {
+            self.context.tickets.lock().expect("no holder panics").remove(ticket);
+        }
     }
 }

@@ -30,6 +30,7 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
         node: context.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         groups: groups.iter().map(|group| group_status(context, group)).collect(),
+        backup_alarms: context.scheduler.alarms(),
     })
 }
 

@@ -96,6 +96,11 @@ fn families(context: &Context) -> Vec<Family> {
         gauge("tidelog_peer_lag_seconds", "Age of the oldest byte that it has not");
     let mut rpo =
         gauge("tidelog_peer_rpo_actual_seconds", "Age of the oldest byte not durable there");
+    let mut alarms = gauge("tidelog_backup_alarms", "Slots without a backup, or not known of");
+    for state in ["overdue", "unknown"] {
+        let count = context.scheduler.alarms().iter().filter(|alarm| alarm.state == state).count();
+        alarms.samples.push((vec![("state", state.to_owned())], count as f64));
+    }
     for group in context.registry.groups() {
         for peer in context.replication.status(&group) {
             let push = |family: &mut Family, value: f64| {
@@ -180,5 +185,6 @@ fn families(context: &Context) -> Vec<Family> {
         lag_operations,
         lag_seconds,
         rpo,
+        alarms,
     ]
 }

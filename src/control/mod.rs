@@ -9,6 +9,7 @@
 
 pub mod api;
 
+mod backups;
 mod client;
 mod context;
 mod dispatch;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::context::Context;
 use super::problem::Problem;
-use super::{groups, images, peers, volumes};
+use super::{backups, groups, images, peers, volumes};
 
 /// What a handler gives.
 pub type Answer = Result<Value, Problem>;
@@ -376,6 +376,129 @@ pub static ROUTES: &[Route] = &[
         "image close",
         "Close an image and let its moment go",
         Blocking(images::close),
+    ),
+    route("GET", "/v1/jobs", "job list", "List the backup jobs", Blocking(backups::jobs))
+        .query(GROUP_ONLY),
+    route(
+        "GET",
+        "/v1/groups/{group}/jobs/{job}",
+        "job show",
+        "Show a backup job",
+        Blocking(backups::show_job),
+    ),
+    route(
+        "PUT",
+        "/v1/groups/{group}/jobs/{job}",
+        "job set",
+        "Make or change a backup job; what is not named stays as it is",
+        Blocking(backups::set_job),
+    )
+    .body(&[
+        parameter("repository", "string", "the repository's name; needed for a new job"),
+        parameter("schedule", "string", "a cron pattern of five fields, or none"),
+        parameter("zone", "string", "the zone of the schedule"),
+        parameter("settings", "object", "placement, limits, conditions; null restores a default"),
+    ])
+    .on_primary(),
+    route(
+        "DELETE",
+        "/v1/groups/{group}/jobs/{job}",
+        "job remove",
+        "Remove a backup job; its backups stay",
+        Blocking(backups::remove_job),
+    )
+    .on_primary(),
+    route(
+        "POST",
+        "/v1/groups/{group}/jobs/{job}/run",
+        "backup run",
+        "Start a run on every node that holds the group",
+        Async(backups::run),
+    ),
+    route(
+        "GET",
+        "/v1/groups/{group}/jobs/{job}/explain",
+        "backup explain",
+        "Show the decision without running it",
+        Async(backups::explain),
+    )
+    .query(&[parameter(
+        "assume",
+        "string",
+        "KEY=VALUE that overrides a fact; may be repeated",
+    )]),
+    route(
+        "GET",
+        "/v1/groups/{group}/jobs/{job}/progress",
+        "backup progress",
+        "Show how far a run on this node is; null where none is",
+        Blocking(backups::run_progress),
+    ),
+    route(
+        "GET",
+        "/v1/repositories",
+        "repository list",
+        "List this node's repositories",
+        Async(backups::repositories),
+    ),
+    route(
+        "POST",
+        "/v1/repositories/{repository}/init",
+        "repository init",
+        "Make a repository; a run never makes one",
+        Async(backups::init_repository),
+    ),
+    route(
+        "POST",
+        "/v1/repositories/{repository}/check",
+        "repository check",
+        "Check a repository",
+        Async(backups::check_repository),
+    )
+    .body(&[parameter("read_data", "boolean", "read all data, too")]),
+    route("GET", "/v1/backups", "backup list", "List backups and runs", Async(backups::list))
+        .query(&[
+            parameter("group", "string", "only of this group"),
+            parameter("job", "string", "only of this job of the group"),
+        ]),
+    route(
+        "GET",
+        "/v1/backups/{backup}",
+        "backup show",
+        "Show a backup by its id, or the start of it",
+        Async(backups::show),
+    ),
+    route(
+        "POST",
+        "/v1/backups/verify",
+        "backup verify",
+        "Read backups back whole and compare their checksums",
+        Async(backups::verify),
+    )
+    .body(&[
+        parameter("id", "string", "only this one"),
+        parameter("ticket", "string", "makes its progress readable under this name"),
+    ]),
+    route(
+        "POST",
+        "/v1/backups/{backup}/restore",
+        "backup restore",
+        "Bring volumes of a backup back",
+        Async(backups::restore),
+    )
+    .body(&[
+        parameter("volume", "string", "only this volume of the backup"),
+        parameter("path", "string", "a new file, or with several volumes a new directory"),
+        parameter("to_group", "string", "the group of to_volume"),
+        parameter("to_volume", "string", "a volume that no host uses"),
+        parameter("ticket", "string", "makes its progress readable under this name"),
+    ]),
+    route(
+        "GET",
+        "/v1/progress/{ticket}",
+        "progress",
+        "Show how far a restore or verification is; null where none has this ticket",
+        Blocking(backups::progress),
     ),
 ];
 

@@ -1,0 +1,248 @@
+//! Handlers of backups: jobs, repositories, runs, the decision, list, show, verify, restore.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::backup::{BackupError, JobChange, Progress, RepositoryError, RestoreTarget};
+use crate::log::control::JobRecord;
+use crate::units::Name;
+
+use super::api::{
+    BackupDetails, Backups, JobInfo, Jobs, ProgressInfo, Repositories, RepositoryInfo, Restored,
+    RestoredVolume, VerifiedBackups,
+};
+use super::context::Context;
+use super::groups::{answer, done};
+use super::problem::Problem;
+use super::route::{Answer, AnswerFuture, Call};
+
+impl From<BackupError> for Problem {
+    fn from(error: BackupError) -> Problem {
+        let text = error.to_string();
+        let (status, code) = match error {
+            BackupError::Group(error) => return error.into(),
+            BackupError::Repository(error) => match error {
+                RepositoryError::Unknown { .. } => (404, "no-such-repository"),
+                RepositoryError::Url { .. } => (400, "invalid"),
+                RepositoryError::Missing { .. } => (409, "repository-missing"),
+                RepositoryError::Exists { .. } => (409, "exists"),
+                RepositoryError::Password { .. } => (500, "repository-password"),
+                RepositoryError::NoBackup { .. } => (404, "no-such-backup"),
+                RepositoryError::Stopped { .. } => (503, "stopped"),
+                RepositoryError::Damaged { .. } => (500, "damaged"),
+                RepositoryError::Failed { .. } => (500, "repository"),
+            },
+            BackupError::Job(_) | BackupError::Assume(_) => (400, "invalid"),
+            BackupError::NoJob { .. } => (404, "no-such-job"),
+            BackupError::NoBackup { .. } => (404, "no-such-backup"),
+            BackupError::Restore { .. } => (409, "restore"),
+            BackupError::Internal(_) => (500, "bug"),
+        };
+        Problem::new(status, code, text)
+    }
+}
+
+fn job_info(group: &Name, job: JobRecord) -> JobInfo {
+    JobInfo {
+        group: group.clone(),
+        name: job.name,
+        repository: job.repository,
+        schedule: job.schedule,
+        zone: job.zone,
+        since: job.since,
+        settings: job.settings,
+    }
+}
+
+pub(super) fn jobs(context: &Context, call: &Call) -> Answer {
+    let mut jobs = Vec::new();
+    for group in context.groups(call.query("group"))? {
+        let of_group = context.scheduler.jobs(group.name().as_str())?;
+        jobs.extend(of_group.into_iter().map(|job| job_info(group.name(), job)));
+    }
+    answer(Jobs { jobs })
+}
+
+pub(super) fn show_job(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let name = call.path("job");
+    let jobs = context.scheduler.jobs(group.name().as_str())?;
+    let job = jobs.into_iter().find(|job| job.name.as_str() == name);
+    let missing = || BackupError::NoJob { group: group.name().clone(), job: name.to_owned() };
+    answer(job_info(group.name(), job.ok_or_else(missing)?))
+}
+
+pub(super) fn set_job(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let name: Name = call.path("job").parse()?;
+    let change: JobChange = serde_json::from_value(call.body.clone().into())
+        .map_err(|error| Problem::invalid(format!("job {}/{name}: {error}", group.name())))?;
+    let known = {
+        let config = context.config.read().expect("no holder panics");
+        let wanted = change.repository.as_deref();
+        let known = config.repository.iter().any(|known| Some(known.name.as_str()) == wanted);
+        known || wanted.is_none()
+    };
+    let job = context.scheduler.set_job(group.name().as_str(), name, change)?;
+    if !known {
+        context.events.emit(
+            crate::events::Severity::Warning,
+            "job-repository",
+            Some(group.name().as_str()),
+            format!(
+                "job {}/{}: repository {} is not configured on node {}; add a [[repository]] of \
+                 that name",
+                group.name(),
+                job.name,
+                job.repository,
+                context.node.name
+            ),
+            serde_json::Value::Null,
+        );
+    }
+    answer(job_info(group.name(), job))
+}
+
+pub(super) fn remove_job(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let job = call.path("job");
+    context.scheduler.remove_job(group.name().as_str(), job)?;
+    done(format!("job {}/{job}: removed; its backups stay", group.name()))
+}
+
+pub(super) fn run(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?;
+        answer(context.scheduler.run(group.name().as_str(), call.path("job")).await?)
+    })
+}
+
+pub(super) fn explain(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?;
+        let mut assume = Vec::new();
+        for (_, text) in call.query.iter().filter(|(key, _)| key == "assume") {
+            let (key, value) = text
+                .split_once('=')
+                .ok_or_else(|| Problem::invalid(format!("assume `{text}`: expected KEY=VALUE")))?;
+            assume.push((key.to_owned(), value.to_owned()));
+        }
+        let name = group.name().as_str();
+        answer(context.scheduler.explain(name, call.path("job"), &assume).await?)
+    })
+}
+
+pub(super) fn run_progress(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let progress = context.scheduler.progress(group.name().as_str(), call.path("job"));
+    answer(progress.map(|(done_bytes, total_bytes)| ProgressInfo { done_bytes, total_bytes }))
+}
+
+pub(super) fn repositories(context: Arc<Context>, _call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let info = |(config, id): (crate::backup::RepositoryConfig, Result<String, _>)| {
+            let (id, reason) = match id {
+                Ok(id) => (Some(id), None),
+                Err(error) => (None, Some(RepositoryError::to_string(&error))),
+            };
+            RepositoryInfo { name: config.name, url: config.url, id, reason }
+        };
+        let list = context.scheduler.repository_list().await?;
+        answer(Repositories { repositories: list.into_iter().map(info).collect() })
+    })
+}
+
+pub(super) fn init_repository(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let name = call.path("repository");
+        let id = context.scheduler.repository_init(name).await?;
+        done(format!("repository {name}: made, id {id}"))
+    })
+}
+
+pub(super) fn check_repository(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let name = call.path("repository");
+        let read_data: bool = call.field("read_data")?.unwrap_or(false);
+        context.scheduler.repository_check(name, read_data).await?;
+        let what = if read_data { "structure and all data are" } else { "structure is" };
+        done(format!("repository {name}: its {what} whole"))
+    })
+}
+
+pub(super) fn list(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let job = call.query("job").map(str::to_owned);
+        let of = match call.query("group") {
+            Some(group) => Some((context.group(group)?.name().to_string(), job)),
+            None if job.is_some() => {
+                return Err(Problem::invalid("job: needs the group, too"));
+            }
+            None => None,
+        };
+        let backups = context.scheduler.list(of).await?;
+        answer(Backups { backups })
+    })
+}
+
+pub(super) fn show(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let (backup, manifest) = context.scheduler.show(call.path("backup")).await?;
+        answer(BackupDetails { backup, manifest })
+    })
+}
+
+pub(super) fn verify(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let ids: Vec<String> = match call.field("id")? {
+            Some(id) => vec![id],
+            None => {
+                let all = context.scheduler.list(None).await?;
+                all.into_iter().filter_map(|backup| backup.id).collect()
+            }
+        };
+        let (progress, _ticket) = context.progress(call.field("ticket")?);
+        let mut verified = Vec::new();
+        for id in ids {
+            verified.push(context.scheduler.verify(&id, progress.clone()).await?);
+        }
+        answer(VerifiedBackups { verified })
+    })
+}
+
+pub(super) fn restore(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let id = call.path("backup");
+        let volume: Option<Name> = call.field("volume")?;
+        let path: Option<PathBuf> = call.field("path")?;
+        let group: Option<Name> = call.field("to_group")?;
+        let to_volume: Option<Name> = call.field("to_volume")?;
+        let target = match (path, group, to_volume) {
+            (Some(path), None, None) if path.is_absolute() => RestoreTarget::Path(path),
+            (Some(path), None, None) => {
+                let path = path.display();
+                return Err(Problem::invalid(format!("path `{path}`: must begin with /")));
+            }
+            (None, Some(group), Some(volume)) => {
+                context.group(group.as_str())?;
+                RestoreTarget::Volume { group, volume }
+            }
+            _ => {
+                return Err(Problem::invalid(
+                    "restore: expected either path, or to_group and to_volume",
+                ));
+            }
+        };
+        let (progress, _ticket) = context.progress(call.field("ticket")?);
+        let restored = context.scheduler.restore(id, volume, target, progress).await?;
+        let volumes =
+            restored.into_iter().map(|(name, size_bytes)| RestoredVolume { name, size_bytes });
+        answer(Restored { volumes: volumes.collect() })
+    })
+}
+
+pub(super) fn progress(context: &Context, call: &Call) -> Answer {
+    let tickets = context.tickets.lock().expect("no holder panics");
+    let bytes = tickets.get(call.path("ticket")).map(Progress::bytes);
+    answer(bytes.map(|(done_bytes, total_bytes)| ProgressInfo { done_bytes, total_bytes }))
+}
