@@ -1,6 +1,7 @@
 //! The one integration binary: a module per subject.
 
 mod backup;
+mod backup_pair;
 mod cli;
 mod control;
 mod crash;

@@ -121,7 +121,7 @@ impl SlotRun {
             Err(_) => (peer == Some(PeerPhase::Running)).then(|| other.clone()),
         };
         if claimed.is_none() {
-            self.pass_over_silent(now, late, &other);
+            self.pass_over_silent(now, late);
         }
         facts.given_up.clone_from(&self.given_up);
         let decision = decide(&facts, &self.settings);
@@ -192,9 +192,8 @@ impl SlotRun {
     }
 
     /// A node that was given the slot and shows no claim had its chance.
-    fn pass_over_silent(&mut self, now: Duration, late: bool, other: &Name) {
+    fn pass_over_silent(&mut self, now: Duration, late: bool) {
         let Some((node, since, before_deadline)) = self.delegated.clone() else { return };
-        debug_assert!(node == *other || node == self.this);
         let why = if now.saturating_sub(since) >= self.settings.grace.0 {
             format!("no claim appeared within the grace of {}", self.settings.grace)
         } else if late && before_deadline {

@@ -348,12 +348,11 @@ impl Inner {
         self.lock().stopping
     }
 
-    /// Waits until something changed, or a time is over.
+    /// Waits until something changed, or a time is over; a moment only while the node shuts down.
     pub(super) fn wait(&self, at_most: Duration) {
         let state = self.lock();
-        if !state.stopping {
-            drop(self.changed.wait_timeout(state, at_most).expect("no holder panics"));
-        }
+        let at_most = if state.stopping { at_most.min(Duration::from_millis(10)) } else { at_most };
+        drop(self.changed.wait_timeout(state, at_most).expect("no holder panics"));
     }
 
     pub(super) fn repository(&self, name: &str) -> Result<Arc<Repository>, RepositoryError> {
@@ -543,14 +542,13 @@ impl Inner {
             .and_then(|active| active.decision.clone())
             .unwrap_or(decision);
         state.decided.insert(task.key, first);
+        let proved =
+            matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
+        if proved {
+            state.alarms.remove(&(task.group.name().clone(), task.job.name.clone()));
+        }
         if let Some(active) = state.active.get_mut(&task.key) {
             active.phase = phase;
-        }
-        if state.active.contains_key(&task.key) {
-            let name = (task.group.name().clone(), task.job.name.clone());
-            if matches!(state.active[&task.key].phase, PeerPhase::Done) {
-                state.alarms.remove(&name);
-            }
         }
         drop(state);
         self.changed.notify_all();

@@ -1,0 +1,479 @@
+//! Two nodes in one process, with real groups, repositories and schedulers, and a link made by hand:
+//! who makes the backup, what the other says, and that a slot never gets two.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+use tidelog::backup::{
+    BackupConfig, BackupEntry, JobChange, Outcome, PeerCalls, PeerHandler, Progress, Reason,
+    ReplicationView, RepositoryConfig, RestoreTarget, RunStarted, Scheduler, Verdict,
+};
+use tidelog::events::{Event, Events, Severity};
+use tidelog::group::{
+    Group, GroupContext, LocalLimits, NodeIdentity, Op, Read, Registry, Request, Role, View,
+};
+use tidelog::io::Env;
+use tidelog::log::control::{Control, MemberRecord, Mode};
+use tidelog::replication::BoxFuture;
+use tidelog::units::{Name, NodeId, Span};
+
+use crate::support::PATIENCE;
+
+const VOLUME_BYTES: usize = 10 << 20;
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+/// The link between the two nodes: carries log and calls while it is up.
+#[derive(Default)]
+struct Link {
+    handlers: Mutex<HashMap<(String, String), PeerHandler>>,
+    /// Nanoseconds that the link has been down; 0 while it is up.
+    lost: AtomicU64,
+    /// Nanoseconds of lag that both nodes see.
+    lag: AtomicU64,
+    groups: RwLock<Option<(Arc<Group>, Arc<Group>)>>,
+}
+
+impl Link {
+    fn set_lost(&self, lost: Duration) {
+        self.lost.store(lost.as_nanos() as u64, Ordering::SeqCst);
+    }
+
+    fn set_lag(&self, lag: Duration) {
+        self.lag.store(lag.as_nanos() as u64, Ordering::SeqCst);
+    }
+
+    fn lost(&self) -> Option<Duration> {
+        let lost = self.lost.load(Ordering::SeqCst);
+        (lost > 0).then(|| Duration::from_nanos(lost))
+    }
+
+    /// Ships the log from a to b, byte for byte.
+    fn ship(&self) {
+        let groups = self.groups.read().unwrap();
+        let Some((a, b)) = groups.as_ref() else { return };
+        let durable = a.sync_now().unwrap();
+        loop {
+            let (at, head) = (b.received_end(), a.positions().head);
+            if at >= head {
+                break;
+            }
+            let mut bytes = vec![0; head.bytes_since(at).min(256 << 10) as usize];
+            a.read_log(at, &mut bytes).unwrap();
+            b.append_received(at, &bytes).unwrap();
+        }
+        b.sync_now().unwrap();
+        b.note_committed(durable);
+    }
+}
+
+/// One node's end of the link.
+struct End {
+    this: &'static str,
+    link: Arc<Link>,
+}
+
+impl PeerCalls for End {
+    fn call(
+        &self,
+        peer: &Name,
+        method: &str,
+        body: Value,
+        _timeout: Duration,
+    ) -> BoxFuture<Result<Value, String>> {
+        let link = Arc::clone(&self.link);
+        let (this, key) = (name(self.this), (peer.to_string(), method.to_owned()));
+        Box::pin(async move {
+            if link.lost().is_some() {
+                return Err("the link is down".to_owned());
+            }
+            let shipping = Arc::clone(&link);
+            tokio::task::spawn_blocking(move || shipping.ship()).await.unwrap();
+            let handler = link.handlers.lock().unwrap().get(&key).cloned();
+            handler.ok_or("no such method")?(this, body).await
+        })
+    }
+
+    fn on_call(&self, method: &str, handler: PeerHandler) {
+        let key = (self.this.to_owned(), method.to_owned());
+        self.link.handlers.lock().unwrap().insert(key, handler);
+    }
+
+    fn view(&self, _group: &Group, _peer: Option<&Name>) -> ReplicationView {
+        let lost = self.link.lost();
+        let lag = Duration::from_nanos(self.link.lag.load(Ordering::SeqCst));
+        ReplicationView { link_lost: lost, lag: Some(lost.unwrap_or(lag)), reasons: Vec::new() }
+    }
+}
+
+struct Node {
+    registry: Arc<Registry>,
+    scheduler: Arc<Scheduler>,
+    events: Receiver<Event>,
+}
+
+impl Node {
+    fn start(this: &'static str, dir: &Path, link: &Arc<Link>) -> Node {
+        let data_dir = dir.join(this);
+        std::fs::create_dir_all(data_dir.join("node")).unwrap();
+        let events = Events::in_memory();
+        let (sender, receiver) = channel();
+        events.follow(move |event| sender.send(event.clone()).is_ok());
+        let context = GroupContext {
+            env: Env::real(),
+            node: NodeIdentity { id: node_id(this), name: name(this) },
+            limits: LocalLimits::default(),
+            events,
+        };
+        let registry = Registry::open(context.clone(), &data_dir.join("groups")).unwrap();
+        let mut config = BackupConfig::new(&data_dir, &[]);
+        config.tick = Duration::from_millis(50);
+        config.repositories.push(RepositoryConfig {
+            name: "main".to_owned(),
+            url: dir.join("repository").display().to_string(),
+            password_file: dir.join("password"),
+        });
+        let peers = Arc::new(End { this, link: Arc::clone(link) });
+        let scheduler = Scheduler::start(config, context, registry.clone(), peers).unwrap();
+        Node { registry, scheduler, events: receiver }
+    }
+
+    fn group(&self) -> Arc<Group> {
+        self.registry.by_name("g").unwrap()
+    }
+
+    /// Waits for an event of a job; what came before it is dropped.
+    fn await_event(&self, code: &str) -> Event {
+        loop {
+            let event = self.events.recv_timeout(PATIENCE);
+            let event = event.unwrap_or_else(|_| panic!("no event {code}"));
+            if event.code == code {
+                return event;
+            }
+            let ended = ["backup-failed", "backup-done", "backup-delegated", "backup-skipped"];
+            assert!(!ended.contains(&event.code.as_str()), "{code} expected: {event:?}");
+        }
+    }
+}
+
+fn node_id(this: &str) -> NodeId {
+    NodeId([this.as_bytes()[0]; 16])
+}
+
+struct Pair {
+    runtime: tokio::runtime::Runtime,
+    link: Arc<Link>,
+    a: Node,
+    b: Node,
+    dir: TempDir,
+}
+
+impl Pair {
+    /// A primary `a` and its secondary `b`, a volume with data, a repository, and a job.
+    fn new(settings: Value) -> Pair {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("password"), "secret\n").unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_time()
+            .build()
+            .unwrap();
+        let link = Arc::new(Link::default());
+        let _inside = runtime.enter();
+        let a = Node::start("a", dir.path(), &link);
+        let b = Node::start("b", dir.path(), &link);
+        let primary = a.registry.create(name("g"), Some(4 << 20)).unwrap();
+        primary.create_volume(name("v"), VOLUME_BYTES as u64).unwrap();
+        let member = MemberRecord {
+            node: node_id("b"),
+            name: name("b"),
+            mode: Mode::Async,
+            rpo_target: None,
+            removed: false,
+            other: Map::new(),
+        };
+        primary.append_control(Control::Member(member)).unwrap();
+        let copy = b.registry.create_copy(primary.id(), name("g"), primary.segment_bytes());
+        *link.groups.write().unwrap() = Some((primary, copy.unwrap()));
+        drop(_inside);
+        let pair = Pair { runtime, link, a, b, dir };
+        pair.runtime.block_on(pair.a.scheduler.repository_init("main")).unwrap();
+        pair.set_job("nightly", settings);
+        pair.write(0, &noise(3 << 20, 1));
+        pair.link.ship();
+        pair
+    }
+
+    fn set_job(&self, job: &str, settings: Value) {
+        let mut settings = settings.as_object().unwrap().clone();
+        settings.insert("storage_free_min".to_owned(), json!(0.0));
+        let repository = Some("main".to_owned());
+        let change = JobChange { repository, settings, ..JobChange::default() };
+        self.a.scheduler.set_job("g", name(job), change).unwrap();
+        self.link.ship();
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let group = self.a.group();
+        let volume = group.control().volumes[0].number;
+        let requests: Vec<Request<'_>> = data
+            .chunks(256 << 10)
+            .enumerate()
+            .map(|(index, data)| Request {
+                volume,
+                op: Op::Write { offset: offset + ((index as u64) << 18), data },
+                fua: false,
+            })
+            .collect();
+        for result in group.append(&requests) {
+            result.unwrap();
+        }
+    }
+
+    fn live(&self) -> Vec<u8> {
+        let group = self.a.group();
+        let mut bytes = vec![0; VOLUME_BYTES];
+        let volume = group.control().volumes[0].number;
+        let mut reads: Vec<Read<'_>> = bytes
+            .chunks_mut(1 << 20)
+            .enumerate()
+            .map(|(index, buffer)| Read {
+                volume,
+                offset: (index as u64) << 20,
+                buffer,
+                result: Ok(()),
+            })
+            .collect();
+        group.read(&mut reads);
+        reads.into_iter().for_each(|read| read.result.unwrap());
+        bytes
+    }
+
+    fn run(&self, node: &Node) -> RunStarted {
+        self.runtime.block_on(node.scheduler.run("g", "nightly")).unwrap()
+    }
+
+    fn list(&self, node: &Node) -> Vec<BackupEntry> {
+        let of = Some(("g".to_owned(), Some("nightly".to_owned())));
+        self.runtime.block_on(node.scheduler.list(of)).unwrap()
+    }
+
+    /// What stands in a node's list for a slot.
+    fn entry(&self, node: &Node, run: &RunStarted, of_node: &str) -> BackupEntry {
+        let mut found = self
+            .list(node)
+            .into_iter()
+            .filter(|entry| entry.slot == run.slot && entry.node == name(of_node));
+        let entry = found.next().expect("the run is listed");
+        assert_eq!(found.next(), None);
+        entry
+    }
+
+    fn restored(&self, id: &str) -> Vec<u8> {
+        let path = self.dir.path().join(format!("restored-{id}"));
+        let target = RestoreTarget::Path(path.clone());
+        let restore = self.b.scheduler.restore(id, None, target, Progress::new());
+        self.runtime.block_on(restore).unwrap();
+        std::fs::read(path).unwrap()
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        for node in [&self.a, &self.b] {
+            node.scheduler.shutdown();
+            node.registry.close();
+        }
+    }
+}
+
+fn noise(bytes: usize, mut seed: u64) -> Vec<u8> {
+    let mut data = vec![0; bytes];
+    for part in data.chunks_mut(8) {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        part.copy_from_slice(&(seed ^ (seed >> 33)).to_le_bytes()[..part.len()]);
+    }
+    data
+}
+
+fn codes(reasons: &[Reason]) -> Vec<&str> {
+    reasons.iter().map(|reason| reason.code.as_str()).collect()
+}
+
+#[test]
+fn the_secondary_backs_up_and_the_primary_stands_down_until_the_link_is_cut() {
+    let pair = Pair::new(json!({"grace": "1s"}));
+    pair.write(5 << 20, &noise(4096, 2));
+    let first = pair.run(&pair.a);
+    assert_eq!(first.decision.decision, Verdict::Delegate);
+    assert_eq!(first.decision.run_on, Some(name("b")));
+    assert_eq!(first.told, [name("b")]);
+    pair.b.await_event("backup-done");
+    pair.a.await_event("backup-delegated");
+    let made = pair.entry(&pair.b, &first, "b");
+    assert_eq!((made.outcome, made.role), (Outcome::Done, Role::Secondary));
+    assert_eq!(codes(&made.reasons), ["secondary-fit"]);
+    let stood_down = pair.entry(&pair.a, &first, "a");
+    assert_eq!((stood_down.outcome, stood_down.id.clone()), (Outcome::Delegated, None));
+    assert_eq!(stood_down.run_on, Some(name("b")));
+    let first_id = made.id.unwrap();
+    assert!(pair.restored(&first_id) == pair.live(), "what was answered before the slot is in it");
+
+    // The link is cut for longer than the grace: the primary goes on with the secondary's chain.
+    pair.link.set_lost(Duration::from_secs(5));
+    pair.write(0, &noise(4096, 3));
+    let second = pair.run(&pair.a);
+    assert_eq!(second.decision.decision, Verdict::Run);
+    assert_eq!(
+        codes(&second.decision.reasons)[..2],
+        ["primary-takes-over", "secondary-unreachable"]
+    );
+    assert!(second.told.is_empty(), "b cannot be told");
+    pair.a.await_event("backup-done");
+    let made = pair.entry(&pair.a, &second, "a");
+    assert_eq!((made.outcome, made.role), (Outcome::Done, Role::Primary));
+    assert!(made.bytes_read <= 4 << 20, "one file changed, {} bytes were read", made.bytes_read);
+    let second_id = made.id.unwrap();
+    assert!(pair.restored(&second_id) == pair.live());
+    assert!(pair.restored(&first_id[..12]) != pair.live(), "the first is what it was");
+    let verified = pair.b.scheduler.verify(&second_id, Progress::new());
+    assert_eq!(pair.runtime.block_on(verified).unwrap().bytes, VOLUME_BYTES as u64);
+}
+
+#[test]
+fn a_secondary_only_job_fails_aloud_where_the_link_is_cut() {
+    let pair = Pair::new(json!({"placement": "secondary-only", "grace": "1s"}));
+    pair.link.set_lost(Duration::from_secs(5));
+    let run = pair.run(&pair.a);
+    assert_eq!(run.decision.decision, Verdict::Fail);
+    let event = pair.a.await_event("backup-failed");
+    assert_eq!(event.severity, Severity::Error);
+    assert!(event.text.contains("unreachable"), "{}", event.text);
+    let entry = pair.entry(&pair.a, &run, "a");
+    assert_eq!((entry.outcome, entry.id), (Outcome::Failed, None));
+    assert!(codes(&entry.reasons).contains(&"secondary-unreachable"));
+    assert!(codes(&entry.reasons).contains(&"not-permitted"));
+}
+
+#[test]
+fn both_nodes_wait_for_a_secondary_that_is_behind_and_a_second_run_is_skipped() {
+    let pair = Pair::new(json!({"max_lag": "10s"}));
+    pair.link.set_lag(Duration::from_secs(60));
+    let first = pair.run(&pair.a);
+    assert_eq!(first.decision.decision, Verdict::Wait);
+    assert_eq!(codes(&first.decision.reasons), ["lag-above-limit"]);
+    let second = pair.run(&pair.b);
+    assert_eq!(second.decision.decision, Verdict::Skip);
+    assert_eq!(codes(&second.decision.reasons), ["already-running"]);
+    pair.a.await_event("backup-skipped");
+    pair.b.await_event("backup-skipped");
+    pair.link.set_lag(Duration::ZERO);
+    pair.b.await_event("backup-done");
+    let entry = pair.entry(&pair.b, &first, "b");
+    assert_eq!(entry.outcome, Outcome::Done);
+    let backups = pair.list(&pair.b).into_iter().filter(|entry| entry.id.is_some()).count();
+    assert_eq!(backups, 1);
+}
+
+#[test]
+fn the_explanation_is_the_same_on_both_nodes_and_assumptions_turn_it() {
+    let pair = Pair::new(json!({}));
+    let explain = |node: &Node, assume: &[(&str, &str)]| {
+        let assume: Vec<_> =
+            assume.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        pair.runtime.block_on(node.scheduler.explain("g", "nightly", &assume)).unwrap()
+    };
+    let (a, b) = (explain(&pair.a, &[]), explain(&pair.b, &[]));
+    assert_eq!(a.decision.decision, Verdict::Delegate, "{a:?}");
+    assert_eq!(b.decision.decision, Verdict::Run, "{b:?}");
+    assert_eq!(a.decision.run_on, b.decision.run_on);
+    assert_eq!((a.node, b.node), (name("a"), name("b")));
+    assert!(b.inputs["secondary.memory_free_bytes"]["value"].as_u64().unwrap() > 0);
+    for (assume, on_a, on_b) in [
+        (("secondary.available", "false"), Verdict::Run, Verdict::Delegate),
+        (("secondary.repository", "false"), Verdict::Run, Verdict::Delegate),
+        (("replication.lag_seconds", "300"), Verdict::Wait, Verdict::Wait),
+        (("placement", "primary-only"), Verdict::Run, Verdict::Skip),
+    ] {
+        assert_eq!(explain(&pair.a, &[assume]).decision.decision, on_a, "{assume:?}");
+        assert_eq!(explain(&pair.b, &[assume]).decision.decision, on_b, "{assume:?}");
+    }
+    assert!(pair.list(&pair.a).is_empty(), "nothing was run");
+}
+
+#[test]
+fn a_secondary_that_never_claims_loses_the_slot_within_the_grace() {
+    let pair = Pair::new(json!({"grace": "1s"}));
+    // b answers as if it were fit, and never begins.
+    let mute: PeerHandler = Arc::new(|_, _| Box::pin(async { Ok(json!({})) }));
+    for method in ["backup.start", "backup.publish"] {
+        let key = ("b".to_owned(), method.to_owned());
+        pair.link.handlers.lock().unwrap().insert(key, mute.clone());
+    }
+    let run = pair.run(&pair.a);
+    assert_eq!(run.decision.decision, Verdict::Delegate);
+    pair.a.await_event("backup-done");
+    let entry = pair.entry(&pair.a, &run, "a");
+    assert_eq!((entry.outcome, entry.role), (Outcome::Done, Role::Primary));
+    assert!(codes(&entry.reasons).contains(&"gave-up"), "{:?}", entry.reasons);
+}
+
+#[test]
+fn a_backup_is_restored_into_a_volume_unless_hosts_use_it() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let before = pair.live();
+    let run = pair.run(&pair.a);
+    pair.a.await_event("backup-done");
+    let id = pair.entry(&pair.a, &run, "a").id.unwrap();
+    pair.write(1 << 20, &noise(2 << 20, 9));
+    assert!(pair.live() != before);
+    let target = RestoreTarget::Volume { group: name("g"), volume: name("v") };
+    let restore = |node: &Node| {
+        let restore = node.scheduler.restore(&id, None, target.clone(), Progress::new());
+        pair.runtime.block_on(restore)
+    };
+    let group = pair.a.group();
+    let client = group.client(group.control().volumes[0].number);
+    let refused = restore(&pair.a).unwrap_err().to_string();
+    assert!(refused.contains("connected"), "{refused}");
+    drop(client);
+    let refused = restore(&pair.b).unwrap_err().to_string();
+    assert!(refused.contains("primary"), "{refused}");
+    restore(&pair.a).unwrap();
+    assert!(pair.live() == before);
+}
+
+#[test]
+fn a_schedule_makes_its_slot_once_on_one_node() {
+    let pair = Pair::new(json!({}));
+    let change = JobChange { schedule: Some("* * * * *".to_owned()), ..JobChange::default() };
+    // The slot of the minute that is going on began before the job: put the record's time back.
+    let record = pair.a.scheduler.set_job("g", name("nightly"), change).unwrap();
+    let earlier = tidelog::log::control::JobRecord {
+        since: record.since.before(Duration::from_secs(90)),
+        settings: {
+            let mut settings = record.settings.clone();
+            settings.insert("deadline".to_owned(), json!(Span::from_secs(59)));
+            settings
+        },
+        ..record
+    };
+    pair.a.group().append_control(Control::Job(earlier)).unwrap();
+    pair.link.ship();
+    let done = pair.b.await_event("backup-done");
+    let delegated = pair.a.events.recv_timeout(PATIENCE);
+    assert!(delegated.is_ok());
+    let slot: tidelog::units::LogTime = done.details["slot"].as_str().unwrap().parse().unwrap();
+    assert_eq!(slot.0 % 60_000_000_000, 0, "a whole minute: {slot}");
+    let list = pair.list(&pair.b);
+    let of_slot: Vec<_> = list.iter().filter(|entry| entry.slot == slot).collect();
+    assert_eq!(of_slot.iter().filter(|entry| entry.id.is_some()).count(), 1, "{of_slot:?}");
+}
