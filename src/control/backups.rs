@@ -23,7 +23,9 @@ impl From<BackupError> for Problem {
             BackupError::Group(error) => return error.into(),
             BackupError::Repository(error) => match error {
                 RepositoryError::Unknown { .. } => (404, "no-such-repository"),
-                RepositoryError::Url { .. } | RepositoryError::NotADirectory { .. } => (400, "invalid"),
+                RepositoryError::Url { .. } | RepositoryError::NotADirectory { .. } => {
+                    (400, "invalid")
+                }
                 RepositoryError::Missing { .. } => (409, "repository-missing"),
                 RepositoryError::Exists { .. } => (409, "exists"),
                 RepositoryError::Password { .. } => (500, "repository-password"),
