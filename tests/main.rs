@@ -9,6 +9,7 @@ mod fuzz;
 mod fuzz_bodies;
 mod kill;
 mod nbd;
+mod replication;
 mod serve;
 mod supply;
 mod support;

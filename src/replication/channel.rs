@@ -63,6 +63,8 @@ impl ReplicationState {
 pub(super) struct Context<'a> {
     pub(super) now: Duration,
     pub(super) conn: Option<ConnId>,
+    /// The peer's clock in its last heartbeat, and nanoseconds since it came; zeros without one.
+    pub(super) echo: (u64, u64),
     pub(super) peer_name: &'a Name,
     pub(super) settings: &'a Settings,
     pub(super) outputs: &'a mut Vec<Output>,
@@ -130,9 +132,10 @@ pub struct Told {
     pub durable: Lsn,
     /// Requests up to its head.
     pub requests: u64,
-    /// The age of the oldest byte that this node had not acknowledged.
-    pub lag: Duration,
-    /// When it told so, monotonic.
+    /// The age of the oldest byte that this node had not acknowledged, where it knew.
+    pub lag: Option<Duration>,
+    /// It told so at this moment of this node's monotonic clock, or later: what the peer last had
+    /// heard from here, plus how long it had held that.
     pub at: Duration,
 }
 
@@ -159,6 +162,8 @@ pub struct Channel {
     acked: Acked,
     received_marks: Marks,
     durable_marks: Marks,
+    /// Bytes below were appended before this node could tell when.
+    timed_from: Lsn,
     follower: Option<Follower>,
     told: Option<Told>,
     /// Position up to which this node's bytes were compared with the peer's by their chain.
@@ -169,6 +174,8 @@ pub struct Channel {
     next_ticket: u64,
     lookup: Option<(u64, Lookup)>,
     rpo_alarm: bool,
+    /// The peer is no member any more; the stream goes on to here, so that it learns of that.
+    ending: Option<Lsn>,
 }
 
 /// The group that a message is about.
@@ -204,6 +211,7 @@ impl Channel {
             acked: Acked::default(),
             received_marks: Marks::default(),
             durable_marks: Marks::default(),
+            timed_from: first_head,
             follower: None,
             told: None,
             compared: None,
@@ -212,6 +220,7 @@ impl Channel {
             next_ticket: 1,
             lookup: None,
             rpo_alarm: false,
+            ending: None,
         }
     }
 
@@ -245,9 +254,20 @@ impl Channel {
         self.told
     }
 
-    /// The age of the oldest byte that the peer has not received, and has not made durable.
+    /// The age of the oldest byte that the peer has not received, and has not made durable. Unknown
+    /// while it lacks bytes that were here before this node was primary, or was started.
     #[must_use]
-    pub fn lags(&self, now: Duration) -> (Duration, Duration) {
+    pub fn lags(&self, now: Duration) -> (Option<Duration>, Option<Duration>) {
+        let timed = |lsn: Lsn, marks: &Marks| (lsn >= self.timed_from).then(|| marks.lag(now));
+        (
+            timed(self.acked.received, &self.received_marks),
+            timed(self.acked.durable, &self.durable_marks),
+        )
+    }
+
+    /// The same, at least.
+    #[must_use]
+    pub fn lags_at_least(&self, now: Duration) -> (Duration, Duration) {
         (self.received_marks.lag(now), self.durable_marks.lag(now))
     }
 
@@ -311,14 +331,22 @@ impl Channel {
         let was_active = self.active();
         let was_visible = self.visible();
         let before = std::mem::replace(&mut self.local, local);
+        self.note_ending(was_active);
         let reign = |history: &History| history.last().map(|reign| reign.id);
         // A secondary's newest reign changes with the bytes that it follows by: no change of role.
         let role_changed = before.primary != self.local.primary
             || self.local.primary && reign(&before.history) != reign(&self.local.history)
             || was_recovering != self.recovering();
         let membership_changed = was_active != self.active() || was_visible != self.visible();
+        let retired = !self.active();
+        if self.visible() && !self.local.primary && self.local.retired != retired {
+            context.outputs.push(Output::Retire { group: self.local.id, retired });
+        }
         if self.local.primary {
             let head = self.local.history.head;
+            if !before.primary {
+                self.timed_from = head;
+            }
             self.received_marks.appended(context.now, head);
             self.durable_marks.appended(context.now, head);
         } else {
@@ -347,6 +375,20 @@ impl Channel {
             self.send_ack(context);
         }
         self.check_rpo(context);
+    }
+
+    /// Keeps a stream to a node that was a member going until it has the record that says so.
+    fn note_ending(&mut self, was_active: bool) {
+        if self.local.membership != Membership::Stranger || self.sender.is_none() {
+            self.ending = None;
+            return;
+        }
+        if was_active {
+            self.ending = Some(self.local.history.head);
+        }
+        if self.ending.is_some() {
+            self.local.membership = Membership::Stopped;
+        }
     }
 
     pub(super) fn on_pause(&mut self, context: &mut Context<'_>, paused: bool) {
@@ -409,6 +451,7 @@ impl Channel {
         self.sender = None;
         self.follower = None;
         self.lookup = None;
+        self.ending = None;
     }
 
     fn announce(&mut self, context: &mut Context<'_>) {
@@ -608,16 +651,21 @@ impl Channel {
                 let acked = Acked { received: Lsn(received), durable: Lsn(durable), requests };
                 self.on_ack(context, stream, acked, Lsn(head), Chain(chain))
             }
-            Message::Progress { stream, head, chain, durable, requests, lag, .. } => {
+            Message::Progress {
+                stream, head, chain, durable, requests, lag, echo, held, ..
+            } => {
                 if durable > head || head > Lsn::MAX.0 {
                     return Err(format!("group {}: progress out of order", self.local.name));
                 }
+                // Without a heartbeat of this node behind it, its age has no bound yet.
+                let said_after = Duration::from_nanos(echo.saturating_add(held));
+                let at = if echo == 0 { Duration::ZERO } else { said_after.min(context.now) };
                 let told = Told {
                     head: Lsn(head),
                     durable: Lsn(durable),
                     requests,
-                    lag: Duration::from_nanos(lag),
-                    at: context.now,
+                    lag: (lag != u64::MAX).then(|| Duration::from_nanos(lag)),
+                    at,
                 };
                 self.on_progress(context, stream, told, Chain(chain));
                 Ok(())
@@ -791,7 +839,14 @@ impl Channel {
                     let mine = self.local.history.head.bytes_since(history.head);
                     self.refuse_diverged(context, stream, history.head, mine, 0);
                 }
-                None => self.refuse_log_gone(context, stream, history.head),
+                None if history.head < self.local.log_start => {
+                    self.refuse_log_gone(context, stream, history.head);
+                }
+                // No record of this log ends there.
+                None => {
+                    let mine = self.local.history.head.bytes_since(history.head);
+                    self.refuse_diverged(context, stream, history.head, mine, 0);
+                }
             },
             Lookup::MayFollow { history } => {
                 if chain == Some(history.chain) {
@@ -816,7 +871,7 @@ impl Channel {
         let Some(conn) = context.conn else { return };
         let Some(sender) = &mut self.sender else { return };
         let limit = self.acked.received.advance(context.settings.window_bytes);
-        let head = self.local.history.head.min(limit);
+        let head = self.local.history.head.min(limit).min(self.ending.unwrap_or(Lsn::MAX));
         while sender.queued < FRAMES_QUEUED_MAX && sender.cursor < head {
             let bytes = head.bytes_since(sender.cursor).min(PAYLOAD_BYTES_MAX as u64);
             let to = sender.cursor.advance(bytes);
@@ -856,7 +911,7 @@ impl Channel {
 
     fn send_progress(&mut self, context: &mut Context<'_>) {
         let Some(sender) = &self.sender else { return };
-        let lag = self.received_marks.lag(context.now);
+        let lag = self.lags(context.now).0.unwrap_or(Duration::MAX);
         context.send(Message::Progress {
             group: self.local.id.0,
             stream: sender.stream,
@@ -865,6 +920,8 @@ impl Channel {
             durable: self.local.durable.0.min(self.local.history.head.0),
             requests: self.local.requests,
             lag: u64::try_from(lag.as_nanos()).unwrap_or(u64::MAX),
+            echo: context.echo.0,
+            held: context.echo.1,
         });
     }
 
@@ -899,9 +956,11 @@ impl Channel {
         self.pump(context);
         self.note_caught_up(context);
         self.check_rpo(context);
-        if !self.active() && acked.received == self.local.history.head {
-            self.sender = None;
-            self.set_state(context, ReplicationState::Idle, "replication was stopped");
+        if self.ending.is_some_and(|end| acked.received >= end) {
+            self.drop_streams();
+            self.remote = None;
+            self.local.membership = Membership::Stranger;
+            self.set_state(context, ReplicationState::Idle, "not replicated with this peer");
         }
         Ok(())
     }
@@ -1041,7 +1100,7 @@ impl Channel {
         if follower.stream != appended.stream {
             return;
         }
-        follower.appended = appended.received;
+        follower.appended = follower.appended.max(appended.received);
         // What the group itself told meanwhile may be newer.
         if appended.head >= self.local.history.head {
             self.local.history.head = appended.head;

@@ -12,6 +12,7 @@ use crate::events::Severity;
 use crate::group::GroupError;
 use crate::units::Lsn;
 
+use super::health::LogCheck;
 use super::replica::Replica;
 use super::service::Shared;
 
@@ -36,47 +37,52 @@ pub(super) async fn run(shared: Arc<Shared>) {
     }
 }
 
+/// What was read so far of a group's log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pass {
+    /// What the verdict is told.
+    pub(super) check: LogCheck,
+    /// What this pass has found damaged. Damage counts until a whole pass finds none.
+    found: Option<String>,
+}
+
 /// Checks the next part of a group's log; after its end it begins anew.
 pub(super) fn step(shared: &Shared, group: &dyn Replica) {
     let positions = group.positions();
     let end = positions.durable.min(positions.request_end);
     let start = group.log_start();
-    let mut check = shared
-        .checks
-        .lock()
-        .expect("no holder panics")
-        .get(&group.id())
-        .cloned()
-        .unwrap_or_default();
-    let from =
-        if check.checked_to < start || check.checked_to >= end { start } else { check.checked_to };
+    let id = group.id();
+    let mut pass =
+        shared.checks.lock().expect("no holder panics").get(&id).cloned().unwrap_or_default();
+    if pass.check.checked_to < start || pass.check.checked_to >= end {
+        pass.check.damaged = pass.found.take();
+        pass.check.checked_to = start;
+    }
+    let from = pass.check.checked_to;
     if from >= end {
         return;
     }
     let to = Lsn(end.0.min(from.0.saturating_add(STEP_BYTES)));
     match group.check_log(from, to) {
-        Ok(_) => {
-            check.checked_to = to;
-            if from == start {
-                check.damaged = None;
-            }
-        }
-        // The log was folded from under it, or the position lies inside a record: begin anew.
-        Err(GroupError::NotCovered { .. }) => check.checked_to = Lsn::ZERO,
+        Ok(bytes) => pass.check.checked_to = from.advance(bytes),
+        // Folded from under it: begin anew.
+        Err(GroupError::NotCovered { .. }) => pass.check.checked_to = Lsn::ZERO,
         Err(error) => {
-            check.checked_to = to;
-            if check.damaged.is_none() {
+            if pass.check.damaged.is_none() {
+                let name = group.name();
                 let text = format!(
-                    "group {}: the log is damaged: {error}; `tidelog scrub {}` shows all of it",
-                    group.name(),
-                    group.name()
+                    "group {name}: the log is damaged: {error}; `tidelog scrub {name}` shows all of it"
                 );
-                let code = "log-damaged";
-                let name = Some(group.name().as_str());
+                let (code, name) = ("log-damaged", Some(name.as_str()));
                 shared.context.events.emit(Severity::Error, code, name, text, Value::Null);
             }
-            check.damaged = Some(error.to_string());
+            pass.found.get_or_insert(error.to_string());
+            pass.check.damaged = pass.found.clone();
+            // A segment begins with a record.
+            let segment_bytes = group.segment_bytes();
+            let next = (from.segment_number(segment_bytes) + 1) * segment_bytes;
+            pass.check.checked_to = Lsn(next);
         }
     }
-    shared.checks.lock().expect("no holder panics").insert(group.id(), check);
+    shared.checks.lock().expect("no holder panics").insert(id, pass);
 }

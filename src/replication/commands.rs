@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
-use crate::group::{Group, Role};
+use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, MemberRecord, Mode};
 use crate::units::{ByteSize, GroupId, Name, Span};
 
@@ -206,7 +206,7 @@ impl Replication {
         let (data_state, data_reason, _) = group.data_state();
         let check = {
             let checks = shared.checks.lock().expect("no holder panics");
-            checks.get(&group.id()).cloned().unwrap_or_default()
+            checks.get(&group.id()).map(|pass| pass.check.clone()).unwrap_or_default()
         };
         let cores = shared.cores.lock().expect("no holder panics");
         let judged: Vec<BackupCapable> = cores
@@ -222,7 +222,8 @@ impl Replication {
             })
             .collect();
         drop(cores);
-        if judged.is_empty() && group.role() == Role::Secondary {
+        let copy = group.role() == Role::Secondary && data_state == DataState::Consistent;
+        if judged.is_empty() && copy {
             let reason = health::Reason {
                 code: "no-peer".to_owned(),
                 text: "this is a copy, and its primary is not among the peers of this node"
@@ -324,8 +325,7 @@ fn copy_facts(
         let primary_head = channel.told().map_or(head, |told| told.head.max(head));
         (head, local.durable.min(head), primary_head, secondary_lag(channel, now))
     } else {
-        let (lag, _) = channel.lags(now);
-        (acked.received, acked.durable, local.history.head, Some(lag))
+        (acked.received, acked.durable, local.history.head, channel.lags(now).0)
     };
     let lag_limit = limit.or(rpo_target.map(|target| target.0)).unwrap_or(LAG_LIMIT_DEFAULT);
     Some(CopyFacts {
@@ -336,7 +336,7 @@ fn copy_facts(
         replication_reason: reason.to_owned(),
         lag,
         lag_limit,
-        data_state: crate::group::DataState::Consistent,
+        data_state: DataState::Consistent,
         data_reason: None,
         received,
         durable,

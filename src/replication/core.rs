@@ -93,6 +93,8 @@ pub struct LocalGroup {
     pub log_start: Lsn,
     /// A disk error keeps it from appending.
     pub failed: bool,
+    /// It is a copy whose replication was stopped.
+    pub retired: bool,
     /// What the peer is to it.
     pub membership: Membership,
 }
@@ -312,6 +314,13 @@ pub enum Output {
         /// The group.
         group: GroupId,
     },
+    /// Mark a copy as one whose replication was stopped, or as one that is kept up to date again.
+    Retire {
+        /// The group.
+        group: GroupId,
+        /// Stopped.
+        retired: bool,
+    },
     /// Tell people.
     Event {
         /// How much it asks of them.
@@ -341,6 +350,28 @@ struct Up {
     last_heartbeat: Option<(u64, Duration)>,
 }
 
+impl Up {
+    /// The peer's clock in its last heartbeat, and how long ago that came; zeros without one.
+    fn echo(&self, now: Duration) -> (u64, u64) {
+        self.last_heartbeat
+            .map_or((0, 0), |(sent, came)| (sent, nanoseconds(now.saturating_sub(came))))
+    }
+}
+
+fn context<'a>(
+    now: Duration,
+    link: &Link,
+    peer_name: &'a Name,
+    settings: &'a Settings,
+    outputs: &'a mut Vec<Output>,
+) -> Context<'a> {
+    let (conn, echo) = match link {
+        Link::Up(up) => (Some(up.conn), up.echo(now)),
+        Link::Down { .. } => (None, (0, 0)),
+    };
+    Context { now, conn, echo, peer_name, settings, outputs }
+}
+
 /// The clocks of the two nodes, compared.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClockOffset {
@@ -360,6 +391,8 @@ pub struct PeerCore {
     link: Link,
     heard: Option<Duration>,
     clock_offset: Option<ClockOffset>,
+    /// Connections beside the link, and when to close them.
+    surplus: Vec<(ConnId, Duration)>,
     /// Links in a row that did not last.
     short_links: u32,
     channels: BTreeMap<GroupId, Channel>,
@@ -386,6 +419,7 @@ impl PeerCore {
             link,
             heard: None,
             clock_offset: None,
+            surplus: Vec::new(),
             short_links: 0,
             channels: BTreeMap::new(),
         }
@@ -453,11 +487,12 @@ impl PeerCore {
     /// When `Tick` is due next.
     #[must_use]
     pub fn next_wake(&self) -> Option<Duration> {
-        match &self.link {
+        let link = match &self.link {
             Link::Down { dial_at, dialling: false, .. } if self.can_dial => Some(*dial_at),
             Link::Down { .. } => None,
             Link::Up(up) => Some(up.heartbeat_at.min(up.heard + self.settings.lost_after)),
-        }
+        };
+        self.surplus.iter().map(|(_, close_at)| *close_at).chain(link).min()
     }
 
     /// Takes one input.
@@ -473,6 +508,7 @@ impl PeerCore {
                 self.on_conn_up(now, conn, dialled, incarnation, outputs);
             }
             Input::ConnDown { conn, reason } => {
+                self.surplus.retain(|(surplus, _)| *surplus != conn);
                 if self.conn() == Some(conn) {
                     self.link_down_now(now, reason, outputs);
                 }
@@ -491,16 +527,10 @@ impl PeerCore {
                 }
             }
             Input::Group(local) => {
-                let conn = self.conn();
                 let channel =
                     self.channels.entry(local.id).or_insert_with(|| Channel::new(now, &local));
-                let mut context = Context {
-                    now,
-                    conn,
-                    peer_name: &self.peer_name,
-                    settings: &self.settings,
-                    outputs,
-                };
+                let mut context =
+                    context(now, &self.link, &self.peer_name, &self.settings, outputs);
                 channel.on_local(&mut context, *local);
             }
             Input::GroupGone(group) => {
@@ -568,8 +598,7 @@ impl PeerCore {
         let conn = self.conn();
         // A group that is not here, or is none of the peer's business: the same silence.
         let Some(channel) = self.channels.get_mut(&group) else { return };
-        let mut context =
-            Context { now, conn, peer_name: &self.peer_name, settings: &self.settings, outputs };
+        let mut context = context(now, &self.link, &self.peer_name, &self.settings, outputs);
         if let Err(what) = handler(channel, &mut context)
             && let Some(conn) = conn
         {
@@ -590,6 +619,14 @@ impl PeerCore {
     }
 
     fn on_tick(&mut self, now: Duration, outputs: &mut Vec<Output>) {
+        self.surplus.retain(|(conn, close_at)| {
+            let due = now >= *close_at;
+            if due {
+                let reason = "there is a link already".to_owned();
+                outputs.push(Output::Close { conn: *conn, reason });
+            }
+            !due
+        });
         match &mut self.link {
             Link::Down { dial_at, dialling, .. } => {
                 if self.can_dial && !*dialling && now >= *dial_at {
@@ -608,23 +645,15 @@ impl PeerCore {
             }
             Link::Up(up) if now >= up.heartbeat_at => {
                 up.heartbeat_at = now + self.settings.heartbeat;
-                let (echo, held) = up
-                    .last_heartbeat
-                    .map_or((0, 0), |(sent, came)| (sent, nanoseconds(now - came)));
+                let (echo, held) = up.echo(now);
                 outputs.push(Output::Send {
                     conn: up.conn,
                     // The shell sets `wall` when it sends: the core knows no wall clock.
                     message: Message::Heartbeat { sent: nanoseconds(now), echo, held, wall: 0 },
                 });
-                let conn = Some(up.conn);
                 for channel in self.channels.values_mut() {
-                    let mut context = Context {
-                        now,
-                        conn,
-                        peer_name: &self.peer_name,
-                        settings: &self.settings,
-                        outputs,
-                    };
+                    let mut context =
+                        context(now, &self.link, &self.peer_name, &self.settings, outputs);
                     channel.on_heartbeat(&mut context);
                 }
             }
@@ -662,14 +691,14 @@ impl PeerCore {
             let same_dialler = up.dialled == dialled;
             let preferred = dialled == (self.me < self.peer);
             if !(restarted || same_dialler || preferred) {
-                let reason = "there is a link already".to_owned();
-                outputs.push(Output::Close { conn, reason });
+                // The other side may still take it for the link, until it has seen the better one.
+                self.surplus.push((conn, now + self.settings.heartbeat));
                 return;
             }
-            let reason = "replaced by a newer connection".to_owned();
-            outputs.push(Output::Close { conn: up.conn, reason: reason.clone() });
+            // So may it with the one that is replaced.
+            self.surplus.push((up.conn, now + self.settings.heartbeat));
             for channel in self.channels.values_mut() {
-                channel.on_link_down(now, &reason);
+                channel.on_link_down(now, "replaced by a newer connection");
             }
         } else {
             outputs.push(Output::Event {
@@ -690,15 +719,11 @@ impl PeerCore {
             last_heartbeat: None,
         });
         for channel in self.channels.values_mut() {
-            let mut context = Context {
-                now,
-                conn: Some(conn),
-                peer_name: &self.peer_name,
-                settings: &self.settings,
-                outputs,
-            };
+            let mut context = context(now, &self.link, &self.peer_name, &self.settings, outputs);
             channel.on_link_up(&mut context);
         }
+        // The first heartbeat goes out before anything is asked for: it bounds the age of answers.
+        self.on_tick(now, outputs);
     }
 
     fn link_down_now(&mut self, now: Duration, reason: String, outputs: &mut Vec<Output>) {

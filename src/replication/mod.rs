@@ -10,6 +10,8 @@
 
 mod channel;
 mod check;
+#[cfg(test)]
+mod cluster;
 mod commands;
 mod core;
 mod epoch;

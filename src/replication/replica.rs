@@ -31,6 +31,7 @@ pub trait Replica: Send + Sync {
     fn reset_received(&self);
     fn note_committed(&self, lsn: Lsn);
     fn demote(&self) -> Result<(), GroupError>;
+    fn set_retired(&self, retired: bool) -> Result<(), GroupError>;
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
     fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError>;
     fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
@@ -100,6 +101,9 @@ impl Replica for Group {
     fn demote(&self) -> Result<(), GroupError> {
         Group::demote(self)
     }
+    fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
+        Group::set_retired(self, retired)
+    }
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError> {
         Group::append_control(self, control)
     }
@@ -142,25 +146,25 @@ pub(super) fn history_of(group: &dyn Replica, positions: &Positions) -> History 
     History::new(&control.epochs[..known], positions.head, positions.chain)
 }
 
-/// What the group's records say of a peer. `asked_for` tells that the peer had the copy made.
+/// What the group's records say of a peer. `asked_for` tells that the peer had the copy made, or
+/// taken up again. Members that were removed are not in the records' view.
 pub(super) fn membership_of(
     control: &ControlView,
     me: NodeId,
     peer: NodeId,
+    primary: bool,
     asked_for: bool,
-    empty: bool,
 ) -> Membership {
-    let member = control.members.iter().find(|member| member.node == peer);
-    let own = control.members.iter().find(|member| member.node == me);
-    match member {
-        Some(member) if member.removed => Membership::Stopped,
-        Some(_) if own.is_some_and(|own| own.removed) => Membership::Stopped,
-        Some(member) => {
+    let find = |node| control.members.iter().find(|member| member.node == node);
+    let (own, theirs) = (find(me), find(peer));
+    match theirs {
+        Some(member) if primary || own.is_some() => {
             // The target is a property of the copy: on the secondary it stands in its own record.
-            let rpo_target = member.rpo_target.or(own.and_then(|own| own.rpo_target));
+            let rpo_target = if primary { member } else { own.unwrap_or(member) }.rpo_target;
             Membership::Member { rpo_target }
         }
-        None if asked_for && (empty || control.members.is_empty()) => Membership::Pending,
+        _ if asked_for && !primary => Membership::Pending,
+        Some(_) => Membership::Stopped,
         None => Membership::Stranger,
     }
 }
@@ -175,17 +179,20 @@ pub(super) fn local_group(
 ) -> LocalGroup {
     let positions = group.positions();
     let control = group.control();
+    let primary = group.role() == Role::Primary;
+    let data_state = group.data_state().0;
     LocalGroup {
         id: group.id(),
         name: group.name().clone(),
-        primary: group.role() == Role::Primary,
+        primary,
         recovered,
         incarnation: group.incarnation(),
         history: history_of(group, &positions),
         durable: positions.durable,
         requests: positions.requests,
         log_start: group.log_start(),
-        failed: group.data_state().0 == DataState::Failed,
-        membership: membership_of(&control, me, peer, asked_for, positions.head == Lsn::ZERO),
+        failed: data_state == DataState::Failed,
+        retired: data_state == DataState::Retired,
+        membership: membership_of(&control, me, peer, primary, asked_for),
     }
 }

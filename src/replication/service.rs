@@ -19,8 +19,8 @@ use crate::events::Severity;
 use crate::group::{GroupContext, GroupError, Role};
 use crate::units::{GroupId, Incarnation, LogTime, NodeId};
 
-use super::core::{ConnId, Input, Output, PeerCore, Settings};
-use super::health::LogCheck;
+use super::check::Pass;
+use super::core::{ConnId, Input, Membership, Output, PeerCore, Settings};
 use super::link::{self, Conn, Range};
 use super::pairing::{Fingerprint, Invites};
 use super::peers::{Peer, PeerStore, StoreError};
@@ -79,7 +79,7 @@ pub struct Shared {
     pub(super) store: Mutex<PeerStore>,
     pub(super) invites: Mutex<Invites>,
     pub(super) cores: Mutex<BTreeMap<NodeId, PeerCore>>,
-    pub(super) checks: Mutex<HashMap<GroupId, LogCheck>>,
+    pub(super) checks: Mutex<HashMap<GroupId, Pass>>,
     pub(super) handlers: RwLock<HashMap<String, Handler>>,
     pub(super) pending: Mutex<PendingCalls>,
     pub(super) advertised: Option<String>,
@@ -371,6 +371,7 @@ impl Shared {
         }
         let peers = locked(&self.store).all().to_vec();
         let now = self.now();
+        let mut known = Vec::new();
         let mut cores = locked(&self.cores);
         for peer in &peers {
             let Some(core) = cores.get_mut(&peer.node) else { continue };
@@ -383,6 +384,10 @@ impl Shared {
                     peer.copies.contains(&group.id()),
                     self.recovered.contains(&group.id()),
                 );
+                let member = matches!(local.membership, Membership::Member { .. });
+                if member && peer.copies.contains(&group.id()) {
+                    known.push((peer.node, group.id()));
+                }
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);
                 if all && peer.paused.contains(&group.id()) {
                     let input = Input::Pause { group: group.id(), paused: true };
@@ -397,6 +402,21 @@ impl Shared {
                 }
             }
             outputs.extend(of_core.into_iter().map(|output| (peer.node, output)));
+        }
+        drop(cores);
+        if !known.is_empty() {
+            // Their logs say it themselves now.
+            let shared = Arc::clone(self);
+            tokio::task::spawn_blocking(move || {
+                for (node, group) in known {
+                    let forget = |peer: &mut Peer| {
+                        peer.copies.remove(&group);
+                    };
+                    if let Err(error) = locked(&shared.store).change(node, forget) {
+                        tracing::error!("{error}");
+                    }
+                }
+            });
         }
         if all {
             let here: HashSet<GroupId> = groups.iter().map(|group| group.id()).collect();
@@ -453,6 +473,9 @@ impl Shared {
             }
             Output::Committed { group, lsn } => {
                 self.add_job(peer, group, Job::Committed { lsn });
+            }
+            Output::Retire { group, retired } => {
+                self.add_job(peer, group, Job::Retire { retired });
             }
             Output::Demote { group } => self.add_job(peer, group, Job::Demote { peer }),
             Output::Event { severity, code, group, text } => {

@@ -146,7 +146,7 @@ struct View {
 fn primary_view(channel: &Channel, now: Duration) -> View {
     let local = channel.local();
     let acked = channel.acked();
-    let (received_lag, durable_lag) = channel.lags(now);
+    let (received_lag, durable_lag) = channel.lags_at_least(now);
     View {
         received: acked.received,
         durable: acked.durable,
@@ -184,5 +184,5 @@ fn secondary_view(channel: &Channel, now: Duration) -> View {
 /// The age of a secondary's copy at worst: what the primary told, plus the time since. Unknown
 /// before it told anything.
 pub(super) fn secondary_lag(channel: &Channel, now: Duration) -> Option<Duration> {
-    channel.told().map(|told| told.lag + now.saturating_sub(told.at))
+    channel.told().and_then(|told| told.lag.map(|lag| lag + now.saturating_sub(told.at)))
 }

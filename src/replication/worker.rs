@@ -21,6 +21,7 @@ pub(super) enum Job {
     Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
     Committed { lsn: Lsn },
     Demote { peer: NodeId },
+    Retire { retired: bool },
 }
 
 /// A running thread; it ends when this is dropped and all its jobs are done.
@@ -95,6 +96,11 @@ fn run(
                 report(peer, appended_input(group, stream, result));
             }
             Job::Committed { lsn } => group.note_committed(lsn),
+            Job::Retire { retired } => {
+                if let Err(error) = group.set_retired(retired) {
+                    tracing::error!("group {}: mark as retired: {error}", group.name());
+                }
+            }
             Job::Demote { peer } => {
                 if let Err(error) = group.demote() {
                     let reason = error.to_string();

@@ -1,0 +1,990 @@
+//! Two cores under one seed: simulated time, links that delay, drop, duplicate and are cut at any
+//! byte, nodes that restart, and logs of a simple kind that check every byte they take.
+//!
+//! What must hold at every moment is in [`World::check`]; what must come about once everything is
+//! well again, in the tests.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::io::{Entropy, SeededEntropy};
+use crate::units::{Chain, EpochId, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
+
+use super::channel::ReplicationState;
+use super::core::{Appended, ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings};
+use super::epoch::{History, Reign};
+use super::status::secondary_lag;
+use super::wire::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, Message};
+
+const GROUP: GroupId = GroupId([7; 16]);
+const RECORD_BYTES: usize = 64;
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// A log of records of 64 bytes: kind, epoch, counter, author, position, chain before, checksum.
+#[derive(Clone, Default)]
+struct TestLog {
+    bytes: Vec<u8>,
+    tail: Vec<u8>,
+    reigns: Vec<Reign>,
+    durable: usize,
+    start: u64,
+    /// When each record was appended by its author; kept beside, for the truth about lag.
+    times: Vec<Duration>,
+}
+
+impl TestLog {
+    fn head(&self) -> Lsn {
+        Lsn(self.bytes.len() as u64)
+    }
+
+    fn chain_at(&self, end: usize) -> Option<Chain> {
+        if end == 0 || !end.is_multiple_of(RECORD_BYTES) || end > self.bytes.len() {
+            return None;
+        }
+        Some(Chain(u64::from_le_bytes(self.bytes[end - 8..end].try_into().unwrap())))
+    }
+
+    fn chain(&self) -> Chain {
+        self.chain_at(self.bytes.len()).unwrap_or_default()
+    }
+
+    fn append(&mut self, now: Duration, new_reign: Option<(EpochId, NodeId)>) {
+        let first_lsn = self.head();
+        if let Some((id, author)) = new_reign {
+            let counter = self.reigns.last().map_or(1, |reign| reign.counter + 1);
+            self.reigns.push(Reign { id, counter, first_lsn, author });
+        }
+        let reign = *self.reigns.last().unwrap();
+        let mut record = Vec::with_capacity(RECORD_BYTES);
+        record.extend_from_slice(&u64::from(new_reign.is_some()).to_le_bytes());
+        record.extend_from_slice(&reign.id.0.to_le_bytes());
+        record.extend_from_slice(&reign.counter.to_le_bytes());
+        record.extend_from_slice(&reign.author.0);
+        record.extend_from_slice(&first_lsn.0.to_le_bytes());
+        record.extend_from_slice(&self.chain().0.to_le_bytes());
+        let checksum = xxh3_64(&record);
+        record.extend_from_slice(&checksum.to_le_bytes());
+        self.bytes.extend_from_slice(&record);
+        self.times.push(now);
+    }
+
+    fn receive(&mut self, at: Lsn, bytes: &[u8]) -> Result<(), String> {
+        if at.0 != (self.bytes.len() + self.tail.len()) as u64 {
+            return Err(format!("bytes for {at} do not continue the log"));
+        }
+        self.tail.extend_from_slice(bytes);
+        while self.tail.len() >= RECORD_BYTES {
+            let record: Vec<u8> = self.tail.drain(..RECORD_BYTES).collect();
+            let field = |at: usize| u64::from_le_bytes(record[at..at + 8].try_into().unwrap());
+            let whole = xxh3_64(&record[..RECORD_BYTES - 8]) == field(56)
+                && field(40) == self.head().0
+                && field(48) == self.chain().0;
+            if !whole {
+                return Err(format!("the record at {} does not continue the chain", self.head()));
+            }
+            if field(0) == 1 {
+                self.reigns.push(Reign {
+                    id: EpochId(field(8)),
+                    counter: field(16),
+                    first_lsn: self.head(),
+                    author: NodeId(record[24..40].try_into().unwrap()),
+                });
+            }
+            self.bytes.extend_from_slice(&record);
+        }
+        Ok(())
+    }
+
+    fn history(&self) -> History {
+        History { reigns: Arc::new(self.reigns.clone()), head: self.head(), chain: self.chain() }
+    }
+}
+
+struct Node {
+    name: Name,
+    core: PeerCore,
+    log: TestLog,
+    primary: bool,
+    recovered: bool,
+    incarnation: u64,
+    up: bool,
+    membership: Membership,
+    retired: bool,
+    events: Vec<&'static str>,
+}
+
+impl Node {
+    fn local(&self) -> LocalGroup {
+        LocalGroup {
+            id: GROUP,
+            name: "g".parse().unwrap(),
+            primary: self.primary,
+            recovered: self.recovered,
+            incarnation: Incarnation(self.incarnation),
+            history: self.log.history(),
+            durable: Lsn(self.log.durable as u64),
+            requests: self.log.bytes.len() as u64 / RECORD_BYTES as u64,
+            log_start: Lsn(self.log.start),
+            failed: false,
+            retired: self.retired,
+            membership: self.membership,
+        }
+    }
+}
+
+/// One direction of a connection.
+#[derive(Default)]
+struct Pipe {
+    received: Vec<u8>,
+    /// Bytes after which the connection is cut; `None` never.
+    cut_after: Option<usize>,
+    sent: usize,
+    last_arrival: Duration,
+}
+
+struct Connection {
+    dialled_by: usize,
+    pipes: [Pipe; 2],
+    /// Bytes were lost: nothing passes any more, and nobody is told.
+    dead: bool,
+    /// Per side: whether it still believes in it.
+    open: [bool; 2],
+    /// Per side: whether it knows of it; what arrives before waits.
+    up: [bool; 2],
+}
+
+enum Event {
+    Feed(usize, u64, Input),
+    Arrive { conn: ConnId, to: usize, bytes: Vec<u8> },
+    ConnUp { conn: ConnId, side: usize, life: u64 },
+    Wake(usize),
+    Sync(usize),
+}
+
+/// What happens to the network.
+#[derive(Clone, Copy, Default)]
+struct Weather {
+    delay_most: Duration,
+    /// A message in this many cuts its connection; 0 never.
+    cut_one_in: u64,
+    partitioned: bool,
+}
+
+struct World {
+    now: Duration,
+    nodes: Vec<Node>,
+    queue: BinaryHeap<Reverse<(Duration, u64)>>,
+    events: BTreeMap<u64, Event>,
+    sequence: u64,
+    entropy: SeededEntropy,
+    connections: BTreeMap<ConnId, Connection>,
+    weather: Weather,
+    lives: [u64; 2],
+    /// For the byte-cut test: the next connection is cut after this many bytes towards a side.
+    cut_next: Option<(usize, usize)>,
+    conversation: [usize; 2],
+}
+
+fn node_id(side: usize) -> NodeId {
+    NodeId([side as u8 + 1; 16])
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let nodes = (0..2)
+            .map(|side| Node {
+                name: ["a", "b"][side].parse().unwrap(),
+                core: new_core(Duration::ZERO, side),
+                log: TestLog::default(),
+                primary: side == 0,
+                recovered: false,
+                incarnation: side as u64 + 1,
+                up: true,
+                membership: Membership::Member { rpo_target: None },
+                retired: false,
+                events: Vec::new(),
+            })
+            .collect();
+        let mut world = World {
+            now: Duration::from_secs(100),
+            nodes,
+            queue: BinaryHeap::new(),
+            events: BTreeMap::new(),
+            sequence: 0,
+            entropy: SeededEntropy::new(seed),
+            connections: BTreeMap::new(),
+            weather: Weather { delay_most: Duration::from_millis(5), ..Weather::default() },
+            lives: [0; 2],
+            cut_next: None,
+            conversation: [0; 2],
+        };
+        let first = EpochId(world.entropy.next_u64());
+        let now = world.now;
+        world.nodes[0].log.append(now, Some((first, node_id(0))));
+        for side in 0..2 {
+            world.start(side);
+        }
+        world
+    }
+
+    fn random(&self, below: u64) -> u64 {
+        self.entropy.next_u64() % below
+    }
+
+    fn start(&mut self, side: usize) {
+        let local = self.nodes[side].local();
+        self.feed(side, Input::Group(Box::new(local)));
+        self.feed(side, Input::CanDial(true));
+        self.schedule(Duration::from_secs(1), Event::Sync(side));
+    }
+
+    fn schedule(&mut self, after: Duration, event: Event) {
+        self.sequence += 1;
+        self.queue.push(Reverse((self.now + after, self.sequence)));
+        self.events.insert(self.sequence, event);
+    }
+
+    fn delay(&self) -> Duration {
+        let most = self.weather.delay_most.as_micros() as u64 + 1;
+        Duration::from_micros(self.random(most))
+    }
+
+    /// Runs everything that happens within `span`.
+    fn run(&mut self, span: Duration) {
+        let end = self.now + span;
+        while let Some(Reverse((time, sequence))) = self.queue.peek().copied() {
+            if time > end {
+                break;
+            }
+            self.queue.pop();
+            self.now = self.now.max(time);
+            let event = self.events.remove(&sequence).unwrap();
+            self.happen(event);
+            self.check();
+        }
+        self.now = end;
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Feed(side, life, input) => {
+                if self.lives[side] == life {
+                    self.feed(side, input);
+                }
+            }
+            Event::Wake(side) => {
+                if self.nodes[side].up {
+                    self.feed(side, Input::Tick);
+                }
+            }
+            Event::Sync(side) => {
+                if self.nodes[side].up {
+                    self.nodes[side].log.durable = self.nodes[side].log.bytes.len();
+                    let local = self.nodes[side].local();
+                    self.feed(side, Input::Group(Box::new(local)));
+                    self.schedule(Duration::from_secs(1), Event::Sync(side));
+                }
+            }
+            Event::ConnUp { conn, side, life } => {
+                let other = self.nodes[1 - side].incarnation;
+                let Some(connection) = self.connections.get_mut(&conn) else { return };
+                if self.lives[side] != life || !self.nodes[side].up || !connection.open[side] {
+                    return;
+                }
+                connection.up[side] = true;
+                let input = Input::ConnUp {
+                    conn,
+                    dialled: connection.dialled_by == side,
+                    incarnation: Incarnation(other),
+                };
+                self.feed(side, input);
+                self.arrive(conn, side, &[]);
+            }
+            Event::Arrive { conn, to, bytes } => self.arrive(conn, to, &bytes),
+        }
+    }
+
+    fn feed(&mut self, side: usize, input: Input) {
+        if !self.nodes[side].up {
+            return;
+        }
+        let mut outputs = Vec::new();
+        let now = self.now;
+        self.nodes[side].core.handle(now, input, &mut outputs);
+        for output in outputs {
+            self.perform(side, output);
+        }
+        if let Some(wake) = self.nodes[side].core.next_wake() {
+            self.schedule(wake.saturating_sub(self.now), Event::Wake(side));
+        }
+    }
+
+    fn later(&mut self, side: usize, input: Input) {
+        // Always the same, so that results come in the order of the jobs.
+        let delay = Duration::from_micros(20);
+        self.schedule(delay, Event::Feed(side, self.lives[side], input));
+    }
+
+    fn perform(&mut self, side: usize, output: Output) {
+        match output {
+            Output::Dial => self.dial(side),
+            Output::Close { conn, .. } => self.close(conn, side),
+            Output::Send { conn, message } => {
+                let bytes = message.to_frame().unwrap();
+                self.transmit(conn, side, bytes);
+            }
+            Output::SendLog { conn, group, stream, from, to } => {
+                let range = from.0 as usize..to.0 as usize;
+                let payload = self.nodes[side].log.bytes[range].to_vec();
+                let mut bytes =
+                    FrameHeader::log(group, stream, from, payload.len()).encode().to_vec();
+                bytes.extend_from_slice(&payload);
+                self.transmit(conn, side, bytes);
+                self.later(side, Input::Sent { group, stream });
+            }
+            Output::Prepare { group, stream } => {
+                let log = &mut self.nodes[side].log;
+                log.tail.clear();
+                let input = Input::Prepared {
+                    group,
+                    stream,
+                    history: log.history(),
+                    durable: Lsn(log.durable as u64),
+                    requests: log.head().0 / RECORD_BYTES as u64,
+                };
+                self.later(side, input);
+            }
+            Output::LookupChain { group, lsn, ticket } => {
+                let chain = self.nodes[side].log.chain_at(lsn.0 as usize);
+                self.later(side, Input::ChainFound { group, ticket, chain });
+            }
+            Output::Append { group, stream, position, bytes } => {
+                assert!(!self.nodes[side].primary, "a primary takes no bytes");
+                let log = &mut self.nodes[side].log;
+                let input = match log.receive(position, &bytes) {
+                    Ok(()) => Input::Appended(Appended {
+                        group,
+                        stream,
+                        received: Lsn((log.bytes.len() + log.tail.len()) as u64),
+                        head: log.head(),
+                        chain: log.chain(),
+                        durable: Lsn(log.durable as u64),
+                        requests: log.head().0 / RECORD_BYTES as u64,
+                    }),
+                    Err(reason) => Input::AppendFailed { group, stream, reason },
+                };
+                self.later(side, input);
+            }
+            Output::Committed { lsn, .. } => {
+                assert!(lsn <= self.nodes[side].log.head());
+            }
+            Output::Demote { .. } => {
+                self.nodes[side].primary = false;
+                let local = self.nodes[side].local();
+                self.later(side, Input::Group(Box::new(local)));
+            }
+            Output::Retire { retired, .. } => self.nodes[side].retired = retired,
+            Output::Event { code, .. } => self.nodes[side].events.push(code),
+        }
+    }
+
+    fn dial(&mut self, side: usize) {
+        if self.weather.partitioned || !self.nodes[1 - side].up {
+            let input = Input::DialFailed { reason: "no route".to_owned() };
+            self.later(side, input);
+            return;
+        }
+        self.sequence += 1;
+        let conn = ConnId(self.sequence);
+        let mut connection = Connection {
+            dialled_by: side,
+            pipes: Default::default(),
+            dead: false,
+            open: [true; 2],
+            up: [false; 2],
+        };
+        if let Some((towards, bytes)) = self.cut_next.take() {
+            connection.pipes[towards].cut_after = Some(bytes);
+        }
+        self.connections.insert(conn, connection);
+        for side in 0..2 {
+            let delay = self.delay();
+            self.schedule(delay, Event::ConnUp { conn, side, life: self.lives[side] });
+        }
+    }
+
+    fn close(&mut self, conn: ConnId, side: usize) {
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        connection.open[side] = false;
+        self.tell_down(conn, 1 - side);
+    }
+
+    fn tell_down(&mut self, conn: ConnId, side: usize) {
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        if std::mem::take(&mut connection.open[side]) && !self.weather.partitioned {
+            let delay = self.delay();
+            let reason = "closed".to_owned();
+            let input = Input::ConnDown { conn, reason };
+            self.schedule(delay, Event::Feed(side, self.lives[side], input));
+        }
+    }
+
+    fn cut(&mut self, conn: ConnId) {
+        self.tell_down(conn, 0);
+        self.tell_down(conn, 1);
+    }
+
+    fn transmit(&mut self, conn: ConnId, from: usize, mut bytes: Vec<u8>) {
+        let to = 1 - from;
+        self.conversation[to] += bytes.len();
+        let unlucky = self.weather.cut_one_in > 0 && self.random(self.weather.cut_one_in) == 0;
+        let delay = self.delay();
+        let now = self.now;
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        if !connection.open[from] || connection.dead {
+            return;
+        }
+        let pipe = &mut connection.pipes[to];
+        let mut cut = unlucky;
+        if let Some(limit) = pipe.cut_after
+            && pipe.sent + bytes.len() > limit
+        {
+            bytes.truncate(limit.saturating_sub(pipe.sent));
+            cut = true;
+        }
+        pipe.sent += bytes.len();
+        let arrival = pipe.last_arrival.max(now + delay);
+        pipe.last_arrival = arrival;
+        if unlucky {
+            let keep = self.entropy.next_u64() as usize % (bytes.len() + 1);
+            bytes.truncate(keep);
+        }
+        self.schedule(arrival - now, Event::Arrive { conn, to, bytes });
+        if cut {
+            self.cut(conn);
+        }
+    }
+
+    fn arrive(&mut self, conn: ConnId, to: usize, bytes: &[u8]) {
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        connection.dead |= self.weather.partitioned;
+        if !connection.open[to] || connection.dead {
+            return;
+        }
+        connection.pipes[to].received.extend_from_slice(bytes);
+        if !connection.up[to] {
+            return;
+        }
+        let mut inputs = Vec::new();
+        let received = &mut connection.pipes[to].received;
+        while let Some((header, rest)) = received.split_first_chunk::<FRAME_HEADER_BYTES>() {
+            let header = FrameHeader::decode(header).expect("an honest peer");
+            let bytes = header.payload_bytes as usize;
+            let Some(payload) = rest.get(..bytes) else { break };
+            inputs.push(match header.kind {
+                FrameKind::Control => Input::Message {
+                    conn,
+                    message: Message::decode(payload).expect("an honest peer"),
+                    wall: LogTime(0),
+                },
+                FrameKind::Log => Input::Log {
+                    conn,
+                    group: header.group,
+                    stream: header.stream,
+                    position: header.position,
+                    bytes: Bytes::copy_from_slice(payload),
+                },
+            });
+            received.drain(..FRAME_HEADER_BYTES + bytes);
+        }
+        for input in inputs {
+            self.feed(to, input);
+        }
+    }
+
+    fn write(&mut self, side: usize) {
+        if self.nodes[side].up && self.nodes[side].primary {
+            let now = self.now;
+            self.nodes[side].log.append(now, None);
+            let local = self.nodes[side].local();
+            self.feed(side, Input::Group(Box::new(local)));
+        }
+    }
+
+    fn promote(&mut self, side: usize) {
+        if self.nodes[side].up && !self.nodes[side].primary && self.nodes[side].log.head().0 > 0 {
+            let id = EpochId(self.entropy.next_u64());
+            let now = self.now;
+            let node = &mut self.nodes[side];
+            node.primary = true;
+            node.recovered = false;
+            node.log.tail.clear();
+            node.log.append(now, Some((id, node_id(side))));
+            let local = self.nodes[side].local();
+            self.feed(side, Input::Group(Box::new(local)));
+        }
+    }
+
+    fn demote(&mut self, side: usize) {
+        if self.nodes[side].up {
+            self.nodes[side].primary = false;
+            let local = self.nodes[side].local();
+            self.feed(side, Input::Group(Box::new(local)));
+        }
+    }
+
+    /// `kill -9`: the process is gone, the page cache is not.
+    fn stop(&mut self, side: usize) {
+        self.nodes[side].up = false;
+        self.lives[side] += 1;
+        let conns: Vec<ConnId> = self.connections.keys().copied().collect();
+        for conn in conns {
+            self.connections.get_mut(&conn).unwrap().open[side] = false;
+            self.tell_down(conn, 1 - side);
+        }
+    }
+
+    fn restart(&mut self, side: usize) {
+        let now = self.now;
+        let node = &mut self.nodes[side];
+        node.up = true;
+        node.incarnation += 2;
+        node.core = new_core(now, side);
+        node.recovered = node.primary;
+        node.log.tail.clear();
+        self.start(side);
+    }
+
+    fn state(&self, side: usize) -> (ReplicationState, String) {
+        let (state, reason, _) = self.nodes[side].core.channel(GROUP).unwrap().state();
+        (state, reason.to_owned())
+    }
+
+    /// What holds at every moment.
+    fn check(&self) {
+        for side in 0..2 {
+            let node = &self.nodes[side];
+            let other = &self.nodes[1 - side];
+            if !node.up {
+                continue;
+            }
+            let channel = node.core.channel(GROUP).unwrap();
+            if node.primary && !other.primary {
+                let acked = channel.acked();
+                let there = (other.log.bytes.len() + other.log.tail.len()) as u64;
+                let kept = other.log.bytes.len() as u64;
+                // A restart forgets an unfinished record, which was received and is sent again.
+                assert!(
+                    acked.received.0 <= there.max(kept + RECORD_BYTES as u64),
+                    "{} believes in {} of {there} bytes",
+                    node.name,
+                    acked.received
+                );
+            }
+            if other.primary && !node.primary && other.log.bytes.starts_with(&node.log.bytes) {
+                // Never better than the truth: the age of the oldest byte that is missing here.
+                let missing = other.log.times.get(node.log.bytes.len() / RECORD_BYTES);
+                let truth = missing.map_or(Duration::ZERO, |time| self.now.saturating_sub(*time));
+                if let Some(lag) = secondary_lag(channel, self.now)
+                    && other.log.times.len() * RECORD_BYTES == other.log.bytes.len()
+                {
+                    assert!(lag >= truth, "shows {lag:?}, in truth {truth:?}");
+                }
+            }
+            if node.primary && node.log.bytes.starts_with(&other.log.bytes) && !other.primary {
+                let missing = node.log.times.get(other.log.bytes.len() / RECORD_BYTES);
+                let truth = missing.map_or(Duration::ZERO, |time| self.now.saturating_sub(*time));
+                let (lag, durable_lag) = channel.lags(self.now);
+                if let Some(lag) = lag
+                    && node.log.times.len() * RECORD_BYTES == node.log.bytes.len()
+                {
+                    assert!(lag >= truth, "shows {lag:?}, in truth {truth:?}");
+                    assert!(durable_lag.is_none_or(|durable_lag| durable_lag >= lag));
+                }
+            }
+        }
+    }
+
+    fn assert_streaming(&self) {
+        for side in 0..2 {
+            assert_eq!(self.state(side).0, ReplicationState::Streaming, "{:?}", self.state(side));
+        }
+        assert!(
+            self.nodes[0].log.bytes == self.nodes[1].log.bytes,
+            "heads {} and {}",
+            self.nodes[0].log.head(),
+            self.nodes[1].log.head()
+        );
+    }
+}
+
+fn new_core(now: Duration, side: usize) -> PeerCore {
+    let settings = Settings { heartbeat: HEARTBEAT, window_bytes: 4096, ..Settings::default() };
+    let name = ["b", "a"][side].parse().unwrap();
+    PeerCore::new(now, node_id(side), node_id(1 - side), name, settings)
+}
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+#[test]
+fn a_copy_becomes_equal_and_stays_so() {
+    let mut world = World::new(1);
+    world.run(seconds(2));
+    for _ in 0..1000 {
+        world.write(0);
+        world.run(Duration::from_millis(1));
+    }
+    world.run(seconds(3));
+    world.assert_streaming();
+    assert_eq!(world.nodes[0].log.head(), Lsn(1001 * 64));
+    let acked = world.nodes[0].core.channel(GROUP).unwrap().acked();
+    assert_eq!(acked.durable, Lsn(1001 * 64));
+    assert_eq!(acked.requests, 1001);
+    let (compared, mismatch) = world.nodes[1].core.channel(GROUP).unwrap().comparison();
+    assert_eq!((compared, mismatch), (Some(Lsn(1001 * 64)), None));
+}
+
+#[test]
+fn one_link_remains_of_two_that_cross() {
+    for seed in 0..50 {
+        let mut world = World::new(seed);
+        world.run(seconds(20));
+        let conn = world.nodes[0].core.conn().expect("connected");
+        assert_eq!(world.nodes[1].core.conn(), Some(conn), "seed {seed}");
+        world.assert_streaming();
+    }
+}
+
+#[test]
+fn everything_passes_through_bad_weather_in_order() {
+    for seed in 0..40 {
+        let mut world = World::new(seed);
+        world.weather.cut_one_in = 20 + seed % 60;
+        world.weather.delay_most = Duration::from_millis(1 + seed % 200);
+        for step in 0..400 {
+            world.write(0);
+            let pause = Duration::from_millis(world.random(60));
+            world.run(pause);
+            match world.random(80) {
+                0 => world.weather.partitioned = true,
+                1..=8 => world.weather.partitioned = false,
+                9 => world.stop(1),
+                10 => world.stop(0),
+                _ => {}
+            }
+            if step % 10 == 0 {
+                for side in 0..2 {
+                    if !world.nodes[side].up {
+                        world.restart(side);
+                    }
+                }
+            }
+        }
+        world.weather = Weather { delay_most: Duration::from_millis(5), ..Weather::default() };
+        for side in 0..2 {
+            if !world.nodes[side].up {
+                world.restart(side);
+            }
+        }
+        world.run(seconds(60));
+        world.assert_streaming();
+    }
+}
+
+#[test]
+fn a_conversation_cut_after_any_byte_goes_on_after_it() {
+    let mut whole = World::new(5);
+    for _ in 0..5 {
+        whole.write(0);
+    }
+    whole.run(seconds(2));
+    whole.assert_streaming();
+    for towards in 0..2 {
+        for cut in 0..whole.conversation[towards] {
+            let mut world = World::new(5);
+            world.cut_next = Some((towards, cut));
+            for _ in 0..5 {
+                world.write(0);
+            }
+            world.run(seconds(10));
+            world.assert_streaming();
+        }
+    }
+}
+
+#[test]
+fn a_pause_holds_until_resumed_on_either_side() {
+    for side in 0..2 {
+        let mut world = World::new(2);
+        world.run(seconds(2));
+        world.feed(side, Input::Pause { group: GROUP, paused: true });
+        world.run(seconds(1));
+        let before = world.nodes[1].log.bytes.len();
+        for _ in 0..10 {
+            world.write(0);
+        }
+        world.run(seconds(5));
+        assert_eq!(world.nodes[1].log.bytes.len(), before);
+        for side in 0..2 {
+            assert_eq!(world.state(side).0, ReplicationState::Paused);
+            assert!(world.state(side).1.contains("tidelog resume g"), "{:?}", world.state(side));
+        }
+        world.feed(side, Input::Pause { group: GROUP, paused: false });
+        world.run(seconds(5));
+        world.assert_streaming();
+    }
+}
+
+#[test]
+fn after_a_failover_the_old_primary_follows_if_it_lacks_nothing() {
+    let mut world = World::new(3);
+    world.write(0);
+    world.run(seconds(3));
+    world.stop(0);
+    world.run(seconds(10));
+    world.promote(1);
+    for _ in 0..20 {
+        world.write(1);
+    }
+    world.restart(0);
+    world.run(seconds(10));
+    assert!(!world.nodes[0].primary, "it follows");
+    assert!(world.nodes[0].events.contains(&"returned-as-secondary"));
+    world.assert_streaming();
+}
+
+#[test]
+fn a_primary_that_returns_with_more_is_a_split_brain_and_nothing_is_touched() {
+    let mut world = World::new(4);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.write(0);
+    world.promote(1);
+    world.write(1);
+    world.stop(0);
+    world.run(seconds(10));
+    world.weather.partitioned = false;
+    let logs = [world.nodes[0].log.bytes.clone(), world.nodes[1].log.bytes.clone()];
+    world.restart(0);
+    world.run(seconds(10));
+    for side in 0..2 {
+        assert_eq!(world.state(side).0, ReplicationState::SplitBrain);
+        assert!(world.nodes[side].events.contains(&"split-brain"));
+        assert!(world.nodes[side].primary);
+        assert_eq!(world.nodes[side].log.bytes, logs[side]);
+    }
+    // Demoted, it still holds what the other lacks: stopped, with a reason, and whole.
+    world.demote(0);
+    world.run(seconds(10));
+    for side in 0..2 {
+        let (state, reason) = world.state(side);
+        assert_eq!(state, ReplicationState::Blocked);
+        assert!(reason.contains("histories part at LSN 128"), "{reason}");
+        assert_eq!(world.nodes[side].log.bytes, logs[side]);
+    }
+}
+
+#[test]
+fn a_running_primary_never_follows_even_a_newer_reign() {
+    let mut world = World::new(6);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.promote(1);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    assert!(world.nodes[0].primary && world.nodes[1].primary);
+    for side in 0..2 {
+        assert_eq!(world.state(side).0, ReplicationState::SplitBrain);
+    }
+    // It lacks nothing, so a demote is all that is needed.
+    world.demote(0);
+    world.run(seconds(10));
+    world.assert_streaming();
+}
+
+#[test]
+fn a_planned_change_of_roles_loses_nothing() {
+    let mut world = World::new(7);
+    world.write(0);
+    world.run(seconds(3));
+    world.demote(0);
+    world.run(seconds(2));
+    assert!(world.state(0).1.contains("no primary"), "{:?}", world.state(0));
+    world.promote(1);
+    world.write(1);
+    world.run(seconds(3));
+    world.assert_streaming();
+}
+
+#[test]
+fn a_log_that_no_longer_reaches_stops_with_the_next_command() {
+    let mut world = World::new(8);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    for _ in 0..10 {
+        world.write(0);
+    }
+    world.nodes[0].log.start = 640;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    for side in 0..2 {
+        let (state, reason) = world.state(side);
+        assert_eq!(state, ReplicationState::Blocked);
+        assert!(
+            reason.contains("640") && reason.contains("tidelog replicate g --stop"),
+            "{reason}"
+        );
+    }
+    assert_eq!(world.nodes[1].log.bytes.len(), 64);
+}
+
+#[test]
+fn a_secondary_that_is_ahead_or_of_another_history_is_left_alone() {
+    for foreign in [false, true] {
+        let mut world = World::new(9);
+        if foreign {
+            let now = world.now;
+            world.nodes[1].log.append(now, Some((EpochId(99), node_id(1))));
+            world.nodes[1].log.append(now, None);
+        } else {
+            world.write(0);
+            world.nodes[1].log = world.nodes[0].log.clone();
+            let now = world.now;
+            world.nodes[1].log.append(now, None);
+        }
+        let local = world.nodes[1].local();
+        world.feed(1, Input::Group(Box::new(local)));
+        let kept = world.nodes[1].log.bytes.clone();
+        world.run(seconds(10));
+        for side in 0..2 {
+            let (state, reason) = world.state(side);
+            assert_eq!(state, ReplicationState::Blocked, "{reason}");
+            let word = if foreign { "histories part" } else { "holds 64 B that the primary lost" };
+            assert!(reason.contains(word), "{reason}");
+        }
+        assert_eq!(world.nodes[1].log.bytes, kept);
+    }
+}
+
+#[test]
+fn equal_histories_with_other_bytes_are_found_by_the_chain() {
+    let mut world = World::new(10);
+    world.write(0);
+    let mut other = world.nodes[0].log.clone();
+    let reign = other.reigns[0];
+    other.bytes.truncate(64);
+    other.reigns[0] = reign;
+    // A second record that says something else, with a whole chain of its own.
+    other.append(Duration::from_secs(1), None);
+    let last = other.bytes.len();
+    other.bytes[last - 64] = 5;
+    let checksum = xxh3_64(&other.bytes[last - 64..last - 8]);
+    other.bytes[last - 8..].copy_from_slice(&checksum.to_le_bytes());
+    world.nodes[1].log = other;
+    let local = world.nodes[1].local();
+    world.feed(1, Input::Group(Box::new(local)));
+    world.run(seconds(10));
+    for side in 0..2 {
+        let (state, reason) = world.state(side);
+        assert_eq!(state, ReplicationState::Blocked, "{reason}");
+    }
+    assert!(world.nodes[0].log.bytes != world.nodes[1].log.bytes);
+}
+
+#[test]
+fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
+    let mut world = World::new(11);
+    world.nodes[0].membership = Membership::Stranger;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(5));
+    assert!(world.nodes[1].log.bytes.is_empty());
+    assert!(world.nodes[1].core.channel(GROUP).unwrap().remote().is_none());
+
+    world.nodes[0].membership = Membership::Member { rpo_target: None };
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(5));
+    world.assert_streaming();
+
+    // The record that ends the membership is appended, and then the group tells so.
+    let now = world.now;
+    world.nodes[0].log.append(now, None);
+    world.nodes[0].membership = Membership::Stranger;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(5));
+    assert!(world.nodes[0].log.bytes == world.nodes[1].log.bytes);
+    // There the record says it too.
+    world.nodes[1].membership = Membership::Stopped;
+    let local = world.nodes[1].local();
+    world.feed(1, Input::Group(Box::new(local)));
+    assert!(world.nodes[1].retired);
+    world.write(0);
+    world.run(seconds(10));
+    assert_eq!(world.nodes[1].log.bytes.len() + 64, world.nodes[0].log.bytes.len());
+    assert_eq!(world.state(0).0, ReplicationState::Idle);
+}
+
+#[test]
+fn silence_is_a_lost_peer_and_an_age_that_grows() {
+    let mut world = World::new(12);
+    world.run(seconds(5));
+    world.weather.partitioned = true;
+    world.run(seconds(30));
+    for side in 0..2 {
+        assert!(world.nodes[side].core.link_down().is_some());
+        assert!(world.state(side).1.contains("nothing heard for"), "{:?}", world.state(side));
+        assert!(world.nodes[side].events.contains(&"link-lost"));
+    }
+    let channel = world.nodes[1].core.channel(GROUP).unwrap();
+    let lag = secondary_lag(channel, world.now).unwrap();
+    assert!(lag >= seconds(29), "{lag:?}");
+    assert_eq!(world.nodes[0].core.channel(GROUP).unwrap().lags(world.now).0, Some(Duration::ZERO));
+}
+
+#[test]
+fn an_exceeded_target_is_raised_once() {
+    let mut world = World::new(13);
+    world.nodes[0].membership =
+        Membership::Member { rpo_target: Some(crate::units::Span(seconds(5))) };
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(5));
+    world.weather.partitioned = true;
+    for _ in 0..40 {
+        world.write(0);
+        world.run(seconds(1));
+    }
+    let raised = world.nodes[0].events.iter().filter(|code| **code == "rpo-exceeded").count();
+    assert_eq!(raised, 1);
+}
+
+#[test]
+fn the_same_seed_is_the_same_run() {
+    let run = |seed| {
+        let mut world = World::new(seed);
+        world.weather.cut_one_in = 30;
+        for _ in 0..200 {
+            world.write(0);
+            world.run(Duration::from_millis(20));
+        }
+        (world.sequence, world.conversation, world.nodes[1].log.bytes.clone())
+    };
+    assert_eq!(run(77), run(77));
+    assert_ne!(run(77).0, run(78).0);
+}

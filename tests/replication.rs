@@ -1,0 +1,738 @@
+//! Two nodes in one process, over real sockets and real files: pairing, streaming, broken links,
+//! failover, calls.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tidelog::events::Events;
+use tidelog::group::{
+    DataState, Group, GroupContext, LocalLimits, NodeIdentity, Op, Registry, Request, Role,
+};
+use tidelog::io::{Clock, Entropy, Env, KernelEntropy, SeededEntropy, SystemClock};
+use tidelog::replication::{
+    INVITE_VALID, PeerStatus, ReplicateOptions, Replication, ReplicationConfig, Verdict,
+};
+use tidelog::units::{LogTime, Lsn, Name, NodeId, Span};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::support::wait_for;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The system's clock, moved ahead by hand.
+struct MovedClock {
+    clock: SystemClock,
+    ahead_seconds: AtomicU64,
+}
+
+impl MovedClock {
+    fn ahead(&self) -> Duration {
+        Duration::from_secs(self.ahead_seconds.load(Ordering::Relaxed))
+    }
+}
+
+impl Clock for MovedClock {
+    fn wall(&self) -> LogTime {
+        self.clock.wall().after(self.ahead())
+    }
+    fn monotonic(&self) -> Duration {
+        self.clock.monotonic() + self.ahead()
+    }
+}
+
+/// A node without NBD, control socket and backup: groups and replication.
+struct Node {
+    dir: PathBuf,
+    context: GroupContext,
+    clock: Arc<MovedClock>,
+    registry: Arc<Registry>,
+    replication: Arc<Replication>,
+}
+
+impl Node {
+    fn start(dir: &Path, name: &str, advertise: Option<SocketAddr>) -> Node {
+        let node_dir = dir.join("node");
+        std::fs::create_dir_all(&node_dir).unwrap();
+        let identity = node_dir.join("identity");
+        let id = match std::fs::read(&identity) {
+            Ok(bytes) => NodeId(bytes.try_into().unwrap()),
+            Err(_) => {
+                let id = KernelEntropy.next_id();
+                std::fs::write(&identity, id).unwrap();
+                NodeId(id)
+            }
+        };
+        let clock =
+            Arc::new(MovedClock { clock: SystemClock::new(), ahead_seconds: AtomicU64::new(0) });
+        let context = GroupContext {
+            env: Env { clock: Arc::clone(&clock) as Arc<dyn Clock>, ..Env::real() },
+            node: NodeIdentity { id, name: name.parse().unwrap() },
+            limits: LocalLimits::default(),
+            events: Events::in_memory(),
+        };
+        let registry = Registry::open(context.clone(), &dir.join("groups")).unwrap();
+        let config = ReplicationConfig {
+            listen: Some("127.0.0.1:0".parse().unwrap()),
+            advertise: advertise.map(|address| address.to_string()),
+            state_dir: node_dir,
+            heartbeat: Duration::from_millis(200),
+            lost_after: Duration::from_secs(5),
+        };
+        let groups = Arc::clone(&registry);
+        let replication = Replication::start(config, context.clone(), groups).unwrap();
+        Node { dir: dir.to_owned(), context, clock, registry, replication }
+    }
+
+    fn name(&self) -> &str {
+        self.context.node.name.as_str()
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.replication.local_addr().unwrap()
+    }
+
+    /// Ends the node in order; what it wrote stays.
+    fn stop(self) -> PathBuf {
+        self.replication.shutdown();
+        self.registry.close();
+        self.dir
+    }
+
+    fn group(&self) -> Arc<Group> {
+        self.registry.by_name("g").unwrap()
+    }
+
+    fn status(&self) -> Option<PeerStatus> {
+        let group = self.registry.by_name("g").ok()?;
+        self.replication.status(&group).into_iter().next()
+    }
+
+    fn replication_state(&self) -> String {
+        self.status().map(|status| status.replication_state).unwrap_or_default()
+    }
+
+    fn has_event(&self, code: &str) -> bool {
+        self.context.events.since(0).iter().any(|event| event.code == code)
+    }
+}
+
+/// A way to a node that can be cut.
+struct Proxy {
+    address: SocketAddr,
+    target: Arc<Mutex<Option<SocketAddr>>>,
+    open: Arc<AtomicBool>,
+    cut: tokio::sync::watch::Sender<u64>,
+    /// Bytes after which the next connections are cut.
+    cut_after: Arc<AtomicUsize>,
+}
+
+impl Proxy {
+    async fn start() -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let target = Arc::new(Mutex::new(None::<SocketAddr>));
+        let open = Arc::new(AtomicBool::new(true));
+        let (cut, _) = tokio::sync::watch::channel(0);
+        let cut_after = Arc::new(AtomicUsize::new(usize::MAX));
+        let proxy = Proxy {
+            address,
+            target: Arc::clone(&target),
+            open: Arc::clone(&open),
+            cut: cut.clone(),
+            cut_after: Arc::clone(&cut_after),
+        };
+        tokio::spawn(async move {
+            while let Ok((inbound, _)) = listener.accept().await {
+                let target = *target.lock().unwrap();
+                let Some(target) = target.filter(|_| open.load(Ordering::Relaxed)) else {
+                    continue;
+                };
+                let mut cut = cut.subscribe();
+                let limit = cut_after.load(Ordering::Relaxed);
+                tokio::spawn(async move {
+                    let Ok(outbound) = TcpStream::connect(target).await else { return };
+                    tokio::select! {
+                        () = relay(inbound, outbound, limit) => {}
+                        _ = cut.changed() => {}
+                    }
+                });
+            }
+        });
+        proxy
+    }
+
+    fn lead_to(&self, node: &Node) {
+        *self.target.lock().unwrap() = Some(node.address());
+    }
+
+    /// Ends all connections.
+    fn cut(&self) {
+        self.cut.send_modify(|count| *count += 1);
+    }
+
+    fn set_open(&self, open: bool) {
+        self.open.store(open, Ordering::Relaxed);
+        if !open {
+            self.cut();
+        }
+    }
+}
+
+/// Relays both ways until either ends, or `limit` bytes have passed.
+async fn relay(mut a: TcpStream, mut b: TcpStream, limit: usize) {
+    let (mut from_a, mut from_b) = (vec![0; 16384], vec![0; 16384]);
+    let mut passed = 0;
+    loop {
+        let (to, bytes) = tokio::select! {
+            read = a.read(&mut from_a) => (&mut b, read.map(|bytes| &from_a[..bytes])),
+            read = b.read(&mut from_b) => (&mut a, read.map(|bytes| &from_b[..bytes])),
+        };
+        let Ok(bytes) = bytes else { return };
+        let kept = bytes.len().min(limit - passed);
+        if bytes.is_empty() || to.write_all(&bytes[..kept]).await.is_err() || kept < bytes.len() {
+            return;
+        }
+        passed += kept;
+    }
+}
+
+/// Two paired nodes `a` and `b`, each reached through a proxy.
+struct Pair {
+    _dir: TempDir,
+    a: Node,
+    b: Node,
+    to_a: Proxy,
+    to_b: Proxy,
+}
+
+impl Pair {
+    async fn start() -> Pair {
+        let dir = tempfile::tempdir().unwrap();
+        let (to_a, to_b) = (Proxy::start().await, Proxy::start().await);
+        let a = Node::start(&dir.path().join("a"), "a", Some(to_a.address));
+        let b = Node::start(&dir.path().join("b"), "b", Some(to_b.address));
+        to_a.lead_to(&a);
+        to_b.lead_to(&b);
+        let invite = a.replication.invite().unwrap();
+        let peer = b.replication.join(&invite.token, &invite.address).await.unwrap();
+        assert_eq!(peer.name.as_str(), "a");
+        let pair = Pair { _dir: dir, a, b, to_a, to_b };
+        pair.wait_connected();
+        pair
+    }
+
+    /// The same with a group `g`, primary on `a`, its copy on `b` streaming.
+    async fn replicating() -> Pair {
+        let pair = Pair::start().await;
+        let group = pair.a.registry.create(name("g"), Some(1 << 20)).unwrap();
+        group.create_volume(name("v"), 64 << 20).unwrap();
+        pair.replicate().await;
+        pair
+    }
+
+    async fn replicate(&self) {
+        let options =
+            ReplicateOptions { rpo_target: Some(Span(5 * SECOND)), ..ReplicateOptions::default() };
+        self.a.replication.replicate("g", "b", options).await.unwrap();
+        self.wait_equal();
+    }
+
+    fn nodes(&self) -> [&Node; 2] {
+        [&self.a, &self.b]
+    }
+
+    fn wait_connected(&self) {
+        for node in self.nodes() {
+            wait_for(&format!("{} to be connected", node.name()), || {
+                let peers = node.replication.peers();
+                (peers.len() == 1 && peers[0].link_state == "connected").then_some(())
+            });
+        }
+    }
+
+    fn close_link(&self) {
+        self.to_a.set_open(false);
+        self.to_b.set_open(false);
+    }
+
+    fn open_link(&self) {
+        self.to_a.set_open(true);
+        self.to_b.set_open(true);
+    }
+
+    /// Waits until both stream and end at the same position.
+    fn wait_equal(&self) {
+        wait_for("both nodes to be equal", || {
+            let equal = self.a.registry.by_name("g").ok()?.positions().head
+                == self.b.registry.by_name("g").ok()?.positions().head;
+            let streaming = self.nodes().iter().all(|node| node.replication_state() == "streaming");
+            (equal && streaming).then_some(())
+        });
+        assert_same_bytes(&self.a.group(), &self.b.group());
+    }
+}
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+fn log_bytes(group: &Group, from: Lsn, to: Lsn) -> Vec<u8> {
+    let mut bytes = vec![0; to.bytes_since(from) as usize];
+    group.read_log(from, &mut bytes).unwrap();
+    bytes
+}
+
+/// The records of both logs, byte for byte, at the same addresses.
+fn assert_same_bytes(a: &Group, b: &Group) {
+    let (end_a, end_b) = (a.positions(), b.positions());
+    assert_eq!(end_a.head, end_b.head);
+    assert_eq!(end_a.chain, end_b.chain);
+    let from = a.log_start().max(b.log_start());
+    assert!(log_bytes(a, from, end_a.head) == log_bytes(b, from, end_a.head), "equal bytes");
+}
+
+/// Appends `count` writes of random places, lengths and contents.
+fn write(group: &Group, entropy: &SeededEntropy, count: usize) {
+    let volume = group.control().volumes[0].number;
+    for _ in 0..count {
+        let sectors = 1 + entropy.next_u64() % 64;
+        let mut data = vec![0; sectors as usize * 512];
+        entropy.fill(&mut data);
+        let offset = entropy.next_u64() % ((64 << 20) / 512 - sectors) * 512;
+        let op = Op::Write { offset, data: &data };
+        for result in group.append(&[Request { volume, op, fua: false }]) {
+            result.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_copy_has_the_same_bytes_at_the_same_addresses() {
+    let pair = Pair::start().await;
+    let group = pair.a.registry.create(name("g"), Some(1 << 20)).unwrap();
+    group.create_volume(name("v"), 64 << 20).unwrap();
+    let entropy = SeededEntropy::new(1);
+    // What was there before, and what comes while it streams; several segments of it.
+    write(&group, &entropy, 100);
+    pair.replicate().await;
+    write(&group, &entropy, 300);
+    group.sync_now().unwrap();
+    pair.wait_equal();
+    assert!(group.positions().head > Lsn(3 << 20), "several segments");
+
+    let copy = pair.b.group();
+    assert_eq!(copy.role(), Role::Secondary);
+    assert_eq!(copy.data_state().0, DataState::Consistent);
+    assert_eq!(copy.control().volumes, group.control().volumes);
+    assert_eq!(copy.control().members.len(), 2);
+    let status = wait_for("the primary to know it durable", || {
+        let status = pair.a.status().unwrap();
+        (status.durable_lsn == group.positions().head).then_some(status)
+    });
+    assert_eq!((status.name.as_str(), status.role.as_str()), ("b", "secondary"));
+    assert_eq!((status.lag.bytes, status.lag.operations), (0, 0));
+    assert_eq!(status.rpo_target_seconds, Some(5.0));
+    assert_eq!(status.link_state, "connected");
+    assert!(status.link_state_reason.is_none() && status.replication_state_reason.is_none());
+    wait_for("the copy to know what is committed", || {
+        (copy.positions().committed == group.positions().durable).then_some(())
+    });
+    let status = pair.b.status().unwrap();
+    assert_eq!((status.name.as_str(), status.role.as_str()), ("a", "primary"));
+    assert_eq!(status.received_lsn, group.positions().head);
+    for node in pair.nodes() {
+        let judged = wait_for("a verdict", || {
+            let judged = node.replication.backup_capable(&node.group(), None);
+            judged.is_yes().then_some(judged)
+        });
+        assert!(judged.reasons.is_empty());
+        // No copy is fresh enough for a limit of nothing.
+        let never = node.replication.backup_capable(&node.group(), Some(Duration::ZERO));
+        assert_eq!(never.is_yes(), node.name() == "a", "{never:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_link_that_breaks_at_any_moment_is_made_anew_and_nothing_is_missing() {
+    let pair = Pair::replicating().await;
+    let group = pair.a.group();
+    let entropy = SeededEntropy::new(2);
+    for round in 0..12 {
+        write(&group, &entropy, 20);
+        if round % 2 == 0 {
+            pair.to_a.cut();
+            pair.to_b.cut();
+        }
+        write(&group, &entropy, 20);
+    }
+    pair.wait_equal();
+    assert!(pair.a.has_event("link-lost") && pair.b.has_event("link-lost"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_conversation_cut_after_any_number_of_bytes_ends_in_equal_logs() {
+    let pair = Pair::replicating().await;
+    let group = pair.a.group();
+    let entropy = SeededEntropy::new(3);
+    let mut limit = 1;
+    while limit < 12_000 {
+        pair.to_a.cut_after.store(limit, Ordering::Relaxed);
+        pair.to_b.cut_after.store(limit, Ordering::Relaxed);
+        pair.to_a.cut();
+        pair.to_b.cut();
+        write(&group, &entropy, 1);
+        // Long enough for some attempts, of which some come far.
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        limit += 331;
+    }
+    pair.to_a.cut_after.store(usize::MAX, Ordering::Relaxed);
+    pair.to_b.cut_after.store(usize::MAX, Ordering::Relaxed);
+    pair.to_a.cut();
+    pair.to_b.cut();
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn without_a_link_the_age_of_the_copy_grows_and_the_verdict_turns() {
+    let pair = Pair::replicating().await;
+    pair.close_link();
+    for node in pair.nodes() {
+        wait_for("the link to be lost", || {
+            (node.status()?.link_state == "connecting").then_some(())
+        });
+    }
+    let copy = pair.b.group();
+    let before = pair.b.status().unwrap();
+    assert!(before.link_state_reason.is_some() && before.link_state_since.is_some());
+    assert_eq!(before.replication_state, "idle");
+    let judged = pair.b.replication.backup_capable(&copy, None);
+    assert_eq!(judged.verdict, Verdict::No);
+    assert!(judged.reasons.iter().any(|reason| reason.code == "link-down"), "{judged:?}");
+    write(&pair.a.group(), &SeededEntropy::new(4), 5);
+    wait_for("the age to grow", || {
+        let now = pair.b.status()?;
+        (now.lag.seconds > before.lag.seconds + 0.2).then_some(())
+    });
+    wait_for("the primary to see it lag", || {
+        let now = pair.a.status()?;
+        (now.lag.operations == 5 && now.lag.seconds > 0.0 && now.lag.bytes > 0).then_some(())
+    });
+    pair.open_link();
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_pause_holds_over_a_restart_until_resumed() {
+    let mut pair = Pair::replicating().await;
+    pair.a.replication.pause("g", Some("b")).unwrap();
+    for node in pair.nodes() {
+        wait_for("the pause", || (node.replication_state() == "paused").then_some(()));
+    }
+    let paused_at = pair.b.group().positions().head;
+    let dir = pair.a.stop();
+    pair.a = Node::start(&dir, "a", Some(pair.to_a.address));
+    pair.to_a.lead_to(&pair.a);
+    pair.wait_connected();
+    let group = pair.a.group();
+    write(&group, &SeededEntropy::new(5), 10);
+    for node in pair.nodes() {
+        let status = wait_for("the pause", || {
+            node.status().filter(|status| status.replication_state == "paused")
+        });
+        assert!(status.replication_state_reason.unwrap().contains("tidelog resume g"));
+    }
+    assert_eq!(pair.b.group().positions().head, paused_at);
+    pair.a.replication.resume("g", None).unwrap();
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_token_works_once_in_its_time_and_few_wrong_ones_void_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Node::start(&dir.path().join("a"), "a", None);
+    let b = Node::start(&dir.path().join("b"), "b", None);
+    let refused = |result: Result<_, tidelog::replication::ReplicationError>| match result {
+        Ok(_) => panic!("was let in"),
+        Err(error) => error.to_string(),
+    };
+    // Malformed, and of another node.
+    let text = refused(b.replication.join("tidelog1-00", &a.address().to_string()).await);
+    assert!(text.contains("token") && text.contains("tidelog peer invite"), "{text}");
+    let of_b = b.replication.invite().unwrap();
+    let text = refused(b.replication.join(&of_b.token, &a.address().to_string()).await);
+    assert!(text.contains("another node than the one that made the token"), "{text}");
+
+    // Expired.
+    let invite = a.replication.invite().unwrap();
+    a.clock.ahead_seconds.store(INVITE_VALID.as_secs() + 1, Ordering::Relaxed);
+    let text = refused(b.replication.join(&invite.token, &invite.address).await);
+    assert!(text.contains("no token is open") && text.contains("15 minutes"), "{text}");
+
+    // Wrong secrets for the right key: a token whose secret was changed.
+    let invite = a.replication.invite().unwrap();
+    let other = a.replication.invite().unwrap();
+    let forged = forge_secret(&invite.token);
+    for attempt in 1..=tidelog::replication::TRIES {
+        let text = refused(b.replication.join(&forged, &invite.address).await);
+        assert!(text.contains("wrong token"), "attempt {attempt}: {text}");
+    }
+    for token in [&invite.token, &other.token] {
+        let text = refused(b.replication.join(token, &invite.address).await);
+        assert!(text.contains("no token is open"), "{text}");
+    }
+    assert!(a.has_event("pairing-refused"));
+
+    // And a good one, once.
+    let invite = a.replication.invite().unwrap();
+    b.replication.join(&invite.token, &invite.address).await.unwrap();
+    let text = refused(b.replication.join(&invite.token, &invite.address).await);
+    assert!(text.contains("no token is open"), "{text}");
+    assert_eq!(a.replication.peers()[0].name.as_str(), "b");
+}
+
+/// Another secret in a well-formed token.
+fn forge_secret(token: &str) -> String {
+    let mut bytes = hex::decode(token.strip_prefix("tidelog1-").unwrap()).unwrap();
+    bytes[40] ^= 1;
+    let check = ring::digest::digest(&ring::digest::SHA256, &bytes[..48]);
+    bytes[48..50].copy_from_slice(&check.as_ref()[..2]);
+    format!("tidelog1-{}", hex::encode(bytes))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_unknown_key_gets_no_further_than_the_hello() {
+    let pair = Pair::replicating().await;
+    // A copy of b's list of peers, but not of its key: it knows a, and a does not know it.
+    let stranger_dir = pair.b.dir.parent().unwrap().join("stranger");
+    std::fs::create_dir_all(stranger_dir.join("node")).unwrap();
+    std::fs::copy(pair.b.dir.join("node/peers"), stranger_dir.join("node/peers")).unwrap();
+    let stranger = Node::start(&stranger_dir, "b", None);
+    let reason = wait_for("the refusal", || {
+        let peers = stranger.replication.peers();
+        let reason = peers[0].link_state_reason.clone()?;
+        reason.contains("refused").then_some(reason)
+    });
+    assert!(reason.contains("does not know this node's key"), "{reason}");
+    // b's identity with another key is no better.
+    std::fs::copy(pair.b.dir.join("node/identity"), stranger_dir.join("node/identity")).unwrap();
+    drop(stranger.stop());
+    let stranger = Node::start(&stranger_dir, "b", None);
+    wait_for("the refusal", || {
+        let peers = stranger.replication.peers();
+        peers[0].link_state_reason.clone()?.contains("does not know").then_some(())
+    });
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn garbage_on_the_listener_harms_nobody() {
+    let pair = Pair::replicating().await;
+    for garbage in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 5000]] {
+        let mut socket = TcpStream::connect(pair.a.address()).await.unwrap();
+        socket.write_all(garbage).await.unwrap();
+        let mut answer = Vec::new();
+        drop(socket.shutdown().await);
+        drop(socket.read_to_end(&mut answer).await);
+    }
+    write(&pair.a.group(), &SeededEntropy::new(6), 10);
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_name_that_is_taken_on_the_peer_is_refused_and_nothing_is_made() {
+    let pair = Pair::start().await;
+    let mine = pair.a.registry.create(name("g"), None).unwrap();
+    let theirs = pair.b.registry.create(name("g"), None).unwrap();
+    let error = pair
+        .a
+        .replication
+        .replicate("g", "b", ReplicateOptions::default())
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("peer b") && error.contains("`g` is there already"), "{error}");
+    assert!(mine.control().members.is_empty());
+    assert_eq!(pair.b.group().id(), theirs.id());
+    assert_eq!(pair.b.group().role(), Role::Primary);
+
+    let unknown = pair.a.replication.replicate("g", "c", ReplicateOptions::default()).await;
+    let error = unknown.unwrap_err().to_string();
+    assert!(error.contains("peer c") && error.contains("tidelog peer list"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn calls_are_answered_or_say_why_not() {
+    let pair = Pair::start().await;
+    pair.b.replication.on_call(
+        "echo",
+        Arc::new(|peer, body| Box::pin(async move { Ok(json!([peer.name, body])) })),
+    );
+    pair.b.replication.on_call(
+        "fail",
+        Arc::new(|_, _| Box::pin(async { Err("group g: it does not work".to_owned()) })),
+    );
+    pair.b.replication.on_call(
+        "never",
+        Arc::new(|_, _| Box::pin(std::future::pending::<Result<Value, String>>())),
+    );
+    let call = |method, body, timeout| pair.a.replication.call("b", method, body, timeout);
+    assert_eq!(call("echo", json!({"x": 1}), 60 * SECOND).await.unwrap(), json!(["a", {"x": 1}]));
+    // Larger than many frames, both ways.
+    let large = Value::String("x".repeat(3 << 20));
+    let answer = call("echo", large.clone(), 60 * SECOND).await.unwrap();
+    assert!(answer[1] == large);
+    let error = call("fail", Value::Null, 60 * SECOND).await.unwrap_err().to_string();
+    assert_eq!(error, "peer b: group g: it does not work");
+    let error = call("none", Value::Null, 60 * SECOND).await.unwrap_err().to_string();
+    assert!(error.contains("none: this node does not answer that call"), "{error}");
+    let error = call("never", Value::Null, SECOND / 20).await.unwrap_err().to_string();
+    assert!(error.contains("did not answer never"), "{error}");
+    let waiting = call("never", Value::Null, 60 * SECOND);
+    let cut = async {
+        tokio::task::yield_now().await;
+        pair.close_link();
+    };
+    let (error, ()) = tokio::join!(waiting, cut);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("link was lost") || error.contains("not connected"), "{error}");
+    let offline = wait_for("the link to be lost", || {
+        (pair.a.replication.peers()[0].link_state != "connected").then_some(())
+    });
+    assert_eq!(offline, ());
+    let error = call("echo", Value::Null, SECOND).await.unwrap_err().to_string();
+    assert!(error.contains("peer b: is not connected"), "{error}");
+    assert!(pair.a.replication.last_heard("b").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn after_a_failover_the_old_primary_follows_by_itself() {
+    let mut pair = Pair::replicating().await;
+    let entropy = SeededEntropy::new(7);
+    write(&pair.a.group(), &entropy, 20);
+    pair.wait_equal();
+    let copy = pair.b.group();
+    let refusal = pair.b.replication.promote_refusal(copy.id()).unwrap();
+    assert!(refusal.contains("a is connected and is its primary"), "{refusal}");
+    let dir = pair.a.stop();
+    wait_for("the refusal to go", || {
+        pair.b.replication.promote_refusal(copy.id()).is_none().then_some(())
+    });
+    copy.promote("promote").unwrap();
+    write(&copy, &entropy, 20);
+
+    pair.a = Node::start(&dir, "a", Some(pair.to_a.address));
+    pair.to_a.lead_to(&pair.a);
+    pair.wait_equal();
+    assert_eq!(pair.a.group().role(), Role::Secondary);
+    assert!(pair.a.has_event("returned-as-secondary"));
+    write(&copy, &entropy, 20);
+    pair.wait_equal();
+    assert_eq!(pair.a.group().control().epochs.len(), 2);
+
+    // And back again, in order.
+    copy.demote().unwrap();
+    wait_for("nobody to be primary", || {
+        let status = pair.a.status()?;
+        status.replication_state_reason?.contains("no primary").then_some(())
+    });
+    pair.a.group().promote("promote").unwrap();
+    write(&pair.a.group(), &entropy, 20);
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn two_primaries_that_both_wrote_stop_and_keep_what_they_have() {
+    let mut pair = Pair::replicating().await;
+    let entropy = SeededEntropy::new(8);
+    pair.close_link();
+    write(&pair.a.group(), &entropy, 3);
+    pair.b.group().promote("promote").unwrap();
+    write(&pair.b.group(), &entropy, 4);
+    let heads = [pair.a.group().positions(), pair.b.group().positions()];
+    let dir = pair.a.stop();
+    pair.a = Node::start(&dir, "a", Some(pair.to_a.address));
+    pair.to_a.lead_to(&pair.a);
+    pair.open_link();
+    for (node, before) in pair.nodes().into_iter().zip(heads) {
+        let status = wait_for("the split brain", || {
+            node.status().filter(|status| status.replication_state == "split-brain")
+        });
+        let reason = status.replication_state_reason.unwrap();
+        assert!(reason.contains("both nodes are primary"), "{reason}");
+        assert!(reason.contains("tidelog demote g"), "{reason}");
+        assert!(node.has_event("split-brain"));
+        let now = node.group().positions();
+        assert_eq!((now.head, now.chain), (before.head, before.chain));
+        assert!(!node.replication.backup_capable(&node.group(), None).is_yes());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_stopped_copy_is_retired_and_gets_no_more() {
+    let pair = Pair::replicating().await;
+    pair.a.replication.stop("g", "b").await.unwrap();
+    let copy = pair.b.group();
+    wait_for("the copy to be retired", || {
+        (copy.data_state().0 == DataState::Retired).then_some(())
+    });
+    let end = copy.positions().head;
+    write(&pair.a.group(), &SeededEntropy::new(9), 5);
+    let judged = pair.b.replication.backup_capable(&copy, None);
+    assert!(!judged.is_yes());
+    // The data is the primary's alone again, and is judged as such.
+    assert!(pair.a.replication.backup_capable(&pair.a.group(), None).is_yes());
+    assert_eq!(copy.positions().head, end);
+    // Taken up again, it goes on from where it stopped.
+    pair.replicate().await;
+    assert_eq!(copy.data_state().0, DataState::Consistent);
+    pair.a.replication.stop("g", "b").await.unwrap();
+    pair.a.replication.remove_peer("b").unwrap();
+    assert!(pair.a.replication.peers().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_new_key_is_known_to_the_peer_before_it_is_used() {
+    let pair = Pair::replicating().await;
+    let before = pair.b.replication.peers()[0].fingerprint.clone();
+    let fingerprint = pair.a.replication.rotate().await.unwrap();
+    assert_ne!(fingerprint, before);
+    assert_eq!(pair.b.replication.peers()[0].fingerprint, fingerprint);
+    pair.to_a.cut();
+    pair.to_b.cut();
+    write(&pair.a.group(), &SeededEntropy::new(10), 5);
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_copy_that_was_killed_goes_on_from_what_it_has() {
+    let mut pair = Pair::replicating().await;
+    let entropy = SeededEntropy::new(11);
+    for _ in 0..3 {
+        write(&pair.a.group(), &entropy, 50);
+        let dir = pair.b.stop();
+        write(&pair.a.group(), &entropy, 50);
+        pair.b = Node::start(&dir, "b", Some(pair.to_b.address));
+        pair.to_b.lead_to(&pair.b);
+    }
+    pair.wait_equal();
+}
+
+/// The wire's fuzz body over what is checked in and over small changes of it.
+#[test]
+fn the_wire_takes_any_bytes() {
+    let entropy = SeededEntropy::new(12);
+    for _ in 0..20_000 {
+        let mut bytes = vec![0; (entropy.next_u64() % 300) as usize];
+        entropy.fill(&mut bytes);
+        if let Some(kind) = bytes.first_mut() {
+            *kind = 1 + *kind % 2;
+        }
+        tidelog::replication::wire::fuzz(&bytes);
+    }
+}
