@@ -12,7 +12,10 @@ use crate::extent_map::{Piece, Source};
 use crate::io::BatchRead;
 use crate::log::record::crc32;
 use crate::log::segment::Segment;
-use crate::units::{Lsn, SECTOR_BYTES, VolumeNumber};
+use crate::units::{BLOCK_BYTES, Lsn, SECTOR_BYTES, VolumeNumber};
+
+/// Pieces that one look at the map yields at most where a range may be of any length.
+const PIECES_PER_LOOK: usize = 1024;
 
 /// Where maps are looked up: the live group, or an image.
 pub(super) trait Lookup {
@@ -153,14 +156,42 @@ impl Group {
         offset: u64,
         length: u64,
     ) -> Result<Vec<Piece>, GroupError> {
+        self.look_up_some(content, volume, offset, length, usize::MAX)
+    }
+
+    /// The pieces of a range of any alignment, in order, without gaps; at most `limit`, so that
+    /// the answer may end early.
+    fn look_up_some(
+        &self,
+        content: &Content,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> Result<Vec<Piece>, GroupError> {
         let known = content.volumes.get(&volume).ok_or_else(|| self.no_volume(volume))?;
         let end = offset.checked_add(length);
-        if end.is_none_or(|end| end > known.volume.size_bytes) {
+        let Some(end) = end.filter(|end| *end <= known.volume.size_bytes) else {
             return Err(GroupError::OutOfRange { group: self.name().clone(), offset, length });
-        }
+        };
         let mut pieces = Vec::new();
-        if length > 0 {
-            known.map.lookup(offset, length, &mut pieces);
+        if length == 0 {
+            return Ok(pieces);
+        }
+        // The map knows sectors: what it says of those at the edges is cut to what was asked for.
+        let begin = offset / SECTOR_BYTES * SECTOR_BYTES;
+        let sectors_end = end.next_multiple_of(SECTOR_BYTES);
+        known.map.lookup_some(begin, sectors_end - begin, limit, &mut pieces);
+        if let Some(first) = pieces.first_mut() {
+            let cut = offset - begin;
+            first.offset += cut;
+            first.length -= cut;
+            if let Source::Log { skip, .. } = &mut first.source {
+                *skip += u32::try_from(cut).expect("less than a sector");
+            }
+        }
+        if let Some(last) = pieces.last_mut() {
+            last.length = last.length.min(end - last.offset);
         }
         Ok(pieces)
     }
@@ -309,37 +340,41 @@ impl Group {
         length: u64,
         limit: usize,
     ) -> Result<Vec<Extent>, GroupError> {
-        let mut found = Ok(Vec::new());
-        lookup.with_content(&mut |content| {
-            found = self.look_up(content, volume, offset, length);
-        });
+        let end = offset.saturating_add(length);
+        let mut at = offset;
         let mut extents: Vec<Extent> = Vec::new();
-        let mut push = |offset: u64, length: u64, allocation: Allocation| {
-            let full = extents.len() == limit;
-            match extents.last_mut() {
-                Some(last) if last.allocation == allocation => last.length += length,
-                _ if full => return false,
-                _ => extents.push(Extent { offset, length, allocation }),
-            }
-            true
-        };
-        for piece in found? {
-            let more = match piece.source {
-                Source::Log { .. } => push(piece.offset, piece.length, Allocation::Data),
-                Source::Zero { hole, .. } => {
-                    let allocation = if hole { Allocation::Hole } else { Allocation::Zero };
-                    push(piece.offset, piece.length, allocation)
+        // In steps, so that a writer never waits for more than a step's look at the map.
+        loop {
+            let mut found = Ok(Vec::new());
+            lookup.with_content(&mut |content| {
+                found = self.look_up_some(content, volume, at, end - at, PIECES_PER_LOOK);
+            });
+            for piece in found? {
+                let more = match piece.source {
+                    Source::Log { .. } => {
+                        let (offset, length) = (piece.offset, piece.length);
+                        let allocation = Allocation::Data;
+                        add_extent(&mut extents, limit, Extent { offset, length, allocation })
+                    }
+                    Source::Zero { hole, .. } => {
+                        let allocation = if hole { Allocation::Hole } else { Allocation::Zero };
+                        let (offset, length) = (piece.offset, piece.length);
+                        add_extent(&mut extents, limit, Extent { offset, length, allocation })
+                    }
+                    Source::Base => self
+                        .base_extents(volume, piece.offset, piece.length, limit)?
+                        .into_iter()
+                        .all(|extent| add_extent(&mut extents, limit, extent)),
+                };
+                if !more {
+                    return Ok(extents);
                 }
-                Source::Base => self
-                    .base_extents(volume, piece.offset, piece.length, limit)?
-                    .into_iter()
-                    .all(|extent| push(extent.offset, extent.length, extent.allocation)),
-            };
-            if !more {
-                break;
+                at = piece.offset + piece.length;
+            }
+            if at >= end {
+                return Ok(extents);
             }
         }
-        Ok(extents)
     }
 
     fn base_extents(
@@ -355,13 +390,17 @@ impl Group {
         let mut extents = Vec::new();
         let mut end = offset;
         if inside > 0 {
+            // The base knows blocks: what it says of those at the edges is cut.
+            let blocks = offset / BLOCK_BYTES * BLOCK_BYTES;
+            let blocks_bytes = (offset + inside).next_multiple_of(BLOCK_BYTES) - blocks;
             let found = base
-                .allocation(offset, inside, limit)
+                .allocation(blocks, blocks_bytes, limit)
                 .map_err(|cause| self.damaged(cause.to_string()))?;
-            for (offset, length, is_data) in found {
+            for (from, run_bytes, is_data) in found {
                 let allocation = if is_data { Allocation::Data } else { Allocation::Hole };
-                extents.push(Extent { offset, length, allocation });
-                end = offset + length;
+                let begin = from.max(offset);
+                end = (from + run_bytes).min(offset + inside);
+                extents.push(Extent { offset: begin, length: end - begin, allocation });
             }
         }
         if end == offset + inside && inside < length {
@@ -369,6 +408,19 @@ impl Group {
         }
         Ok(extents)
     }
+}
+
+/// Adds what follows; `false` where it does not follow, or there are enough.
+fn add_extent(extents: &mut Vec<Extent>, limit: usize, extent: Extent) -> bool {
+    let full = extents.len() >= limit;
+    match extents.last_mut() {
+        // The base answered in part: the answer ends there.
+        Some(last) if last.offset + last.length != extent.offset => return false,
+        Some(last) if last.allocation == extent.allocation => last.length += extent.length,
+        _ if full => return false,
+        _ => extents.push(extent),
+    }
+    true
 }
 
 fn take<'b>(rest: &mut &'b mut [u8], bytes: u64) -> &'b mut [u8] {

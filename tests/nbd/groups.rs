@@ -1,0 +1,197 @@
+//! The server over a real group: any alignment against a model, images, roles and names.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tidelog::events::Events;
+use tidelog::group::{Allocation, GroupContext, LocalLimits, NodeIdentity, Point, Registry};
+use tidelog::io::{Entropy, Env, SeededEntropy};
+use tidelog::nbd::wire::Errno;
+use tidelog::nbd::{
+    Client, ClientError, GroupExports, NbdAddress, NbdLimits, NbdListen, NbdServer, listen,
+};
+use tidelog::units::{Name, NodeId};
+
+const SIZE: u64 = 1 << 20;
+
+/// A server of one group with volume `v`, in a directory of its own.
+struct Rig {
+    server: NbdServer,
+    registry: Arc<Registry>,
+    dir: tempfile::TempDir,
+}
+
+fn context() -> GroupContext {
+    GroupContext {
+        env: Env::real(),
+        node: NodeIdentity { id: NodeId([1; 16]), name: name("a") },
+        limits: LocalLimits::default(),
+        events: Events::in_memory(),
+    }
+}
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+fn serve(registry: &Arc<Registry>, dir: &Path) -> NbdServer {
+    let at = NbdListen::new(NbdAddress::Unix(dir.join("s")));
+    let exports = Arc::new(GroupExports::new(Arc::clone(registry)));
+    listen(at, exports, NbdLimits::default(), Arc::default()).unwrap()
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(context(), &dir.path().join("groups")).unwrap();
+        let group = registry.create(name("g"), Some(4 << 20)).unwrap();
+        group.start_workers();
+        group.create_volume(name("v"), SIZE).unwrap();
+        Rig { server: serve(&registry, dir.path()), registry, dir }
+    }
+
+    fn client(&self, export: &str) -> Client {
+        Client::connect(self.server.local_addr(), export).unwrap()
+    }
+
+    /// Why an export is refused.
+    fn refusal(&self, export: &str) -> String {
+        match Client::connect(self.server.local_addr(), export) {
+            Ok(_) => panic!("`{export}` is served"),
+            Err(error) => error.to_string(),
+        }
+    }
+}
+
+#[test]
+fn requests_of_any_alignment_equal_a_model() {
+    let rig = Rig::new();
+    let mut client = rig.client("g/v");
+    let mut model = vec![0u8; SIZE as usize];
+    let random = SeededEntropy::new(20);
+    let mut kinds = [0; 5];
+    for round in 0..1500u64 {
+        let longest = if random.next_u64() % 8 == 0 { 200_000 } else { 6_000 };
+        let offset = random.next_u64() % SIZE;
+        let length = (1 + random.next_u64() % longest).min(SIZE - offset);
+        let range = offset as usize..(offset + length) as usize;
+        let kind = (random.next_u64() % 5) as usize;
+        kinds[kind] += 1;
+        match kind {
+            0 | 1 => {
+                let mut data = vec![0; length as usize];
+                random.fill(&mut data);
+                client.write(offset, &data).unwrap();
+                model[range].copy_from_slice(&data);
+            }
+            2 => {
+                client.write_zeroes(offset, length as u32).unwrap();
+                model[range].fill(0);
+            }
+            3 => {
+                client.trim(offset, length as u32).unwrap();
+                model[range].fill(0);
+            }
+            _ => {
+                let mut back = vec![1; length as usize];
+                client.read(offset, &mut back).unwrap();
+                assert!(back == model[range.clone()], "round {round}: {offset}+{length}");
+                let extents = client.extents(offset, length as u32).unwrap();
+                let mut at = offset as usize;
+                for extent in extents {
+                    let end = at + extent.length as usize;
+                    if extent.allocation != Allocation::Data {
+                        assert!(
+                            model[at..end].iter().all(|byte| *byte == 0),
+                            "round {round}: {at}..{end} is called {:?}",
+                            extent.allocation
+                        );
+                    }
+                    at = end;
+                }
+                assert_eq!(at, range.end, "round {round}: the status has gaps");
+            }
+        }
+        if round % 400 == 399 {
+            client.flush().unwrap();
+            rig.registry.by_name("g").unwrap().fold_now().unwrap();
+        }
+    }
+    assert!(kinds.iter().all(|count| *count > 100), "{kinds:?}");
+    let mut whole = vec![0; SIZE as usize];
+    client.read(0, &mut whole).unwrap();
+    assert!(whole == model);
+}
+
+#[test]
+fn an_image_stays_as_it_was_while_its_volume_goes_on() {
+    let rig = Rig::new();
+    let group = rig.registry.by_name("g").unwrap();
+    let mut live = rig.client("g/v");
+    live.write(100, b"before").unwrap();
+    group.open_image(&Point::Now, Some(name("i")), "test", None).unwrap();
+    live.write(100, b"behind").unwrap();
+    let mut image = rig.client("g/v@i");
+    assert!(image.is_read_only());
+    let mut back = [0; 6];
+    image.read(100, &mut back).unwrap();
+    assert_eq!(&back, b"before");
+    image.flush().unwrap();
+    let refusal = image.write(0, b"x").unwrap_err();
+    assert!(matches!(refusal, ClientError::Request { errno: Errno::Eperm, .. }), "{refusal}");
+    assert_eq!(Client::list(rig.server.local_addr()).unwrap(), ["g/v", "g/v@i"]);
+    assert_eq!(group.clients().len(), 1, "an image's client is no client of the volume");
+}
+
+#[test]
+fn names_that_are_not_served_are_refused_with_a_reason() {
+    let rig = Rig::new();
+    assert!(rig.refusal("v").contains("GROUP/VOL"));
+    assert!(rig.refusal("x/v").contains("group `x` does not exist"));
+    assert!(rig.refusal("g/x").contains("volume `x` does not exist"));
+    assert!(rig.refusal("g/v@x").contains("image `x` is not open"));
+    assert!(rig.refusal("g/v@").contains("is not open"));
+    assert_eq!(rig.client("").size_bytes(), SIZE, "the only volume is the default");
+    rig.registry.by_name("g").unwrap().create_volume(name("w"), SIZE).unwrap();
+    assert!(rig.refusal("").contains("2 volumes"));
+}
+
+#[test]
+fn a_demoted_group_lets_nobody_in_and_answers_those_inside() {
+    let rig = Rig::new();
+    let group = rig.registry.by_name("g").unwrap();
+    let mut client = rig.client("g/v");
+    client.write(0, &[1; 4096]).unwrap();
+    assert_eq!(group.clients(), [(group.control().volumes[0].number, 1)]);
+    group.demote().unwrap();
+    let refusals =
+        [client.write(0, &[2; 4096]).unwrap_err(), client.read(0, &mut [0; 512]).unwrap_err()];
+    for refusal in refusals {
+        let told = matches!(refusal, ClientError::Request { errno: Errno::Eshutdown, .. });
+        assert!(told, "{refusal}");
+    }
+    assert!(rig.refusal("g/v").contains("secondary here"));
+    assert!(Client::list(rig.server.local_addr()).unwrap().is_empty());
+}
+
+#[test]
+fn what_was_flushed_is_there_after_a_restart() {
+    let rig = Rig::new();
+    let mut client = rig.client("g/v");
+    client.write(4096, &[7; 8192]).unwrap();
+    client.write_fua(512, &[8; 512]).unwrap();
+    client.flush().unwrap();
+    client.disconnect().unwrap();
+    let Rig { server, registry, dir } = rig;
+    server.shutdown();
+    registry.close();
+    drop(registry);
+    let registry = Registry::open(context(), &dir.path().join("groups")).unwrap();
+    registry.by_name("g").unwrap().start_workers();
+    let server = serve(&registry, dir.path());
+    let mut client = Client::connect(server.local_addr(), "g/v").unwrap();
+    let mut back = [0; 12288];
+    client.read(0, &mut back).unwrap();
+    assert_eq!(back[512..1024], [8; 512]);
+    assert_eq!(back[4096..], [7; 8192]);
+}
