@@ -32,7 +32,7 @@ impl From<BackupError> for Problem {
                 RepositoryError::NoBackup { .. } => (404, "no-such-backup"),
                 RepositoryError::Stopped { .. } => (503, "stopped"),
                 RepositoryError::Damaged { .. } => (500, "damaged"),
-                RepositoryError::Failed { .. } => (500, "repository"),
+                _ => (500, "repository"),
             },
             BackupError::Job(_) | BackupError::Assume(_) => (400, "invalid"),
             BackupError::NoJob { .. } => (404, "no-such-job"),
