@@ -37,7 +37,7 @@ const WALLS: &[(&str, &str, &str)] = &[
 ];
 
 /// What the binary's `cli` may name of the library: it talks to the control socket.
-const CLI_MAY_USE: &[&str] = &["control", "config", "events", "nbd", "node", "units"];
+const CLI_MAY_USE: &[&str] = &["control", "config", "events", "io", "nbd", "node", "units"];
 
 /// Words that must not be in sources, with what to do instead.
 const BANNED_WORDS: &[(&str, &str)] = &[
@@ -65,7 +65,17 @@ const LINES_MAX: usize = 1000;
 const LINES_ASKED: usize = 600;
 
 /// Files above 600 lines, each with its reason. An entry that is no longer needed is an offence.
-const LONG_FILES: &[(&str, &str)] = &[];
+const LONG_FILES: &[(&str, &str)] = &[
+    ("src/backup/scheduler.rs", "one loop over jobs and slots; its runs are in files of their own"),
+    ("src/base/volume.rs", "image and sidecar are written in one order, which is read in one place"),
+    ("src/extent_map/mod.rs", "the map's operations over chunks, each with its bound"),
+    ("src/group/engine.rs", "what the group's mutex guards, in one view"),
+    ("src/io/memory.rs", "the fault model of the disk, part by part, with its tests"),
+    ("src/replication/channel.rs", "the state of one group with one peer; next to be split"),
+    ("src/replication/cluster.rs", "the simulated cluster of the core's tests"),
+    ("src/replication/core.rs", "the state machine's inputs, one by one"),
+    ("src/replication/wire.rs", "the whole wire in one file, with its golden bytes"),
+];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -506,13 +516,16 @@ fn page_offences(page: &str, sources: &[(String, String)]) -> Vec<String> {
         .iter()
         .filter_map(|(path, _)| match path.trim_start_matches("src/").split_once('/') {
             Some((room, _)) => Some(format!("{room}/")),
-            None if path.ends_with("lib.rs") => None,
+            None if path.ends_with("lib.rs") || path.ends_with("main.rs") => None,
             None => Some(path.trim_start_matches("src/").to_owned()),
         })
         .collect();
     let mut offences: Vec<String> = rooms
         .iter()
-        .filter(|room| !page.contains(room.as_str()))
+        .filter(|room| {
+            let word = room.trim_end_matches('/').trim_end_matches(".rs");
+            !page.contains(&format!("`{word}`")) && !page.contains(room.as_str())
+        })
         .map(|room| format!("ARCHITECTURE.md: src/{room}: is not on the page; give it a line"))
         .collect();
     for (index, line) in page.lines().enumerate() {
