@@ -178,8 +178,8 @@ fn answered_writes_survive_kill_9_of_either_node_twenty_times() {
         victim.kill();
         victim.restart();
         load.wait_for_more(REQUESTS_PER_ROUND / 4);
-        wait_until_streaming(&a);
         check_primary(&a, &load, round);
+        wait_until_streaming(&a);
         wait_until_b_has(&a, &b);
         check_secondary(&b, &load, round);
     }
@@ -190,6 +190,9 @@ fn answered_writes_survive_kill_9_of_either_node_twenty_times() {
     hold("live on a at the end", history.faults(&live, Some(history.now())));
     b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     assert_eq!(contents(&b, "@end"), live, "b holds what a holds");
+    for node in [&a, &b] {
+        assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
+    }
     assert_eq!(a.status("g")["role"], "primary");
     assert_eq!(b.status("g")["role"], "secondary");
 }

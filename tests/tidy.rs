@@ -67,7 +67,10 @@ const LINES_ASKED: usize = 600;
 /// Files above 600 lines, each with its reason. An entry that is no longer needed is an offence.
 const LONG_FILES: &[(&str, &str)] = &[
     ("src/backup/scheduler.rs", "one loop over jobs and slots; its runs are in files of their own"),
-    ("src/base/volume.rs", "image and sidecar are written in one order, which is read in one place"),
+    (
+        "src/base/volume.rs",
+        "image and sidecar are written in one order, which is read in one place",
+    ),
     ("src/extent_map/mod.rs", "the map's operations over chunks, each with its bound"),
     ("src/group/engine.rs", "what the group's mutex guards, in one view"),
     ("src/io/memory.rs", "the fault model of the disk, part by part, with its tests"),

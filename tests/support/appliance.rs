@@ -180,6 +180,12 @@ impl Appliance {
             .unwrap_or_else(|| panic!("node {}: no group {group} in {status}", self.node))
     }
 
+    /// The lines that the process logged as errors, over all its starts.
+    pub fn errors(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.dir.join("serve.log")).unwrap();
+        text.lines().filter(|line| line.contains(" ERROR ")).map(str::to_owned).collect()
+    }
+
     /// The end of what the process logged.
     pub fn log_tail(&self) -> String {
         let mut text = String::new();
