@@ -62,7 +62,7 @@ impl Scheduler {
                         && job.as_ref().is_none_or(|job| entry.job.as_str() == job)
                 });
             }
-            entries.sort_by(|a, b| (a.slot, a.time).cmp(&(b.slot, b.time)));
+            entries.sort_by_key(|entry| (entry.slot, entry.time));
             Ok(entries)
         })
         .await

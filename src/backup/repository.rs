@@ -553,19 +553,18 @@ impl Repository {
 
 /// A snapshot of a run, before its files are known.
 fn blank_snapshot(manifest: &Manifest) -> SnapshotFile {
-    let mut snapshot = SnapshotFile::default();
-    // The moment that the image shows is what `restic snapshots` lists.
-    snapshot.time = manifest.time.timestamp().to_zoned(jiff::tz::TimeZone::UTC);
-    snapshot.label = manifest.group.to_string();
-    snapshot.hostname = manifest.node.to_string();
-    snapshot.program_version = concat!("tidelog ", env!("CARGO_PKG_VERSION")).to_owned();
-    snapshot.tags = StringList::default();
-    for tag in
-        [TAG.to_owned(), format!("group:{}", manifest.group), format!("job:{}", manifest.job)]
-    {
-        snapshot.tags.add(tag);
+    let (group, job) = (format!("group:{}", manifest.group), format!("job:{}", manifest.job));
+    let mut tags = StringList::default();
+    [TAG.to_owned(), group, job].into_iter().for_each(|tag| tags.add(tag));
+    SnapshotFile {
+        // The moment that the image shows is what `restic snapshots` lists.
+        time: manifest.time.timestamp().to_zoned(jiff::tz::TimeZone::UTC),
+        label: manifest.group.to_string(),
+        hostname: manifest.node.to_string(),
+        program_version: concat!("tidelog ", env!("CARGO_PKG_VERSION")).to_owned(),
+        tags,
+        ..SnapshotFile::default()
     }
-    snapshot
 }
 
 fn archive_options(parent: Option<&Parent>) -> BackupOptions {

@@ -199,9 +199,8 @@ impl Scheduler {
     pub fn shutdown(&self) {
         self.inner.lock().stopping = true;
         self.inner.changed.notify_all();
-        if let Some(thread) = self.thread.lock().expect("no holder panics").take()
-            && thread.join().is_err()
-        {
+        let thread = self.thread.lock().expect("no holder panics").take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the scheduler's thread panicked");
         }
         let mut state = self.inner.lock();
@@ -389,8 +388,6 @@ impl Inner {
         let keys = state.active.keys().filter(|key| key.group == group.id() && key.job == job.id);
         keys.map(|key| key.slot).max()
     }
-
-    // Runs.
 
     fn run_now(self: &Arc<Self>, group: &str, job: &str) -> Result<RunStarted, BackupError> {
         let (group, job, settings) = self.job(group, job)?;
