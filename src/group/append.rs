@@ -351,6 +351,7 @@ impl Group {
             assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
             core.role = Role::Primary;
         }
+        self.report();
         self.notify();
         self.sync_now()?;
         Ok(epoch)

@@ -16,7 +16,7 @@ use super::fold_plan::{
     FoldFacts, FoldGoal, FoldStep, fold_goal, fold_steps, obsolete, written_at,
 };
 use super::image::replay;
-use super::read::{Fetch, read_base};
+use super::read::Fetch;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
@@ -25,6 +25,8 @@ use crate::units::{BLOCK_BYTES, Lsn};
 
 /// Bytes that are fetched and written at a time.
 const BATCH_BYTES: usize = 1 << 20;
+/// Chunks of the live map that are gone through under the mutex at a time.
+const FORGET_CHUNKS: usize = 256;
 
 impl Group {
     /// Folds up to the target that policy, holds and limits allow; the new horizon.
@@ -67,11 +69,7 @@ impl Group {
             committed: core.committed(),
             lowest_hold: holds.map(|image| image.position().lsn).min(),
             barrier: core.content.barrier,
-            window_end: if oldest < from.time {
-                from.lsn.min(core.timeline.horizon().lsn)
-            } else {
-                window_end
-            },
+            window_end,
             log_limit_bytes: self.log_limit(&core),
             forced,
         })
@@ -164,17 +162,26 @@ impl Group {
     /// The base is complete up to here: maps forget what it has.
     fn move_horizon(&self, state: ControlState) {
         let target = state.position.lsn;
-        let mut freed = Vec::new();
-        let images: Vec<_> = {
+        let (numbers, images): (Vec<_>, Vec<_>) = {
             let mut core = self.lock();
             core.timeline.fold(checkpoint(&state));
             core.horizon = Arc::new(state);
-            for known in core.content.volumes.values_mut() {
-                freed.push(known.map.forget_below(target));
-            }
-            core.images.values().cloned().collect()
+            let numbers = core.content.volumes.keys().copied().collect();
+            (numbers, core.images.values().cloned().collect())
         };
-        drop(freed);
+        // A part at a time, since writers wait meanwhile. Who opens an image in between forgets the
+        // rest for itself.
+        for number in numbers {
+            let mut from = Some(0);
+            while let Some(offset) = from {
+                let mut core = self.lock();
+                let Some(known) = core.content.volumes.get_mut(&number) else { break };
+                let (freed, next) = known.map.forget_some(target, offset, FORGET_CHUNKS);
+                from = next;
+                drop(core);
+                drop(freed);
+            }
+        }
         for image in images {
             image.forget_below(target);
         }
@@ -261,7 +268,7 @@ impl Group {
         let mut block = vec![0; BLOCK_BYTES as usize];
         let covered: u64 = parts.iter().map(|part| part.length).sum();
         let born = parts.iter().map(|part| written_at(&part.source)).max().unwrap_or_default();
-        if covered < BLOCK_BYTES && read_base(Some(base), offset, &mut block).is_err() {
+        if covered < BLOCK_BYTES && base.read(offset, &mut block).is_err() {
             // A crash in the middle of an earlier attempt at this very block may have left any of
             // its sectors new, the rest old, and a checksum of neither. What the log lacks is the
             // same in both. Nothing else excuses a wrong checksum.

@@ -208,3 +208,62 @@ impl MetaFile {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bytes_of_a_slot_are_these() {
+        let golden = hex::decode(concat!(
+            // magic
+            "544944454d455441",
+            // version
+            "01000000",
+            // flags: clean, demoted, failed
+            "0b000000",
+            // sequence
+            "0900000000000000",
+            // group
+            "abababababababababababababababab",
+            // segment_bytes
+            "0000010000000000",
+            // fold_target
+            "0010000000000000",
+            // horizon
+            "0008000000000000",
+            // durable
+            "0020000000000000",
+            // incarnation
+            "3837363534333231",
+            // name_bytes
+            "01",
+            // name
+            "67000000000000000000000000000000000000000000000000000000000000000000000000000000",
+            "0000000000000000000000000000000000000000000000",
+            // checksum
+            "d7826f32de153b2a",
+        ))
+        .unwrap();
+        let meta = Meta {
+            group: GroupId([0xab; 16]),
+            name: "g".parse().unwrap(),
+            segment_bytes: 65536,
+            fold_target: Lsn(4096),
+            horizon: Lsn(2048),
+            durable: Lsn(8192),
+            incarnation: Incarnation(0x3132_3334_3536_3738),
+            clean: true,
+            demoted: true,
+            retired: false,
+            failed: true,
+        };
+        assert_eq!(hex::encode(meta.encode(9)), hex::encode(&golden));
+        assert_eq!(Meta::decode(&golden), Some((9, meta)));
+        for bit in 0..golden.len() * 8 {
+            let mut changed = golden.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Meta::decode(&changed), None, "bit {bit}");
+        }
+    }
+}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::content::Content;
 use super::engine::{Core, Group};
 use super::{Allocation, Extent, GroupError, Read, View, Volume};
-use crate::base::BaseVolume;
+use crate::base::{BaseRead, BaseVolume, read_batch};
 use crate::extent_map::{Piece, Source};
 use crate::io::BatchRead;
 use crate::log::record::crc32;
@@ -43,6 +43,14 @@ struct LogRead<'b> {
     /// The index of the read that it belongs to.
     owner: usize,
     target: Target<'b>,
+}
+
+/// A read from the base.
+struct FromBase<'b> {
+    base: Arc<BaseVolume>,
+    offset: u64,
+    owner: usize,
+    buffer: &'b mut [u8],
 }
 
 enum Target<'b> {
@@ -204,10 +212,10 @@ impl Group {
     fn fetch(&self, fetches: Vec<Fetch<'_>>) -> Vec<Option<Trouble>> {
         let mut troubles: Vec<Option<Trouble>> = fetches.iter().map(|_| None).collect();
         let mut log_reads: Vec<LogRead<'_>> = Vec::new();
+        let mut base_reads: Vec<FromBase<'_>> = Vec::new();
         for (owner, fetch) in fetches.into_iter().enumerate() {
-            let base = self.base_of(fetch.volume);
-            if let Err(trouble) = self.plan(owner, fetch, base.as_ref(), &mut log_reads) {
-                troubles[owner] = Some(trouble);
+            if self.plan(owner, fetch, &mut log_reads, &mut base_reads).is_none() {
+                troubles[owner] = Some(Trouble::Moved);
             }
         }
         let mut batch: Vec<BatchRead<'_>> = log_reads
@@ -219,8 +227,18 @@ impl Group {
                 result: Ok(()),
             })
             .collect();
-        self.context.env.disk.read_batch(&mut batch);
+        let mut base_batch: Vec<BaseRead<'_>> = base_reads
+            .iter_mut()
+            .map(|read| BaseRead {
+                base: &read.base,
+                offset: read.offset,
+                buffer: read.buffer,
+                result: Ok(()),
+            })
+            .collect();
+        read_batch(&*self.context.env.disk, &mut base_batch, &mut batch);
         let results: Vec<io::Result<()>> = batch.into_iter().map(|read| read.result).collect();
+        let base_results: Vec<_> = base_batch.into_iter().map(|read| read.result).collect();
         for (read, result) in log_reads.into_iter().zip(results) {
             if let Err(cause) = result {
                 troubles[read.owner] = Some(Trouble::Io(cause));
@@ -228,18 +246,23 @@ impl Group {
                 troubles[read.owner] = Some(Trouble::Checksum(read.lsn));
             }
         }
+        for (read, result) in base_reads.into_iter().zip(base_results) {
+            if let Err(cause) = result {
+                troubles[read.owner] = Some(Trouble::Base(cause.to_string()));
+            }
+        }
         troubles
     }
 
-    /// Zeros and the base at once; what is in the log goes to `log_reads`, pieces that follow each
-    /// other as one read.
+    /// Fills what is zeros, and sorts the rest by where it is; pieces of the log that follow each
+    /// other become one read. `None` where a segment is gone.
     fn plan<'b>(
         &self,
         owner: usize,
         fetch: Fetch<'b>,
-        base: Option<&Arc<BaseVolume>>,
         log_reads: &mut Vec<LogRead<'b>>,
-    ) -> Result<(), Trouble> {
+        base_reads: &mut Vec<FromBase<'b>>,
+    ) -> Option<()> {
         let segment_bytes = self.segment_bytes();
         let mut rest = fetch.buffer;
         let mut pieces = fetch.pieces.into_iter().peekable();
@@ -248,11 +271,18 @@ impl Group {
                 Source::Zero { .. } => take(&mut rest, piece.length).fill(0),
                 Source::Base => {
                     let buffer = take(&mut rest, piece.length);
-                    read_base(base, piece.offset, buffer).map_err(Trouble::Base)?;
+                    match self.base_of(fetch.volume) {
+                        Some(base) => {
+                            let offset = piece.offset;
+                            base_reads.push(FromBase { base, offset, owner, buffer });
+                        }
+                        // Nothing was folded into it yet.
+                        None => buffer.fill(0),
+                    }
                 }
                 Source::Log { piece: lsn, piece_bytes, skip, crc } => {
                     let number = lsn.segment_number(segment_bytes);
-                    let segment = self.segments.get(number).ok_or(Trouble::Moved)?;
+                    let segment = self.segments.get(number)?;
                     let offset = lsn.segment_offset(segment_bytes);
                     let target = if skip == 0 && u64::from(piece_bytes) == piece.length {
                         let mut run = vec![(piece.length as usize, crc)];
@@ -281,7 +311,7 @@ impl Group {
                 }
             }
         }
-        Ok(())
+        Some(())
     }
 
     pub(super) fn base_of(&self, volume: VolumeNumber) -> Option<Arc<BaseVolume>> {
@@ -427,27 +457,6 @@ fn take<'b>(rest: &mut &'b mut [u8], bytes: u64) -> &'b mut [u8] {
     let (part, behind) = std::mem::take(rest).split_at_mut(bytes as usize);
     *rest = behind;
     part
-}
-
-/// Reads the base; what it lacks is zeros: a volume that nothing was folded into yet, or that grew
-/// since.
-pub(super) fn read_base(
-    base: Option<&Arc<BaseVolume>>,
-    offset: u64,
-    buffer: &mut [u8],
-) -> Result<(), String> {
-    let Some(base) = base else {
-        buffer.fill(0);
-        return Ok(());
-    };
-    let inside = base.size_bytes().saturating_sub(offset).min(buffer.len() as u64) as usize;
-    let (known, beyond) = buffer.split_at_mut(inside);
-    beyond.fill(0);
-    if known.is_empty() {
-        Ok(())
-    } else {
-        base.read(offset, known).map_err(|cause| cause.to_string())
-    }
 }
 
 impl Lookup for Group {

@@ -91,7 +91,12 @@ impl Group {
             core.closed = true;
         }
         self.space.notify_all();
-        self.workers.stop(&self.waiters_changed);
+        {
+            let _held = self.waiters.lock().expect("no holder panics");
+            self.workers.ask_to_stop();
+            self.waiters_changed.notify_all();
+        }
+        self.workers.join();
         let synced = self.sync_now();
         self.fail_waiters();
         // Images hold the group; the file beside it remembers them.

@@ -67,12 +67,16 @@ impl Workers {
         self.fold.ring();
     }
 
-    pub(super) fn stop(&self, waiters_changed: &Condvar) {
+    /// Has the threads end; the caller wakes the one that syncs.
+    pub(super) fn ask_to_stop(&self) {
         self.stopping.store(true, Ordering::Release);
         self.running.store(false, Ordering::Release);
-        waiters_changed.notify_all();
         self.fold.ring();
         self.prepare.ring();
+    }
+
+    /// Waits until they have.
+    pub(super) fn join(&self) {
         let threads = std::mem::take(&mut *self.threads.lock().expect("no holder panics"));
         for thread in threads {
             // The last owner of a group may be one of its own threads.
@@ -124,7 +128,6 @@ impl Group {
             // A failure is latched and told by who finds it.
             let Ok(durable) = self.sync_now() else {
                 self.fail_waiters();
-                self.workers.prepare.wait(SYNC_EVERY);
                 continue;
             };
             let now = self.context.env.clock.monotonic();

@@ -186,3 +186,98 @@ impl Index {
         whole.then_some(records)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::record::{flags, payload_crcs};
+    use crate::units::{EpochId, LogTime, VolumeNumber};
+
+    const FIRST: Lsn = Lsn(131_072);
+    const CHAIN: Chain = Chain(77);
+
+    fn golden() -> Vec<u8> {
+        hex::decode(concat!(
+            // magic
+            "54494445494e4458",
+            // version
+            "01000000",
+            // records
+            "02000000",
+            // first
+            "0000020000000000",
+            // first_chain
+            "4d00000000000000",
+            // end
+            "0000030000000000",
+            // end_chain: checksum of the pad
+            "555079b15871a79e",
+            // body_bytes
+            "d000000000000000",
+            // body_checksum
+            "f52eb679bb91fe60",
+            // checksum
+            "94dd9348b8232e2b",
+            // header of the control record, with its CRC list
+            "544c5231060109006800000007000000000000006300000000000000000000000000000000000000",
+            "00000200000000000500000000000000060000000000000000000000000000000300000000000000",
+            "4d00000000000000e1cacd674d08079c5c59eb3b00000000",
+            // its payload, padded
+            "7b2278223a317d00",
+            // header of the pad
+            "544c52310501000060000000000000000000000000000000000000000000000090ff000000000000",
+            "70000200000000000500000000000000060000000000000000000000000000000300000000000000",
+            "e1cacd674d08079c555079b15871a79e",
+        ))
+        .unwrap()
+    }
+
+    fn record(kind: Kind, lsn: Lsn, chain: Chain, length: u64, payload: &[u8]) -> Header {
+        let control = kind == Kind::Control;
+        let mut header = Header {
+            kind: kind as u8,
+            version: 1,
+            flags: if control { flags::LAST_OF_REQUEST | flags::MAY_SKIP } else { 0 },
+            payload_bytes: payload.len() as u32,
+            volume: VolumeNumber(0),
+            control_kind: if control { 99 } else { 0 },
+            offset: 0,
+            length,
+            lsn,
+            epoch: EpochId(5),
+            time: LogTime(6),
+            durable: Lsn(0),
+            requests: 3,
+            chain,
+            checksum: Chain(0),
+            crcs: payload_crcs(0, payload),
+        };
+        header.encode(&mut Vec::new());
+        header
+    }
+
+    #[test]
+    fn the_bytes_of_an_index_are_these_and_read_back() {
+        let body = br#"{"x":1}"#;
+        let control = record(Kind::Control, FIRST, CHAIN, 0, body);
+        let pad =
+            record(Kind::Pad, control.end(), control.checksum, 65536 - control.record_bytes(), &[]);
+        let mut builder = IndexBuilder::new(FIRST, CHAIN);
+        builder.push(&control, body);
+        builder.push(&pad, &[]);
+        let bytes = builder.finish();
+        assert_eq!(hex::encode(&bytes), hex::encode(golden()));
+        let index = Index::decode(&bytes, FIRST, CHAIN).unwrap();
+        assert_eq!(index.end, FIRST.advance(65536));
+        let records = index.records(FIRST, CHAIN).unwrap();
+        assert_eq!(records[0].header, control);
+        assert_eq!(records[0].payload, body);
+        assert_eq!(records[1].header, pad);
+        assert!(Index::decode(&bytes, FIRST, Chain(78)).is_none(), "of another history");
+        for bit in 0..bytes.len() * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert!(Index::decode(&changed, FIRST, CHAIN).is_none(), "bit {bit}");
+        }
+    }
+}

@@ -411,3 +411,94 @@ pub enum RecordError {
     #[error("record: header checksum differs")]
     Checksum,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden() -> Vec<u8> {
+        hex::decode(concat!(
+            // magic
+            "544c5231",
+            // kind: write
+            "01",
+            // version
+            "01",
+            // flags: last of request, FUA
+            "0300",
+            // header_bytes
+            "68000000",
+            // payload_bytes
+            "10000000",
+            // volume
+            "07000000",
+            // control_kind
+            "00000000",
+            // offset
+            "f80f000000000000",
+            // length
+            "1000000000000000",
+            // lsn
+            "0807060504030201",
+            // epoch
+            "1817161514131211",
+            // time
+            "6f5e4d3c2b7a9818",
+            // durable
+            "0000060504030201",
+            // requests
+            "2a00000000000000",
+            // chain
+            "2827262524232221",
+            // checksum: xxh3-64 with this field zero
+            "4029a5ddc7a4fcc1",
+            // CRC of the piece up to byte 4096
+            "4ae508b2",
+            // CRC of the piece behind it
+            "cdb0315f",
+        ))
+        .unwrap()
+    }
+
+    #[test]
+    fn the_bytes_of_a_record_are_these() {
+        let mut header = Header {
+            kind: Kind::Write as u8,
+            version: 1,
+            flags: flags::LAST_OF_REQUEST | flags::FUA,
+            payload_bytes: 16,
+            volume: VolumeNumber(7),
+            control_kind: 0,
+            offset: 4088,
+            length: 16,
+            lsn: Lsn(0x0102_0304_0506_0708),
+            epoch: EpochId(0x1112_1314_1516_1718),
+            time: LogTime(0x1898_7a2b_3c4d_5e6f),
+            durable: Lsn(0x0102_0304_0506_0000),
+            requests: 42,
+            chain: Chain(0x2122_2324_2526_2728),
+            checksum: Chain(0),
+            crcs: payload_crcs(4088, b"tidelog golden!!"),
+        };
+        let mut bytes = Vec::new();
+        header.encode(&mut bytes);
+        assert_eq!(hex::encode(&bytes), hex::encode(golden()));
+        assert_eq!(Header::decode(&bytes).unwrap(), header);
+        assert!(header.payload_is_whole(b"tidelog golden!!"));
+        assert!(!header.payload_is_whole(b"tidelog golden!?"));
+    }
+
+    #[test]
+    fn every_changed_bit_and_every_cut_is_noticed() {
+        let whole = golden();
+        for bit in 0..whole.len() * 8 {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(Header::decode(&bytes).is_err(), "bit {bit}");
+        }
+        for length in 0..whole.len() {
+            let cut = Header::decode(&whole[..length]);
+            assert!(matches!(cut, Err(RecordError::Short { .. })), "{length} bytes: {cut:?}");
+        }
+    }
+}

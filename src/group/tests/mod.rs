@@ -1,6 +1,8 @@
 //! Groups on a disk in memory, driven without threads.
 
 mod basic;
+mod failures;
+mod model;
 
 use std::path::PathBuf;
 use std::sync::Arc;

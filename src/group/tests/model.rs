@@ -1,0 +1,255 @@
+//! Random programs against a plain model in memory: every image and every live read equals the model
+//! at that position, through folds, restarts and crashes.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::log::control::Consistency;
+
+const BYTES: usize = 256 << 10;
+
+/// Numbers that follow from a seed.
+pub(super) struct Dice(SeededEntropy);
+
+impl Dice {
+    pub(super) fn new(seed: u64) -> Dice {
+        Dice(SeededEntropy::new(seed))
+    }
+
+    pub(super) fn below(&self, bound: u64) -> u64 {
+        self.0.next_u64() % bound
+    }
+}
+
+type Volumes = BTreeMap<VolumeNumber, Vec<u8>>;
+
+/// What the group must hold at each end of a request.
+struct Model {
+    now: Volumes,
+    /// Position after a request, and the volumes there.
+    past: Vec<(Lsn, Volumes)>,
+}
+
+impl Model {
+    fn note(&mut self, lsn: Lsn) {
+        if self.past.last().is_none_or(|last| last.0 < lsn) {
+            self.past.push((lsn, self.now.clone()));
+        } else if let Some(last) = self.past.last_mut() {
+            last.1 = self.now.clone();
+        }
+    }
+
+    /// The volumes at a position, which is the end of a request or behind one.
+    fn at(&self, lsn: Lsn) -> &Volumes {
+        let count = self.past.partition_point(|(known, _)| *known <= lsn);
+        &self.past[count - 1].1
+    }
+}
+
+fn check(view: &dyn View, expected: &Volumes, what: &str) {
+    let mut numbers: Vec<VolumeNumber> = view.volumes().iter().map(|v| v.number).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, expected.keys().copied().collect::<Vec<_>>(), "{what}: volumes");
+    for (volume, bytes) in expected {
+        let got = read(view, *volume, 0, bytes.len());
+        if got != *bytes {
+            let first = got.iter().zip(bytes).position(|(left, right)| left != right).unwrap();
+            panic!(
+                "{what}: volume {volume} differs at byte {first}: got {}, expected {}",
+                got[first], bytes[first]
+            );
+        }
+        let extents = view.extents(*volume, 0, bytes.len() as u64, usize::MAX).unwrap();
+        let mut end = 0;
+        for extent in extents {
+            assert_eq!(extent.offset, end, "{what}: extents have no gaps");
+            end += extent.length;
+            let range = extent.offset as usize..end as usize;
+            let zeros = bytes[range].iter().all(|byte| *byte == 0);
+            assert!(extent.allocation == Allocation::Data || zeros, "{what}: {extent:?} has data");
+        }
+        assert_eq!(end, bytes.len() as u64, "{what}: extents cover the volume");
+    }
+}
+
+/// A range inside the volume, in one of the alignments that matter.
+fn range(dice: &Dice, longest: u64) -> (u64, u64) {
+    let align = [1, 512, 512, 4096][dice.below(4) as usize];
+    let offset = dice.below(BYTES as u64 - 1) / align * align;
+    let length = (1 + dice.below(longest)).next_multiple_of(align);
+    (offset, length.min(BYTES as u64 - offset))
+}
+
+fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, number: u64) {
+    let volumes: Vec<VolumeNumber> = model.now.keys().copied().collect();
+    let volume = volumes[dice.below(volumes.len() as u64) as usize];
+    match dice.below(100) {
+        0..50 => {
+            // A batch, so that requests of one append meet each other.
+            let mut plans = Vec::new();
+            for index in 0..1 + dice.below(4) {
+                let (offset, length) = range(dice, if dice.below(8) == 0 { 90_000 } else { 9000 });
+                let data = vec![(number * 4 + index) as u8 | 1; length as usize];
+                plans.push((offset, length, data, dice.below(6)));
+            }
+            let requests: Vec<Request<'_>> = plans
+                .iter()
+                .map(|(offset, length, data, kind)| {
+                    let (offset, length) = (*offset, *length);
+                    let op = match kind {
+                        0 => Op::Zero { offset, length, no_hole: length % 2 == 0 },
+                        1 => Op::Trim { offset, length },
+                        _ => Op::Write { offset, data },
+                    };
+                    Request { volume, op, fua: false }
+                })
+                .collect();
+            let ends = group.append(&requests);
+            for ((offset, length, data, kind), end) in plans.iter().zip(ends) {
+                let target = &mut model.now.get_mut(&volume).unwrap()[*offset as usize..];
+                if *kind < 2 {
+                    target[..*length as usize].fill(0);
+                } else {
+                    target[..data.len()].copy_from_slice(data);
+                }
+                model.note(end.unwrap());
+            }
+        }
+        50..60 => {
+            one(group, volume, Op::Flush).unwrap();
+            group.sync_now().unwrap();
+        }
+        60..65 => {
+            let bookmark = format!("b{number}");
+            group.create_bookmark(name(&bookmark), Consistency::Crash).unwrap();
+        }
+        65..68 if volumes.len() < 3 => {
+            let made = group.create_volume(name(&format!("v{number}")), BYTES as u64).unwrap();
+            model.now.insert(made.number, vec![0; BYTES]);
+            model.note(group.positions().head);
+        }
+        68..70 if volumes.len() > 1 => {
+            let gone = group.volumes().into_iter().find(|known| known.number == volume).unwrap();
+            group.remove_volume(&gone.name).unwrap();
+            model.now.remove(&volume);
+            model.note(group.positions().head);
+        }
+        70..78 => {
+            group.sync_now().unwrap();
+            group.fold_now().unwrap();
+            group.write_indices();
+        }
+        78..84 => {
+            group.close().unwrap();
+            *group = bench.open().0;
+            model.note(group.positions().head);
+        }
+        84..90 => bench.pass(dice.below(20)),
+        _ => {
+            let from = group.positions().horizon;
+            let to = group.positions().head;
+            let point = match dice.below(3) {
+                0 => Point::Now,
+                _ => Point::Lsn(Lsn(from.0 + dice.below(to.bytes_since(from) + 1))),
+            };
+            if let Ok(image) = group.open_image(&point, None, "model", None) {
+                let lsn = image.position().lsn;
+                check(&*image, model.at(lsn), &format!("image at {lsn} for {point:?}"));
+                if dice.below(3) == 0 {
+                    group.close_image(image.name()).unwrap();
+                }
+            }
+        }
+    }
+    while group.images().len() > 3 {
+        group.close_image(group.images()[0].name()).unwrap();
+    }
+}
+
+fn run(seed: u64, steps: u64) {
+    let dice = Dice::new(seed);
+    let bench = Bench::new("a", seed);
+    let mut group = bench.create();
+    set_policy(&group, 30, 16 * SEGMENT);
+    let mut model = Model { now: Volumes::new(), past: vec![(Lsn::ZERO, Volumes::new())] };
+    let volume = group.create_volume(name("v"), BYTES as u64).unwrap();
+    model.now.insert(volume.number, vec![0; BYTES]);
+    model.note(group.positions().head);
+    for number in 0..steps {
+        step(&dice, &bench, &mut group, &mut model, number);
+        if number % 10 == 0 {
+            check(&*group, &model.now, &format!("seed {seed}, step {number}: live"));
+            for image in group.images().into_iter().filter(|image| image.broken().is_none()) {
+                let lsn = image.position().lsn;
+                check(
+                    &*image,
+                    model.at(lsn),
+                    &format!("seed {seed}, step {number}: image at {lsn}"),
+                );
+            }
+        }
+    }
+    assert!(group.positions().horizon > Lsn::ZERO, "seed {seed}: the program folded");
+}
+
+#[test]
+fn random_programs_equal_the_model_live_and_in_every_image() {
+    for seed in 1..=12 {
+        run(seed, 150);
+    }
+}
+
+/// Invariants 1 and 2: after a crash that loses, reorders and tears what was not synced, the group is
+/// the model at one position, and that position is at or behind every sync that was answered.
+#[test]
+fn after_a_crash_the_group_is_one_prefix_and_has_everything_flushed() {
+    let mut lost = 0;
+    let mut folded = 0;
+    for seed in 100..160 {
+        let dice = Dice::new(seed);
+        let bench = Bench::new("a", seed);
+        let mut group = bench.create();
+        set_policy(&group, 10, 16 * SEGMENT);
+        let mut model = Model { now: Volumes::new(), past: vec![(Lsn::ZERO, Volumes::new())] };
+        let volume = group.create_volume(name("v"), BYTES as u64).unwrap();
+        model.now.insert(volume.number, vec![0; BYTES]);
+        model.note(group.positions().head);
+        for number in 0..20 + dice.below(60) {
+            step(&dice, &bench, &mut group, &mut model, number);
+        }
+        // The crash may come in the middle of a fold or a sync.
+        let cut = bench.disk.operations() + dice.below(60);
+        bench.disk.inject(crate::io::Fault::PowerOff { operation: cut });
+        let durable = group.positions().durable;
+        if dice.below(2) == 0 {
+            let _ = group.sync_now();
+            let _ = group.fold_now();
+        }
+        let durable = durable.max(group.positions().durable);
+        let head = group.positions().head;
+        drop(group);
+        let after = bench.after_crash(seed);
+        let (group, recovery) = after.open();
+        let (end, _) = recovery.cut.unwrap_or((head, head));
+        let what = format!("seed {seed}: after a crash at {head}, durable {durable}, cut at {end}");
+        assert!(end >= durable, "{what}: flushed writes are gone");
+        assert!(end <= head, "{what}: something was made up");
+        check(&*group, model.at(end), &what);
+        lost += u64::from(end < head);
+        folded += u64::from(group.positions().horizon > Lsn::ZERO);
+        let epochs = group.control().epochs.clone();
+        assert_eq!(epochs.last().unwrap().reason, "recovery", "{what}");
+        // And it goes on: a write, an orderly restart, the same.
+        let mut expected = model.at(end).clone();
+        if let Some((volume, bytes)) = expected.iter_mut().next() {
+            write(&group, *volume, 512, &[0xab; 512]);
+            bytes[512..1024].fill(0xab);
+        }
+        group.close().unwrap();
+        let (group, recovery) = after.open();
+        assert_eq!(recovery.cut, None, "{what}: the second start is clean");
+        check(&*group, &expected, &format!("{what}, then restarted"));
+    }
+    assert!(lost > 5, "only {lost} crashes lost anything: the test does not test");
+    assert!(folded > 5, "only {folded} groups had folded");
+}
