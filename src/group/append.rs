@@ -337,6 +337,9 @@ impl Group {
             let segment_bytes = self.segment_bytes();
             let head = core.writer.head();
             let room = segment_bytes - head.segment_offset(segment_bytes);
+            // One more than the last, also where that came between the decision and now.
+            let last = core.view.epochs.last().map_or(0, |last| last.counter);
+            epoch.counter = epoch.counter.max(last + 1);
             epoch.first_lsn = head;
             let body_bytes = Control::Epoch(epoch.clone()).to_json().len();
             let crcs = piece_count(0, body_bytes as u64);

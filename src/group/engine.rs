@@ -105,6 +105,10 @@ pub(super) struct Core {
     pub pending: Pending,
     /// Bytes of log and index on disk, as known after the last change.
     pub log_used_bytes: u64,
+    /// Why the last fold failed, where it did: writers of a full log are told, not held.
+    pub fold_failure: Option<String>,
+    /// Bytes that the log may take before the file system's reserve is touched.
+    pub disk_limit_bytes: u64,
     /// A fold up to here was interrupted by a crash, and is being finished.
     pub unfinished_fold: Option<Lsn>,
     /// What is to be told once the mutex is free.
@@ -269,6 +273,8 @@ impl Group {
             log_used_bytes: segments.used_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
+            fold_failure: None,
+            disk_limit_bytes: u64::MAX,
         };
         core.refresh_view();
         Arc::new_cyclic(|me| Group {
@@ -414,10 +420,17 @@ impl Group {
         core.writer.head().bytes_since(core.timeline.horizon().lsn)
     }
 
-    /// The lower of the group's limit and the node's, and at least four segments.
+    /// The lowest of the group's limit, the node's, and what the file system has beyond its reserve;
+    /// at least four segments.
     pub(super) fn log_limit(&self, core: &Core) -> u64 {
         let own = self.context.limits.log_limit_bytes.unwrap_or(u64::MAX);
-        core.view.policy.log_limit.0.min(own).max(4 * self.segment_bytes())
+        core.view
+            .policy
+            .log_limit
+            .0
+            .min(own)
+            .min(core.disk_limit_bytes)
+            .max(4 * self.segment_bytes())
     }
 
     /// The lower of the group's window and the node's.

@@ -106,6 +106,12 @@ impl Group {
             if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
                 return Ok(core);
             }
+            if let Some(reason) = &core.fold_failure {
+                return Err(GroupError::NoSpace {
+                    group: self.name().clone(),
+                    reason: format!("the log is full, and folding fails: {reason}"),
+                });
+            }
             self.workers.wake_folder();
             core = self.space.wait(core).expect("a panic under the lock ends the process");
         }

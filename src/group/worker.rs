@@ -153,7 +153,16 @@ impl Group {
                 return;
             }
             self.close_expired();
-            match self.fold(false) {
+            let pressed = {
+                let core = self.lock();
+                self.log_bytes(&core) >= self.log_limit(&core) / 10 * 8
+            };
+            // Only what is durable is folded: where space is short that is not waited for.
+            let synced = if pressed { self.sync_now().map(|_| ()) } else { Ok(()) };
+            let result = synced.and_then(|()| self.fold(false));
+            self.lock().fold_failure = result.as_ref().err().map(ToString::to_string);
+            self.space.notify_all();
+            match result {
                 Ok(_) => told = None,
                 Err(error) => {
                     // Told once: it is tried again with every round.
@@ -186,10 +195,21 @@ impl Group {
             if self.segments.get(next).is_none() && self.segments.ensure(next).is_ok() {
                 self.lock().log_used_bytes = self.segments.used_bytes();
             }
+            self.look_at_disk();
             self.start_writeback(written_back, head);
             written_back = head;
             self.write_indices();
         }
+    }
+
+    /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.
+    fn look_at_disk(&self) {
+        let Ok(space) = self.context.env.disk.space(&self.dir) else { return };
+        let default = 2 * self.segment_bytes() + space.total_bytes / 100;
+        let reserve = self.context.limits.disk_reserve_bytes.unwrap_or(default);
+        let mut core = self.lock();
+        let used = self.log_bytes(&core);
+        core.disk_limit_bytes = used.saturating_add(space.free_bytes.saturating_sub(reserve));
     }
 
     /// Has the kernel begin to write what was appended, so that the next sync finds little to do.

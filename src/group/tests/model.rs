@@ -144,7 +144,23 @@ fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, n
             *group = bench.open().0;
             model.note(group.positions().head);
         }
-        84..90 => bench.pass(dice.below(20)),
+        84..88 => bench.pass(dice.below(20)),
+        88..92 => {
+            let bytes = &model.now[&volume];
+            let offset = dice.below(BYTES as u64 - 1);
+            let length = (1 + dice.below(20_000)).min(BYTES as u64 - offset);
+            let expected = &bytes[offset as usize..(offset + length) as usize];
+            let got = read(&**group, volume, offset, length as usize);
+            assert!(got == expected, "{length} bytes at {offset} of volume {volume}");
+            let extents = group.extents(volume, offset, length, 3).unwrap();
+            assert!((1..=3).contains(&extents.len()) && extents[0].offset == offset);
+            let end = extents.last().map_or(0, |last| last.offset + last.length);
+            assert!(end <= offset + length, "{extents:?} of {length} at {offset}");
+            for extent in extents.iter().filter(|extent| extent.allocation != Allocation::Data) {
+                let range = extent.offset as usize..(extent.offset + extent.length) as usize;
+                assert!(bytes[range].iter().all(|byte| *byte == 0), "{extent:?} has data");
+            }
+        }
         _ => {
             let from = group.positions().horizon;
             let to = group.positions().head;
