@@ -125,7 +125,7 @@ fn errors_name_object_cause_and_next_command() {
         (&["status", "nope"], "group nope", "tidelog group list"),
         (&["group", "create", "g"], "`g`", "exists"),
         (&["volume", "create", "g/v", "--size", "5000"], "volume v", "8192"),
-        (&["group", "set", "g", "windows=1h"], "`windows`", "window"),
+        (&["group", "set", "g", "windows=1h"], "`windows`", "the nearest is `window`"),
         (&["replicate", "g", "--to", "nobody"], "peer nobody", "tidelog peer list"),
         (&["image", "close", "g@nope"], "nope", "not exist"),
         (&["bookmark", "remove", "g", "nope"], "bookmark nope", "tidelog bookmark list g"),
@@ -139,7 +139,7 @@ fn errors_name_object_cause_and_next_command() {
     assert_eq!(problem["code"], "no-such-group");
     let (status, _, body) = request(&node, "POST", "/v1/groups", "{\"nam\":\"x\"}");
     assert_eq!(status, 400, "{body}");
-    assert!(body.contains("unknown field `nam`"), "{body}");
+    assert!(body.contains("unknown key `nam`; the nearest is `name`"), "{body}");
     let (status, _, _) = request(&node, "POST", "/v1/groups", "not json");
     assert_eq!(status, 400);
     assert_eq!(request(&node, "PUT", "/v1/groups", "").0, 405);

@@ -6,13 +6,14 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::config::nearest;
 use crate::events::Severity;
 use crate::group::{Group, Role};
 use crate::replication::{BoxFuture, PeerContext};
 
 use super::context::Context;
 use super::problem::Problem;
-use super::route::{Call, Handler, Route, find};
+use super::route::{Call, Handler, Parameter, Route, find};
 
 /// Who sent a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,13 +49,9 @@ pub async fn dispatch(
     body: Map<String, Value>,
 ) -> Result<Value, Problem> {
     let (route, names) = find(method, path)?;
-    refuse_unknown("query parameter", query.iter().map(|(key, _)| key), |key| {
-        route.query.iter().any(|parameter| parameter.name == key)
-    })?;
+    refuse_unknown("query parameter", query.iter().map(|(key, _)| key), route.query)?;
     if !route.open_body {
-        refuse_unknown("field", body.keys(), |key| {
-            route.body.iter().any(|parameter| parameter.name == key)
-        })?;
+        refuse_unknown("key", body.keys(), route.body)?;
     }
     let call = Call { path: names, query, body, user: caller.name() };
     let primary = elsewhere(context, route, &call)?;
@@ -220,22 +217,26 @@ async fn answer_here(context: &Arc<Context>, route: &Route, call: Call) -> Resul
 fn refuse_unknown<'a>(
     what: &str,
     mut given: impl Iterator<Item = &'a String>,
-    known: impl Fn(&str) -> bool,
+    known: &[Parameter],
 ) -> Result<(), Problem> {
-    match given.find(|key| !known(key)) {
-        Some(key) => Err(Problem::invalid(format!(
-            "unknown {what} `{key}`; GET /v1/openapi.json shows those that are known"
-        ))),
-        None => Ok(()),
-    }
+    let Some(key) = given.find(|key| known.iter().all(|known| known.name != key.as_str())) else {
+        return Ok(());
+    };
+    let names: Vec<&str> = known.iter().map(|known| known.name).collect();
+    let hint = match nearest(key, &names) {
+        Some(nearest) => format!("the nearest is `{nearest}`"),
+        None if names.is_empty() => "none is taken here".to_owned(),
+        None => format!("known are {}", names.join(", ")),
+    };
+    Err(Problem::invalid(format!("unknown {what} `{key}`; {hint}")))
 }
 
 /// The command's words and the names in it.
 fn describe(route: &Route, call: &Call) -> String {
     let names: Vec<&str> = call.path.iter().map(|(_, name)| name.as_str()).collect();
     let named = call.body.get("name").and_then(Value::as_str);
-    let named = named.map_or_else(String::new, |name| format!(" {name}"));
-    format!("{} {}{named}", route.id, names.join("/")).trim_end().to_owned()
+    let words = [route.id, &names.join("/"), named.unwrap_or_default()];
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 fn audit(
