@@ -1,5 +1,5 @@
-//! Two nodes in one process, with real groups, repositories and schedulers, and a link made by hand:
-//! who makes the backup, what the other says, and that a slot never gets two.
+//! Two nodes in one process, with real groups, repositories and schedulers, and a link made by
+//! hand: who makes the backup, what the other says, and that a slot never gets two.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -1,10 +1,11 @@
-//! Power loss and `kill -9` at every boundary of a disk operation, on a disk that drops, reorders and
-//! tears what was not synced: afterwards the group shows one prefix of its writes with everything
-//! that was flushed in it, at the head and in its images, goes on, and restarts clean.
+//! Power loss and `kill -9` at every boundary of a disk operation, on a disk that drops, reorders
+//! and tears what was not synced: afterwards the group shows one prefix of its writes with
+//! everything that was flushed in it, at the head and in its images, goes on, and restarts clean.
 //!
 //! Short programs are tried exhaustively, as CrashMonkey and ACE do: every program of up to four
-//! steps, stopped at every boundary inside its last step (those of earlier steps belong to a shorter
-//! program). Long ones are sampled, with several crashes each, some of them during recovery.
+//! steps, stopped at every boundary inside its last step (those of earlier steps belong to a
+//! shorter program). Long ones are sampled, with several crashes each, some of them during
+//! recovery.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -381,8 +382,8 @@ fn four_steps_around_a_fold_survive_a_crash_at_every_boundary() {
     assert!(covered.lost_something > 50 && covered.kept_all > 50, "{covered:?}");
 }
 
-/// A long program, with several crashes, each of which may be followed by others before the group is
-/// open again.
+/// A long program, with several crashes, each of which may be followed by others before the group
+/// is open again.
 fn long_program(seed: u64, counts: &mut BTreeMap<&'static str, u64>) -> Result<(), String> {
     let random = SeededEntropy::new(seed);
     let below = |bound: u64| random.next_u64() % bound;

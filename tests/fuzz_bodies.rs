@@ -1,5 +1,6 @@
 //! What the fuzzers feed, one function per target: each takes any bytes and panics where they do
-//! harm. `fuzz/` wraps them for cargo-fuzz; the test below replays the checked-in corpora on stable.
+//! harm. `fuzz/` wraps them for cargo-fuzz; the test below replays the checked-in corpora on
+//! stable.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};

@@ -1,5 +1,5 @@
-//! `kill -9` of either appliance under load, twenty times: no answered write is lost, every image on
-//! the secondary is a prefix, and both nodes go on by themselves.
+//! `kill -9` of either appliance under load, twenty times: no answered write is lost, every image
+//! on the secondary is a prefix, and both nodes go on by themselves.
 
 use std::collections::HashMap;
 use std::path::PathBuf;

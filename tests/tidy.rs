@@ -73,11 +73,13 @@ const LONG_FILES: &[(&str, &str)] = &[
     ),
     ("src/extent_map/mod.rs", "the map's operations over chunks, each with its bound"),
     ("src/group/engine.rs", "what the group's mutex guards, in one view"),
-    ("src/io/memory.rs", "the fault model of the disk, part by part, with its tests"),
+    ("src/io/memory.rs", "the fault model of the disk, part by part"),
     ("src/replication/channel.rs", "the state of one group with one peer; next to be split"),
+    ("src/control/route.rs", "the table of routes"),
     ("src/replication/cluster.rs", "the simulated cluster of the core's tests"),
     ("src/replication/core.rs", "the state machine's inputs, one by one"),
-    ("src/replication/wire.rs", "the whole wire in one file, with its golden bytes"),
+    ("src/replication/wire.rs", "the whole wire in one file"),
+    ("tests/replication.rs", "two nodes over real sockets, subject by subject"),
 ];
 
 fn root() -> PathBuf {
@@ -418,12 +420,15 @@ fn every_file_opens_with_what_it_owns() {
 }
 
 #[test]
-fn lines_have_at_most_100_columns() {
+fn lines_have_at_most_100_columns_but_for_strings() {
     let mut offences = Vec::new();
     for (path, text) in rust_files() {
         for (index, line) in text.lines().enumerate() {
             let columns = line.chars().count();
-            if columns > COLUMNS_MAX && !line.contains("https://") {
+            // rustfmt keeps code; a string that cannot be broken is not worth its escapes.
+            let is_comment = line.trim_start().starts_with("//");
+            let is_exempt = line.contains("https://") || (!is_comment && line.contains('"'));
+            if columns > COLUMNS_MAX && !is_exempt {
                 offences.push(format!("{path}:{}: {columns} columns", index + 1));
             }
         }

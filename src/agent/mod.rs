@@ -37,8 +37,8 @@ impl LoadMeter {
         LoadMeter::default()
     }
 
-    /// Takes a sample at `now` on the monotonic clock, and tells the load since the oldest sample of
-    /// the window.
+    /// Takes a sample at `now` on the monotonic clock, and tells the load since the oldest sample
+    /// of the window.
     #[must_use]
     pub fn measure(&self, now: Duration) -> Load {
         let memory_free_bytes =

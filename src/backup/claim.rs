@@ -1,10 +1,10 @@
 //! Who makes a slot's backup, settled in the repository where nodes cannot hear each other.
 //!
 //! Below `slots/JOB/SLOT/`: `claim-NNNN` is created exclusively and never deleted, so that numbers
-//! only rise; `renewed-NNNN` holds a counter that its holder raises; `ended-NNNN` says that the holder
-//! gave up; `result` is created exclusively after the snapshot and decides. A claim is taken over by
-//! creating the next number, when its counter has stood still for its term on the *observer's*
-//! monotonic clock: no node believes another's clock.
+//! only rise; `renewed-NNNN` holds a counter that its holder raises; `ended-NNNN` says that the
+//! holder gave up; `result` is created exclusively after the snapshot and decides. A claim is taken
+//! over by creating the next number, when its counter has stood still for its term on the
+//! *observer's* monotonic clock: no node believes another's clock.
 
 use std::io;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
-//! The backend under the library: what it writes is durable by name, and no snapshot is saved unless
-//! the gate is open.
+//! The backend under the library: what it writes is durable by name, and no snapshot is saved
+//! unless the gate is open.
 //!
-//! The library logs a file that cannot be read or written and saves its snapshot without it. So a run
-//! closes the gate first: the library's own snapshot vanishes at this door, and the run saves
+//! The library logs a file that cannot be read or written and saves its snapshot without it. So a
+//! run closes the gate first: the library's own snapshot vanishes at this door, and the run saves
 //! another once it knows that every file is there.
 
 use std::path::{Path, PathBuf};

@@ -2,7 +2,8 @@
 //!
 //! Every node that holds a group evaluates [`decide`] for each slot by itself: a pure function over
 //! `facts`, for the `job` that the operator asked for; `placement_page` prints its whole table as
-//! `docs/placement.md`. `slot` says when a job is due, `run` is one node's way through one slot, and
+//! `docs/placement.md`. `slot` says when a job is due, `run` is one node's way through one slot,
+//! and
 //! `claim` settles who makes the backup, in small `objects` of the repository.
 //!
 //! Around that pure core: `scheduler` (a thread for each open slot), `timekeeper` (due, missed,
@@ -10,7 +11,8 @@
 //! one another), `runner` (makes a backup under its claim), `history` (how runs ended).
 //!
 //! `repository` writes and reads restic's format; `source` shows an image as files, `door` refuses
-//! a snapshot that must not count, `restore` is the way back, `catalog` what a backup says of itself,
+//! a snapshot that must not count, `restore` is the way back, `catalog` what a backup says of
+//! itself,
 //! `jobs` and `commands` what operators ask for.
 
 mod catalog;

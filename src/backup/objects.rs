@@ -28,8 +28,8 @@ pub trait Objects: Send + Sync {
 
 /// Objects as files below a directory of a repository. Exclusive by `link(2)`, which is atomic on
 /// local file systems and on NFS; where there are no links, by an exclusive open, whose file may be
-/// short after a crash. Where the repository is not there (a disk that is not mounted) everything is
-/// an error: "there is no claim" would be a lie, and a claim made there a second one.
+/// short after a crash. Where the repository is not there (a disk that is not mounted) everything
+/// is an error: "there is no claim" would be a lie, and a claim made there a second one.
 pub struct FileObjects {
     root: PathBuf,
     writer: u64,

@@ -1,8 +1,8 @@
 //! Slots: the due times of a job, as pure functions of its schedule and the time.
 //!
-//! A schedule is read in the job's zone, a slot is an instant in UTC. A local time that occurs twice
-//! gives one slot, its first; one that does not occur gives the instant at which the gap ends, where
-//! several of them are one slot.
+//! A schedule is read in the job's zone, a slot is an instant in UTC. A local time that occurs
+//! twice gives one slot, its first; one that does not occur gives the instant at which the gap
+//! ends, where several of them are one slot.
 
 use std::time::Duration;
 

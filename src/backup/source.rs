@@ -1,9 +1,10 @@
 //! An image as a source of files: each volume a directory of 4 MiB files in directories of 1,024,
 //! named so that their order is the volume's.
 //!
-//! A file that did not change since the parent carries its parent's times, and is not read. The times
-//! are no times: mtime is the LSN and ctime the epoch of the backup that last read the file, both as
-//! nanoseconds since 1970, so that no rewind and no failover makes two different contents look equal.
+//! A file that did not change since the parent carries its parent's times, and is not read. The
+//! times are no times: mtime is the LSN and ctime the epoch of the backup that last read the file,
+//! both as nanoseconds since 1970, so that no rewind and no failover makes two different contents
+//! look equal.
 
 use std::collections::HashMap;
 use std::io::{self, Read};
@@ -113,8 +114,8 @@ impl Stamps {
     }
 }
 
-/// The first reason why a run must not leave a snapshot. The library only logs errors of a source and
-/// saves the snapshot short; the repository's door asks here first.
+/// The first reason why a run must not leave a snapshot. The library only logs errors of a source
+/// and saves the snapshot short; the repository's door asks here first.
 #[derive(Clone, Default)]
 pub struct Stop {
     reason: Arc<Mutex<Option<String>>>,

@@ -7,8 +7,8 @@
 //! {"position":{…},"chain":"…","requests":0,"entries":[{"kind":1,…,"body":{…}}]}
 //! ```
 //!
-//! A body is the payload of a control record as its author wrote it, never encoded again; kinds that
-//! this version does not know are carried along.
+//! A body is the payload of a control record as its author wrote it, never encoded again; kinds
+//! that this version does not know are carried along.
 
 use std::fmt;
 use std::io::{self, IoSlice};

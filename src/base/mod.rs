@@ -1,9 +1,9 @@
 //! The image at the horizon: per volume a sparse file with its sidecar, and the group's control
 //! state there.
 //!
-//! [`BaseVolume`] is read by anybody and written by the folder alone, in block order. A crash in the
-//! middle of a fold leaves blocks, sums and slots of which each sector is old or new; the fold is
-//! then done again, which rewrites all of them. Blocks that the fold does not touch read right
+//! [`BaseVolume`] is read by anybody and written by the folder alone, in block order. A crash in
+//! the middle of a fold leaves blocks, sums and slots of which each sector is old or new; the fold
+//! is then done again, which rewrites all of them. Blocks that the fold does not touch read right
 //! throughout: their bytes and sums are the same before and after.
 
 mod control;

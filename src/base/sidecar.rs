@@ -1,7 +1,8 @@
 //! The format of a volume's sidecar, `VOLUME.sum`.
 //!
 //! All integers are little-endian. The file is a header page and then one region per 256 MiB of the
-//! volume, each a page of slots (one per chunk of 1 MiB) and the sums of its blocks (one per 4 KiB):
+//! volume, each a page of slots (one per chunk of 1 MiB) and the sums of its blocks (one per 4
+//! KiB):
 //!
 //! | offset | size | field | meaning |
 //! | ---: | ---: | --- | --- |
@@ -13,8 +14,8 @@
 //! | 4096 + *r* × 266240 | 4096 | | region *r*: 256 slots of 16 bytes |
 //! | … + 4096 | 262144 | | region *r*: 65536 sums of 4 bytes |
 //!
-//! A sum is the CRC-32 of the block, exclusive or that of a block of zeros: a hole in the volume has
-//! a hole in its sidecar. A slot:
+//! A sum is the CRC-32 of the block, exclusive or that of a block of zeros: a hole in the volume
+//! has a hole in its sidecar. A slot:
 //!
 //! | offset | size | field | meaning |
 //! | ---: | ---: | --- | --- |

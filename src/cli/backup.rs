@@ -392,7 +392,8 @@ async fn run(session: &Session, job: &Member) -> Result<()> {
         let bar = output::ProgressLine::new();
         let mut ticks = tokio::time::interval(Duration::from_millis(200));
         let mut seen = false;
-        // The run begins a moment after the decision: until it was seen once, no progress is no end.
+        // The run begins a moment after the decision: until it was seen once, no progress is no
+        // end.
         for tick in 0_u64.. {
             ticks.tick().await;
             let progress: Option<ProgressInfo> =

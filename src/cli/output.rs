@@ -1,5 +1,5 @@
-//! What commands print: aligned tables, sizes, ages, JSON. Data goes to standard output, all else to
-//! standard error; a reader who has seen enough ends the command without an error.
+//! What commands print: aligned tables, sizes, ages, JSON. Data goes to standard output, all else
+//! to standard error; a reader who has seen enough ends the command without an error.
 
 use std::io::{IsTerminal, Write};
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! The types that the control socket's server and its clients share: answers as JSON, with the names
-//! that scripts rely on.
+//! The types that the control socket's server and its clients share: answers as JSON, with the
+//! names that scripts rely on.
 
 use crate::group::{DataState, Role};
 use crate::log::control::{Consistency, OnFull};

@@ -56,7 +56,8 @@ impl Context {
         })
     }
 
-    /// A progress that others can look up by `ticket` for as long as what is returned with it lives.
+    /// A progress that others can look up by `ticket` for as long as what is returned with it
+    /// lives.
     #[must_use]
     pub fn progress(&self, ticket: Option<String>) -> (Progress, Ticket<'_>) {
         let progress = Progress::new();

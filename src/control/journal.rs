@@ -1,7 +1,7 @@
 //! The file that keeps events beyond the life of the process: one JSON object a line, bounded.
 //!
-//! A line is written when its event happens and not synced: events survive the process, and the last
-//! of them may be lost with the machine's power. A torn last line is dropped on opening.
+//! A line is written when its event happens and not synced: events survive the process, and the
+//! last of them may be lost with the machine's power. A torn last line is dropped on opening.
 
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};

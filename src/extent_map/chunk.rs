@@ -1,7 +1,7 @@
 //! The blocks of one chunk: an entry per block that the log holds, 12 bytes each.
 //!
-//! `present` says which blocks have an entry; entries lie in the order of blocks, so that an entry's
-//! index is the number of present blocks before it. An entry is a word and a CRC:
+//! `present` says which blocks have an entry; entries lie in the order of blocks, so that an
+//! entry's index is the number of present blocks before it. An entry is a word and a CRC:
 //!
 //! | word, top bit | word, rest | CRC | meaning |
 //! | --- | --- | --- | --- |

@@ -1,9 +1,9 @@
 //! Log time: follows the wall clock where that is believable, and never runs backwards.
 //!
-//! A wall clock that is set a day ahead for a minute must not make a day of history look old. So log
-//! time advances by at most the monotonic clock since the last record, and as much again up to a
-//! second: a wall clock that is really ahead is caught up with at double speed, one that is behind
-//! is waited for at half speed.
+//! A wall clock that is set a day ahead for a minute must not make a day of history look old. So
+//! log time advances by at most the monotonic clock since the last record, and as much again up to
+//! a second: a wall clock that is really ahead is caught up with at double speed, one that is
+//! behind is waited for at half speed.
 
 use std::time::Duration;
 

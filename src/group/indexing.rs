@@ -1,5 +1,5 @@
-//! Writes the index of each segment that is full and durable, and follows a log by its indices where
-//! they may be believed.
+//! Writes the index of each segment that is full and durable, and follows a log by its indices
+//! where they may be believed.
 
 use std::io::IoSlice;
 

@@ -2,7 +2,8 @@
 //!
 //! Up to the durable mark the chain of headers is followed, and payloads are checked when they are
 //! read. Above it every payload is checked too, and what is kept is written to fresh files and
-//! synced before it is trusted: after a failed sync the page cache shows what the disk does not have.
+//! synced before it is trusted: after a failed sync the page cache shows what the disk does not
+//! have.
 
 use std::io::{self, IoSlice};
 use std::path::Path;
@@ -87,7 +88,8 @@ impl Group {
                 return Err(GroupError::Damaged { group: name.clone(), what: cause.to_string() });
             }
         };
-        // Folded segments of which a crash took the new names of some, so that gaps are between them.
+        // Folded segments of which a crash took the new names of some, so that gaps are between
+        // them.
         segments.retire_below(horizon.position.lsn.segment_number(before.segment_bytes));
         // Records tell what was durable at their author. That is here only where they are our own.
         let own =
@@ -216,8 +218,8 @@ impl Group {
         );
     }
 
-    /// Finishes a fold that a crash interrupted: until then its target is as good as the horizon for
-    /// everybody, but blocks in it may be torn.
+    /// Finishes a fold that a crash interrupted: until then its target is as good as the horizon
+    /// for everybody, but blocks in it may be torn.
     fn finish_fold(&self, target: Lsn) -> Result<(), GroupError> {
         let (horizon, end) = {
             let core = self.lock();
@@ -336,8 +338,8 @@ fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remains> {
     Ok(all)
 }
 
-/// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and synced,
-/// what is behind leaves, and is kept apart where something in it is whole.
+/// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and
+/// synced, what is behind leaves, and is kept apart where something in it is whole.
 pub(super) fn settle(
     segments: &Segments,
     dir: &Path,

@@ -2,8 +2,8 @@
 //! crash may take away.
 //!
 //! A write is *volatile* until a [`DiskFile::sync`] that began after it has ended. A name (create,
-//! rename, remove) is volatile until [`Disk::sync_dir`] of its directory. After a failed sync, reads
-//! may show bytes that the disk does not hold: the caller latches the failure.
+//! rename, remove) is volatile until [`Disk::sync_dir`] of its directory. After a failed sync,
+//! reads may show bytes that the disk does not hold: the caller latches the failure.
 
 use std::io::{self, IoSlice};
 use std::os::fd::RawFd;

@@ -1,8 +1,8 @@
 //! The one door to the world outside the process: disk, clock and randomness, each behind a narrow
 //! trait, so that a seeded simulation can stand in for all of them.
 //!
-//! `files` is the real disk (with `ring` for batched reads where io_uring is allowed); `memory` is a
-//! disk that loses, reorders and tears what was not synced.
+//! `files` is the real disk (with `ring` for batched reads where io_uring is allowed); `memory` is
+//! a disk that loses, reorders and tears what was not synced.
 
 mod clock;
 mod disk;

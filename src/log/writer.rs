@@ -1,8 +1,8 @@
 //! Appends records at the head of the log, in whole pages.
 //!
 //! The page at the head is kept in memory: every write begins with what that page holds already and
-//! ends with zeros up to the next page, so that the kernel never has to read a page to change a part
-//! of it, and what stood behind the head in a recycled segment is gone up to there.
+//! ends with zeros up to the next page, so that the kernel never has to read a page to change a
+//! part of it, and what stood behind the head in a recycled segment is gone up to there.
 
 use std::io::{self, IoSlice};
 use std::sync::Arc;

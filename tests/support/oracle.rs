@@ -2,8 +2,8 @@
 //! checksum; the writers note when each request was sent and when it was answered.
 //!
 //! An image is right if, for every request in it, it also holds every request that was answered
-//! before that one was sent, and if it holds each request whole. Every writer has blocks of its own,
-//! so the requests to one block have an order without asking the server.
+//! before that one was sent, and if it holds each request whole. Every writer has blocks of its
+//! own, so the requests to one block have an order without asking the server.
 
 use std::collections::HashMap;
 
@@ -124,9 +124,10 @@ impl History {
         faults
     }
 
-    /// What is wrong with live volumes that were read, block after block, from `answered_by` on while
-    /// the writers went on: a block may hold what was sent meanwhile, but never less than what was
-    /// answered before. (They are no image of one moment, so no more than this can be asked.)
+    /// What is wrong with live volumes that were read, block after block, from `answered_by` on
+    /// while the writers went on: a block may hold what was sent meanwhile, but never less than
+    /// what was answered before. (They are no image of one moment, so no more than this can be
+    /// asked.)
     pub fn faults_of_live(
         &self,
         held: &HashMap<(usize, u64), u64>,
@@ -170,8 +171,8 @@ pub fn stamp(id: u64, volume: usize, block: u64) -> Vec<u8> {
     bytes
 }
 
-/// What every block of a volume holds; a block that holds neither zeros nor a whole stamp of its own
-/// place is a fault.
+/// What every block of a volume holds; a block that holds neither zeros nor a whole stamp of its
+/// own place is a fault.
 pub fn read_stamps(volume: usize, bytes: &[u8]) -> Result<HashMap<(usize, u64), u64>, String> {
     let mut held = HashMap::new();
     for (block, found) in bytes.chunks(BLOCK_BYTES).enumerate() {

@@ -1,9 +1,9 @@
 //! `tidelog demo`: the whole product on one machine, step by step, each step with what it proved.
 //!
 //! Two appliances (processes of this binary) in a temporary directory talk through a proxy of the
-//! demo's own (`proxy`), so that their link can be cut. Data are an ext4 image packed into the binary
-//! (`packed`) and a stream of stamped blocks (`stamps`). Everything else goes through the command
-//! line of the two nodes, as a person would type it.
+//! demo's own (`proxy`), so that their link can be cut. Data are an ext4 image packed into the
+//! binary (`packed`) and a stream of stamped blocks (`stamps`). Everything else goes through the
+//! command line of the two nodes, as a person would type it.
 
 mod node;
 mod packed;
@@ -304,9 +304,10 @@ impl Story {
     }
 
     fn restore(&mut self, backup: &Made) -> anyhow::Result<()> {
-        self.report.step(&format!("Restore backup {}, and compare checksums", backup.id));
+        let short = backup.id.get(..8).unwrap_or(&backup.id);
+        self.report.step(&format!("Restore backup {short}, and compare checksums"));
         for ((volume, _), wanted) in VOLUMES.iter().zip(&backup.sums) {
-            let to = self.dir.join(format!("restored-{}-{volume}", backup.id));
+            let to = self.dir.join(format!("restored-{short}-{volume}"));
             let words = format!("backup restore {} --volume {volume} --to", backup.id);
             self.on_a(&format!("{words} {}", to.display()))?;
             let mut file = File::open(&to).with_context(|| format!("{}: open", to.display()))?;

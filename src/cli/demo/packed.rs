@@ -1,7 +1,7 @@
 //! The ext4 image that is packed into the binary, with its holes put back.
 //!
-//! Layout (little-endian), made by scripts/make-demo-image: `TLIMAGE1`, size of the volume (8 bytes),
-//! then per run of sectors that are not zero: offset (8), length (8), bytes.
+//! Layout (little-endian), made by scripts/make-demo-image: `TLIMAGE1`, size of the volume (8
+//! bytes), then per run of sectors that are not zero: offset (8), length (8), bytes.
 
 use anyhow::{Context, ensure};
 

@@ -1,9 +1,9 @@
-//! The prefix oracle: a stream of stamped blocks over two volumes in one order, and the check that an
-//! image is exactly one prefix of it.
+//! The prefix oracle: a stream of stamped blocks over two volumes in one order, and the check that
+//! an image is exactly one prefix of it.
 //!
-//! Write number n goes to a place that follows from n alone, and carries n, its place and a checksum.
-//! One writer sends them in order and waits for each answer, so an image is right if and only if
-//! there is a k such that every place holds the last write to it up to k, and nothing else.
+//! Write number n goes to a place that follows from n alone, and carries n, its place and a
+//! checksum. One writer sends them in order and waits for each answer, so an image is right if and
+//! only if there is a k such that every place holds the last write to it up to k, and nothing else.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,0 +1,150 @@
+//! Tests of the disk in memory.
+
+use super::*;
+
+fn new_file(disk: &MemoryDisk, name: &str) -> Arc<dyn DiskFile> {
+    disk.open(Path::new(name), OpenMode::CreateNew).unwrap()
+}
+
+fn bytes_of(disk: &MemoryDisk, name: &str) -> Option<Vec<u8>> {
+    let file = disk.open(Path::new(name), OpenMode::Read).ok()?;
+    let mut bytes = vec![0; file.len().unwrap() as usize];
+    file.read_at(&mut bytes, 0).unwrap();
+    Some(bytes)
+}
+
+#[test]
+fn a_crash_tears_between_sectors_and_never_inside_one() {
+    let disk = MemoryDisk::new();
+    disk.create_dir(Path::new("/d")).unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    let file = new_file(&disk, "/d/f");
+    disk.sync_dir(Path::new("/d")).unwrap();
+    file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
+    file.sync().unwrap();
+    file.write_at(&[IoSlice::new(&[2; 8192])], 0).unwrap();
+    file.write_at(&[IoSlice::new(&[3; 4096])], 2048).unwrap();
+    let (mut torn, mut nothing, mut all) = (0, 0, 0);
+    for seed in 0..200 {
+        let bytes = bytes_of(&disk.crash(seed), "/d/f").unwrap();
+        assert_eq!(bytes, bytes_of(&disk.crash(seed), "/d/f").unwrap(), "the seed decides");
+        let sectors: Vec<u8> = bytes.chunks(512).map(|sector| sector[0]).collect();
+        for (sector, first) in bytes.chunks(512).zip(&sectors) {
+            assert!(sector.iter().all(|byte| byte == first), "torn inside a sector");
+        }
+        let after = [vec![2; 4], vec![3; 8], vec![2; 4]].concat();
+        if sectors == vec![1; 16] {
+            nothing += 1;
+        } else if sectors == after {
+            all += 1;
+        } else {
+            torn += 1;
+            assert!(sectors.iter().all(|byte| [1, 2, 3].contains(byte)));
+        }
+    }
+    assert!(torn > 50 && nothing > 5 && all > 5, "{torn} {nothing} {all}");
+}
+
+#[test]
+fn what_was_synced_survives_every_crash() {
+    let disk = MemoryDisk::new();
+    let file = new_file(&disk, "/f");
+    disk.sync_dir(Path::new("/")).unwrap();
+    file.write_at(&[IoSlice::new(&[9; 1000])], 100).unwrap();
+    file.sync().unwrap();
+    file.write_at(&[IoSlice::new(&[8; 512])], 4096).unwrap();
+    for seed in 0..100 {
+        let bytes = bytes_of(&disk.crash(seed), "/f").unwrap();
+        assert!(bytes[100..1100].iter().all(|byte| *byte == 9));
+        assert!(bytes.len() == 1100 || bytes.len() == 4608, "{}", bytes.len());
+    }
+}
+
+#[test]
+fn a_name_that_was_not_synced_may_be_lost_or_come_back() {
+    let disk = MemoryDisk::new();
+    let file = new_file(&disk, "/old");
+    file.write_at(&[IoSlice::new(b"old")], 0).unwrap();
+    file.sync().unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    let file = new_file(&disk, "/new");
+    file.write_at(&[IoSlice::new(b"new")], 0).unwrap();
+    file.sync().unwrap();
+    disk.rename(Path::new("/new"), Path::new("/old")).unwrap();
+    let mut seen = BTreeSet::new();
+    for seed in 0..200 {
+        let after = disk.crash(seed);
+        let old = bytes_of(&after, "/old").expect("one of them has the name");
+        seen.insert((old, after.exists(Path::new("/new"))));
+    }
+    let seen: Vec<(&[u8], bool)> = seen.iter().map(|(b, e)| (&b[..], *e)).collect();
+    assert!(seen.contains(&(b"old", false)), "the new file is lost: {seen:?}");
+    assert!(seen.contains(&(b"old", true)), "the rename is lost: {seen:?}");
+    assert!(seen.contains(&(b"new", false)), "all is kept: {seen:?}");
+    disk.sync_dir(Path::new("/")).unwrap();
+    for seed in 0..100 {
+        assert_eq!(bytes_of(&disk.crash(seed), "/old").unwrap(), b"new");
+    }
+}
+
+#[test]
+fn after_a_failed_sync_the_cache_lies_and_the_next_sync_does_not_help() {
+    let disk = MemoryDisk::new();
+    let file = new_file(&disk, "/f");
+    file.write_at(&[IoSlice::new(&[1; 4096])], 0).unwrap();
+    file.sync().unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    disk.inject(Fault::FailedSync { operation: 0 });
+    file.write_at(&[IoSlice::new(&[2; 4096])], 0).unwrap();
+    assert!(file.sync().is_err());
+    assert_eq!(bytes_of(&disk, "/f").unwrap(), vec![2; 4096], "the cache shows it");
+    file.sync().unwrap();
+    let lost = (0..50).any(|seed| bytes_of(&disk.crash(seed), "/f").unwrap() != [2; 4096]);
+    assert!(lost, "the disk has all of it in spite of the failure");
+}
+
+#[test]
+fn power_off_stops_a_program_at_each_operation() {
+    let program = |disk: &MemoryDisk| -> io::Result<()> {
+        let file = disk.open(Path::new("/f"), OpenMode::Create)?;
+        file.write_at(&[IoSlice::new(&[1; 512])], 0)?;
+        file.sync()?;
+        disk.sync_dir(Path::new("/"))
+    };
+    let disk = MemoryDisk::new();
+    program(&disk).unwrap();
+    assert_eq!(disk.operations(), 4);
+    for operation in 0..4 {
+        let disk = MemoryDisk::new();
+        disk.inject(Fault::PowerOff { operation });
+        assert!(program(&disk).is_err());
+        assert_eq!(disk.operations(), operation + 1);
+    }
+}
+
+#[test]
+fn a_full_disk_says_so_and_overwriting_still_works() {
+    let disk = MemoryDisk::new();
+    let file = new_file(&disk, "/f");
+    disk.inject(Fault::NoSpace { bytes: 8192 });
+    file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
+    let error = file.write_at(&[IoSlice::new(&[2; 4096])], 8192).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    file.write_at(&[IoSlice::new(&[3; 4096])], 4096).unwrap();
+    assert_eq!(disk.space(Path::new("/")).unwrap().free_bytes, 0);
+}
+
+#[test]
+fn a_cut_file_shows_zeros_where_it_grows_again() {
+    let disk = MemoryDisk::new();
+    let file = new_file(&disk, "/f");
+    disk.sync_dir(Path::new("/")).unwrap();
+    file.write_at(&[IoSlice::new(&[5; 10_000])], 0).unwrap();
+    file.sync().unwrap();
+    file.set_len(1000).unwrap();
+    file.set_len(10_000).unwrap();
+    let expected = [vec![5; 1000], vec![0; 9000]].concat();
+    assert_eq!(bytes_of(&disk, "/f").unwrap(), expected);
+    file.sync().unwrap();
+    assert_eq!(bytes_of(&disk.crash(1), "/f").unwrap(), expected);
+}
