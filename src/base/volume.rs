@@ -182,7 +182,7 @@ impl BaseVolume {
         self.size_bytes.store(size_bytes, Ordering::Release);
         // The last region's sums and slots beyond the end go.
         let (block, chunk) = (size_bytes / BLOCK_BYTES, size_bytes.div_ceil(CHUNK_BYTES));
-        if size_bytes % CHUNK_BYTES != 0 {
+        if !size_bytes.is_multiple_of(CHUNK_BYTES) {
             let mut open = self.read_chunk(size_bytes / CHUNK_BYTES)?;
             if open.slot.is_written() && open.slot.birth == Lsn::ZERO {
                 // The slot is bad, and nothing is folded here that would say when it was born.
@@ -191,7 +191,7 @@ impl BaseVolume {
             open.sums[(block as usize % BLOCKS_PER_CHUNK) * 4..].fill(0);
             self.write_chunk(&mut open)?;
         }
-        if chunk % sidecar::CHUNKS_PER_REGION != 0 {
+        if !chunk.is_multiple_of(sidecar::CHUNKS_PER_REGION) {
             let slots = sidecar::slot_offset(chunk);
             let slots_end = slots / sidecar::REGION_BYTES * sidecar::REGION_BYTES;
             let slots_end = slots_end + sidecar::HEADER_BYTES + sidecar::SLOTS_BYTES;
@@ -257,7 +257,7 @@ impl BaseVolume {
         while position < end {
             let chunk = position / CHUNK_BYTES;
             let chunk_end = (chunk + 1) * CHUNK_BYTES;
-            if position % CHUNK_BYTES == 0 && chunk_end <= end {
+            if position.is_multiple_of(CHUNK_BYTES) && chunk_end <= end {
                 // Whole chunks of one region: their sums become a hole.
                 let region_end = (chunk / sidecar::CHUNKS_PER_REGION + 1)
                     * sidecar::CHUNKS_PER_REGION

@@ -575,7 +575,7 @@ impl Iterator for Pieces<'_> {
     fn next(&mut self) -> Option<Piece> {
         while self.ready.is_empty() {
             let (start, end, known) = self.map.known_from(self.next_chunk?);
-            self.next_chunk = known.is_some().then(|| end / CHUNK_BYTES);
+            self.next_chunk = known.is_some().then_some(end / CHUNK_BYTES);
             match known {
                 None => {}
                 Some(Known::Zero { mark, .. }) => self.ready.push_back(Piece {
