@@ -25,7 +25,7 @@ enum Step {
         first: u64,
         count: u64,
     },
-    /// A share of the positions so far, in 256ths.
+    /// A share of the steps so far, in 256ths: the target is the position of that step's change.
     Forget {
         share: u64,
         steps: usize,
@@ -133,7 +133,7 @@ fn spread(pieces: &[Piece], offset: u64) -> Vec<Source> {
     sectors
 }
 
-fn compare(map: &ExtentMap, model: &Model, high: u64) {
+fn compare(map: &ExtentMap, model: &Model, positions: &[u64]) {
     let mut pieces = Vec::new();
     map.lookup(WINDOW_START, WINDOW_SECTORS as u64 * 512, &mut pieces);
     assert_eq!(spread(&pieces, WINDOW_START), model.sectors);
@@ -161,7 +161,8 @@ fn compare(map: &ExtentMap, model: &Model, high: u64) {
     }
     let expected: Vec<bool> = model.sectors.iter().map(|s| *s != Source::Base).collect();
     assert_eq!(known, expected, "pieces()");
-    for since in [0, high / 3, high / 2, high] {
+    for since in [0, positions.len() / 3, positions.len() / 2, positions.len() - 1] {
+        let since = positions[since];
         let mut changed = vec![false; WINDOW_SECTORS];
         for (offset, length) in map.changed_since(Lsn(since)) {
             window(offset, length).for_each(|index| changed[index] = true);
@@ -180,6 +181,7 @@ fn run(steps: &[Step]) {
     let mut clones: Vec<(ExtentMap, Model)> = Vec::new();
     let mut head = 4096;
     let mut crc = 0u32;
+    let mut positions = vec![0];
     for step in steps {
         match *step {
             Step::Write { first, count } => {
@@ -190,6 +192,7 @@ fn run(steps: &[Step]) {
                 let offset = WINDOW_START + first as u64 * 512;
                 map.write(offset, Lsn(head + 100), count as u64 * 512, &crcs);
                 model.write(first, count, head + 100, &crcs);
+                positions.push(head + 100);
                 head += 100 + count as u64 * 512;
             }
             Step::Zero { first, count, hole } => {
@@ -198,16 +201,18 @@ fn run(steps: &[Step]) {
                 let end = offset + count as u64 * 512;
                 drop(map.zero(offset, end - offset, Lsn(head), hole));
                 model.fill(offset, end, Source::Zero { since: Lsn(head), hole });
+                positions.push(head);
                 head += 96;
             }
             Step::ZeroChunks { first, count } => {
                 let (from, to) = (first * CHUNK_BYTES, (first + count) * CHUNK_BYTES);
                 drop(map.zero(from, to - from, Lsn(head), true));
                 model.fill(from, to, Source::Zero { since: Lsn(head), hole: true });
+                positions.push(head);
                 head += 96;
             }
             Step::Forget { share, steps } => {
-                let target = Lsn(head * share / 256);
+                let target = Lsn(positions[positions.len() * share as usize / 256]);
                 let mut from = Some(0);
                 while let Some(offset) = from {
                     from = map.forget_some(target, offset, steps).1;
@@ -222,9 +227,9 @@ fn run(steps: &[Step]) {
             Step::Clone => clones.push((map.clone(), model.clone())),
         }
     }
-    compare(&map, &model, head);
+    compare(&map, &model, &positions);
     for (map, model) in &clones {
-        compare(map, model, head);
+        compare(map, model, &positions);
     }
     drop(map.forget_below(Lsn(head)));
     assert!(map.is_empty(), "{} extents are left", map.extents());
