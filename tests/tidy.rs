@@ -74,7 +74,6 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("src/extent_map/mod.rs", "the map's operations over chunks, each with its bound"),
     ("src/group/engine.rs", "what the group's mutex guards, in one view"),
     ("src/io/memory.rs", "the fault model of the disk, part by part"),
-    ("src/replication/channel.rs", "the state of one group with one peer; next to be split"),
     ("src/control/route.rs", "the table of routes"),
     ("src/replication/cluster.rs", "the simulated cluster of the core's tests"),
     ("src/replication/core.rs", "the state machine's inputs, one by one"),

@@ -2,7 +2,7 @@
 //! outputs for the shell to carry out.
 //!
 //! The core decides which connection is the link, when to dial, when the peer is lost, and (in
-//! [`super::channel`], one per group) who follows whom, what is sent, and what the operator is told.
+//! [`super::channel`], one per group) who follows whom, what is sent, what the operator is told.
 //! It knows no sockets, files or threads: under tokio and under a simulator it is the same code.
 //!
 //! **One link.** Both nodes dial. Of two connections the one that the lower node id dialled stays,

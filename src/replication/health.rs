@@ -1,9 +1,9 @@
 //! Whether a node's copy of a group may be backed up now: a pure judgement over checked facts, with
 //! every reason against it.
 //!
-//! A secondary judges its own copy, by what it sees itself. A primary judges its peer's copy by what
-//! the peer acknowledged to it; a primary without peers judges its own data. Nothing is assumed: a
-//! fact that is not known counts against.
+//! A secondary judges its own copy, by what it sees itself. A primary judges its peer's copy by
+//! what the peer acknowledged to it; a primary without peers judges its own data. Nothing is
+//! assumed: a fact that is not known counts against.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
 //! How far a peer is behind, in time: a bounded list of when the log had reached where, on this
 //! node's monotonic clock.
 //!
-//! The answer is never better than the truth: where marks had to be merged, the merged one keeps the
-//! later position and the earlier time.
+//! The answer is never better than the truth: where marks had to be merged, the merged one keeps
+//! the later position and the earlier time.
 
 use std::collections::VecDeque;
 use std::time::Duration;

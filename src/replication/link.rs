@@ -1,5 +1,5 @@
-//! The sockets of the peer links: dialling, accepting, TLS, hello, and one reader and one writer for
-//! each connection.
+//! The sockets of the peer links: dialling, accepting, TLS, hello, and one reader and one writer
+//! for each connection.
 //!
 //! The writer sends messages before log frames, one frame at a time, so that a heartbeat waits for
 //! at most one frame. A log frame is read from the log when its turn comes, not before.

@@ -65,7 +65,7 @@ pub struct PeerStatus {
     pub behind_bytes: u64,
     /// Peers always speak TLS 1.3.
     pub tls: bool,
-    /// Seconds since anything was heard of the peer; none where nothing was since this node started.
+    /// Seconds since anything was heard of the peer; none where nothing was since its start.
     pub heard_seconds: Option<f64>,
     /// The peer's wall clock minus this node's.
     pub clock_offset_seconds: Option<f64>,

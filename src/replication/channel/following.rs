@@ -1,0 +1,205 @@
+//! The secondary's side of a stream: asking, taking bytes, telling what it has.
+
+use super::*;
+use crate::replication::wire::PAYLOAD_BYTES_MAX;
+
+impl Channel {
+    pub(in crate::replication) fn on_prepared(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        history: &History,
+        durable: Lsn,
+        requests: u64,
+    ) {
+        let Some(follower) = &mut self.follower else { return };
+        if follower.stream != stream {
+            return;
+        }
+        follower.asked = Some(history.head);
+        context.send(Message::Follow {
+            group: self.local.id.0,
+            stream,
+            history: history.to_wire(),
+            durable: durable.0,
+            requests,
+        });
+    }
+
+    pub(super) fn on_stream(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        from: Lsn,
+    ) -> Result<(), String> {
+        let Some(follower) = &mut self.follower else { return Ok(()) };
+        if follower.stream != stream {
+            return Ok(());
+        }
+        if follower.asked != Some(from) {
+            return Err(format!(
+                "group {}: was asked for LSN {:?}, and sends from {from}",
+                self.local.name, follower.asked
+            ));
+        }
+        follower.asked = None;
+        follower.expected = from;
+        follower.appended = from;
+        self.mismatch = None;
+        self.compared = Some(from);
+        self.set_state(context, ReplicationState::CatchingUp, "the stream begins");
+        Ok(())
+    }
+
+    pub(in crate::replication) fn on_log(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        position: Lsn,
+        bytes: Bytes,
+    ) -> Result<(), String> {
+        let Some(follower) = &mut self.follower else { return Ok(()) };
+        if follower.stream != stream || follower.asked.is_some() {
+            return Ok(());
+        }
+        if position != follower.expected {
+            return Err(format!(
+                "group {}: bytes at LSN {position}, expected at {}",
+                self.local.name, follower.expected
+            ));
+        }
+        let end = position.advance(bytes.len() as u64);
+        let waiting = end.bytes_since(follower.appended);
+        if waiting > context.settings.window_bytes + PAYLOAD_BYTES_MAX as u64 {
+            return Err(format!("group {}: more bytes than the window", self.local.name));
+        }
+        follower.expected = end;
+        context.outputs.push(Output::Append { group: self.local.id, stream, position, bytes });
+        Ok(())
+    }
+
+    pub(in crate::replication) fn on_appended(
+        &mut self,
+        context: &mut Context<'_>,
+        appended: &Appended,
+    ) {
+        let Some(follower) = &mut self.follower else { return };
+        if follower.stream != appended.stream {
+            return;
+        }
+        follower.appended = follower.appended.max(appended.received);
+        // What the group itself told meanwhile may be newer.
+        if appended.head >= self.local.history.head {
+            self.local.history.head = appended.head;
+            self.local.history.chain = appended.chain;
+            self.local.requests = appended.requests;
+        }
+        self.local.durable = self.local.durable.max(appended.durable);
+        self.send_ack(context);
+        self.note_committed(context);
+        self.note_following(context);
+    }
+
+    pub(in crate::replication) fn on_append_failed(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        reason: String,
+    ) {
+        if self.follower.as_ref().is_none_or(|follower| follower.stream != stream) {
+            return;
+        }
+        self.follower = None;
+        let text = format!("the secondary could not append: {reason}");
+        self.refuse(context, stream, StopCode::Append, text);
+    }
+
+    pub(super) fn send_ack(&mut self, context: &mut Context<'_>) {
+        let Some(follower) = &self.follower else { return };
+        if follower.asked.is_some() || follower.appended < self.local.history.head {
+            return;
+        }
+        context.send(Message::Ack {
+            group: self.local.id.0,
+            stream: follower.stream,
+            received: follower.appended.0,
+            head: self.local.history.head.0,
+            chain: self.local.history.chain.0,
+            durable: self.local.durable.0.min(self.local.history.head.0),
+            requests: self.local.requests,
+        });
+    }
+
+    pub(super) fn note_committed(&mut self, context: &mut Context<'_>) {
+        if let Some(told) = self.told {
+            let lsn = told.durable.min(self.local.history.head);
+            context.outputs.push(Output::Committed { group: self.local.id, lsn });
+        }
+    }
+
+    pub(super) fn on_progress(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        told: Told,
+        chain: Chain,
+    ) {
+        let Some(follower) = &self.follower else { return };
+        if follower.stream != stream || follower.asked.is_some() {
+            return;
+        }
+        self.told = Some(told);
+        if told.head == self.local.history.head && follower.appended == told.head {
+            if chain == self.local.history.chain {
+                self.compared = Some(told.head);
+            } else {
+                self.on_mismatch(context, told.head);
+                return;
+            }
+        }
+        self.note_committed(context);
+        self.note_following(context);
+    }
+
+    pub(super) fn note_following(&mut self, context: &mut Context<'_>) {
+        let Some(told) = self.told else { return };
+        let behind = told.head.bytes_since(self.local.history.head);
+        if self.state == ReplicationState::CatchingUp {
+            if behind == 0 {
+                self.set_state(context, ReplicationState::Streaming, "");
+            } else {
+                self.reason = format!("{} to go", ByteSize(behind));
+            }
+        } else if self.state == ReplicationState::Streaming
+            && behind > context.settings.window_bytes * 4
+        {
+            let reason = "the primary's log grows faster than it comes";
+            self.set_state(context, ReplicationState::CatchingUp, reason);
+        }
+    }
+
+    pub(super) fn on_stop(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        code: StopCode,
+        reason: String,
+    ) {
+        let sending = self.sender.as_ref().is_some_and(|sender| sender.stream == stream);
+        let following = self.follower.as_ref().is_some_and(|follower| follower.stream == stream);
+        if !sending && !following {
+            return;
+        }
+        self.drop_streams();
+        let state = match code {
+            StopCode::Paused => ReplicationState::Paused,
+            StopCode::NotMember | StopCode::NotPrimary => ReplicationState::Idle,
+            StopCode::LogGone
+            | StopCode::Ahead
+            | StopCode::Diverged
+            | StopCode::Append
+            | StopCode::Read => ReplicationState::Blocked,
+        };
+        self.set_state(context, state, reason);
+    }
+}

@@ -1,0 +1,341 @@
+//! The primary's side of a stream: whether it is granted, what is sent, what the acks tell.
+
+use super::*;
+use crate::replication::epoch::compare;
+use crate::replication::wire::PAYLOAD_BYTES_MAX;
+
+impl Channel {
+    pub(super) fn on_follow(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        theirs: History,
+        durable: Lsn,
+        requests: u64,
+    ) {
+        self.sender = None;
+        self.lookup = None;
+        self.met = true;
+        self.remote.get_or_insert_with(|| Remote {
+            primary: false,
+            recovering: false,
+            paused: false,
+            history: theirs.clone(),
+        });
+        let group = self.local.id.0;
+        let name = self.local.name.clone();
+        if !self.active() {
+            let reason = format!("replication of {name} to this node was stopped");
+            self.stop(context, group, stream, StopCode::NotMember, &reason);
+            return;
+        }
+        if !self.local.primary {
+            let reason = format!("neither node is primary; run `tidelog promote {name}` on one");
+            self.stop(context, group, stream, StopCode::NotPrimary, &reason);
+            return;
+        }
+        if self.paused {
+            let reason = format!("paused on the primary; `tidelog resume {name}` there goes on");
+            self.stop(context, group, stream, StopCode::Paused, &reason);
+            return;
+        }
+        if theirs.head < self.acked.durable {
+            context.outputs.push(Output::Event {
+                severity: Severity::Error,
+                code: "peer-rolled-back",
+                group: Some(name.clone()),
+                text: format!(
+                    "group {name}: {} had LSN {} durable and now ends at {}: its disk was rolled \
+                     back, or lied; it is sent again from there",
+                    context.peer_name, self.acked.durable, theirs.head
+                ),
+            });
+        }
+        let acked = Acked { received: theirs.head, durable, requests };
+        match compare(&self.local.history, &theirs) {
+            Relation::Same | Relation::TheirsIsPrefix => {
+                if theirs.head < self.local.log_start {
+                    self.refuse_log_gone(context, stream, theirs.head);
+                } else if theirs.head == Lsn::ZERO {
+                    self.grant(context, stream, acked);
+                } else {
+                    let head = theirs.head;
+                    self.look_up(context, head, Lookup::Follow { stream, history: theirs, acked });
+                }
+            }
+            Relation::MineIsPrefix => {
+                let reason = format!(
+                    "the secondary holds {} that the primary lost; nothing was changed: run \
+                     `tidelog promote {name}` on the secondary and `tidelog demote {name}` on the \
+                     other to keep them",
+                    ByteSize(theirs.head.bytes_since(self.local.history.head))
+                );
+                self.refuse(context, stream, StopCode::Ahead, reason);
+            }
+            Relation::Diverged { common, mine_bytes, theirs_bytes } => {
+                self.refuse_diverged(context, stream, common, mine_bytes, theirs_bytes);
+            }
+        }
+    }
+
+    pub(super) fn refuse_log_gone(&mut self, context: &mut Context<'_>, stream: u64, head: Lsn) {
+        let name = self.local.name.clone();
+        let reason = format!(
+            "the secondary ends at LSN {head}, and the primary's log begins at {}: the part \
+             between was folded; nothing was changed: `tidelog replicate {name} --stop`, delete \
+             the copy, and replicate anew",
+            self.local.log_start
+        );
+        self.refuse(context, stream, StopCode::LogGone, reason);
+    }
+
+    pub(super) fn refuse_diverged(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        common: Lsn,
+        mine_bytes: u64,
+        theirs_bytes: u64,
+    ) {
+        let name = self.local.name.clone();
+        let reason = format!(
+            "histories part at LSN {common}: the primary has {} after it, the secondary {} that \
+             the primary lacks; nothing was changed: save what is needed from the secondary with \
+             `tidelog image open {name} --at now` there, then delete that copy and replicate anew",
+            ByteSize(mine_bytes),
+            ByteSize(theirs_bytes)
+        );
+        self.refuse(context, stream, StopCode::Diverged, reason);
+    }
+
+    pub(super) fn refuse(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        code: StopCode,
+        reason: String,
+    ) {
+        self.stop(context, self.local.id.0, stream, code, &reason);
+        self.set_state(context, ReplicationState::Blocked, reason);
+    }
+
+    pub(super) fn grant(&mut self, context: &mut Context<'_>, stream: u64, acked: Acked) {
+        self.sender = Some(Sender { stream, cursor: acked.received, queued: 0 });
+        self.acked = acked;
+        self.mismatch = None;
+        let head = self.local.history.head;
+        self.received_marks.acknowledged(acked.received);
+        self.received_marks.appended(context.now, head);
+        self.durable_marks.acknowledged(acked.durable);
+        self.durable_marks.appended(context.now, head);
+        context.send(Message::Stream { group: self.local.id.0, stream, from: acked.received.0 });
+        self.set_state(
+            context,
+            ReplicationState::CatchingUp,
+            format!("{} to go", ByteSize(head.bytes_since(acked.received))),
+        );
+        self.send_progress(context);
+        self.pump(context);
+        self.note_caught_up(context);
+    }
+
+    pub(in crate::replication) fn on_chain_found(
+        &mut self,
+        context: &mut Context<'_>,
+        ticket: u64,
+        chain: Option<Chain>,
+    ) {
+        if self.lookup.as_ref().is_none_or(|(waiting, _)| *waiting != ticket) {
+            return;
+        }
+        let Some((_, lookup)) = self.lookup.take() else { return };
+        match lookup {
+            Lookup::Follow { stream, history, acked } => match chain {
+                Some(chain) if chain == history.chain => {
+                    self.compared = Some(history.head);
+                    self.grant(context, stream, acked);
+                }
+                Some(_) => {
+                    let mine = self.local.history.head.bytes_since(history.head);
+                    self.refuse_diverged(context, stream, history.head, mine, 0);
+                }
+                None if history.head < self.local.log_start => {
+                    self.refuse_log_gone(context, stream, history.head);
+                }
+                // No record of this log ends there.
+                None => {
+                    let mine = self.local.history.head.bytes_since(history.head);
+                    self.refuse_diverged(context, stream, history.head, mine, 0);
+                }
+            },
+            Lookup::MayFollow { history } => {
+                if chain == Some(history.chain) {
+                    context.send(Message::MayFollow {
+                        group: self.local.id.0,
+                        head: history.head.0,
+                        chain: history.chain.0,
+                    });
+                } else {
+                    let relation = Relation::Diverged {
+                        common: Lsn::ZERO,
+                        mine_bytes: self.local.history.head.0,
+                        theirs_bytes: history.head.0,
+                    };
+                    self.split_brain(context, &relation);
+                }
+            }
+        }
+    }
+
+    pub(super) fn pump(&mut self, context: &mut Context<'_>) {
+        let Some(conn) = context.conn else { return };
+        let Some(sender) = &mut self.sender else { return };
+        let limit = self.acked.received.advance(context.settings.window_bytes);
+        let head = self.local.history.head.min(limit).min(self.ending.unwrap_or(Lsn::MAX));
+        while sender.queued < FRAMES_QUEUED_MAX && sender.cursor < head {
+            let bytes = head.bytes_since(sender.cursor).min(PAYLOAD_BYTES_MAX as u64);
+            let to = sender.cursor.advance(bytes);
+            context.outputs.push(Output::SendLog {
+                conn,
+                group: self.local.id,
+                stream: sender.stream,
+                from: sender.cursor,
+                to,
+            });
+            sender.cursor = to;
+            sender.queued += 1;
+        }
+    }
+
+    pub(in crate::replication) fn on_sent(&mut self, context: &mut Context<'_>, stream: u64) {
+        if let Some(sender) = &mut self.sender
+            && sender.stream == stream
+        {
+            sender.queued = sender.queued.saturating_sub(1);
+            self.pump(context);
+        }
+    }
+
+    pub(in crate::replication) fn on_read_failed(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        reason: String,
+    ) {
+        if self.sender.as_ref().is_some_and(|sender| sender.stream == stream) {
+            self.sender = None;
+            let text = format!("the primary could not read its log: {reason}");
+            self.refuse(context, stream, StopCode::Read, text);
+        }
+    }
+
+    pub(super) fn send_progress(&mut self, context: &mut Context<'_>) {
+        let Some(sender) = &self.sender else { return };
+        let lag = self.lags(context.now).0.unwrap_or(Duration::MAX);
+        context.send(Message::Progress {
+            group: self.local.id.0,
+            stream: sender.stream,
+            head: self.local.history.head.0,
+            chain: self.local.history.chain.0,
+            durable: self.local.durable.0.min(self.local.history.head.0),
+            requests: self.local.requests,
+            lag: u64::try_from(lag.as_nanos()).unwrap_or(u64::MAX),
+            echo: context.echo.0,
+            held: context.echo.1,
+        });
+    }
+
+    pub(super) fn on_ack(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        acked: Acked,
+        head: Lsn,
+        chain: Chain,
+    ) -> Result<(), String> {
+        let Some(sender) = &self.sender else { return Ok(()) };
+        if sender.stream != stream {
+            return Ok(());
+        }
+        if acked.received > sender.cursor || acked.received < self.acked.received {
+            return Err(format!(
+                "group {}: acknowledges LSN {}, sent from {} to {}",
+                self.local.name, acked.received, self.acked.received, sender.cursor
+            ));
+        }
+        self.acked = acked;
+        self.received_marks.acknowledged(acked.received);
+        self.durable_marks.acknowledged(acked.durable);
+        if head == self.local.history.head {
+            if chain == self.local.history.chain {
+                self.compared = Some(head);
+            } else {
+                self.on_mismatch(context, head);
+            }
+        }
+        self.pump(context);
+        self.note_caught_up(context);
+        self.check_rpo(context);
+        if self.ending.is_some_and(|end| acked.received >= end) {
+            self.drop_streams();
+            self.remote = None;
+            self.local.membership = Membership::Stranger;
+            self.set_state(context, ReplicationState::Idle, "not replicated with this peer");
+        }
+        Ok(())
+    }
+
+    pub(super) fn note_caught_up(&mut self, context: &mut Context<'_>) {
+        let behind = self.local.history.head.bytes_since(self.acked.received);
+        let window = context.settings.window_bytes;
+        if self.state == ReplicationState::CatchingUp && behind == 0 {
+            self.set_state(context, ReplicationState::Streaming, "");
+        } else if self.state == ReplicationState::Streaming && behind > window * 4 {
+            self.set_state(
+                context,
+                ReplicationState::CatchingUp,
+                "the log grows faster than it is taken",
+            );
+        }
+        if self.state == ReplicationState::CatchingUp {
+            self.reason = format!("{} to go", ByteSize(behind));
+        }
+    }
+
+    pub(super) fn check_rpo(&mut self, context: &mut Context<'_>) {
+        let Membership::Member { rpo_target: Some(target) } = self.local.membership else {
+            self.rpo_alarm = false;
+            return;
+        };
+        if !self.local.primary {
+            return;
+        }
+        let actual = self.durable_marks.lag(context.now);
+        let exceeded = actual > target.0;
+        if exceeded && !self.rpo_alarm {
+            context.outputs.push(Output::Event {
+                severity: Severity::Warning,
+                code: "rpo-exceeded",
+                group: Some(self.local.name.clone()),
+                text: format!(
+                    "group {}: the copy on {} is {:.1} s old, target {target}",
+                    self.local.name,
+                    context.peer_name,
+                    actual.as_secs_f64()
+                ),
+            });
+        }
+        self.rpo_alarm = exceeded;
+    }
+
+    pub(super) fn on_mismatch(&mut self, context: &mut Context<'_>, lsn: Lsn) {
+        self.mismatch = Some(lsn);
+        self.drop_streams();
+        let reason = format!(
+            "the two logs differ before LSN {lsn} though their histories agree: one of them is \
+             damaged; run `tidelog scrub {}` on both",
+            self.local.name
+        );
+        self.set_state(context, ReplicationState::Blocked, reason);
+    }
+}
