@@ -209,11 +209,7 @@ impl LogTime {
     /// The same moment for the calendar.
     #[must_use]
     pub fn timestamp(self) -> jiff::Timestamp {
-        i128::from(self.0)
-            .try_into()
-            .ok()
-            .and_then(|nanoseconds: i128| jiff::Timestamp::from_nanosecond(nanoseconds).ok())
-            .unwrap_or(jiff::Timestamp::MAX)
+        jiff::Timestamp::from_nanosecond(i128::from(self.0)).unwrap_or(jiff::Timestamp::MAX)
     }
 
     /// The moment of a calendar time; 1970 for anything before it.

@@ -26,11 +26,14 @@ pub enum Handler {
     Async(fn(Arc<Context>, Call) -> AnswerFuture),
 }
 
+/// What stands in a path for the names in braces.
+pub type PathValues = Vec<(&'static str, String)>;
+
 /// What the caller sent.
 #[derive(Clone, Debug, Default)]
 pub struct Call {
     /// The names in the path, by their place in it.
-    pub path: Vec<(&'static str, String)>,
+    pub path: PathValues,
     /// The query, in order.
     pub query: Vec<(String, String)>,
     /// The body's fields.
@@ -126,7 +129,7 @@ impl Route {
 
     /// The names in `path`, where it is this route's.
     #[must_use]
-    pub fn matches(&self, path: &str) -> Option<Vec<(&'static str, String)>> {
+    pub fn matches(&self, path: &str) -> Option<PathValues> {
         let mut names = Vec::new();
         let mut pattern = self.path.split('/');
         let mut given = path.split('/');
@@ -508,10 +511,7 @@ pub static ROUTES: &[Route] = &[
 ///
 /// `not-found` where no route has the path, `method-not-allowed` where one has it with another
 /// method.
-pub fn find(
-    method: &str,
-    path: &str,
-) -> Result<(&'static Route, Vec<(&'static str, String)>), Problem> {
+pub fn find(method: &str, path: &str) -> Result<(&'static Route, PathValues), Problem> {
     let mut other_methods = Vec::new();
     for route in ROUTES {
         if let Some(names) = route.matches(path) {

@@ -125,14 +125,14 @@ pub(super) fn fold_steps(pieces: impl Iterator<Item = Piece>, size_bytes: u64) -
                     Source::Zero { since, .. } => {
                         FoldStep::Zero { offset, length: whole, born: since }
                     }
-                    _ => FoldStep::Copy { offset, piece: piece.clone() },
+                    _ => FoldStep::Copy { offset, piece },
                 });
                 piece.offset += whole;
                 piece.length -= whole;
                 continue;
             }
             let count = (BLOCK_BYTES - in_block).min(length);
-            let mut part = piece.clone();
+            let mut part = piece;
             part.length = count;
             match steps.last_mut() {
                 Some(FoldStep::Mend { offset: block, parts }) if *block == offset - in_block => {

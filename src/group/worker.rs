@@ -87,6 +87,9 @@ impl Workers {
     }
 }
 
+/// What a thread of a group does until it is told to stop.
+type Job = fn(&Group);
+
 impl Group {
     /// Starts the threads that sync, fold and prepare.
     pub fn start_workers(self: &Arc<Self>) {
@@ -94,7 +97,7 @@ impl Group {
             return;
         }
         let mut threads = self.workers.threads.lock().expect("no holder panics");
-        let jobs: [(&str, fn(&Group)); 3] =
+        let jobs: [(&str, Job); 3] =
             [("sync", Group::run_sync), ("fold", Group::run_fold), ("prepare", Group::run_prepare)];
         for (name, job) in jobs {
             let group = self.clone();

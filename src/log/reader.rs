@@ -84,10 +84,6 @@ impl<'a> Scanner<'a> {
     /// # Errors
     ///
     /// Why the chain ends here; the scan stays where it is.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "it takes an argument and ends with a reason"
-    )]
     pub fn next(&mut self, payloads: bool) -> Result<Header, ScanEnd> {
         let segment_bytes = self.segments.segment_bytes();
         let room = segment_bytes - self.at.segment_offset(segment_bytes);

@@ -298,8 +298,11 @@ fn parse_info(mut data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     Some((name, wanted))
 }
 
+/// The queries of a metadata context option, where there are not too many.
+type Queries<'a> = Option<Vec<&'a [u8]>>;
+
 /// Name and queries of a metadata context option; the queries are `None` where there are too many.
-fn parse_meta_context(mut data: &[u8]) -> Option<(&[u8], Option<Vec<&[u8]>>)> {
+fn parse_meta_context(mut data: &[u8]) -> Option<(&[u8], Queries<'_>)> {
     let name = take_string(&mut data)?;
     let count = take_u32(&mut data)?;
     if count > QUERIES_MAX {

@@ -776,20 +776,20 @@ fn a_primary_that_returns_with_more_is_a_split_brain_and_nothing_is_touched() {
     let logs = [world.nodes[0].log.bytes.clone(), world.nodes[1].log.bytes.clone()];
     world.restart(0);
     world.run(seconds(10));
-    for side in 0..2 {
+    for (side, log) in logs.iter().enumerate() {
         assert_eq!(world.state(side).0, ReplicationState::SplitBrain);
         assert!(world.nodes[side].events.contains(&"split-brain"));
         assert!(world.nodes[side].primary);
-        assert_eq!(world.nodes[side].log.bytes, logs[side]);
+        assert_eq!(world.nodes[side].log.bytes, *log);
     }
     // Demoted, it still holds what the other lacks: stopped, with a reason, and whole.
     world.demote(0);
     world.run(seconds(10));
-    for side in 0..2 {
+    for (side, log) in logs.iter().enumerate() {
         let (state, reason) = world.state(side);
         assert_eq!(state, ReplicationState::Blocked);
         assert!(reason.contains("histories part at LSN 128"), "{reason}");
-        assert_eq!(world.nodes[side].log.bytes, logs[side]);
+        assert_eq!(world.nodes[side].log.bytes, *log);
     }
 }
 
