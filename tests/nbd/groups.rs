@@ -71,7 +71,7 @@ fn requests_of_any_alignment_equal_a_model() {
     let random = SeededEntropy::new(20);
     let mut kinds = [0; 5];
     for round in 0..1500u64 {
-        let longest = if random.next_u64() % 8 == 0 { 200_000 } else { 6_000 };
+        let longest = if random.next_u64().is_multiple_of(8) { 200_000 } else { 6_000 };
         let offset = random.next_u64() % SIZE;
         let length = (1 + random.next_u64() % longest).min(SIZE - offset);
         let range = offset as usize..(offset + length) as usize;
