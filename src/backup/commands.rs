@@ -41,8 +41,8 @@ pub struct Verified {
 }
 
 impl Scheduler {
-    /// Backups in this node's repositories and runs of this node that made none, by slot. `of` names
-    /// a group, or a job of it.
+    /// Backups in this node's repositories and runs of this node that made none, by slot. `of`
+    /// names a group, or a job of it.
     ///
     /// # Errors
     ///

@@ -462,7 +462,11 @@ fn permitted(settings: &JobSettings, active: Role, role: Role) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 20_000,
+        failure_persistence: None,
+        ..Default::default()
+    })]
 
     #[test]
     fn never_zero_nodes_where_one_may_and_can_and_never_two(

@@ -112,7 +112,8 @@ pub fn placement_page() -> String {
     };
     let _ = write!(
         page,
-        "\n## Facts\n\n`--if` compares (`>=`, `<=`) one of {}.\n\n`--assume` overrides one of {}.\n",
+        "\n## Facts\n\n`--if` compares (`>=`, `<=`) one of {}.\n\n\
+         `--assume` overrides one of {}.\n",
         list(&FACT_NAMES),
         list(&ASSUMABLE)
     );
@@ -193,12 +194,12 @@ fn healthy(role: Role, deadline_passed: bool) -> Facts {
 const HEAD: &str = "\
 # Who makes the backup
 
-This page is printed by the decision itself (`placement_page` in `src/backup/placement_page.rs`), and
-a test compares the two. After a change to the decision, `UPDATE_DOCS=1 cargo test --release
+This page is printed by the decision itself (`placement_page` in `src/backup/placement_page.rs`),
+and a test compares the two. After a change to the decision, `UPDATE_DOCS=1 cargo test --release
 docs_placement` writes it anew.
 
-Every node that holds a group decides for itself. The columns are what each of the two says, from the
-facts that both see; where the link is lost, from what each can know alone. The rows are how the
+Every node that holds a group decides for itself. The columns are what each of the two says, from
+the facts that both see; where the link is lost, from what each can know alone. The rows are how the
 secondary is:
 
 - **fit**: linked, properly and recently replicated (`--max-lag`), with free memory and storage, and
@@ -209,8 +210,8 @@ secondary is:
 - **unreachable**: the link is lost for longer than the grace.
 
 The deadline is the latest start. `run` makes the backup here, `delegate` stands down for the named
-node and watches that it does, `wait` decides again at the latest at the deadline, `skip` has nothing
-to do, `fail` says aloud that nobody may and can. A delegation is provisional: a node that refuses,
+node and watches that it does, `wait` decides again at the latest at the deadline, `skip` has
+nothing to do, `fail` says aloud that nobody may and can. A delegation is provisional: a node that refuses,
 fails, or shows no claim within the grace is counted unfit for the slot (`gave-up`), and the other
 decides again.
 

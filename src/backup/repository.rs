@@ -96,8 +96,8 @@ pub struct Made {
     pub checksums: Vec<VolumeChecksum>,
 }
 
-/// A repository. Opening is done for every use; the key is kept, so that only the first one pays for
-/// the password.
+/// A repository. Opening is done for every use; the key is kept, so that only the first one pays
+/// for the password.
 pub struct Repository {
     config: RepositoryConfig,
     path: PathBuf,
