@@ -211,9 +211,9 @@ secondary is:
 
 The deadline is the latest start. `run` makes the backup here, `delegate` stands down for the named
 node and watches that it does, `wait` decides again at the latest at the deadline, `skip` has
-nothing to do, `fail` says aloud that nobody may and can. A delegation is provisional: a node that refuses,
-fails, or shows no claim within the grace is counted unfit for the slot (`gave-up`), and the other
-decides again.
+nothing to do, `fail` says aloud that nobody may and can. A delegation is provisional: a node that
+refuses, fails, or shows no claim within the grace is counted unfit for the slot (`gave-up`), and
+the other decides again.
 
 ";
 
