@@ -71,7 +71,7 @@ pub(super) fn step(shared: &Shared, group: &dyn Replica) {
             if pass.check.damaged.is_none() {
                 let name = group.name();
                 let text = format!(
-                    "group {name}: the log is damaged: {error}; `tidelog scrub {name}` shows all"
+                    "group {name}: the log is damaged: {error}; `tidelog status {name}` shows what it means for backups"
                 );
                 let (code, name) = ("log-damaged", Some(name.as_str()));
                 shared.context.events.emit(Severity::Error, code, name, text, Value::Null);

@@ -333,8 +333,7 @@ impl Channel {
         self.drop_streams();
         let reason = format!(
             "the two logs differ before LSN {lsn} though their histories agree: one of them is \
-             damaged; run `tidelog scrub {}` on both",
-            self.local.name
+             damaged; `tidelog events` on the damaged one names the record"
         );
         self.set_state(context, ReplicationState::Blocked, reason);
     }
