@@ -1,4 +1,4 @@
-//! The control socket of a running node: commands, errors with codes, audit, events, metrics, routes.
+//! The control socket of a running node: commands, errors with codes, audit, events, metrics.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
