@@ -170,8 +170,8 @@ impl BaseVolume {
     }
 
     /// Gives the base another size, a multiple of 4096. What is cut off reads as zeros should it
-    /// grow again. For the folder; durable with the next [`BaseVolume::sync`], and to be called again
-    /// after a crash before that, also where the size is the same.
+    /// grow again. For the folder; durable with the next [`BaseVolume::sync`], and to be called
+    /// again after a crash before that, also where the size is the same.
     pub fn resize(&self, size_bytes: u64) -> io::Result<()> {
         check_size(size_bytes);
         let mut folder = self.folder();
@@ -214,8 +214,8 @@ impl BaseVolume {
         read.result
     }
 
-    /// Fills `buffer` from `offset` without checking anything: for the folder, which finishes what a
-    /// crash interrupted and replaces what may be torn. Within the base's size.
+    /// Fills `buffer` from `offset` without checking anything: for the folder, which finishes what
+    /// a crash interrupted and replaces what may be torn. Within the base's size.
     pub fn read_unchecked(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.image.read_at(buffer, offset)
     }
@@ -360,8 +360,8 @@ impl BaseVolume {
         Ok(runs)
     }
 
-    /// The runs of chunks, as (offset, length) in bytes, into which a record at or after `since` was
-    /// folded. A chunk whose slot is damaged counts as changed.
+    /// The runs of chunks, as (offset, length) in bytes, into which a record at or after `since`
+    /// was folded. A chunk whose slot is damaged counts as changed.
     pub fn born_since(&self, since: Lsn) -> io::Result<Vec<(u64, u64)>> {
         let size_bytes = self.size_bytes();
         let mut runs: Vec<(u64, u64)> = Vec::new();

@@ -2,12 +2,13 @@
 //!
 //! One [`ExtentMap`] per volume. It is a tree of two levels: runs of regions (1 GiB), in each runs
 //! of chunks (1 MiB), and in a chunk one entry per 4 KiB block that the log holds. A run is either
-//! one such node or *zeros since a position* over any number of regions or chunks, so that a trim of
-//! any length is a handful of runs. What no run covers is in the base. A block that was written in
-//! part has an entry per sector.
+//! one such node or *zeros since a position* over any number of regions or chunks, so that a trim
+//! of any length is a handful of runs. What no run covers is in the base. A block that was written
+//! in part has an entry per sector.
 //!
-//! Nodes are shared between clones and copied when one of them changes, so that an image is a clone.
-//! What an operation takes away is handed back as [`Freed`], to be dropped where nobody waits.
+//! Nodes are shared between clones and copied when one of them changes, so that an image is a
+//! clone. What an operation takes away is handed back as [`Freed`], to be dropped where nobody
+//! waits.
 //!
 //! Positions grow with every change of one map; a rewind takes another clone.
 
@@ -306,8 +307,8 @@ impl ExtentMap {
         }
     }
 
-    /// Forgets everything at and beyond `size_bytes`, a multiple of 4096. Where a volume grows again
-    /// the caller marks the new part as zeros: the base may still have old bytes there.
+    /// Forgets everything at and beyond `size_bytes`, a multiple of 4096. Where a volume grows
+    /// again the caller marks the new part as zeros: the base may still have old bytes there.
     pub fn truncate(&mut self, size_bytes: u64) -> Freed {
         let mut freed = Freed::default();
         let size_bytes = size_bytes.min(OFFSET_MAX);

@@ -49,7 +49,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     ];
     let step = prop_oneof![
         8 => ranges.clone().prop_map(|(first, count)| Step::Write { first, count }),
-        3 => (ranges, any::<bool>()).prop_map(|((first, count), hole)| Step::Zero { first, count, hole }),
+        3 => (ranges, any::<bool>())
+            .prop_map(|((first, count), hole)| Step::Zero { first, count, hole }),
         1 => (0..3000u64, 1..2000u64).prop_map(|(first, count)| Step::ZeroChunks { first, count }),
         1 => (0..256u64, 1..5usize).prop_map(|(share, steps)| Step::Forget { share, steps }),
         1 => (0..(WINDOW_SECTORS / 8) as u64).prop_map(|blocks| Step::Truncate { blocks }),
@@ -236,7 +237,11 @@ fn run(steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        ..Default::default()
+    })]
 
     #[test]
     fn the_map_and_its_clones_equal_the_model(steps in steps()) {

@@ -330,7 +330,8 @@ impl Group {
         self.append_body(&mut self.lock(), control, Some(epoch), &mut Vec::new())
     }
 
-    /// Begins a reign of this node: the record is the first of the new epoch, and durable on return.
+    /// Begins a reign of this node: the record is the first of the new epoch, and durable on
+    /// return.
     pub(super) fn begin_epoch(&self, mut epoch: EpochRecord) -> Result<EpochRecord, GroupError> {
         {
             let mut core = self.lock();
@@ -344,8 +345,8 @@ impl Group {
             let body_bytes = Control::Epoch(epoch.clone()).to_json().len();
             let crcs = piece_count(0, body_bytes as u64);
             let record_bytes = (header_bytes(crcs) + body_bytes.next_multiple_of(8)) as u64;
-            // Its position, which it names, is behind the pad where one is needed. The room there is
-            // ample, so that a digit more changes nothing.
+            // Its position, which it names, is behind the pad where one is needed. The room there
+            // is ample, so that a digit more changes nothing.
             if !fits(record_bytes, room) {
                 epoch.first_lsn = head.advance(room);
             }

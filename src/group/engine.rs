@@ -1,8 +1,8 @@
 //! The group itself: what it owns, what is behind its mutex, and what it tells about itself.
 //!
-//! Locks are taken in this order, and any of them alone: `fold_lock`, `sync_lock`, `core`, `waiters`,
-//! `meta`. Disk syncs happen outside of `core`; the append's own write happens inside, so that the
-//! order of the log is the order of the map.
+//! Locks are taken in this order, and any of them alone: `fold_lock`, `sync_lock`, `core`,
+//! `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own write happens inside,
+//! so that the order of the log is the order of the map.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -420,8 +420,8 @@ impl Group {
         core.writer.head().bytes_since(core.timeline.horizon().lsn)
     }
 
-    /// The lowest of the group's limit, the node's, and what the file system has beyond its reserve;
-    /// at least four segments.
+    /// The lowest of the group's limit, the node's, and what the file system has beyond its
+    /// reserve; at least four segments.
     pub(super) fn log_limit(&self, core: &Core) -> u64 {
         let own = self.context.limits.log_limit_bytes.unwrap_or(u64::MAX);
         core.view

@@ -2,8 +2,8 @@
 //!
 //! The target is durable before the first write to the base, and from that moment no image below it
 //! is given out; base and control state are durable before the horizon moves. A crash in between
-//! leaves a base of which some blocks are newer than the horizon, every one of them also in the log:
-//! nothing shows them but the log's own version, and the next start finishes the fold.
+//! leaves a base of which some blocks are newer than the horizon, every one of them also in the
+//! log: nothing shows them but the log's own version, and the next start finishes the fold.
 
 use std::sync::Arc;
 
@@ -87,8 +87,8 @@ impl Group {
         })
     }
 
-    /// Takes everything below the target away from who might open an image there. Not where an image
-    /// was opened meanwhile that needs it.
+    /// Takes everything below the target away from who might open an image there. Not where an
+    /// image was opened meanwhile that needs it.
     fn claim(&self, target: &Checkpoint, goal: FoldGoal) -> bool {
         let broken: Vec<_> = {
             let mut core = self.lock();

@@ -36,9 +36,9 @@ pub(super) struct FoldGoal {
     pub break_holds: bool,
 }
 
-/// Up to where to fold, if at all. The window gives way to the limit from 80 % on; nothing is folded
-/// that is not durable and committed; holds give way only where the log is full. Little is folded
-/// only when forced, since blocks that are written again and again are then folded once.
+/// Up to where to fold, if at all. The window gives way to the limit from 80 % on; nothing is
+/// folded that is not durable and committed; holds give way only where the log is full. Little is
+/// folded only when forced, since blocks that are written again and again are then folded once.
 pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     let eighth = facts.log_limit_bytes / 8;
     let used = facts.head.bytes_since(facts.horizon);

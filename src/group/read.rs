@@ -1,5 +1,5 @@
-//! Reads: look up under the lock, fetch outside of it, check every checksum, and look again where the
-//! map changed underneath.
+//! Reads: look up under the lock, fetch outside of it, check every checksum, and look again where
+//! the map changed underneath.
 
 use std::io;
 use std::sync::Arc;

@@ -42,7 +42,8 @@ impl Group {
         let durable = self.sync_now()?;
         self.update_meta(|meta| meta.durable = meta.durable.max(durable))?;
         let epoch = self.begin_epoch(self.new_epoch(reason, counter))?;
-        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted again.
+        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
+        // again.
         self.update_meta(|meta| (meta.demoted, meta.retired) = (false, false))?;
         self.lock().retired = None;
         self.notify();

@@ -192,8 +192,8 @@ impl Group {
                 return;
             }
             let head = self.lock().writer.head();
-            // The next one is ready before the present one is half full. Where the disk is full, the
-            // append that needs it says so.
+            // The next one is ready before the present one is half full. Where the disk is full,
+            // the append that needs it says so.
             let next = head.segment_number(self.segment_bytes()) + 1;
             if self.segments.get(next).is_none() && self.segments.ensure(next).is_ok() {
                 self.lock().log_used_bytes = self.segments.used_bytes();

@@ -1,10 +1,11 @@
-//! The index of a segment: the headers of its records without their payloads, so that the map can be
-//! rebuilt without reading the data.
+//! The index of a segment: the headers of its records without their payloads, so that the map can
+//! be rebuilt without reading the data.
 //!
-//! It is a cache, never proof: written after its segment was synced, believed only below the durable
-//! mark, checked header by header along the chain, and rebuilt from the segment at any time. All
-//! integers are little-endian. Behind the fixed part stand the headers with their CRC lists as they
-//! are in the log, each control record's followed by its payload and zeros up to a multiple of 8.
+//! It is a cache, never proof: written after its segment was synced, believed only below the
+//! durable mark, checked header by header along the chain, and rebuilt from the segment at any
+//! time. All integers are little-endian. Behind the fixed part stand the headers with their CRC
+//! lists as they are in the log, each control record's followed by its payload and zeros up to a
+//! multiple of 8.
 //!
 //! | offset | size | field | meaning |
 //! | ---: | ---: | --- | --- |

@@ -22,7 +22,7 @@
 //! | 72 | 8 | `requests` | requests in the log that end at or before the end of this record |
 //! | 80 | 8 | `chain` | `checksum` of the record before; of the first, [`genesis`] |
 //! | 88 | 8 | `checksum` | xxh3-64 of header and CRC list, with this field zero |
-//! | 96 | 4 × n | CRC list | CRC-32 of each piece of the payload inside an aligned 4 KiB of the volume |
+//! | 96 | 4 × n | CRC list | CRC-32 of each piece of payload in an aligned 4 KiB of the volume |
 //!
 //! `requests` makes the lag in operations a subtraction. The author's `durable` tells damage from a
 //! torn tail: what a later record calls durable cannot have been torn.

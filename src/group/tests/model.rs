@@ -1,5 +1,5 @@
-//! Random programs against a plain model in memory: every image and every live read equals the model
-//! at that position, through folds, restarts and crashes.
+//! Random programs against a plain model in memory: every image and every live read equals the
+//! model at that position, through folds, restarts and crashes.
 
 use std::collections::BTreeMap;
 
@@ -215,8 +215,8 @@ fn random_programs_equal_the_model_live_and_in_every_image() {
     }
 }
 
-/// Invariants 1 and 2: after a crash that loses, reorders and tears what was not synced, the group is
-/// the model at one position, and that position is at or behind every sync that was answered.
+/// Invariants 1 and 2: after a crash that loses, reorders and tears what was not synced, the group
+/// is the model at one position, and that position is at or behind every sync that was answered.
 #[test]
 fn after_a_crash_the_group_is_one_prefix_and_has_everything_flushed() {
     let mut lost = 0;
