@@ -19,7 +19,7 @@
 //!
 //! | offset | size | field | meaning |
 //! | ---: | ---: | --- | --- |
-//! | 0 | 8 | `birth` | LSN of the last record folded in; top bit: not zeros, with the sum of zeros |
+//! | 0 | 8 | `birth` | LSN of the last record folded in; top bit: not zeros, but their sum |
 //! | 8 | 4 | `sums_checksum` | CRC-32 of the chunk's 1024 bytes of sums |
 //! | 12 | 4 | `checksum` | CRC-32 of the twelve bytes before and of the chunk's number as 8 bytes |
 //!
