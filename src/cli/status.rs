@@ -72,6 +72,14 @@ fn show_group(group: &GroupStatus) -> String {
         let since = group.data_state_since.map_or_else(String::new, output::age);
         lines.push(format!("  because: {reason} ({since})"));
     }
+    if let Some(span) = &group.unclean_start {
+        lines.push(format!(
+            "  unclean start: unflushed writes may be missing behind LSN {}, between {} and {}",
+            span.from_lsn,
+            output::time(span.from),
+            output::time(span.to)
+        ));
+    }
     let log = &group.log;
     lines.push(format!(
         "  log     {} of {}; head {}, {} not durable yet, {} in the base",

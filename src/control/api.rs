@@ -46,6 +46,10 @@ pub struct GroupStatus {
     /// Since when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_state_since: Option<LogTime>,
+    /// Where the node was not stopped in order before this start: the span in which answered but
+    /// unflushed writes may be missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unclean_start: Option<UncleanStart>,
     /// Its volumes, by number.
     pub volumes: Vec<VolumeStatus>,
     /// Its log.
@@ -56,6 +60,19 @@ pub struct GroupStatus {
     pub peers: Vec<PeerStatus>,
     /// Whether this copy may be backed up now.
     pub backup_capable: BackupCapable,
+}
+
+/// The span in which answered but unflushed writes may be missing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UncleanStart {
+    /// Everything that ends at or before this is there.
+    pub from_lsn: Lsn,
+    /// The end of what was seen of the log.
+    pub to_lsn: Lsn,
+    /// Log time at `from_lsn`.
+    pub from: LogTime,
+    /// When the node started again.
+    pub to: LogTime,
 }
 
 /// A volume in its group's status.

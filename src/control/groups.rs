@@ -1,7 +1,8 @@
 //! Handlers of groups: status, create, show, set, delete, promote, demote.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use crate::events::Severity;
 use crate::group::{DataState, Group, Positions, Role};
 use crate::log::control::{Control, OnFull, PolicyRecord};
 use crate::log::record::{HEADER_AND_CRCS_BYTES_MAX, Header};
@@ -9,7 +10,7 @@ use crate::units::{ByteSize, LogTime, Lsn, Name, Span};
 
 use super::api::{
     Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PolicyInfo,
-    ProtectionWindow, Status, VOLUME_BLOCK_BYTES, VolumeStatus,
+    ProtectionWindow, Status, UncleanStart, VOLUME_BLOCK_BYTES, VolumeStatus,
 };
 use super::context::Context;
 use super::problem::Problem;
@@ -35,6 +36,13 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
     })
 }
 
+/// What recovery said of a group at this start of the node.
+fn unclean_start(context: &Context, group: &Name) -> Option<UncleanStart> {
+    let (_, found) = context.registry.recoveries().iter().find(|(name, _)| name == group)?;
+    let ((from_lsn, to_lsn), (from, to)) = found.cut.zip(found.cut_time)?;
+    Some(UncleanStart { from_lsn, to_lsn, from, to })
+}
+
 fn group_status(context: &Context, group: &Group) -> GroupStatus {
     let positions = group.positions();
     let control = group.control();
@@ -48,6 +56,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
         data_state,
         data_state_reason: if good { None } else { reason },
         data_state_since: if good { None } else { Some(since) },
+        unclean_start: unclean_start(context, group.name()),
         volumes: control
             .volumes
             .iter()
@@ -231,10 +240,21 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
         return done(format!("group {}: is the primary here already", group.name()));
     }
     let force: bool = call.field("force")?.unwrap_or(false);
-    if !force && let Some(refusal) = context.replication.promote_refusal(group.id()) {
+    let refusal = context.replication.promote_refusal(group.id());
+    if !force && let Some(refusal) = refusal {
         return Err(Problem::new(409, "promote-refused", refusal));
     }
+    let end = group.positions().request_end;
     group.promote("promote")?;
+    if let Some(refusal) = refusal {
+        context.events.emit(
+            Severity::Warning,
+            "promoted-by-force",
+            Some(group.name().as_str()),
+            format!("the new reign begins at LSN {end}, and leaves out what it lacks: {refusal}"),
+            json!({ "from_lsn": end }),
+        );
+    }
     done(format!("group {}: is the primary here now", group.name()))
 }
 
@@ -249,8 +269,6 @@ pub(super) fn demote(context: &Context, call: &Call) -> Answer {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
