@@ -154,21 +154,24 @@ impl Group {
         if from >= to {
             return Ok(0);
         }
-        let chain = self
-            .chain_at(from)
-            .ok_or_else(|| damaged(format!("log at {from}: no record starts here")))?;
+        let not_covered = |at: Lsn| GroupError::NotCovered {
+            group: self.name().clone(),
+            point: format!("lsn:{at}"),
+            from: self.log_start(),
+            to: head,
+        };
+        let Some(chain) = self.chain_at(from) else {
+            // Folded since the caller asked where the log starts: nothing is wrong with it.
+            if from < self.log_start() {
+                return Err(not_covered(from));
+            }
+            return Err(damaged(format!("log at {from}: no record starts here")));
+        };
         let mut scanner = Scanner::new(&self.segments, from, chain);
         while scanner.at() < to {
             match scanner.next(true) {
                 Ok(_) => {}
-                Err(ScanEnd::NoSegment(_)) => {
-                    return Err(GroupError::NotCovered {
-                        group: self.name().clone(),
-                        point: format!("lsn:{}", scanner.at()),
-                        from: self.log_start(),
-                        to: head,
-                    });
-                }
+                Err(ScanEnd::NoSegment(_)) => return Err(not_covered(scanner.at())),
                 Err(cause) => return Err(damaged(format!("log at {}: {cause}", scanner.at()))),
             }
         }
