@@ -18,6 +18,14 @@ pub const BLOCK_BYTES: u64 = 4096;
 pub const CHUNK_BYTES: u64 = 1 << 20;
 
 /// A log sequence number: the byte position of a record in its group's log. Never above 2^63.
+///
+/// ```
+/// use tidelog::units::Lsn;
+///
+/// let segment_bytes = 64 << 20;
+/// let lsn = Lsn::ZERO.advance(segment_bytes + 96);
+/// assert_eq!((lsn.segment_number(segment_bytes), lsn.segment_offset(segment_bytes)), (1, 96));
+/// ```
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -259,6 +267,13 @@ pub struct Position {
 }
 
 /// A number of bytes, as people write it: `512`, `64M`, `64MiB`; K, M, G, T are powers of 1024.
+///
+/// ```
+/// use tidelog::units::ByteSize;
+///
+/// assert_eq!("64MiB".parse(), Ok(ByteSize(64 << 20)));
+/// assert!("64MB".parse::<ByteSize>().is_err(), "64 * 1000^2 or 64 * 1024^2?");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct ByteSize(pub u64);
