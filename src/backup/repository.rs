@@ -211,7 +211,13 @@ impl Repository {
         let mut sources = Vec::new();
         for volume in wanted {
             let stamps = match &parent {
-                Some(parent) => self.stamps(&repository, parent, &manifest, &volume, new)?,
+                // A parent that cannot be read costs the time of a full read, not the backup.
+                Some(parent) => self
+                    .stamps(&repository, parent, &manifest, &volume, new)
+                    .unwrap_or_else(|cause| {
+                        tracing::warn!(%cause, "the parent cannot be read: everything is read anew");
+                        Stamps::all(files(volume.size_bytes), new)
+                    }),
                 None => Stamps::all(files(volume.size_bytes), new),
             };
             sources.push((volume, stamps));

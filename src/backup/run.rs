@@ -163,7 +163,10 @@ impl SlotRun {
         match &view.holder {
             Holder::Nobody => None,
             Holder::Ended(claim, why) => {
-                self.give_up(claim.node.clone(), format!("it gave up: {why}"));
+                // Its own end is of an earlier life, such as a restart: nothing bars another try.
+                if claim.node != self.this {
+                    self.give_up(claim.node.clone(), format!("it gave up: {why}"));
+                }
                 None
             }
             Holder::Still(claim) => {

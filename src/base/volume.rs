@@ -285,6 +285,13 @@ impl BaseVolume {
         Ok(())
     }
 
+    /// Brings the sums of the chunk in work to the sidecar, so that what was written is right for
+    /// readers before the next [`BaseVolume::sync`]. Makes nothing durable.
+    pub fn settle(&self) -> io::Result<()> {
+        let mut folder = self.folder();
+        self.close_chunk(&mut folder)
+    }
+
     /// Makes image and sidecar durable. Where it fails nothing of the fold can be relied on, and it
     /// must not be tried again as if nothing had happened.
     pub fn sync(&self) -> io::Result<()> {

@@ -287,7 +287,10 @@ impl Group {
         }
         let crc = crc32(&block);
         let _gate = self.base_gate.write().expect("no holder panics");
+        // The map still says that a part of this block is in the base: whoever reads it there must
+        // find block and sum together.
         base.write_blocks(offset, &block, &[crc], born)
+            .and_then(|()| base.settle())
             .map_err(|cause| self.io(format!("write base of {}", known.volume.name), &cause))
     }
 }

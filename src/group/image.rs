@@ -318,6 +318,15 @@ impl Group {
     pub(super) fn build_image(&self, kept: KeptImage) -> Result<Arc<Image>, GroupError> {
         let lsn = kept.position.lsn;
         let group = self.me.upgrade().expect("it is being used");
+        let head = self.positions().head;
+        if lsn == Lsn::ZERO && head > Lsn::ZERO {
+            return Err(GroupError::NotCovered {
+                group: self.name().clone(),
+                point: "a moment before the first record".to_owned(),
+                from: self.log_start(),
+                to: head,
+            });
+        }
         if lsn == Lsn::ZERO {
             return Err(self.refused("has no image yet; wait until its primary has sent one"));
         }
@@ -395,7 +404,15 @@ impl Group {
     ///
     /// Where there is none of that name.
     pub fn close_image(&self, name: &Name) -> Result<(), GroupError> {
-        let closed = self.lock().images.remove(name);
+        let closed = {
+            let mut core = self.lock();
+            let closed = core.images.remove(name);
+            // Who still reads it is told: from now on a fold may pass its moment.
+            if let Some(closed) = &closed {
+                closed.break_hold("the image was closed");
+            }
+            closed
+        };
         if closed.is_none() {
             let (what, name) = ("image", name.to_string());
             return Err(GroupError::NotFound { group: self.name().clone(), what, name });

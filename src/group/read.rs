@@ -136,6 +136,11 @@ impl Group {
                 // The same place twice, and still wrong: no fold was in the way.
                 let settled = before[index].as_ref() == Some(&pieces);
                 match trouble {
+                    // Maps forget before segments leave: the same place twice is nobody's any more.
+                    Trouble::Moved if settled && gate.is_some() => {
+                        reads[index].result =
+                            Err(self.damaged("log: its segment is gone".to_owned()));
+                    }
                     Trouble::Moved => open.push(index),
                     Trouble::Checksum(lsn) if settled => {
                         let what = format!("log at {lsn}: payload checksum differs");

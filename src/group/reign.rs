@@ -58,7 +58,11 @@ impl Group {
     pub fn demote(&self) -> Result<(), GroupError> {
         {
             let mut core = self.lock();
-            if core.role == Role::Secondary {
+            let author = core.view.epochs.last().map(|epoch| epoch.author);
+            let ended = author != Some(self.context.node.id)
+                || self.meta.lock().expect("no holder panics").meta.demoted;
+            // A demote that failed half-way is taken up again: it counts only when it is written.
+            if core.role == Role::Secondary && ended {
                 return Ok(());
             }
             core.role = Role::Secondary;

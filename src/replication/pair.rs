@@ -313,6 +313,16 @@ impl Shared {
                 ));
             }
             let known = store.by_node(node).cloned();
+            // A token must not let a stranger take over a peer's name and its copies.
+            if let Some(known) = &known
+                && !known.fingerprints.contains(&fingerprint)
+            {
+                return Err(format!(
+                    "peer {}: is paired with another key; `tidelog peer remove {}` first, if it \
+                     was made anew",
+                    known.name, known.name
+                ));
+            }
             let peer = Peer {
                 node,
                 name: name.clone(),
