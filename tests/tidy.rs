@@ -71,6 +71,7 @@ const LONG_FILES: &[(&str, &str)] = &[
         "image and sidecar are written in one order, which is read in one place",
     ),
     ("src/extent_map/mod.rs", "the map's operations over chunks, each with its bound"),
+    ("src/backup/repository.rs", "a repository through the library: made, opened, written"),
     ("src/group/engine.rs", "what the group's mutex guards, in one view"),
     ("src/io/memory.rs", "the fault model of the disk, part by part"),
     ("src/control/route.rs", "the table of routes"),
