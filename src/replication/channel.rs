@@ -166,8 +166,6 @@ pub struct Channel {
     acked: Acked,
     received_marks: Marks,
     durable_marks: Marks,
-    /// Bytes below were appended before this node could tell when.
-    timed_from: Lsn,
     follower: Option<Follower>,
     told: Option<Told>,
     /// Position up to which this node's bytes were compared with the peer's by their chain.
@@ -200,6 +198,9 @@ impl Channel {
     pub(super) fn new(now: Duration, local: &LocalGroup) -> Channel {
         let mut local = local.clone();
         let first_head = local.history.head;
+        let mut marks = [Marks::default(), Marks::default()];
+        marks.iter_mut().for_each(|marks| marks.restart(first_head));
+        let [received_marks, durable_marks] = marks;
         // So that the first `on_local` sees a change.
         local.membership = Membership::Stranger;
         Channel {
@@ -213,9 +214,8 @@ impl Channel {
             since: now,
             sender: None,
             acked: Acked::default(),
-            received_marks: Marks::default(),
-            durable_marks: Marks::default(),
-            timed_from: first_head,
+            received_marks,
+            durable_marks,
             follower: None,
             told: None,
             compared: None,
@@ -262,17 +262,13 @@ impl Channel {
     /// while it lacks bytes that were here before this node was primary, or was started.
     #[must_use]
     pub fn lags(&self, now: Duration) -> (Option<Duration>, Option<Duration>) {
-        let timed = |lsn: Lsn, marks: &Marks| (lsn >= self.timed_from).then(|| marks.lag(now));
-        (
-            timed(self.acked.received, &self.received_marks),
-            timed(self.acked.durable, &self.durable_marks),
-        )
+        (self.received_marks.lag(now), self.durable_marks.lag(now))
     }
 
     /// The same, at least.
     #[must_use]
     pub fn lags_at_least(&self, now: Duration) -> (Duration, Duration) {
-        (self.received_marks.lag(now), self.durable_marks.lag(now))
+        (self.received_marks.lag_at_least(now), self.durable_marks.lag_at_least(now))
     }
 
     /// Up to where the chains of both were compared and equal, and where they were not.
@@ -347,13 +343,11 @@ impl Channel {
         if self.local.primary {
             let head = self.local.history.head;
             if !before.primary {
-                self.timed_from = head;
+                self.received_marks.restart(head);
+                self.durable_marks.restart(head);
             }
             self.received_marks.appended(context.now, head);
             self.durable_marks.appended(context.now, head);
-        } else {
-            self.received_marks.restart(Lsn::ZERO);
-            self.durable_marks.restart(Lsn::ZERO);
         }
         if membership_changed && !self.visible() {
             self.drop_streams();

@@ -19,18 +19,19 @@ struct Mark {
     time: Duration,
 }
 
-/// When the log had reached where.
+/// When the log had reached where, and how much of it the peer has.
 #[derive(Debug, Default)]
 pub struct Marks {
     marks: VecDeque<Mark>,
     acknowledged: Lsn,
+    /// Bytes below were appended before this node could tell when.
+    timed_from: Lsn,
 }
 
 impl Marks {
-    /// Starts anew: everything up to `lsn` counts as acknowledged, or as appended now.
-    pub fn restart(&mut self, acknowledged: Lsn) {
-        self.marks.clear();
-        self.acknowledged = acknowledged;
+    /// Starts anew: nobody has anything, and from `head` on it is known when bytes are appended.
+    pub fn restart(&mut self, head: Lsn) {
+        *self = Marks { timed_from: head, ..Marks::default() };
     }
 
     /// The log reaches to `head` now.
@@ -39,24 +40,43 @@ impl Marks {
         if head <= reached {
             return;
         }
-        if self.marks.len() == MARKS_MAX {
-            self.merge();
-        }
+        self.make_room();
         self.marks.push_back(Mark { lsn: head, time: now });
     }
 
-    /// The peer has everything up to `lsn`.
-    pub fn acknowledged(&mut self, lsn: Lsn) {
-        self.acknowledged = self.acknowledged.max(lsn);
+    /// The peer has everything up to `lsn`, which is less than it had where its disk was rolled
+    /// back. When those bytes were appended is forgotten: the lag is unknown until it has them
+    /// again, and grows meanwhile.
+    pub fn acknowledged(&mut self, now: Duration, lsn: Lsn) {
+        if lsn < self.acknowledged {
+            let time = self.marks.front().map_or(now, |mark| mark.time);
+            self.make_room();
+            self.marks.push_front(Mark { lsn: self.acknowledged, time });
+            self.timed_from = self.timed_from.max(self.acknowledged);
+        }
+        self.acknowledged = lsn;
         while self.marks.front().is_some_and(|mark| mark.lsn <= lsn) {
             self.marks.pop_front();
         }
     }
 
-    /// The age of the oldest byte that the peer does not have; zero where it has all.
+    /// The age of the oldest byte that the peer does not have; zero where it has all. Unknown while
+    /// it lacks bytes of which nobody knows when they were appended.
     #[must_use]
-    pub fn lag(&self, now: Duration) -> Duration {
+    pub fn lag(&self, now: Duration) -> Option<Duration> {
+        (self.acknowledged >= self.timed_from).then(|| self.lag_at_least(now))
+    }
+
+    /// The same, at least.
+    #[must_use]
+    pub fn lag_at_least(&self, now: Duration) -> Duration {
         self.marks.front().map_or(Duration::ZERO, |mark| now.saturating_sub(mark.time))
+    }
+
+    fn make_room(&mut self) {
+        if self.marks.len() >= MARKS_MAX {
+            self.merge();
+        }
     }
 
     /// Makes every two neighbours one.
@@ -84,13 +104,38 @@ mod tests {
         let mut marks = Marks::default();
         marks.appended(seconds(10), Lsn(100));
         marks.appended(seconds(20), Lsn(200));
-        assert_eq!(marks.lag(seconds(25)), seconds(15));
-        marks.acknowledged(Lsn(100));
-        assert_eq!(marks.lag(seconds(25)), seconds(5));
-        marks.acknowledged(Lsn(150));
-        assert_eq!(marks.lag(seconds(25)), seconds(5), "a part of it is not all of it");
-        marks.acknowledged(Lsn(200));
-        assert_eq!(marks.lag(seconds(99)), Duration::ZERO, "an idle log does not age");
+        assert_eq!(marks.lag(seconds(25)), Some(seconds(15)));
+        marks.acknowledged(seconds(25), Lsn(100));
+        assert_eq!(marks.lag(seconds(25)), Some(seconds(5)));
+        marks.acknowledged(seconds(25), Lsn(150));
+        assert_eq!(marks.lag(seconds(25)), Some(seconds(5)), "a part of it is not all of it");
+        marks.acknowledged(seconds(25), Lsn(200));
+        assert_eq!(marks.lag(seconds(99)), Some(Duration::ZERO), "an idle log does not age");
+    }
+
+    #[test]
+    fn what_a_peer_had_and_lost_has_no_known_age() {
+        let mut marks = Marks::default();
+        marks.appended(seconds(10), Lsn(100));
+        marks.acknowledged(seconds(11), Lsn(100));
+        marks.appended(seconds(20), Lsn(200));
+        marks.acknowledged(seconds(30), Lsn(40));
+        assert_eq!(marks.lag(seconds(31)), None);
+        assert_eq!(marks.lag_at_least(seconds(31)), seconds(11));
+        marks.acknowledged(seconds(32), Lsn(99));
+        assert_eq!(marks.lag(seconds(32)), None);
+        marks.acknowledged(seconds(33), Lsn(100));
+        assert_eq!(marks.lag(seconds(33)), Some(seconds(13)), "known again");
+    }
+
+    #[test]
+    fn bytes_from_before_have_no_known_age() {
+        let mut marks = Marks::default();
+        marks.restart(Lsn(100));
+        marks.appended(seconds(10), Lsn(100));
+        assert_eq!(marks.lag(seconds(11)), None);
+        marks.acknowledged(seconds(12), Lsn(100));
+        assert_eq!(marks.lag(seconds(13)), Some(Duration::ZERO));
     }
 
     #[test]
@@ -102,9 +147,9 @@ mod tests {
         }
         assert!(marks.marks.len() <= MARKS_MAX);
         for acknowledged in (0..count).step_by(7) {
-            marks.acknowledged(Lsn(acknowledged * 8));
+            marks.acknowledged(seconds(count), Lsn(acknowledged * 8));
             // The oldest byte that is missing was appended at second `acknowledged`.
-            assert!(marks.lag(seconds(count)) >= seconds(count - acknowledged));
+            assert!(marks.lag_at_least(seconds(count)) >= seconds(count - acknowledged));
         }
     }
 }

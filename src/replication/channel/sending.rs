@@ -52,6 +52,13 @@ impl Channel {
             });
         }
         let acked = Acked { received: theirs.head, durable, requests };
+        // Whatever becomes of the stream: it has no more than this.
+        let at_most = Acked {
+            received: self.acked.received.min(acked.received),
+            durable: self.acked.durable.min(acked.durable),
+            requests: self.acked.requests.min(acked.requests),
+        };
+        self.note_acked(context.now, at_most);
         match compare(&self.local.history, &theirs) {
             Relation::Same | Relation::TheirsIsPrefix => {
                 if theirs.head < self.local.log_start {
@@ -121,12 +128,10 @@ impl Channel {
 
     pub(super) fn grant(&mut self, context: &mut Context<'_>, stream: u64, acked: Acked) {
         self.sender = Some(Sender { stream, cursor: acked.received, queued: 0 });
-        self.acked = acked;
         self.mismatch = None;
+        self.note_acked(context.now, acked);
         let head = self.local.history.head;
-        self.received_marks.acknowledged(acked.received);
         self.received_marks.appended(context.now, head);
-        self.durable_marks.acknowledged(acked.durable);
         self.durable_marks.appended(context.now, head);
         context.send(Message::Stream { group: self.local.id.0, stream, from: acked.received.0 });
         self.set_state(
@@ -185,6 +190,12 @@ impl Channel {
                 }
             }
         }
+    }
+
+    fn note_acked(&mut self, now: Duration, acked: Acked) {
+        self.acked = acked;
+        self.received_marks.acknowledged(now, acked.received);
+        self.durable_marks.acknowledged(now, acked.durable);
     }
 
     pub(super) fn pump(&mut self, context: &mut Context<'_>) {
@@ -263,9 +274,7 @@ impl Channel {
                 self.local.name, acked.received, self.acked.received, sender.cursor
             ));
         }
-        self.acked = acked;
-        self.received_marks.acknowledged(acked.received);
-        self.durable_marks.acknowledged(acked.durable);
+        self.note_acked(context.now, acked);
         if head == self.local.history.head {
             if chain == self.local.history.chain {
                 self.compared = Some(head);
@@ -310,7 +319,7 @@ impl Channel {
         if !self.local.primary {
             return;
         }
-        let actual = self.durable_marks.lag(context.now);
+        let actual = self.durable_marks.lag_at_least(context.now);
         let exceeded = actual > target.0;
         if exceeded && !self.rpo_alarm {
             context.outputs.push(Output::Event {
