@@ -171,7 +171,7 @@ impl BaseVolume {
 
     /// Gives the base another size, a multiple of 4096. What is cut off reads as zeros should it
     /// grow again. For the folder; durable with the next [`BaseVolume::sync`], and to be called
-    /// again after a crash before that, also where the size is the same.
+    /// again after a crash or an error before that, also where the size is the same.
     pub fn resize(&self, size_bytes: u64) -> io::Result<()> {
         check_size(size_bytes);
         let mut folder = self.folder();
@@ -179,7 +179,6 @@ impl BaseVolume {
         self.image.set_len(size_bytes)?;
         let sums_bytes = sidecar::file_bytes(size_bytes);
         self.sums.set_len(sums_bytes)?;
-        self.size_bytes.store(size_bytes, Ordering::Release);
         // The last region's sums and slots beyond the end go.
         let (block, chunk) = (size_bytes / BLOCK_BYTES, size_bytes.div_ceil(CHUNK_BYTES));
         if !size_bytes.is_multiple_of(CHUNK_BYTES) {
@@ -199,6 +198,8 @@ impl BaseVolume {
             let first = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
             self.sums.punch_hole(first, sums_bytes - first)?;
         }
+        // Last: after an error the size still differs from the volume's, and it is done again.
+        self.size_bytes.store(size_bytes, Ordering::Release);
         Ok(())
     }
 

@@ -109,7 +109,7 @@ pub(super) struct Core {
     pub fold_failure: Option<String>,
     /// Bytes that the log may take before the file system's reserve is touched.
     pub disk_limit_bytes: u64,
-    /// A fold up to here was interrupted by a crash, and is being finished.
+    /// A fold up to here was interrupted by a crash or an error, and is finished before any other.
     pub unfinished_fold: Option<Lsn>,
     /// What is to be told once the mutex is free.
     pub unreported: Vec<Report>,

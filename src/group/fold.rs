@@ -3,7 +3,8 @@
 //! The target is durable before the first write to the base, and from that moment no image below it
 //! is given out; base and control state are durable before the horizon moves. A crash in between
 //! leaves a base of which some blocks are newer than the horizon, every one of them also in the
-//! log: nothing shows them but the log's own version, and the next start finishes the fold.
+//! log: nothing shows them but the log's own version, and the next start finishes the fold. So does
+//! the next attempt after an error, before anything else is folded.
 
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::log::record::crc32;
-use crate::units::{BLOCK_BYTES, Lsn};
+use crate::units::{BLOCK_BYTES, Lsn, VolumeNumber};
 
 /// Bytes that are fetched and written at a time.
 const BATCH_BYTES: usize = 1 << 20;
@@ -40,7 +41,9 @@ impl Group {
 
     pub(super) fn fold(&self, forced: bool) -> Result<Lsn, GroupError> {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
+        self.failed_error(&self.lock())?;
         self.close_expired();
+        self.finish_fold()?;
         let horizon = self.lock().timeline.horizon();
         let Some(goal) = fold_goal(&self.fold_facts(forced)?) else { return Ok(horizon.lsn) };
         let from = self.lock().timeline.before_lsn(goal.target);
@@ -118,9 +121,66 @@ impl Group {
         true
     }
 
+    /// At the start: a fold up to `target` had begun. Its target is as good as the horizon for
+    /// everybody, but blocks in it may be torn until it is finished. Where that fails now, the group
+    /// opens all the same, and it is tried again with every round of the folder.
+    pub(super) fn take_up_fold(&self, target: Lsn) {
+        let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
+        self.lock().unfinished_fold = Some(target);
+        if let Err(error) = self.finish_fold() {
+            let text = format!("a fold that was interrupted could not be finished: {error}");
+            self.emit(Severity::Error, "fold-failed", text, json!({ "target": target }));
+        }
+    }
+
+    /// Finishes what an earlier attempt began, if any did.
+    fn finish_fold(&self) -> Result<(), GroupError> {
+        let (target, horizon, end) = {
+            let core = self.lock();
+            let Some(target) = core.unfinished_fold else { return Ok(()) };
+            (target, core.timeline.horizon().lsn, core.timeline.end().lsn)
+        };
+        if target <= horizon {
+            self.lock().unfinished_fold = None;
+            return Ok(());
+        }
+        if target > end {
+            let what = format!("the log ends at {end}, and a fold up to {target} had begun");
+            return Err(GroupError::Damaged { group: self.name().clone(), what });
+        }
+        let from = self.lock().timeline.before_lsn(target);
+        let found = self.follow_to(from, |header| header.end() <= target)?;
+        self.fold_to(found).map(|_| ())
+    }
+
     /// Folds up to the end of a request, which nothing needs the past of.
-    pub(super) fn fold_to(&self, target: Checkpoint) -> Result<Lsn, GroupError> {
-        self.update_meta(|meta| meta.fold_target = meta.fold_target.max(target.lsn))?;
+    fn fold_to(&self, target: Checkpoint) -> Result<Lsn, GroupError> {
+        let folded = self.write_base(&target);
+        self.lock().unfinished_fold = folded.is_err().then_some(target.lsn);
+        let gone = folded?;
+        self.update_meta(|meta| meta.horizon = target.lsn)?;
+        for number in gone {
+            let base = self.bases.write().expect("no holder panics").remove(&number);
+            if let Some(base) = base {
+                base.remove().map_err(|cause| self.io("remove base", &cause))?;
+            }
+        }
+        self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
+        self.segments.collect().map_err(|cause| self.io("recycle segments", &cause))?;
+        self.lock().log_used_bytes = self.segments.used_bytes();
+        self.space.notify_all();
+        self.notify();
+        Ok(target.lsn)
+    }
+
+    /// Makes the base the image at `target`, and moves the horizon there; the volumes whose base is
+    /// no longer needed.
+    fn write_base(&self, target: &Checkpoint) -> Result<Vec<VolumeNumber>, GroupError> {
+        // What is folded was durable: should the log end before it at the next start, it is damage.
+        self.update_meta(|meta| {
+            meta.fold_target = meta.fold_target.max(target.lsn);
+            meta.durable = meta.durable.max(target.lsn);
+        })?;
         let old = self.lock().horizon.clone();
         let content = replay(&self.segments, &old, target.lsn).map_err(|cause| {
             let what = format!("log up to {}: {cause}", target.lsn);
@@ -144,19 +204,7 @@ impl Group {
         });
         drop(content);
         self.move_horizon(state);
-        self.update_meta(|meta| meta.horizon = target.lsn)?;
-        for number in gone {
-            let base = self.bases.write().expect("no holder panics").remove(&number);
-            if let Some(base) = base {
-                base.remove().map_err(|cause| self.io("remove base", &cause))?;
-            }
-        }
-        self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
-        self.segments.collect().map_err(|cause| self.io("recycle segments", &cause))?;
-        self.lock().log_used_bytes = self.segments.used_bytes();
-        self.space.notify_all();
-        self.notify();
-        Ok(target.lsn)
+        Ok(gone)
     }
 
     /// The base is complete up to here: maps forget what it has.
@@ -207,7 +255,9 @@ impl Group {
             }
         };
         let write = |cause| self.io(format!("write base of {}", volume.name), &cause);
-        if base.size_bytes() != volume.size_bytes {
+        // An attempt that was interrupted may have changed the size, and not what goes with it.
+        let resumed = self.lock().unfinished_fold.is_some();
+        if resumed || base.size_bytes() != volume.size_bytes {
             let _gate = self.base_gate.write().expect("no holder panics");
             base.resize(volume.size_bytes).map_err(write)?;
         }

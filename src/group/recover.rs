@@ -16,12 +16,12 @@ use super::engine::{Group, beginning, checkpoint};
 use super::indexing::indexed;
 use super::meta::MetaFile;
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
-use super::timeline::{Checkpoint, Timeline, follow};
+use super::timeline::{Checkpoint, Timeline};
 use super::{GroupContext, GroupError, Role};
 use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::events::Severity;
 use crate::extent_map::Freed;
-use crate::io::{Disk, OpenMode};
+use crate::io::{Disk, DiskFile, OpenMode};
 use crate::log::index::Indexed;
 use crate::log::reader::{Remains, ScanEnd, Scanner, remains};
 use crate::log::record::{Header, Kind};
@@ -162,7 +162,7 @@ impl Group {
             group.fail("log", &cause);
             return Ok((group, recovery));
         }
-        group.finish_fold(before.fold_target)?;
+        group.take_up_fold(before.fold_target);
         if primary && unclean {
             let counter = group.control().epochs.last().map_or(0, |epoch| epoch.counter);
             group.begin_epoch(group.new_epoch("recovery", counter + 1))?;
@@ -216,29 +216,6 @@ impl Group {
                 "durable_lsn": found.durable,
             }),
         );
-    }
-
-    /// Finishes a fold that a crash interrupted: until then its target is as good as the horizon
-    /// for everybody, but blocks in it may be torn.
-    fn finish_fold(&self, target: Lsn) -> Result<(), GroupError> {
-        let (horizon, end) = {
-            let core = self.lock();
-            (core.timeline.horizon(), core.timeline.end())
-        };
-        if target <= horizon.lsn || target > end.lsn {
-            return Ok(());
-        }
-        let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
-        self.lock().unfinished_fold = Some(target);
-        let from = self.lock().timeline.before_lsn(target);
-        let found = follow(&self.segments, from, end.lsn, |header| header.end() <= target)
-            .map_err(|cause| GroupError::Damaged {
-                group: self.name().clone(),
-                what: format!("log up to {target}: {cause}"),
-            })?;
-        self.fold_to(found)?;
-        self.lock().unfinished_fold = None;
-        Ok(())
     }
 }
 
@@ -372,16 +349,10 @@ pub(super) fn settle(
             && (chain_end > at || remains(segments, number, at)?.last_end.is_some());
         if cut_off {
             disk.create_dir(&branch)?;
-            copy(
-                &**disk,
-                &*segment.file,
-                &branch.join(segment_name(number)),
-                segment_bytes,
-                segment_bytes,
-            )?;
+            copy(segments, &*segment.file, &branch.join(segment_name(number)), segment_bytes)?;
         }
         let temporary = segments.dir().join(format!("{number:012}.new"));
-        copy(&**disk, &*segment.file, &temporary, kept, segment_bytes)?;
+        copy(segments, &*segment.file, &temporary, kept)?;
         if cut_off {
             disk.sync_dir(&branch)?;
         }
@@ -396,19 +367,24 @@ pub(super) fn settle(
     disk.sync_dir(segments.dir())
 }
 
-/// Copies the first `bytes` of a file to a new one of `length` bytes, and syncs it.
-fn copy(
-    disk: &dyn Disk,
-    from: &dyn crate::io::DiskFile,
-    to: &Path,
-    bytes: u64,
-    length: u64,
-) -> io::Result<()> {
+/// Copies the first `bytes` of a segment to a new file of a segment's length, and syncs it. Where
+/// the disk is full, spares make room.
+fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
+    match copy_once(segments, from, to, bytes) {
+        Err(cause) if cause.kind() == io::ErrorKind::StorageFull && segments.drop_spares()? => {
+            copy_once(segments, from, to, bytes)
+        }
+        copied => copied,
+    }
+}
+
+fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
+    let disk = segments.disk();
     if disk.exists(to) {
         disk.remove(to)?;
     }
     let file = disk.open(to, OpenMode::CreateNew)?;
-    file.set_len(length)?;
+    file.set_len(segments.segment_bytes())?;
     let mut at = 0;
     let mut buffer = vec![0; 1 << 20];
     while at < bytes {

@@ -235,6 +235,22 @@ impl Segments {
         Ok(())
     }
 
+    /// Gives the space of spares back to the file system; whether there were any.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn drop_spares(&self) -> io::Result<bool> {
+        self.collect()?;
+        let spares = std::mem::take(&mut self.idle.lock().expect("no holder panics").spares);
+        for spare in &spares {
+            self.disk.remove(&self.dir.join(spare))?;
+        }
+        // Some file systems free the space only when the name is gone from the disk.
+        self.disk.sync_dir(&self.dir)?;
+        Ok(!spares.is_empty())
+    }
+
     /// Puts `file`, which has been synced under the name `temporary`, in the place of a segment.
     /// The directory is synced by the caller.
     ///

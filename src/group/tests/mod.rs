@@ -2,6 +2,7 @@
 
 mod basic;
 mod failures;
+mod fold;
 mod model;
 
 use std::path::PathBuf;

@@ -1,0 +1,144 @@
+//! Folds that are interrupted.
+
+use super::*;
+use crate::io::Fault;
+
+const FULL: u64 = 2 << 20;
+/// In the middle of a chunk and of a region.
+const SHRUNK: u64 = (1 << 20) + 8192;
+
+/// A group whose volume was written and folded, and then made smaller.
+fn shrunk(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), FULL).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    let data: Vec<u8> = (0..FULL as u32).map(|index| (index / 512) as u8 | 1).collect();
+    write(&group, volume.number, 0, &data);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    assert_eq!(group.fold_now().unwrap(), group.positions().head);
+    group.resize_volume(&name("v"), SHRUNK).unwrap();
+    write(&group, volume.number, 512, &[9; 512]);
+    let mut expected = data;
+    expected[512..1024].fill(9);
+    expected[SHRUNK as usize..].fill(0);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    (group, volume, expected)
+}
+
+/// Grows the volume again, folds that, and reads all of it.
+fn grow_and_read(bench: &Bench, group: &Group, volume: &Volume, expected: &[u8], what: &str) {
+    group.resize_volume(&name("v"), FULL).unwrap();
+    bench.pass(5);
+    group.sync_now().unwrap();
+    let folded = group.fold_now().unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert_eq!(folded, group.positions().head, "{what}");
+    let got = try_read(group, volume.number, 0, FULL as usize);
+    assert!(got.unwrap_or_else(|error| panic!("{what}: {error}")) == expected, "{what}");
+    for base in group.bases.read().unwrap().values() {
+        base.check(0, FULL).unwrap_or_else(|error| panic!("{what}: {error}"));
+    }
+}
+
+#[test]
+fn a_crash_at_any_boundary_of_a_fold_that_shrinks_leaves_nothing_behind_the_end() {
+    let bench = Bench::new("a", 1);
+    let (group, volume, expected) = shrunk(&bench);
+    bench.disk.record();
+    group.fold_now().unwrap();
+    let stopped = bench.disk.take_recorded();
+    assert!(stopped.len() > 10, "{} boundaries", stopped.len());
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        for seed in 0..6 {
+            let what = format!("boundary {boundary}, seed {seed}");
+            let disk = Arc::new(disk.crash(seed + 100 * boundary as u64));
+            let after = Bench { disk, ..bench.after_crash(0) };
+            let (group, _) = after.open();
+            grow_and_read(&after, &group, &volume, &expected, &what);
+        }
+    }
+}
+
+#[test]
+fn an_error_at_any_operation_of_a_fold_that_shrinks_is_made_good_by_the_next() {
+    for operation in 0.. {
+        let bench = Bench::new("a", 2);
+        let (group, volume, expected) = shrunk(&bench);
+        bench.disk.inject(Fault::Error { operation: bench.disk.operations() + operation });
+        let result = group.fold_now();
+        if result.is_ok() {
+            assert!(operation > 10, "{operation} operations");
+            break;
+        }
+        let what = format!("operation {operation}: {}", result.unwrap_err());
+        if group.data_state().0 == DataState::Failed {
+            assert!(group.fold_now().is_err(), "{what}: a failed group folds nothing");
+            drop(group);
+            let (group, _) = bench.open();
+            grow_and_read(&bench, &group, &volume, &expected, &what);
+        } else {
+            grow_and_read(&bench, &group, &volume, &expected, &what);
+        }
+    }
+}
+
+#[test]
+fn a_group_whose_fold_cannot_be_finished_opens_and_finishes_it_later() {
+    let bench = Bench::new("a", 3);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    write(&group, volume.number, 0, &[1; 65536]);
+    write(&group, volume.number, 512, &[2; 512]);
+    let below = group.positions().head;
+    write(&group, volume.number, 8192, &[3; 512]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    bench.disk.inject(Fault::NoSpace { bytes: 4096 });
+    let failed = group.fold_now();
+    assert!(matches!(failed, Err(GroupError::NoSpace { .. })), "{failed:?}");
+    let expected = read(&*group, volume.number, 0, 1 << 20);
+    group.close().unwrap();
+    drop(group);
+    let (group, _) = bench.open();
+    assert!(bench.event_codes().contains(&"fold-failed".to_owned()));
+    assert!(read(&*group, volume.number, 0, 1 << 20) == expected, "the log still has it all");
+    let refused = group.open_image(&Point::Lsn(below), None, "test", None).map(|_| ());
+    assert!(matches!(refused, Err(GroupError::NotCovered { .. })), "{refused:?}");
+    write(&group, volume.number, 1024, &[4; 512]);
+    bench.disk.clear_faults();
+    bench.pass(5);
+    group.sync_now().unwrap();
+    assert_eq!(group.fold_now().unwrap(), group.positions().head);
+    let mut now = expected;
+    now[1024..1536].fill(4);
+    assert!(read(&*group, volume.number, 0, 1 << 20) == now);
+}
+
+#[test]
+fn recovery_on_a_full_disk_gives_back_spare_segments() {
+    let bench = Bench::new("a", 4);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    for round in 0..40 {
+        write(&group, volume.number, 0, &[round; 16384]);
+    }
+    bench.pass(5);
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    let spares = |disk: &MemoryDisk| {
+        let names = disk.list(&dir().join("log")).unwrap();
+        names.iter().filter(|name| name.ends_with(".spare")).count()
+    };
+    assert!(spares(&bench.disk) > 0);
+    write(&group, volume.number, 0, &[77; 16384]);
+    drop(group);
+    let space = bench.disk.space(&dir()).unwrap();
+    bench.disk.set_total_bytes(space.total_bytes - space.free_bytes);
+    let (group, recovery) = bench.open();
+    assert!(recovery.cut.is_some(), "it was not closed in order");
+    assert_eq!(spares(&bench.disk), 0);
+    assert_eq!(read(&*group, volume.number, 0, 16384), [77; 16384]);
+}
