@@ -336,13 +336,14 @@ impl Group {
         }
     }
 
-    /// The sectors at the edges of an unaligned request, with where they were found.
+    /// The sectors at the edges of an unaligned request, with where they were found and the horizon
+    /// then: a place in the base is the same one only under the same horizon.
     pub(super) fn read_sectors(
         &self,
         volume: VolumeNumber,
         edges: [u64; 2],
         old: &mut [Vec<u8>; 2],
-    ) -> Result<Vec<Vec<Piece>>, GroupError> {
+    ) -> Result<(Lsn, Vec<Vec<Piece>>), GroupError> {
         let places = self.places(&self.lock(), volume, edges)?;
         for (offset, buffer) in edges.into_iter().zip(old) {
             let mut reads = [Read { volume, offset, buffer, result: Ok(()) }];
@@ -353,17 +354,18 @@ impl Group {
         Ok(places)
     }
 
-    /// Where the sectors at the edges are.
+    /// The horizon, and where the sectors at the edges are.
     pub(super) fn places(
         &self,
         core: &Core,
         volume: VolumeNumber,
         edges: [u64; 2],
-    ) -> Result<Vec<Vec<Piece>>, GroupError> {
-        edges
+    ) -> Result<(Lsn, Vec<Vec<Piece>>), GroupError> {
+        let places = edges
             .into_iter()
             .map(|offset| self.look_up(&core.content, volume, offset, SECTOR_BYTES))
-            .collect()
+            .collect::<Result<_, _>>()?;
+        Ok((core.timeline.horizon().lsn, places))
     }
 
     /// What a range holds, in the words of block status.

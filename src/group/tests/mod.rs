@@ -4,6 +4,7 @@ mod basic;
 mod failures;
 mod fold;
 mod model;
+mod races;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,0 +1,108 @@
+//! What another thread does between two steps of this one, without a second thread: a disk lets it
+//! happen right behind a batch of reads.
+
+use std::io;
+use std::path::Path;
+use std::sync::Mutex;
+
+use super::*;
+use crate::io::{BatchRead, DiskFile, OpenMode, Space};
+
+type Hook = Box<dyn FnOnce() + Send>;
+
+struct HookDisk {
+    disk: Arc<MemoryDisk>,
+    behind_reads: Mutex<Option<Hook>>,
+}
+
+impl HookDisk {
+    fn new(disk: Arc<MemoryDisk>) -> Arc<HookDisk> {
+        Arc::new(HookDisk { disk, behind_reads: Mutex::default() })
+    }
+
+    /// Runs `hook` behind the next batch of reads, once.
+    fn behind_next_reads(&self, hook: impl FnOnce() + Send + 'static) {
+        *self.behind_reads.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    fn ran(&self) -> bool {
+        self.behind_reads.lock().unwrap().is_none()
+    }
+}
+
+impl Disk for HookDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        self.disk.open(path, mode)
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.create_dir(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove_dir(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(path)
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        self.disk.exists(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.sync_dir(path)
+    }
+
+    fn space(&self, path: &Path) -> io::Result<Space> {
+        self.disk.space(path)
+    }
+
+    fn read_batch(&self, reads: &mut [BatchRead<'_>]) {
+        self.disk.read_batch(reads);
+        let hook = self.behind_reads.lock().unwrap().take();
+        if let Some(hook) = hook {
+            hook();
+        }
+    }
+}
+
+/// The old sector was read from the base; meanwhile another request changed it, and was folded into
+/// the base: the place is the same, the bytes are not.
+#[test]
+fn part_of_a_sector_keeps_what_was_written_and_folded_beside_it() {
+    let bench = Bench::new("a", 5);
+    let disk = HookDisk::new(bench.disk.clone());
+    let mut context = bench.context();
+    context.env.disk = disk.clone();
+    let new = NewGroup { id: GROUP, name: name("g"), segment_bytes: SEGMENT };
+    let group = Group::create(context, &dir(), new).unwrap();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    set_policy(&group, 0, 64 << 20);
+    let fold = |bench_clock: &ManualClock, group: &Group| {
+        bench_clock.advance(Duration::from_secs(5));
+        group.sync_now().unwrap();
+        assert_eq!(group.fold_now().unwrap(), group.positions().head);
+    };
+    write(&group, volume, 0, &[1; 4096]);
+    fold(&bench.clock, &group);
+    let (other, clock) = (group.clone(), bench.clock.clone());
+    disk.behind_next_reads(move || {
+        write(&other, volume, 0, &[2; 512]);
+        fold(&clock, &other);
+    });
+    write(&group, volume, 100, &[3; 100]);
+    assert!(disk.ran());
+    let found = read(&*group, volume, 0, 512);
+    assert_eq!(found[100..200], [3; 100]);
+    assert_eq!((found[0], found[511]), (2, 2), "an answered write is lost");
+}
