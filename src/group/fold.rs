@@ -6,6 +6,7 @@
 //! log: nothing shows them but the log's own version, and the next start finishes the fold. So does
 //! the next attempt after an error, before anything else is folded.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use serde_json::json;
@@ -45,13 +46,34 @@ impl Group {
         self.close_expired();
         self.finish_fold()?;
         let horizon = self.lock().timeline.horizon();
-        let Some(goal) = fold_goal(&self.fold_facts(forced)?) else { return Ok(horizon.lsn) };
+        let facts = self.fold_facts(forced)?;
+        let Some(goal) = fold_goal(&facts) else { return self.nothing_folded(&facts) };
         let from = self.lock().timeline.before_lsn(goal.target);
-        let target = self.follow_to(from, |header| header.end() <= goal.target)?;
+        let mut target = self.follow_to(from, |header| header.end() <= goal.target)?;
+        if target.lsn <= horizon.lsn
+            && let Some(reach) = goal.first_request_to
+        {
+            let first = Cell::new(true);
+            target =
+                self.follow_to(horizon, |header| first.replace(false) && header.end() <= reach)?;
+        }
         if target.lsn <= horizon.lsn || !self.claim(&target, goal) {
-            return Ok(self.lock().timeline.horizon().lsn);
+            return self.nothing_folded(&facts);
         }
         self.fold_to(target)
+    }
+
+    /// The horizon stays. Where the log is full, and will be, that is an error: its writers are
+    /// told, not held.
+    fn nothing_folded(&self, facts: &FoldFacts) -> Result<Lsn, GroupError> {
+        let full = facts.head.bytes_since(facts.horizon) >= facts.log_limit_bytes;
+        match facts.barrier {
+            Some(barrier) if full => Err(self.refused(format!(
+                "the record at {barrier} must be understood, and this version does not, so that \
+                 nothing behind it is folded; upgrade the node"
+            ))),
+            _ => Ok(facts.horizon),
+        }
     }
 
     fn fold_facts(&self, forced: bool) -> Result<FoldFacts, GroupError> {

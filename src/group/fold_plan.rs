@@ -34,6 +34,9 @@ pub(super) struct FoldGoal {
     pub target: Lsn,
     /// The limit is reached and holds are in the way: they are broken.
     pub break_holds: bool,
+    /// Space is short: should the target lie inside the very first request, all of it is folded
+    /// where it ends by here. Else a long request would keep the log full for ever.
+    pub first_request_to: Option<Lsn>,
 }
 
 /// Up to where to fold, if at all. The window gives way to the limit from 80 % on; nothing is
@@ -55,14 +58,20 @@ pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     let held = facts.lowest_hold.unwrap_or(Lsn::MAX);
     let target = wanted.min(cap).min(held);
     let enough = if facts.forced { 1 } else { eighth.max(1) };
+    let goal =
+        FoldGoal { target, break_holds: false, first_request_to: pressed.then_some(cap.min(held)) };
     if target.bytes_since(facts.horizon) >= enough {
-        return Some(FoldGoal { target, break_holds: false });
+        return Some(goal);
     }
     let without_holds = wanted.min(cap);
     if full && held < wanted && without_holds.bytes_since(facts.horizon) >= enough {
-        return Some(FoldGoal { target: without_holds, break_holds: true });
+        return Some(FoldGoal {
+            target: without_holds,
+            break_holds: true,
+            first_request_to: Some(cap),
+        });
     }
-    (pressed && target > facts.horizon).then_some(FoldGoal { target, break_holds: false })
+    (pressed && target > facts.horizon).then_some(goal)
 }
 
 /// A step of a fold over one volume. Offsets and lengths are multiples of 4096 except inside parts.

@@ -142,3 +142,36 @@ fn recovery_on_a_full_disk_gives_back_spare_segments() {
     assert_eq!(spares(&bench.disk), 0);
     assert_eq!(read(&*group, volume.number, 0, 16384), [77; 16384]);
 }
+
+#[test]
+fn a_request_longer_than_what_is_folded_at_a_time_does_not_keep_the_log_full() {
+    let limit = 4 * SEGMENT;
+    for length in [90_000, 200_000, 260_000, 900_000] {
+        let bench = Bench::new("a", 6);
+        let group = bench.create();
+        let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+        set_policy(&group, 3600, limit);
+        let used = || {
+            let positions = group.positions();
+            positions.head.bytes_since(positions.horizon)
+        };
+        let fold = || {
+            group.sync_now().unwrap();
+            group.fold(false).unwrap();
+        };
+        let mut largest = 0;
+        for round in 0..60 {
+            let data = vec![round; if round == 20 { length } else { 8192 }];
+            // What a writer waits for.
+            for _ in 0..3 {
+                if used() >= limit {
+                    fold();
+                }
+            }
+            assert!(used() < limit, "{length} bytes, round {round}: {} are used", used());
+            write(&group, volume.number, 0, &data);
+            largest = largest.max(used());
+        }
+        assert!(largest >= limit);
+    }
+}
