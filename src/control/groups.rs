@@ -3,10 +3,9 @@
 use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
-use crate::group::{DataState, Group, Positions, Role};
+use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, OnFull, PolicyRecord};
-use crate::log::record::{HEADER_AND_CRCS_BYTES_MAX, Header};
-use crate::units::{ByteSize, LogTime, Lsn, Name, Span};
+use crate::units::{ByteSize, LogTime, Name, Span};
 
 use super::api::{
     Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PolicyInfo,
@@ -80,23 +79,10 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
             limit_bytes: positions.log_limit_bytes,
             full_reason: group.log_full(),
         },
-        protection_window: window(window_start(group, &positions), positions.time),
+        protection_window: window(positions.horizon_time, positions.time),
         peers: context.replication.status(group),
         backup_capable: context.replication.backup_capable(group, None),
     }
-}
-
-/// Log time where the window begins: before anything was folded, that of the first record.
-pub(super) fn window_start(group: &Group, positions: &Positions) -> LogTime {
-    if positions.horizon > Lsn::ZERO {
-        return positions.horizon_time;
-    }
-    let mut header = vec![0; HEADER_AND_CRCS_BYTES_MAX];
-    let length = usize::try_from(positions.head.0).unwrap_or(usize::MAX).min(header.len());
-    header.truncate(length);
-    let first =
-        group.read_log(Lsn::ZERO, &mut header).ok().and_then(|()| Header::decode(&header).ok());
-    first.map_or(positions.time, |first| first.time)
 }
 
 fn window(from: LogTime, to: LogTime) -> ProtectionWindow {

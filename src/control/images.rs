@@ -8,7 +8,7 @@ use crate::units::{EpochId, LogTime, Lsn, Name, Position};
 
 use super::api::{BookmarkInfo, Bookmarks, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow};
 use super::context::Context;
-use super::groups::{answer, done, epochs, window_start};
+use super::groups::{answer, done, epochs};
 use super::problem::Problem;
 use super::route::{Answer, Call};
 
@@ -102,7 +102,7 @@ pub(super) fn timeline(context: &Context, call: &Call) -> Answer {
     let from = Position {
         epoch: epoch_at(&group, positions.horizon),
         lsn: positions.horizon,
-        time: window_start(&group, &positions),
+        time: positions.horizon_time,
     };
     let to = Position {
         epoch: epoch_at(&group, positions.request_end),

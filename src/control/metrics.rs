@@ -13,7 +13,6 @@ use prometheus_client::registry::Registry;
 use crate::group::{DataState, Role};
 
 use super::context::Context;
-use super::groups::window_start;
 
 /// The text of all metrics.
 ///
@@ -131,8 +130,7 @@ fn families(context: &Context) -> Vec<Family> {
         push(&mut horizon, positions.horizon.0 as f64);
         push(&mut used, positions.log_used_bytes as f64);
         push(&mut limit, positions.log_limit_bytes as f64);
-        let from = window_start(&group, &positions);
-        push(&mut window, positions.time.since(from).as_secs_f64());
+        push(&mut window, positions.time.since(positions.horizon_time).as_secs_f64());
         push(&mut requests, positions.requests as f64);
         let connected = group.clients();
         for volume in &group.control().volumes {

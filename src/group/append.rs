@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::Map;
 
 use super::clock::Jump;
+use super::content::{VOLUME_NUMBER_MAX, is_volume_size};
 use super::engine::{Core, Group, Report, is_callers, volume_named};
 use super::{BookmarkRecord, GroupError, Op, Request, Role, Volume};
 use crate::events::Severity;
@@ -290,14 +291,16 @@ impl Group {
         make: impl FnOnce(&mut Core) -> Result<Control, GroupError>,
     ) -> Result<Lsn, GroupError> {
         let mut freed = Vec::new();
-        let end = {
+        let appended = {
             let mut core = self.lock_for_append()?;
-            let control = make(&mut core)?;
-            self.append_body(&mut core, &control, None, &mut freed)?
+            make(&mut core)
+                .and_then(|control| self.append_body(&mut core, &control, None, &mut freed))
         };
         drop(freed);
+        // Also where it failed: the group may have failed with it.
         self.report();
         self.notify();
+        let end = appended?;
         self.sync_now()?;
         Ok(end)
     }
@@ -333,8 +336,12 @@ impl Group {
     /// Begins a reign of this node: the record is the first of the new epoch, and durable on
     /// return.
     pub(super) fn begin_epoch(&self, mut epoch: EpochRecord) -> Result<EpochRecord, GroupError> {
-        {
+        let appended = {
             let mut core = self.lock();
+            // A group that is being closed is marked as ending where it ends now.
+            if core.closed {
+                return Err(self.refused("is closed"));
+            }
             let segment_bytes = self.segment_bytes();
             let head = core.writer.head();
             let room = segment_bytes - head.segment_offset(segment_bytes);
@@ -351,12 +358,16 @@ impl Group {
                 epoch.first_lsn = head.advance(room);
             }
             let control = Control::Epoch(epoch.clone());
-            let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new())?;
-            assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
-            core.role = Role::Primary;
-        }
+            let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new());
+            if let Ok(end) = end {
+                assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
+                core.role = Role::Primary;
+            }
+            end
+        };
         self.report();
         self.notify();
+        appended?;
         self.sync_now()?;
         Ok(epoch)
     }
@@ -379,6 +390,9 @@ impl Group {
                 });
             }
             let number = VolumeNumber(core.content.table.highest_volume() + 1);
+            if number > VOLUME_NUMBER_MAX {
+                return Err(self.refused("has used all numbers of volumes; make another group"));
+            }
             made = Some(Volume { number, name: name.clone(), size_bytes });
             Ok(volume_record(number, name.clone(), size_bytes, false))
         })?;
@@ -450,7 +464,7 @@ impl Group {
     }
 
     fn check_size(&self, name: &Name, size_bytes: u64) -> Result<(), GroupError> {
-        if size_bytes == 0 || !size_bytes.is_multiple_of(BLOCK_BYTES) || size_bytes > 1 << 60 {
+        if size_bytes == 0 || !is_volume_size(size_bytes) {
             return Err(self.refused(format!(
                 "volume {name}: size: got {size_bytes} bytes, expected a multiple of 4096 up to 1 EiB"
             )));

@@ -13,7 +13,17 @@ use crate::base::{ControlEntry, ControlState};
 use crate::extent_map::{ExtentMap, Freed};
 use crate::log::control::Control;
 use crate::log::record::{Header, Kind, flags};
-use crate::units::{EpochId, Lsn, Name, NodeId, SECTOR_BYTES, VolumeNumber};
+use crate::units::{BLOCK_BYTES, EpochId, Lsn, Name, NodeId, SECTOR_BYTES, VolumeNumber};
+
+/// The highest number of a volume: there is always one more.
+pub(super) const VOLUME_NUMBER_MAX: VolumeNumber = VolumeNumber(u32::MAX - 1);
+/// Bytes of a volume at most: what the map and the base count with.
+const VOLUME_BYTES_MAX: u64 = 1 << 60;
+
+/// Whether a volume may have so many bytes.
+pub(super) fn is_volume_size(bytes: u64) -> bool {
+    bytes <= VOLUME_BYTES_MAX && bytes.is_multiple_of(BLOCK_BYTES)
+}
 
 /// A volume with its map.
 #[derive(Clone)]
@@ -99,10 +109,12 @@ impl Content {
             Some(Kind::Control) => {
                 raw_json(payload)?;
                 match read_control(header.control_kind, header.version, payload)? {
-                    Some(Control::Volume(record)) if record.number.0 == 0 => {
-                        Err("a volume has the number 0".to_owned())
+                    Some(Control::Volume(record))
+                        if record.number.0 == 0 || record.number > VOLUME_NUMBER_MAX =>
+                    {
+                        Err(format!("a volume has the number {}", record.number))
                     }
-                    Some(Control::Volume(record)) if !record.size_bytes.is_multiple_of(4096) => {
+                    Some(Control::Volume(record)) if !is_volume_size(record.size_bytes) => {
                         Err(format!("a volume has {} bytes", record.size_bytes))
                     }
                     _ => Ok(()),

@@ -1,7 +1,7 @@
 //! The group itself: what it owns, what is behind its mutex, and what it tells about itself.
 //!
-//! Locks are taken in this order, and any of them alone: `fold_lock`, `sync_lock`, `core`,
-//! `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own write happens inside,
+//! Locks are taken in this order, and any of them alone: `fold_lock`, `images_file`, `sync_lock`,
+//! `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own write happens inside,
 //! so that the order of the log is the order of the map.
 
 use std::collections::BTreeMap;
@@ -64,6 +64,8 @@ pub struct Group {
     /// not hold reads again under it: it may have met the folder in the middle of a block.
     pub(super) base_gate: RwLock<()>,
     pub(super) fold_lock: Mutex<()>,
+    /// Held over the list of images and the file that it becomes.
+    pub(super) images_file: Mutex<()>,
     pub(super) sync_lock: Mutex<()>,
     /// Mirror of `core.durable`, for waiters.
     pub(super) durable: AtomicU64,
@@ -288,6 +290,7 @@ impl Group {
             bases: RwLock::default(),
             base_gate: RwLock::default(),
             fold_lock: Mutex::default(),
+            images_file: Mutex::default(),
             sync_lock: Mutex::default(),
             durable: AtomicU64::new(head.0),
             waiters: Mutex::default(),
@@ -407,9 +410,10 @@ impl Group {
         let core = self.lock();
         let limit = self.log_limit(&core);
         (self.log_bytes(&core) >= limit).then(|| {
-            let policy = match core.view.policy.on_full {
-                OnFull::Fold => "the window gets shorter",
-                OnFull::Block => "writers get the speed of folding",
+            let policy = match (&core.fold_failure, core.view.policy.on_full) {
+                (Some(reason), _) => &format!("writes are refused, since folding fails: {reason}"),
+                (None, OnFull::Fold) => "the window gets shorter",
+                (None, OnFull::Block) => "writers get the speed of folding",
             };
             format!("log-full: the log has reached its limit of {limit} bytes: {policy}")
         })

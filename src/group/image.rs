@@ -3,6 +3,7 @@
 //! An image is a content of its own. Its hold keeps the horizon from passing it; folds up to it go
 //! on, and take what they fold out of its maps too, since the base then has the same blocks.
 
+use std::io;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::content::Content;
-use super::engine::{Group, checkpoint};
+use super::engine::{Core, Group, checkpoint};
 use super::indexing::visit;
 use super::read::Lookup;
 use super::timeline::{Checkpoint, follow};
@@ -206,62 +207,38 @@ impl Group {
     }
 
     pub(super) fn resolve(&self, point: &Point) -> Result<Checkpoint, GroupError> {
-        let (from, end, last) = {
-            let core = self.lock();
-            let end = core.timeline.end();
-            let last = core.content.barrier.unwrap_or(Lsn::MAX);
-            let from = match point {
-                Point::Now => core.timeline.before_lsn(last),
-                Point::Time(time) => {
-                    if *time < core.timeline.horizon().time {
-                        return Err(self.not_covered(&core, &time.to_string()));
-                    }
-                    core.timeline.before_time(*time)
-                }
-                Point::Lsn(lsn) => {
-                    if *lsn > end.lsn || *lsn < core.timeline.horizon().lsn {
-                        return Err(self.not_covered(&core, &format!("lsn:{lsn}")));
-                    }
-                    core.timeline.before_lsn(*lsn)
-                }
-                Point::Bookmark(name) => {
-                    let bookmark = core.view.bookmarks.iter().find(|known| known.name == *name);
-                    let Some(bookmark) = bookmark else {
-                        let (what, name) = ("bookmark", name.to_string());
-                        return Err(GroupError::NotFound {
-                            group: self.name().clone(),
-                            what,
-                            name,
-                        });
-                    };
-                    if bookmark.lsn < core.timeline.horizon().lsn {
-                        return Err(self.not_covered(&core, name.as_str()));
-                    }
-                    core.timeline.before_lsn(bookmark.lsn)
-                }
-            };
-            let wanted = match point {
-                Point::Bookmark(name) => core
-                    .view
-                    .bookmarks
-                    .iter()
-                    .find(|known| known.name == *name)
-                    .map_or(Lsn::MAX, |known| known.lsn),
-                Point::Lsn(lsn) => *lsn,
-                Point::Now | Point::Time(_) => Lsn::MAX,
-            };
-            (from, end, last.min(wanted))
+        let (wanted, until) = match point {
+            Point::Lsn(lsn) => (*lsn, LogTime(u64::MAX)),
+            Point::Time(time) => (Lsn::MAX, *time),
+            Point::Bookmark(name) => (self.bookmark_lsn(name)?, LogTime(u64::MAX)),
+            Point::Now => (Lsn::MAX, LogTime(u64::MAX)),
         };
-        let until = match point {
-            Point::Time(time) => *time,
-            _ => LogTime(u64::MAX),
+        let (from, end) = {
+            let core = self.lock();
+            let (horizon, end) = (core.timeline.horizon(), core.timeline.end());
+            let from = match point {
+                Point::Now => end,
+                Point::Time(time) if *time < horizon.time => {
+                    return Err(self.not_covered(&core, &time.to_string()));
+                }
+                Point::Time(time) => core.timeline.before_time(*time),
+                Point::Lsn(lsn) if *lsn > end.lsn || *lsn < horizon.lsn => {
+                    return Err(self.not_covered(&core, &format!("lsn:{lsn}")));
+                }
+                Point::Bookmark(name) if wanted < horizon.lsn => {
+                    return Err(self.not_covered(&core, name.as_str()));
+                }
+                Point::Lsn(_) | Point::Bookmark(_) => core.timeline.before_lsn(wanted),
+            };
+            (from, end)
         };
         let found = follow(&self.segments, from, end.lsn, |header| {
-            header.end() <= last && header.time <= until
+            header.end() <= wanted && header.time <= until
         });
         let core = self.lock();
         match found {
             Ok(found) if found.lsn >= core.fold_target.max(core.timeline.horizon().lsn) => {
+                self.check_barrier(&core, found.lsn)?;
                 Ok(found)
             }
             Err(ScanEnd::Io(cause)) if core.timeline.horizon().lsn <= from.lsn => {
@@ -271,7 +248,27 @@ impl Group {
         }
     }
 
-    fn not_covered(&self, core: &super::engine::Core, point: &str) -> GroupError {
+    fn bookmark_lsn(&self, name: &Name) -> Result<Lsn, GroupError> {
+        let view = self.control();
+        let found = view.bookmarks.iter().find(|known| known.name == *name);
+        found.map(|bookmark| bookmark.lsn).ok_or_else(|| {
+            let (what, name) = ("bookmark", name.to_string());
+            GroupError::NotFound { group: self.name().clone(), what, name }
+        })
+    }
+
+    /// No image goes past a record that had to be understood and was not.
+    fn check_barrier(&self, core: &Core, lsn: Lsn) -> Result<(), GroupError> {
+        match core.content.barrier {
+            Some(barrier) if lsn > barrier => Err(self.refused(format!(
+                "the record at {barrier} must be understood, and this version does not, so that \
+                 no image goes past it; upgrade the node, or open one at lsn:{barrier}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn not_covered(&self, core: &Core, point: &str) -> GroupError {
         GroupError::NotCovered {
             group: self.name().clone(),
             point: point.to_owned(),
@@ -302,7 +299,12 @@ impl Group {
             expires: expires_after.map(|after| opened.after(after)),
         };
         let image = self.build_image(kept)?;
-        self.keep_images()?;
+        if let Err(error) = self.keep_images() {
+            // What the next start would not know of is no hold that anybody may rely on.
+            self.lock().images.remove(image.name());
+            image.break_hold(&error.to_string());
+            return Err(error);
+        }
         self.notify();
         Ok(image)
     }
@@ -333,6 +335,7 @@ impl Group {
         loop {
             let (live, state) = {
                 let core = self.lock();
+                self.check_barrier(&core, lsn)?;
                 if lsn < core.fold_target.max(core.timeline.horizon().lsn)
                     || lsn > core.timeline.end().lsn
                 {
@@ -356,6 +359,9 @@ impl Group {
                     return Err(GroupError::Damaged { group: self.name().clone(), what });
                 }
             };
+            if core.closed {
+                return Err(self.refused("is closed"));
+            }
             if lsn < core.fold_target.max(horizon) {
                 return Err(self.not_covered(&core, &format!("lsn:{lsn}")));
             }
@@ -435,11 +441,19 @@ impl Group {
         }
     }
 
-    /// Writes down which images are open, for the next start.
+    /// Writes down which images are open, for the next start. A group that was closed has given
+    /// them up, and its file stays as it is.
     fn keep_images(&self) -> Result<(), GroupError> {
-        let kept: Vec<KeptImage> = self
-            .images()
-            .iter()
+        let _one_at_a_time = self.images_file.lock().expect("no holder panics");
+        let images = {
+            let core = self.lock();
+            if core.closed {
+                return Err(self.refused("is closed"));
+            }
+            core.images.clone()
+        };
+        let kept: Vec<KeptImage> = images
+            .values()
             .filter(|image| image.broken().is_none())
             .map(|image| KeptImage {
                 name: image.name.clone(),
@@ -457,10 +471,17 @@ impl Group {
 
     /// Opens the images that were open when the node stopped.
     pub(super) fn reopen_images(&self) {
-        let Ok(text) = super::files::load(&*self.context.env.disk, &self.dir.join("images")) else {
-            return;
+        let path = self.dir.join("images");
+        let kept: Vec<KeptImage> = match super::files::load(&*self.context.env.disk, &path)
+            .and_then(|text| serde_json::from_slice(&text).map_err(io::Error::from))
+        {
+            Ok(kept) => kept,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return,
+            Err(cause) => {
+                let text = format!("no image could be opened again: {}: {cause}", path.display());
+                return self.emit(Severity::Warning, "image-lost", text, json!(null));
+            }
         };
-        let kept: Vec<KeptImage> = serde_json::from_slice(&text).unwrap_or_default();
         for image in kept {
             let name = image.name.clone();
             if let Err(error) = self.build_image(image) {

@@ -9,8 +9,9 @@ use crate::log::record::{Header, Kind, RecordError, flags};
 use crate::log::segment::fits;
 use crate::units::{Chain, Lsn};
 
-/// Bytes that wait for the rest of their request at most: the longest request with its headers.
-const PENDING_BYTES_MAX: usize = super::REQUEST_BYTES_MAX + (8 << 20);
+/// Bytes that wait for the rest of their request at most: the longest request, with headers and the
+/// pads of the smallest segments, which are a quarter of their bytes.
+const PENDING_BYTES_MAX: usize = 2 * super::REQUEST_BYTES_MAX;
 
 /// What came and is not yet in the log.
 #[derive(Default)]
@@ -192,6 +193,32 @@ impl Pending {
                 Some((place, chain)) if !self.records.is_empty() => Some((place - bytes, chain)),
                 _ => None,
             };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::record::{HEADER_BYTES, header_bytes, piece_count};
+    use crate::log::segment::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, payload_bytes_max};
+
+    #[test]
+    fn the_longest_request_waits_in_memory_whatever_the_segments() {
+        let mut segment_bytes = SEGMENT_BYTES_MIN;
+        while segment_bytes <= SEGMENT_BYTES_MAX {
+            let part = payload_bytes_max(segment_bytes) as u64;
+            let record = header_bytes(piece_count(0, part)) as u64 + part;
+            // It may begin right before the end of a segment.
+            let begin = segment_bytes - HEADER_BYTES as u64;
+            let mut at = begin;
+            for _ in 0..super::super::REQUEST_BYTES_MAX as u64 / part + 2 {
+                let room = segment_bytes - at % segment_bytes;
+                at += if fits(record, room) { record } else { room + record };
+            }
+            let bytes = at - begin;
+            assert!(bytes <= PENDING_BYTES_MAX as u64, "{bytes} with {segment_bytes}");
+            segment_bytes *= 2;
         }
     }
 }

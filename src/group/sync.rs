@@ -86,7 +86,9 @@ impl Group {
             Err(error) => error,
             Ok(()) => self.refused("is closed"),
         };
-        for waiter in std::mem::take(&mut *self.waiters.lock().expect("no holder panics")) {
+        // Not held over the calls: who is told may wait for something else at once.
+        let failed = std::mem::take(&mut *self.waiters.lock().expect("no holder panics"));
+        for waiter in failed {
             (waiter.done)(Err(error.clone()));
         }
     }

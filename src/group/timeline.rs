@@ -56,9 +56,12 @@ impl Timeline {
         Timeline { distance_bytes, points: vec![horizon], end: horizon }
     }
 
-    /// Notes the end of a request.
+    /// Notes the end of a request. The first of all is also what time the log begins at.
     pub(super) fn push(&mut self, point: Checkpoint) {
         assert!(point.lsn >= self.end.lsn, "{} follows {}", point.lsn, self.end.lsn);
+        if self.end.lsn == Lsn::ZERO {
+            self.points[0].time = point.time;
+        }
         let last = self.points.last().expect("the horizon is there");
         if point.lsn.bytes_since(last.lsn) >= self.distance_bytes {
             self.points.push(point);

@@ -90,7 +90,7 @@ fn number_of(name: &str) -> Option<u64> {
 
 impl Segments {
     /// Opens the directory of a log, making it where it is missing. Temporary files of a cut that
-    /// did not finish are removed.
+    /// did not finish are removed, and indices without their segment.
     ///
     /// # Errors
     ///
@@ -99,6 +99,7 @@ impl Segments {
         disk.create_dir(dir)?;
         let mut live = BTreeMap::new();
         let mut idle = Idle::default();
+        let mut indices = Vec::new();
         for name in disk.list(dir)? {
             if let Some(number) = number_of(&name) {
                 let file = disk.open(&dir.join(&name), OpenMode::ReadWrite)?;
@@ -112,9 +113,16 @@ impl Segments {
             {
                 idle.next_spare = idle.next_spare.max(number + 1);
                 idle.spares.push(name);
+            } else if let Some(number) =
+                name.strip_suffix(".idx").and_then(|number| number.parse::<u64>().ok())
+            {
+                indices.push(number);
             } else if name.ends_with(".new") {
                 disk.remove(&dir.join(&name))?;
             }
+        }
+        for number in indices.iter().filter(|number| !live.contains_key(number)) {
+            disk.remove(&dir.join(index_name(*number)))?;
         }
         Ok(Segments {
             disk,
@@ -180,6 +188,8 @@ impl Segments {
         if let Some(segment) = self.get(number) {
             return Ok(segment);
         }
+        // One of an earlier segment of this number, which left while its index was being written.
+        self.drop_index(number)?;
         match idle.spares.pop() {
             Some(spare) => self.disk.rename(&self.dir.join(&spare), &path)?,
             None => {

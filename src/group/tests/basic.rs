@@ -91,6 +91,10 @@ fn images_show_their_moment_and_bookmarks_and_times_find_it() {
         assert_eq!(image.volumes().len(), volumes, "{point:?}");
         group.close_image(image.name()).unwrap();
     }
+    let first = group.positions().horizon_time;
+    assert!(first > LogTime(0) && first < time, "the window begins with the first record");
+    let earlier = group.resolve_point(&Point::Time(first.before(Duration::from_secs(1))));
+    assert!(matches!(earlier, Err(GroupError::NotCovered { .. })), "{earlier:?}");
     let beyond = group.resolve_point(&Point::Lsn(Lsn(1 << 40)));
     assert!(matches!(beyond, Err(GroupError::NotCovered { .. })), "{beyond:?}");
 }

@@ -159,3 +159,106 @@ fn a_secondary_folds_no_further_than_the_primary_is_durable() {
     assert_eq!(copy.fold_now().unwrap(), head);
     assert_eq!(read(&*copy, volume.number, 0, 4096), [1; 4096]);
 }
+
+#[test]
+fn a_failed_append_of_a_control_record_is_told_at_once() {
+    let bench = Bench::new("a", 9);
+    let group = bench.create();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    group.when_durable(Lsn(1 << 40), Box::new(move |result| sender.send(result).unwrap()));
+    bench.disk.inject(Fault::Error { operation: bench.disk.operations() });
+    let failed = group.create_volume(name("v"), 1 << 20);
+    assert!(matches!(failed, Err(GroupError::Failed { .. })), "{failed:?}");
+    assert!(bench.event_codes().contains(&"data-failed".to_owned()));
+    assert!(receiver.try_recv().unwrap().is_err(), "who waits is told");
+}
+
+#[test]
+fn a_failed_append_of_an_epoch_is_told_at_once() {
+    let (a, b) = (Bench::new("a", 10), Bench::new("b", 11));
+    let group = a.create();
+    let copy = b.create_copy();
+    let mut bytes = vec![0; group.positions().head.0 as usize];
+    group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+    copy.append_received(Lsn::ZERO, &bytes).unwrap();
+    copy.sync_now().unwrap();
+    b.disk.inject(Fault::Error { operation: b.disk.operations() });
+    let epoch = copy.new_epoch("promote", 2);
+    assert!(copy.begin_epoch(epoch).is_err());
+    assert!(b.event_codes().contains(&"data-failed".to_owned()));
+    assert_eq!(copy.role(), Role::Secondary);
+}
+
+#[test]
+fn a_closing_group_begins_no_epoch() {
+    let bench = Bench::new("a", 12);
+    let group = bench.create();
+    group.demote().unwrap();
+    let epoch = group.new_epoch("promote", 2);
+    group.close().unwrap();
+    let head = group.positions().head;
+    assert!(group.begin_epoch(epoch).is_err());
+    assert_eq!(group.positions().head, head);
+    drop(group);
+    assert_eq!(bench.open().1.cut, None, "it is as it was closed");
+}
+
+#[test]
+fn who_is_told_of_a_failure_may_wait_again_at_once() {
+    let bench = Bench::new("a", 13);
+    let group = bench.create();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let again = Arc::downgrade(&group);
+    group.when_durable(
+        Lsn(1 << 40),
+        Box::new(move |_| {
+            let group = again.upgrade().unwrap();
+            sender.send(group.waiters.try_lock().is_ok()).unwrap();
+        }),
+    );
+    bench.disk.inject(Fault::Error { operation: bench.disk.operations() });
+    group.create_volume(name("v"), 1 << 20).unwrap_err();
+    assert!(receiver.try_recv().unwrap(), "the list is still held");
+}
+
+#[test]
+fn a_peer_cannot_make_a_volume_that_nobody_can_count_with() {
+    use crate::log::control::{Control, VolumeRecord};
+    let records = [(u32::MAX, 4096), (0, 4096), (1, (1 << 60) + 4096), (1, u64::MAX / 4096 * 4096)];
+    for (number, size_bytes) in records {
+        let (a, b) = (Bench::new("a", 14), Bench::new("b", 15));
+        let group = a.create();
+        let record = VolumeRecord {
+            number: VolumeNumber(number),
+            name: name("v"),
+            size_bytes,
+            removed: false,
+            other: serde_json::Map::new(),
+        };
+        group.append_control(Control::Volume(record)).unwrap();
+        let mut bytes = vec![0; group.positions().head.0 as usize];
+        group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+        let refused = b.create_copy().append_received(Lsn::ZERO, &bytes).unwrap_err();
+        assert!(refused.what.contains("a volume has"), "{refused}");
+        assert!(group.volumes().is_empty(), "nor does it count where it was appended");
+        group.create_volume(name("w"), 4096).unwrap();
+    }
+}
+
+#[test]
+fn an_index_without_its_segment_is_not_that_of_a_later_one() {
+    use crate::io::OpenMode;
+    use crate::log::segment::index_name;
+    let bench = Bench::new("a", 16);
+    let group = bench.create();
+    let index = |number| dir().join("log").join(index_name(number));
+    bench.disk.open(&index(1), OpenMode::Create).unwrap();
+    group.segments.ensure(1).unwrap();
+    assert!(!bench.disk.exists(&index(1)), "it was there before its segment");
+    group.close().unwrap();
+    drop(group);
+    bench.disk.open(&index(1), OpenMode::Create).unwrap();
+    bench.disk.open(&index(7), OpenMode::Create).unwrap();
+    let _group = bench.open();
+    assert!(bench.disk.exists(&index(1)) && !bench.disk.exists(&index(7)));
+}

@@ -3,6 +3,7 @@
 mod basic;
 mod failures;
 mod fold;
+mod images;
 mod model;
 mod races;
 

@@ -1,0 +1,120 @@
+//! What no image goes past, and which images a restart finds.
+
+use super::*;
+use crate::extent_map::Freed;
+use crate::io::Fault;
+use crate::log::control::Consistency;
+use crate::log::record::{Kind, flags, payload_crcs};
+use crate::log::writer::{Draft, Stamp};
+
+/// Appends a control record of a later version, that must be understood.
+fn append_unknown(group: &Group) {
+    let body = b"{}";
+    let draft = Draft {
+        kind: Kind::Control,
+        flags: flags::MUST_UNDERSTAND | flags::LAST_OF_REQUEST,
+        volume: VolumeNumber(0),
+        control_kind: 999,
+        offset: 0,
+        length: 0,
+        payload: body,
+        crcs: payload_crcs(0, body),
+    };
+    let mut core = group.lock();
+    let stamp = Stamp { epoch: core.epoch, time: core.clock.last(), durable: core.durable };
+    let headers = core.writer.append(vec![draft], stamp).unwrap();
+    let mut freed: Vec<Freed> = Vec::new();
+    for header in &headers {
+        core.apply(header, body, &mut freed);
+    }
+}
+
+#[test]
+fn no_point_goes_past_a_record_that_must_be_understood() {
+    let bench = Bench::new("a", 1);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    write(&group, volume.number, 0, &[1; 4096]);
+    group.create_bookmark(name("before"), Consistency::Crash).unwrap();
+    let barrier = group.positions().head;
+    bench.pass(10);
+    append_unknown(&group);
+    let behind = write(&group, volume.number, 0, &[2; 4096]);
+    bench.pass(10);
+    group.create_bookmark(name("after"), Consistency::Crash).unwrap();
+    let time = group.positions().time;
+    for point in [
+        Point::Lsn(behind),
+        Point::Time(time),
+        Point::Bookmark(name("after")),
+        Point::Now,
+        Point::Lsn(group.positions().request_end),
+    ] {
+        let refused = group.open_image(&point, None, "test", None).map(|image| image.position());
+        let text = refused.unwrap_err().to_string();
+        assert!(text.contains("must be understood"), "{point:?}: {text}");
+    }
+    for point in [Point::Lsn(barrier), Point::Bookmark(name("before"))] {
+        let image = group.open_image(&point, None, "test", None).unwrap();
+        assert_eq!(read(&*image, volume.number, 0, 4096), [1; 4096], "{point:?}");
+    }
+}
+
+#[test]
+fn a_full_log_that_cannot_be_folded_refuses_writers_and_says_why() {
+    let bench = Bench::new("a", 2);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    set_policy(&group, 3600, 4 * SEGMENT);
+    append_unknown(&group);
+    for round in 0..20 {
+        write(&group, volume.number, 0, &[round; 16384]);
+    }
+    group.sync_now().unwrap();
+    let mut told = String::new();
+    for _ in 0..4 {
+        if let Err(error) = group.fold(false) {
+            told = error.to_string();
+        }
+    }
+    assert!(told.contains("must be understood"), "{told}");
+    group.lock().fold_failure = Some(told);
+    assert!(group.log_full().unwrap().contains("must be understood"));
+}
+
+#[test]
+fn an_image_that_the_next_start_would_not_know_of_is_not_opened() {
+    let bench = Bench::new("a", 3);
+    let group = bench.create();
+    group.create_volume(name("v"), 1 << 20).unwrap();
+    group.open_image(&Point::Now, Some(name("kept")), "test", None).unwrap();
+    bench.disk.inject(Fault::Error { operation: bench.disk.operations() });
+    assert!(group.open_image(&Point::Now, Some(name("lost")), "test", None).is_err());
+    assert!(group.image(&name("lost")).is_none(), "its hold would be nobody's");
+    group.open_image(&Point::Now, Some(name("lost")), "test", None).unwrap();
+    group.close_image(&name("lost")).unwrap();
+    group.close().unwrap();
+    for _ in 0..2 {
+        let refused = group.open_image(&Point::Now, Some(name("late")), "test", None).map(|_| ());
+        assert!(refused.unwrap_err().to_string().contains("closed"));
+        assert!(group.close_image(&name("kept")).is_err());
+    }
+    drop(group);
+    let (group, _) = bench.open();
+    let names: Vec<Name> = group.images().iter().map(|image| image.name().clone()).collect();
+    assert_eq!(names, [name("kept")], "what was open is open again");
+}
+
+#[test]
+fn a_list_of_images_that_cannot_be_read_is_told() {
+    let bench = Bench::new("a", 4);
+    let group = bench.create();
+    group.create_volume(name("v"), 1 << 20).unwrap();
+    group.open_image(&Point::Now, None, "test", None).unwrap();
+    group.close().unwrap();
+    drop(group);
+    bench.disk.damage(&dir().join("images"), 0, 1, 0xff);
+    let (group, _) = bench.open();
+    assert!(group.images().is_empty());
+    assert!(bench.event_codes().contains(&"image-lost".to_owned()));
+}
