@@ -695,6 +695,51 @@ async fn a_stopped_copy_is_retired_and_gets_no_more() {
     assert!(pair.a.replication.peers().is_empty());
 }
 
+/// Changes a byte in the middle of the log's first segment; again, it is as before.
+fn turn_a_byte(dir: &Path, group: &str) {
+    use std::os::unix::fs::FileExt;
+    let log = dir.join("groups").join(group).join("log");
+    let segments = std::fs::read_dir(log).unwrap().map(|entry| entry.unwrap().path());
+    let first = segments.filter(|path| path.extension().is_some_and(|it| it == "seg")).min();
+    let file = std::fs::File::options().read(true).write(true).open(first.unwrap()).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 512 << 10).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 512 << 10).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_primary_does_not_call_a_copy_fit_that_knows_its_log_is_damaged() {
+    let mut pair = Pair::replicating().await;
+    write(&pair.a.group(), &SeededEntropy::new(13), 100);
+    pair.wait_equal();
+    let group = pair.b.group().id().to_string();
+    let judged = |node: &Node| node.replication.backup_capable(&node.group(), None);
+    wait_for("a fit copy", || judged(&pair.a).is_yes().then_some(()));
+
+    let again = |mut pair: Pair| {
+        let dir = pair.b.stop();
+        turn_a_byte(&dir, &group);
+        pair.b = Node::start(&dir, "b", Some(pair.to_b.address));
+        pair.to_b.lead_to(&pair.b);
+        pair.wait_connected();
+        pair
+    };
+    pair = again(pair);
+    for node in pair.nodes() {
+        wait_for("the damage to count", || {
+            let reasons = judged(node).reasons;
+            reasons.iter().any(|reason| reason.code == "log-damaged").then_some(())
+        });
+    }
+    assert!(pair.b.has_event("log-damaged"));
+    // Whole again, and read again.
+    pair = again(pair);
+    for node in pair.nodes() {
+        wait_for("a fit copy", || judged(node).is_yes().then_some(()));
+    }
+    assert!(pair.b.has_event("log-mended"), "it knew of the damage after its restart");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_new_key_is_known_to_the_peer_before_it_is_used() {
     let pair = Pair::replicating().await;

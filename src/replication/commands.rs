@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::events::Severity;
 use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, MemberRecord, Mode};
-use crate::units::{ByteSize, GroupId, Name, Span};
+use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
 
 use super::core::{Input, PeerCore};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
@@ -32,6 +32,7 @@ pub struct ReplicateOptions {
 impl Replication {
     pub(super) fn install_handlers(&self) {
         self.install_pair_handlers();
+        self.install_copy_handler();
         let shared = Arc::downgrade(&self.shared);
         self.on_call(
             CREATE_COPY,
@@ -204,24 +205,30 @@ impl Replication {
         let shared = &self.shared;
         let now = shared.now();
         let (data_state, data_reason, _) = group.data_state();
-        let check = {
-            let checks = shared.checks.lock().expect("no holder panics");
-            checks.get(&group.id()).map(|pass| pass.check.clone()).unwrap_or_default()
+        let check = shared.log_check(group.id(), now);
+        let facts: Vec<(NodeId, CopyFacts)> = {
+            let cores = shared.cores.lock().expect("no holder panics");
+            let facts = |(node, core): (&NodeId, &PeerCore)| {
+                Some((*node, copy_facts(core, group, now, limit)?))
+            };
+            cores.iter().filter_map(facts).collect()
         };
-        let cores = shared.cores.lock().expect("no holder panics");
-        let judged: Vec<BackupCapable> = cores
-            .values()
-            .filter_map(|core| copy_facts(core, group, now, limit))
-            .map(|facts| {
-                judge_copy(&CopyFacts {
-                    data_state: if facts.own { data_state } else { facts.data_state },
-                    data_reason: data_reason.clone().filter(|_| facts.own),
-                    log_check: if facts.own { check.clone() } else { facts.log_check.clone() },
-                    ..facts
-                })
+        let judged: Vec<BackupCapable> = facts
+            .into_iter()
+            .map(|(node, mut facts)| {
+                if facts.own {
+                    facts.data_state = Some(data_state);
+                    facts.data_reason = data_reason.clone();
+                    facts.log_check = check.clone();
+                } else if let Some((told, check)) = shared.copy_report(node, group.id(), now) {
+                    facts.data_state = Some(told.data_state);
+                    facts.data_reason = told.data_reason;
+                    facts.log_check = check;
+                    facts.mismatch = facts.mismatch.or(told.mismatch);
+                }
+                judge_copy(&facts)
             })
             .collect();
-        drop(cores);
         let copy = group.role() == Role::Secondary && data_state == DataState::Consistent;
         if judged.is_empty() && copy {
             let reason = health::Reason {
@@ -284,7 +291,7 @@ async fn run_blocking(
 /// Appends a member record, where it says something new.
 fn put_member(
     group: &dyn Replica,
-    node: crate::units::NodeId,
+    node: NodeId,
     name: Name,
     options: ReplicateOptions,
     removed: bool,
@@ -325,7 +332,9 @@ fn copy_facts(
         let primary_head = channel.told().map_or(head, |told| told.head.max(head));
         (head, local.durable.min(head), primary_head, secondary_lag(channel, now))
     } else {
-        (acked.received, acked.durable, local.history.head, channel.lags(now).0)
+        let (received_lag, durable_lag) = channel.lags(now);
+        let worse = received_lag.zip(durable_lag).map(|(received, durable)| received.max(durable));
+        (acked.received, acked.durable, local.history.head, worse)
     };
     let lag_limit = limit.or(rpo_target.map(|target| target.0)).unwrap_or(LAG_LIMIT_DEFAULT);
     Some(CopyFacts {
@@ -336,7 +345,7 @@ fn copy_facts(
         replication_reason: reason.to_owned(),
         lag,
         lag_limit,
-        data_state: DataState::Consistent,
+        data_state: None,
         data_reason: None,
         received,
         durable,

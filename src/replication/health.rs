@@ -2,7 +2,7 @@
 //! every reason against it.
 //!
 //! A secondary judges its own copy, by what it sees itself. A primary judges its peer's copy by
-//! what the peer acknowledged to it; a primary without peers judges its own data. Nothing is
+//! what the peer acknowledged to it and tells of it; a primary without peers judges its own data. Nothing is
 //! assumed: a fact that is not known counts against.
 
 use std::time::Duration;
@@ -16,6 +16,9 @@ use super::channel::ReplicationState;
 
 /// The limit on lag where neither a job nor `rpo_target` gives one.
 pub const LAG_LIMIT_DEFAULT: Duration = Duration::from_secs(60);
+
+/// The age of a log's check above which it counts as stuck.
+const CHECK_AGE_MAX: Duration = Duration::from_secs(300);
 
 /// Whether the copy may be backed up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,8 +61,10 @@ impl BackupCapable {
 pub struct LogCheck {
     /// Bytes up to here were read again and were whole.
     pub checked_to: Lsn,
-    /// What was damaged.
+    /// What was damaged, and was not found whole since.
     pub damaged: Option<String>,
+    /// How long ago the check last came on.
+    pub age: Duration,
 }
 
 /// What is known of a replicated copy.
@@ -79,8 +84,8 @@ pub struct CopyFacts {
     pub lag: Option<Duration>,
     /// The age that is allowed.
     pub lag_limit: Duration,
-    /// State of the data on this node.
-    pub data_state: DataState,
+    /// State of the copy's data; none where its node has not told it lately.
+    pub data_state: Option<DataState>,
     /// Why, where it is not consistent.
     pub data_reason: Option<String>,
     /// Where the copy ends.
@@ -93,7 +98,7 @@ pub struct CopyFacts {
     pub compared: Option<Lsn>,
     /// Where such a comparison failed.
     pub mismatch: Option<Lsn>,
-    /// The CRC check of the log on this node.
+    /// The CRC check of the log on the copy's node.
     pub log_check: LogCheck,
 }
 
@@ -120,14 +125,25 @@ fn data_reasons(state: DataState, why: Option<&str>, reasons: &mut Vec<Reason>) 
     }
 }
 
+fn check_reasons(check: &LogCheck, place: &str, reasons: &mut Vec<Reason>) {
+    if let Some(what) = &check.damaged {
+        reasons.push(reason("log-damaged", format!("the log on {place} is damaged: {what}")));
+    }
+    if check.age > CHECK_AGE_MAX {
+        let text = format!(
+            "the log on {place} has not been checked for {:.0} s: reading it takes too long",
+            check.age.as_secs_f64()
+        );
+        reasons.push(reason("check-stalled", text));
+    }
+}
+
 /// Judges data that is not replicated.
 #[must_use]
 pub fn judge_local(state: DataState, why: Option<&str>, check: &LogCheck) -> BackupCapable {
     let mut reasons = Vec::new();
     data_reasons(state, why, &mut reasons);
-    if let Some(what) = &check.damaged {
-        reasons.push(reason("log-damaged", format!("the log is damaged: {what}")));
-    }
+    check_reasons(check, "this node", &mut reasons);
     verdict(reasons)
 }
 
@@ -163,10 +179,18 @@ pub fn judge_copy(facts: &CopyFacts) -> BackupCapable {
             reasons.push(reason("lag-unknown", text));
         }
     }
-    data_reasons(facts.data_state, facts.data_reason.as_deref(), &mut reasons);
-    if let Some(what) = &facts.log_check.damaged {
-        reasons.push(reason("log-damaged", format!("the log on this node is damaged: {what}")));
+    match facts.data_state {
+        Some(state) => data_reasons(state, facts.data_reason.as_deref(), &mut reasons),
+        None => {
+            let text = format!("{} has not told lately what its copy is worth", facts.peer);
+            reasons.push(reason("copy-unknown", text));
+        }
     }
+    check_reasons(
+        &facts.log_check,
+        if facts.own { "this node" } else { &facts.peer },
+        &mut reasons,
+    );
     if let Some(lsn) = facts.mismatch {
         let text = format!("the logs of the two nodes differ before LSN {lsn}");
         reasons.push(reason("logs-differ", text));
@@ -208,14 +232,14 @@ mod tests {
             replication_reason: String::new(),
             lag: Some(Duration::from_millis(300)),
             lag_limit: LAG_LIMIT_DEFAULT,
-            data_state: DataState::Consistent,
+            data_state: Some(DataState::Consistent),
             data_reason: None,
             received: Lsn(4096),
             durable: Lsn(4000),
             primary_head: Lsn(4096),
             compared: Some(Lsn(4096)),
             mismatch: None,
-            log_check: LogCheck { checked_to: Lsn(4096), damaged: None },
+            log_check: LogCheck { checked_to: Lsn(4096), ..LogCheck::default() },
         }
     }
 
@@ -239,15 +263,26 @@ mod tests {
             ),
             ("lag", CopyFacts { lag: Some(LAG_LIMIT_DEFAULT + Duration::from_nanos(1)), ..fit() }),
             ("lag-unknown", CopyFacts { lag: None, ..fit() }),
-            ("no-image", CopyFacts { data_state: DataState::None, ..fit() }),
-            ("data-failed", CopyFacts { data_state: DataState::Failed, ..fit() }),
-            ("retired", CopyFacts { data_state: DataState::Retired, ..fit() }),
+            ("copy-unknown", CopyFacts { data_state: None, ..fit() }),
+            ("no-image", CopyFacts { data_state: Some(DataState::None), ..fit() }),
+            ("data-failed", CopyFacts { data_state: Some(DataState::Failed), ..fit() }),
+            ("retired", CopyFacts { data_state: Some(DataState::Retired), ..fit() }),
             (
                 "log-damaged",
                 CopyFacts {
                     log_check: LogCheck {
-                        checked_to: Lsn(8),
                         damaged: Some("segment 0, LSN 96".to_owned()),
+                        ..LogCheck::default()
+                    },
+                    ..fit()
+                },
+            ),
+            (
+                "check-stalled",
+                CopyFacts {
+                    log_check: LogCheck {
+                        age: CHECK_AGE_MAX + Duration::from_nanos(1),
+                        ..LogCheck::default()
                     },
                     ..fit()
                 },

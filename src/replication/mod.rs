@@ -5,7 +5,8 @@
 //! tokio with `link` (sockets, TLS, frames), `worker` (a thread for each replicated group) and
 //! `rpc` (calls between nodes). `pairing` and `tls` say who may talk to whom, `pair` does it over
 //! the network, `peers` keeps it. `commands` is what operators ask for, `status` what they see,
-//! `health` the verdict that backup trusts, `check` the re-reading of logs behind it. `replica` is
+//! `health` the verdict that backup trusts, with `check`, the re-reading of logs, and
+//! `copy`, what a peer says of its copy, behind it. `replica` is
 //! all that this room needs of a group.
 
 mod channel;
@@ -13,6 +14,7 @@ mod check;
 #[cfg(test)]
 mod cluster;
 mod commands;
+mod copy;
 mod core;
 mod epoch;
 mod health;

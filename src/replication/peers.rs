@@ -206,7 +206,7 @@ impl PeerStore {
 }
 
 /// Puts a file in place whole: new file, sync, rename, sync of the directory.
-fn replace(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+pub(super) fn replace(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
     let path = dir.join(name);
     let fresh = dir.join(format!("{name}.new"));
     let write = || -> io::Result<()> {

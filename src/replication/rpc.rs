@@ -54,7 +54,19 @@ impl Replication {
         body: Value,
         timeout: Duration,
     ) -> Result<Value, ReplicationError> {
-        let shared = &self.shared;
+        self.shared.call(peer_name, method, body, timeout).await
+    }
+}
+
+impl Shared {
+    pub(super) async fn call(
+        &self,
+        peer_name: &str,
+        method: &str,
+        body: Value,
+        timeout: Duration,
+    ) -> Result<Value, ReplicationError> {
+        let shared = self;
         let peer = shared.peer_named(peer_name)?;
         let failed = |what: String| ReplicationError::Peer { name: peer_name.to_owned(), what };
         let (conn_id, reason) = shared.link_of(peer.node);

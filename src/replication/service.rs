@@ -19,7 +19,8 @@ use crate::events::Severity;
 use crate::group::{GroupContext, GroupError, Role};
 use crate::units::{GroupId, Incarnation, LogTime, NodeId};
 
-use super::check::Pass;
+use super::check::{self, Pass};
+use super::copy::{self, Reports};
 use super::core::{ConnId, Input, Membership, Output, PeerCore, Settings};
 use super::link::{self, Conn, Range};
 use super::pairing::{Fingerprint, Invites};
@@ -80,6 +81,11 @@ pub struct Shared {
     pub(super) invites: Mutex<Invites>,
     pub(super) cores: Mutex<BTreeMap<NodeId, PeerCore>>,
     pub(super) checks: Mutex<HashMap<GroupId, Pass>>,
+    pub(super) copies: Mutex<Reports>,
+    /// Peers that are being asked about their copies.
+    pub(super) asking: Mutex<HashSet<NodeId>>,
+    /// When this service started, monotonic.
+    pub(super) started: Duration,
     pub(super) handlers: RwLock<HashMap<String, Handler>>,
     pub(super) pending: Mutex<PendingCalls>,
     pub(super) advertised: Option<String>,
@@ -146,13 +152,13 @@ impl Replication {
         let (shutdown, _) = watch::channel(false);
         let incarnation = Incarnation(context.env.entropy.next_u64());
         let shared = Arc::new(Shared {
-            config,
-            context,
-            groups,
             store: Mutex::new(store),
             invites: Mutex::new(Invites::default()),
             cores: Mutex::new(BTreeMap::new()),
-            checks: Mutex::new(HashMap::new()),
+            checks: Mutex::new(check::load(&config.state_dir)),
+            copies: Mutex::default(),
+            asking: Mutex::default(),
+            started: context.env.clock.monotonic(),
             handlers: RwLock::new(HashMap::new()),
             pending: Mutex::new(HashMap::new()),
             advertised,
@@ -169,6 +175,9 @@ impl Replication {
             recovered,
             next_number: AtomicU64::new(1),
             shutdown,
+            config,
+            context,
+            groups,
         });
         let replication = Arc::new(Replication { shared: Arc::clone(&shared) });
         replication.install_handlers();
@@ -184,7 +193,8 @@ impl Replication {
         if let Some(listener) = listener {
             tokio::spawn(link::listen(Arc::clone(&shared), listener));
         }
-        tokio::spawn(super::check::run(Arc::clone(&shared)));
+        tokio::spawn(check::run(Arc::clone(&shared)));
+        tokio::spawn(copy::run(Arc::clone(&shared)));
         Ok(replication)
     }
 
@@ -294,7 +304,9 @@ impl Shared {
     }
 
     pub(super) fn remove_conn(&self, conn: ConnId) {
-        locked(&self.conns).remove(&conn);
+        if let Some(conn) = locked(&self.conns).remove(&conn) {
+            self.forget_copy_reports(conn.peer);
+        }
         // Dropping the senders tells those who wait for an answer.
         locked(&self.pending).retain(|(waiting, _), _| *waiting != conn);
     }

@@ -1,0 +1,230 @@
+//! What a secondary tells its primary of its copy: the state of the data, what a check of its log
+//! found, how old that check is.
+//!
+//! The primary asks once a heartbeat. An answer is true of a moment after the question, so its age
+//! has a bound by the asker's clock; where it is too old, the copy's state is unknown.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::group::{DataState, Role};
+use crate::units::{GroupId, Lsn, NodeId};
+
+use super::core::Membership;
+use super::health::LogCheck;
+use super::replica::membership_of;
+use super::rpc::PeerContext;
+use super::service::{Replication, Shared};
+
+const METHOD: &str = "replication.copies";
+
+/// What a node says of its copy of a group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct CopyReport {
+    group: GroupId,
+    pub(super) data_state: DataState,
+    #[serde(default)]
+    pub(super) data_reason: Option<String>,
+    checked_to: Lsn,
+    #[serde(default)]
+    damaged: Option<String>,
+    check_age_seconds: f64,
+    /// Where a comparison of the two logs failed.
+    #[serde(default)]
+    pub(super) mismatch: Option<Lsn>,
+}
+
+/// Reports, with when they were asked for.
+pub(super) type Reports = HashMap<(NodeId, GroupId), (CopyReport, Duration)>;
+
+impl CopyReport {
+    /// The check of the log there, as old as it is by now.
+    fn log_check(&self, since: Duration) -> LogCheck {
+        let age = Duration::try_from_secs_f64(self.check_age_seconds).unwrap_or(Duration::MAX);
+        LogCheck {
+            checked_to: self.checked_to,
+            damaged: self.damaged.clone(),
+            age: age.saturating_add(since),
+        }
+    }
+}
+
+impl Replication {
+    pub(super) fn install_copy_handler(&self) {
+        let shared = Arc::downgrade(&self.shared);
+        self.on_call(
+            METHOD,
+            Arc::new(move |peer, body: Value| {
+                let shared = shared.upgrade();
+                Box::pin(async move {
+                    let shared = shared.ok_or("this node shuts down")?;
+                    let work = move || shared.report_copies(&peer, &body);
+                    tokio::task::spawn_blocking(work)
+                        .await
+                        .map_err(|_| "this node shuts down".to_owned())?
+                })
+            }),
+        );
+    }
+}
+
+/// Asks the peers about their copies until the service ends.
+pub(super) async fn run(shared: Arc<Shared>) {
+    let mut shutdown = shared.shutdown_signal();
+    loop {
+        for (peer, name, groups) in shared.copies_elsewhere() {
+            if shared.asking.lock().expect("no holder panics").insert(peer) {
+                let shared = Arc::clone(&shared);
+                tokio::spawn(async move {
+                    shared.ask_about_copies(peer, &name, &groups).await;
+                    shared.asking.lock().expect("no holder panics").remove(&peer);
+                });
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(shared.config.heartbeat) => {}
+            _ = shutdown.wait_for(|ending| *ending) => return,
+        }
+    }
+}
+
+impl Shared {
+    /// Peers that are linked, with the groups of this node that they hold a copy of.
+    fn copies_elsewhere(&self) -> Vec<(NodeId, String, Vec<GroupId>)> {
+        let cores = self.cores.lock().expect("no holder panics");
+        let linked = cores.iter().filter(|(_, core)| core.conn().is_some());
+        linked
+            .map(|(node, core)| {
+                let copied = |group: &GroupId| {
+                    core.channel(*group).is_some_and(|channel| {
+                        let local = channel.local();
+                        local.primary && matches!(local.membership, Membership::Member { .. })
+                    })
+                };
+                (*node, core.name().to_string(), core.groups().filter(copied).collect())
+            })
+            .filter(|(_, _, groups): &(_, _, Vec<GroupId>)| !groups.is_empty())
+            .collect()
+    }
+
+    async fn ask_about_copies(&self, node: NodeId, name: &str, groups: &[GroupId]) {
+        let asked = self.now();
+        let body = json!({ "groups": groups });
+        let answer = match self.call(name, METHOD, body, self.config.lost_after).await {
+            Ok(answer) => answer,
+            Err(error) => return tracing::debug!("{error}"),
+        };
+        match serde_json::from_value::<Vec<CopyReport>>(answer) {
+            Ok(reports) => {
+                let mut copies = self.copies.lock().expect("no holder panics");
+                for report in reports.into_iter().filter(|report| groups.contains(&report.group)) {
+                    copies.insert((node, report.group), (report, asked));
+                }
+            }
+            Err(error) => tracing::warn!("peer {name}: its word on its copies: {error}"),
+        }
+    }
+
+    /// What a peer told of its copy, if that is still worth something, and its log's check.
+    pub(super) fn copy_report(
+        &self,
+        node: NodeId,
+        group: GroupId,
+        now: Duration,
+    ) -> Option<(CopyReport, LogCheck)> {
+        let good_for = self.config.lost_after.max(self.config.heartbeat * 3);
+        let copies = self.copies.lock().expect("no holder panics");
+        let (report, asked) = copies.get(&(node, group))?;
+        let since = now.saturating_sub(*asked);
+        (since <= good_for).then(|| (report.clone(), report.log_check(since)))
+    }
+
+    /// A node that is away may come back as another: what it said is void.
+    pub(super) fn forget_copy_reports(&self, node: NodeId) {
+        self.copies.lock().expect("no holder panics").retain(|(peer, _), _| *peer != node);
+    }
+
+    /// Answers a primary. Groups that are none of its business are left out.
+    fn report_copies(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
+        #[derive(Deserialize)]
+        struct Body {
+            groups: Vec<GroupId>,
+        }
+        let body: Body = serde_json::from_value(body.clone())
+            .map_err(|error| format!("a request that is not understood: {error}"))?;
+        let asked_for = self.peer(peer.node).map(|peer| peer.copies).unwrap_or_default();
+        let now = self.now();
+        let groups = self.groups.groups().into_iter();
+        let reports: Vec<CopyReport> = groups
+            .filter(|group| body.groups.contains(&group.id()) && group.role() == Role::Secondary)
+            .filter(|group| {
+                let asked_for = asked_for.contains(&group.id());
+                let control = group.control();
+                let membership = membership_of(&control, self.me(), peer.node, false, asked_for);
+                membership != Membership::Stranger
+            })
+            .map(|group| {
+                let id = group.id();
+                let (data_state, data_reason, _) = group.data_state();
+                let check = self.log_check(id, now);
+                let cores = self.cores.lock().expect("no holder panics");
+                let channel = cores.get(&peer.node).and_then(|core| core.channel(id));
+                CopyReport {
+                    group: id,
+                    data_state,
+                    data_reason,
+                    checked_to: check.checked_to,
+                    damaged: check.damaged,
+                    check_age_seconds: check.age.as_secs_f64(),
+                    mismatch: channel.and_then(|channel| channel.comparison().1),
+                }
+            })
+            .collect();
+        serde_json::to_value(reports).map_err(|error| error.to_string())
+    }
+
+    /// What is known of this node's own log of a group.
+    pub(super) fn log_check(&self, group: GroupId, now: Duration) -> LogCheck {
+        let checks = self.checks.lock().expect("no holder panics");
+        let pass = checks.get(&group).cloned().unwrap_or_default();
+        pass.verdict(now, self.started)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_check_there_ages_here() {
+        let report = CopyReport {
+            group: GroupId([7; 16]),
+            data_state: DataState::Consistent,
+            data_reason: None,
+            checked_to: Lsn(8),
+            damaged: None,
+            check_age_seconds: 4.0,
+            mismatch: None,
+        };
+        assert_eq!(report.log_check(Duration::from_secs(3)).age, Duration::from_secs(7));
+        // Whatever a peer writes there.
+        let odd = CopyReport { check_age_seconds: -1.0, ..report };
+        assert_eq!(odd.log_check(Duration::ZERO).age, Duration::MAX);
+    }
+
+    #[test]
+    fn a_state_of_a_later_version_is_no_good_state() {
+        let told = json!({
+            "group": GroupId([7; 16]), "data_state": "receiving-image", "checked_to": 8,
+            "check_age_seconds": 1.0, "more": true,
+        });
+        assert!(serde_json::from_value::<CopyReport>(told.clone()).is_err());
+        let mut good = told;
+        good["data_state"] = json!("consistent");
+        assert!(serde_json::from_value::<CopyReport>(good).is_ok(), "unknown keys are skipped");
+    }
+}
