@@ -44,6 +44,9 @@ impl Clock for MovedClock {
     fn monotonic(&self) -> Duration {
         self.clock.monotonic() + self.ahead()
     }
+    fn boot(&self) -> Option<u64> {
+        self.clock.boot()
+    }
 }
 
 /// A node without NBD, control socket and backup: groups and replication.

@@ -13,8 +13,8 @@ use super::{BookmarkRecord, GroupError, Op, Request, Role, Volume};
 use crate::events::Severity;
 use crate::extent_map::Freed;
 use crate::log::control::{ClockRecord, Consistency, Control, EpochRecord, VolumeRecord};
-use crate::log::record::{Kind, flags, header_bytes, payload_crcs, piece_count};
-use crate::log::segment::{fits, payload_bytes_max};
+use crate::log::record::{Kind, flags, payload_crcs};
+use crate::log::segment::payload_bytes_max;
 use crate::log::writer::{Draft, Stamp};
 use crate::units::{BLOCK_BYTES, EpochId, Lsn, Name, SECTOR_BYTES, VolumeNumber};
 
@@ -342,21 +342,11 @@ impl Group {
             if core.closed {
                 return Err(self.refused("is closed"));
             }
-            let segment_bytes = self.segment_bytes();
-            let head = core.writer.head();
-            let room = segment_bytes - head.segment_offset(segment_bytes);
             // One more than the last, also where that came between the decision and now.
             let last = core.view.epochs.last().map_or(0, |last| last.counter);
             epoch.counter = epoch.counter.max(last + 1);
-            epoch.first_lsn = head;
-            let body_bytes = Control::Epoch(epoch.clone()).to_json().len();
-            let crcs = piece_count(0, body_bytes as u64);
-            let record_bytes = (header_bytes(crcs) + body_bytes.next_multiple_of(8)) as u64;
-            // Its position, which it names, is behind the pad where one is needed. The room there
-            // is ample, so that a digit more changes nothing.
-            if !fits(record_bytes, room) {
-                epoch.first_lsn = head.advance(room);
-            }
+            // A pad before it belongs to the reign already: here the histories part.
+            epoch.first_lsn = core.writer.head();
             let control = Control::Epoch(epoch.clone());
             let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new());
             if let Ok(end) = end {

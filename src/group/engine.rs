@@ -1,8 +1,8 @@
 //! The group itself: what it owns, what is behind its mutex, and what it tells about itself.
 //!
-//! Locks are taken in this order, and any of them alone: `fold_lock`, `images_file`, `sync_lock`,
-//! `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own write happens inside,
-//! so that the order of the log is the order of the map.
+//! Locks are taken in this order, and any of them alone: `turn`, `fold_lock`, `images_file`,
+//! `sync_lock`, `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own
+//! write happens inside, so that the order of the log is the order of the map.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use super::content::Content;
 use super::image::Image;
 use super::meta::{Meta, MetaFile};
 use super::receive::Pending;
+use super::returning::Asking;
 use super::sync::Waiter;
 use super::timeline::{Checkpoint, Timeline};
 use super::worker::Workers;
@@ -63,6 +64,8 @@ pub struct Group {
     /// Taken for writing around each write of the folder to the base. A reader whose checksum did
     /// not hold reads again under it: it may have met the folder in the middle of a block.
     pub(super) base_gate: RwLock<()>,
+    /// Held while the role changes.
+    pub(super) turn: Mutex<()>,
     pub(super) fold_lock: Mutex<()>,
     /// Held over the list of images and the file that it becomes.
     pub(super) images_file: Mutex<()>,
@@ -100,6 +103,10 @@ pub(super) struct Core {
     /// No image and no hold goes below this: a fold up to here may have begun.
     pub fold_target: Lsn,
     pub role: Role,
+    /// This node is primary, and has served nobody since its start.
+    pub asking: Option<Asking>,
+    /// How often the end of the log was cut: what was read before counts no more.
+    pub cuts: u64,
     pub failed: Option<(String, LogTime)>,
     pub retired: Option<LogTime>,
     pub closed: bool,
@@ -140,6 +147,18 @@ impl Core {
             _ => {}
         }
         self.epoch = header.epoch;
+    }
+
+    /// The log ends at an earlier end of a request now.
+    pub(super) fn cut_to(&mut self, end: Checkpoint, writer: Writer, content: Content) {
+        self.writer = writer;
+        self.content = content;
+        self.timeline.cut(end);
+        self.clock = LogClock::after_restart(end.time);
+        self.epoch = end.epoch;
+        self.unflushed = true;
+        self.cuts += 1;
+        self.refresh_view();
     }
 
     pub(super) fn refresh_view(&mut self) {
@@ -227,6 +246,8 @@ impl Group {
             demoted: false,
             retired: false,
             failed: false,
+            reign_due: false,
+            boot: context.env.clock.boot(),
         };
         let meta = MetaFile::create(&*disk, &dir.join("meta"), meta).map_err(io)?;
         let horizon = beginning(new.id);
@@ -267,6 +288,8 @@ impl Group {
             horizon: Arc::new(horizon),
             fold_target: meta.meta.fold_target,
             role: Role::Secondary,
+            asking: None,
+            cuts: 0,
             failed: None,
             retired: meta.meta.retired.then(|| context.env.clock.wall()),
             closed: false,
@@ -289,6 +312,7 @@ impl Group {
             meta: Mutex::new(meta),
             bases: RwLock::default(),
             base_gate: RwLock::default(),
+            turn: Mutex::default(),
             fold_lock: Mutex::default(),
             images_file: Mutex::default(),
             sync_lock: Mutex::default(),

@@ -443,7 +443,7 @@ impl Group {
 
     /// Writes down which images are open, for the next start. A group that was closed has given
     /// them up, and its file stays as it is.
-    fn keep_images(&self) -> Result<(), GroupError> {
+    pub(super) fn keep_images(&self) -> Result<(), GroupError> {
         let _one_at_a_time = self.images_file.lock().expect("no holder panics");
         let images = {
             let core = self.lock();

@@ -80,9 +80,9 @@ impl Group {
     /// Writes the index of each segment that is full and durable and has none. It is a cache: what
     /// fails here is tried again, or missed.
     pub(super) fn write_indices(&self) {
-        let (durable, horizon) = {
+        let (durable, horizon, cuts) = {
             let core = self.lock();
-            (core.durable, core.timeline.horizon().lsn)
+            (core.durable, core.timeline.horizon().lsn, core.cuts)
         };
         for number in self.segments.numbers() {
             let first = Lsn(number * self.segment_bytes());
@@ -93,14 +93,14 @@ impl Group {
             if first < horizon || self.context.env.disk.exists(&path) {
                 continue;
             }
-            if let Err(cause) = self.write_index(number) {
+            if let Err(cause) = self.write_index(number, cuts) {
                 tracing::warn!("group {}: index of segment {number}: {cause}", self.name());
                 return;
             }
         }
     }
 
-    fn write_index(&self, number: u64) -> Result<(), ScanEnd> {
+    fn write_index(&self, number: u64, cuts: u64) -> Result<(), ScanEnd> {
         let first = Lsn(number * self.segment_bytes());
         let end = first.advance(self.segment_bytes());
         let chain = self.chain_at(first).ok_or(ScanEnd::Chain)?;
@@ -118,7 +118,12 @@ impl Group {
         file.set_len(bytes.len() as u64)?;
         file.write_at(&[IoSlice::new(&bytes)], 0)?;
         file.sync()?;
-        disk.rename(&temporary, &path)?;
+        // Under the mutex, so that no cut comes between: an index of what was cut off would be
+        // believed once the log is durable there again.
+        let core = self.lock();
+        if core.cuts == cuts {
+            disk.rename(&temporary, &path)?;
+        }
         Ok(())
     }
 }

@@ -7,8 +7,8 @@
 //! | offset | size | field | meaning |
 //! | ---: | ---: | --- | --- |
 //! | 0 | 8 | `magic` | `TIDEMETA` |
-//! | 8 | 4 | `version` | 1 |
-//! | 12 | 4 | `flags` | 1 clean, 2 demoted, 4 retired, 8 failed |
+//! | 8 | 4 | `version` | 2 |
+//! | 12 | 4 | `flags` | 1 clean, 2 demoted, 4 retired, 8 failed, 16 reign due |
 //! | 16 | 8 | `sequence` | grows by one with every write |
 //! | 24 | 16 | `group` | the group's id |
 //! | 40 | 8 | `segment_bytes` | bytes of a segment |
@@ -18,7 +18,8 @@
 //! | 72 | 8 | `incarnation` | random, new at each start |
 //! | 80 | 1 | `name_bytes` | length of the name |
 //! | 81 | 63 | `name` | the group's name, zeros behind it |
-//! | 144 | 8 | `checksum` | xxh3-64 of the 144 bytes before |
+//! | 144 | 8 | `boot` | the machine's boot in which the log was opened last; 0 unknown |
+//! | 152 | 8 | `checksum` | xxh3-64 of the 152 bytes before |
 
 use std::io::{self, IoSlice};
 use std::mem::offset_of;
@@ -33,14 +34,15 @@ use crate::io::{Disk, DiskFile, OpenMode};
 use crate::units::{GroupId, Incarnation, Lsn, Name};
 
 const MAGIC: [u8; 8] = *b"TIDEMETA";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const SLOT_BYTES: u64 = 4096;
-const CHECKSUM_OFFSET: usize = 144;
+const CHECKSUM_OFFSET: usize = 152;
 
 const CLEAN: u32 = 1;
 const DEMOTED: u32 = 2;
 const RETIRED: u32 = 4;
 const FAILED: u32 = 8;
+const REIGN_DUE: u32 = 16;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +69,10 @@ pub(super) struct Meta {
     pub retired: bool,
     /// A sync failed.
     pub failed: bool,
+    /// Something of this node's reign was lost: it begins a new one before it appends anything.
+    pub reign_due: bool,
+    /// The machine's boot in which the log was opened last, where that could be told.
+    pub boot: Option<u64>,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -84,11 +90,12 @@ struct RawSlot {
     incarnation: U64,
     name_bytes: u8,
     name: [u8; 63],
+    boot: U64,
     checksum: U64,
 }
 
 const _: () = {
-    assert!(size_of::<RawSlot>() == 152);
+    assert!(size_of::<RawSlot>() == 160);
     assert!(offset_of!(RawSlot, sequence) == 16);
     assert!(offset_of!(RawSlot, group) == 24);
     assert!(offset_of!(RawSlot, fold_target) == 48);
@@ -107,6 +114,7 @@ impl Meta {
             (self.demoted, DEMOTED),
             (self.retired, RETIRED),
             (self.failed, FAILED),
+            (self.reign_due, REIGN_DUE),
         ];
         let mut raw = RawSlot {
             magic: MAGIC,
@@ -121,6 +129,7 @@ impl Meta {
             incarnation: self.incarnation.0.into(),
             name_bytes: self.name.as_str().len() as u8,
             name,
+            boot: self.boot.unwrap_or(0).into(),
             checksum: 0.into(),
         };
         raw.checksum = xxh3_64(&raw.as_bytes()[..CHECKSUM_OFFSET]).into();
@@ -148,6 +157,8 @@ impl Meta {
             demoted: flags & DEMOTED != 0,
             retired: flags & RETIRED != 0,
             failed: flags & FAILED != 0,
+            reign_due: flags & REIGN_DUE != 0,
+            boot: Some(raw.boot.get()).filter(|boot| *boot != 0),
         };
         Some((raw.sequence.get(), meta))
     }
@@ -219,9 +230,9 @@ mod tests {
             // magic
             "544944454d455441",
             // version
-            "01000000",
-            // flags: clean, demoted, failed
-            "0b000000",
+            "02000000",
+            // flags: clean, demoted, failed, reign due
+            "1b000000",
             // sequence
             "0900000000000000",
             // group
@@ -241,8 +252,10 @@ mod tests {
             // name
             "67000000000000000000000000000000000000000000000000000000000000000000000000000000",
             "0000000000000000000000000000000000000000000000",
+            // boot
+            "0102030405060708",
             // checksum
-            "d7826f32de153b2a",
+            "11d0be029b6da0db",
         ))
         .unwrap();
         let meta = Meta {
@@ -257,6 +270,8 @@ mod tests {
             demoted: true,
             retired: false,
             failed: true,
+            reign_due: true,
+            boot: Some(0x0807_0605_0403_0201),
         };
         assert_eq!(hex::encode(meta.encode(9)), hex::encode(&golden));
         assert_eq!(Meta::decode(&golden), Some((9, meta)));

@@ -279,6 +279,7 @@ pub struct ReceiveError {
 pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
 
 mod append;
+mod branch;
 mod clock;
 mod content;
 mod engine;
@@ -294,15 +295,18 @@ mod recover;
 mod recovery_decision;
 mod registry;
 mod reign;
+mod returning;
 mod sync;
 mod timeline;
 mod worker;
 
 pub use append::REQUEST_BYTES_MAX;
+pub use branch::Branch;
 pub use engine::{ClientGuard, Group, NewGroup};
 pub use image::Image;
 pub use recover::Recovery;
 pub use registry::Registry;
+pub use returning::Discard;
 
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@
 //! of a secondary always ends with a request, and no image of it can show half of one.
 
 use super::engine::Group;
+use super::returning::ASK_FOR;
 use super::{ReceiveError, Role};
 use crate::log::record::{Header, Kind, RecordError, flags};
 use crate::log::segment::fits;
@@ -62,8 +63,12 @@ impl Group {
         let mut core = self.lock();
         let wrong = |at: Lsn, what: String| ReceiveError { at, what };
         let end = core.writer.head().advance(core.pending.bytes.len() as u64);
-        if core.role == Role::Primary {
-            return Err(wrong(at, "this node is primary".to_owned()));
+        let now = self.context.env.clock.monotonic();
+        match (core.role, &mut core.asking) {
+            (Role::Secondary, _) => {}
+            // What it has lost comes back.
+            (Role::Primary, Some(asking)) => asking.until = now + ASK_FOR,
+            (Role::Primary, None) => return Err(wrong(at, "this node is primary".to_owned())),
         }
         if core.closed {
             return Err(wrong(at, "the group is closed".to_owned()));
@@ -116,7 +121,6 @@ impl Group {
                 core.apply(header, payload_of(&pending.bytes, *place, header), &mut freed);
                 core.committed = core.committed.max(header.durable);
             }
-            let now = self.context.env.clock.monotonic();
             core.clock.follow(header.time, now);
             (from, first) = (to, last + 1);
         }

@@ -5,29 +5,31 @@
 //! synced before it is trusted: after a failed sync the page cache shows what the disk does not
 //! have.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::json;
 
+use super::branch::{Branch, Keeping, settle};
 use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
 use super::indexing::indexed;
 use super::meta::MetaFile;
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
-use super::timeline::{Checkpoint, Timeline};
+use super::returning::{ASK_FOR, Asking};
+use super::timeline::{Checkpoint, Timeline, follow};
 use super::{GroupContext, GroupError, Role};
 use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::events::Severity;
 use crate::extent_map::Freed;
-use crate::io::{Disk, DiskFile, OpenMode};
+use crate::io::Disk;
 use crate::log::index::Indexed;
 use crate::log::reader::{Remains, ScanEnd, Scanner, remains};
 use crate::log::record::{Header, Kind};
-use crate::log::segment::{Segments, segment_name};
+use crate::log::segment::Segments;
 use crate::log::writer::Writer;
-use crate::units::{Incarnation, LogTime, Lsn, Name, NodeId};
+use crate::units::{Incarnation, LogTime, Lsn, Name, NodeId, Position};
 
 /// What recovery found.
 #[derive(Clone, Debug, Default)]
@@ -116,14 +118,37 @@ impl Group {
         // secondary takes the rest from its primary again.
         let stopped = damage.is_some() && primary;
         let unclean = decision != RecoveryDecision::Keep;
+        let end = found.timeline.end();
+        let boot = context.env.clock.boot();
+        // What was answered is still there where the machine has gone on running.
+        let same_boot = boot.is_some() && boot == before.boot && !before.failed;
+        let lost = match decision {
+            RecoveryDecision::Keep => false,
+            RecoveryDecision::Cut { whole_records_behind, .. } => {
+                whole_records_behind || !same_boot
+            }
+            RecoveryDecision::Damage { .. } => true,
+        };
+        let mut kept = None;
         if unclean && !stopped {
-            settle(&segments, dir, before.durable.min(at), at, found.chain_end)
+            let last_seen = found.remains.last_end.unwrap_or(found.chain_end);
+            let branch = Branch {
+                name: String::new(),
+                from: end.position(),
+                to: Position { lsn: last_seen, ..end.position() },
+                bytes: last_seen.bytes_since(at),
+                authored: primary,
+                cut: context.env.clock.wall(),
+                reason: "an unclean stop tore the log before it".to_owned(),
+            };
+            let mut keeping = Keeping::new(dir, branch);
+            settle(&segments, before.durable.min(at), at, found.chain_end, &mut keeping)
                 .map_err(|cause| io("settle the end of the log", &cause))?;
+            kept = keeping.kept();
         }
         segments
             .ensure(at.segment_number(before.segment_bytes))
             .map_err(|cause| io("open segment", &cause))?;
-        let end = found.timeline.end();
         let writer = Writer::open(segments.clone(), at, end.chain, end.requests)
             .map_err(|cause| io("read the end of the log", &cause))?;
         let mut meta = meta;
@@ -131,9 +156,11 @@ impl Group {
         meta.update(|meta| {
             meta.incarnation = incarnation;
             meta.clean = false;
+            meta.boot = boot;
             if !stopped {
                 meta.durable = at;
                 meta.failed = false;
+                meta.reign_due |= primary && lost;
             }
         })
         .map_err(|cause| io("write meta", &cause))?;
@@ -152,7 +179,10 @@ impl Group {
         }
         let mut recovery =
             Recovery { scanned_bytes, damaged: found.damaged.clone(), ..Recovery::default() };
-        group.report_recovery(&found, decision, before.failed, &mut recovery);
+        group.report_recovery(&found, decision, before.failed, lost, &mut recovery);
+        if let Some(branch) = kept {
+            group.tell_of_branch(&branch);
+        }
         if stopped {
             let (damaged_at, durable) = damage.expect("that is why");
             let cause = io::Error::other(format!(
@@ -163,9 +193,15 @@ impl Group {
             return Ok((group, recovery));
         }
         group.take_up_fold(before.fold_target);
-        if primary && unclean {
-            let counter = group.control().epochs.last().map_or(0, |epoch| epoch.counter);
-            group.begin_epoch(group.new_epoch("recovery", counter + 1))?;
+        if primary {
+            let until = group.context.env.clock.monotonic() + ASK_FOR;
+            group.lock().asking = Some(Asking { until, held_back: None });
+            let me = group.context.node.id;
+            if group.control().members.iter().all(|member| member.node == me)
+                && let Err(error) = group.serve()
+            {
+                group.emit(Severity::Error, "recovery-failed", error.to_string(), json!(null));
+            }
         }
         group.reopen_images();
         Ok((group, recovery))
@@ -176,6 +212,7 @@ impl Group {
         found: &Found,
         decision: RecoveryDecision,
         failed: bool,
+        lost: bool,
         recovery: &mut Recovery,
     ) {
         for lsn in &found.damaged {
@@ -196,6 +233,11 @@ impl Group {
             RecoveryDecision::Cut { .. } => ("unclean-start", Severity::Warning),
             RecoveryDecision::Damage { .. } => ("log-damaged", Severity::Error),
         };
+        if !lost {
+            let text = "was not closed in order; nothing that was answered is missing".to_owned();
+            self.emit(Severity::Info, code, text, json!({ "durable_lsn": found.durable }));
+            return;
+        }
         let last_seen = found.remains.last_end.unwrap_or(found.chain_end).max(found.chain_end);
         let now = self.context.env.clock.wall();
         recovery.cut = Some((end.lsn, last_seen));
@@ -304,7 +346,7 @@ impl Found {
 }
 
 /// What stands at its own position from here on, in any segment.
-fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remains> {
+pub(super) fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remains> {
     let first = from.segment_number(segments.segment_bytes());
     let mut all = Remains::default();
     for number in segments.numbers().into_iter().filter(|number| *number >= first) {
@@ -313,87 +355,6 @@ fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remains> {
         all.durable = all.durable.max(found.durable);
     }
     Ok(all)
-}
-
-/// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and
-/// synced, what is behind leaves, and is kept apart where something in it is whole.
-pub(super) fn settle(
-    segments: &Segments,
-    dir: &Path,
-    trusted: Lsn,
-    at: Lsn,
-    chain_end: Lsn,
-) -> io::Result<()> {
-    let segment_bytes = segments.segment_bytes();
-    let disk = segments.disk();
-    let last = at.segment_number(segment_bytes);
-    let branch = dir.join("branches").join(format!("cut-{at}"));
-    // From the last segment to the first, so that a crash in between leaves a log that ends early
-    // rather than one with a gap whose far side looks whole.
-    let behind = segments.numbers().into_iter().rev().filter(|number| *number > last);
-    for number in behind.collect::<Vec<_>>() {
-        let found = remains(segments, number, at)?;
-        if found.last_end.is_some() {
-            disk.create_dir(&branch)?;
-            segments.take_out(number, Some(&branch.join(segment_name(number))))?;
-        } else {
-            segments.take_out(number, None)?;
-        }
-    }
-    let first = trusted.segment_number(segment_bytes);
-    for number in first..=last {
-        let Some(segment) = segments.get(number) else { continue };
-        let start = Lsn(number * segment_bytes);
-        let kept = at.bytes_since(start).min(segment_bytes);
-        let cut_off = kept < segment_bytes
-            && (chain_end > at || remains(segments, number, at)?.last_end.is_some());
-        if cut_off {
-            disk.create_dir(&branch)?;
-            copy(segments, &*segment.file, &branch.join(segment_name(number)), segment_bytes)?;
-        }
-        let temporary = segments.dir().join(format!("{number:012}.new"));
-        copy(segments, &*segment.file, &temporary, kept)?;
-        if cut_off {
-            disk.sync_dir(&branch)?;
-        }
-        segments.replace(number, &temporary)?;
-        segments.drop_index(number)?;
-    }
-    if disk.exists(&branch) {
-        disk.sync_dir(&branch)?;
-        disk.sync_dir(&dir.join("branches"))?;
-        disk.sync_dir(dir)?;
-    }
-    disk.sync_dir(segments.dir())
-}
-
-/// Copies the first `bytes` of a segment to a new file of a segment's length, and syncs it. Where
-/// the disk is full, spares make room.
-fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
-    match copy_once(segments, from, to, bytes) {
-        Err(cause) if cause.kind() == io::ErrorKind::StorageFull && segments.drop_spares()? => {
-            copy_once(segments, from, to, bytes)
-        }
-        copied => copied,
-    }
-}
-
-fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
-    let disk = segments.disk();
-    if disk.exists(to) {
-        disk.remove(to)?;
-    }
-    let file = disk.open(to, OpenMode::CreateNew)?;
-    file.set_len(segments.segment_bytes())?;
-    let mut at = 0;
-    let mut buffer = vec![0; 1 << 20];
-    while at < bytes {
-        let count = (bytes - at).min(buffer.len() as u64) as usize;
-        from.read_at(&mut buffer[..count], at)?;
-        file.write_at(&[IoSlice::new(&buffer[..count])], at)?;
-        at += count as u64;
-    }
-    file.sync()
 }
 
 /// Opens what is in the base. A volume that is in neither the horizon's state nor the present one

@@ -16,13 +16,17 @@ impl Group {
     /// Where there is no image yet, the group failed, or the log has a record that must be
     /// understood and is not.
     pub fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError> {
+        let _turn = self.turn.lock().expect("no holder panics");
+        if self.role() == Role::Primary {
+            // An operator has decided: nobody is asked any more.
+            self.serve_in_turn()?;
+            let last = self.control().epochs.last().cloned();
+            return Ok(last.expect("a primary began an epoch"));
+        }
         let counter = {
             let mut core = self.lock();
             self.failed_error(&core)?;
             let last = core.view.epochs.last();
-            if core.role == Role::Primary {
-                return Ok(last.expect("a primary began an epoch").clone());
-            }
             if core.closed {
                 return Err(self.refused("is closed"));
             }
@@ -56,6 +60,7 @@ impl Group {
     ///
     /// What the disk says; the group then takes no writes either.
     pub fn demote(&self) -> Result<(), GroupError> {
+        let _turn = self.turn.lock().expect("no holder panics");
         {
             let mut core = self.lock();
             let author = core.view.epochs.last().map(|epoch| epoch.author);
@@ -66,6 +71,7 @@ impl Group {
                 return Ok(());
             }
             core.role = Role::Secondary;
+            core.asking = None;
         }
         self.notify();
         let durable = self.sync_now()?;

@@ -105,6 +105,10 @@ impl Group {
             if core.role != Role::Primary {
                 return Err(GroupError::NotPrimary { group: self.name().clone() });
             }
+            if core.asking.is_some() {
+                core = self.wait_for_answer(core)?;
+                continue;
+            }
             if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
                 return Ok(core);
             }

@@ -97,6 +97,13 @@ impl Timeline {
         self.points[count.saturating_sub(1)]
     }
 
+    /// The log ends at an earlier end of a request, at or behind the horizon.
+    pub(super) fn cut(&mut self, end: Checkpoint) {
+        let kept = self.points.partition_point(|point| point.lsn <= end.lsn);
+        self.points.truncate(kept.max(1));
+        self.end = end;
+    }
+
     /// The horizon moves to an end of a request.
     pub(super) fn fold(&mut self, horizon: Checkpoint) {
         let first = self.points.partition_point(|point| point.lsn <= horizon.lsn);

@@ -1,6 +1,6 @@
 //! What time it is: the wall, which people set, and the monotonic clock, which nobody can.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use crate::units::LogTime;
@@ -11,6 +11,9 @@ pub trait Clock: Send + Sync {
     fn wall(&self) -> LogTime;
     /// Time since some fixed moment of this process; never runs backwards.
     fn monotonic(&self) -> Duration;
+    /// A number of this boot of the machine: while it is the same, the page cache has lost nothing.
+    /// `None` where that cannot be told.
+    fn boot(&self) -> Option<u64>;
 }
 
 /// The system's clocks.
@@ -45,18 +48,27 @@ impl Clock for SystemClock {
     fn monotonic(&self) -> Duration {
         self.started.elapsed()
     }
+
+    fn boot(&self) -> Option<u64> {
+        static BOOT: OnceLock<Option<u64>> = OnceLock::new();
+        *BOOT.get_or_init(|| {
+            let id = std::fs::read("/proc/sys/kernel/random/boot_id").ok()?;
+            Some(xxhash_rust::xxh3::xxh3_64(&id).max(1))
+        })
+    }
 }
 
 /// A clock that a test or the simulation sets.
 pub struct ManualClock {
     state: Mutex<(LogTime, Duration)>,
+    boot: Mutex<Option<u64>>,
 }
 
 impl ManualClock {
     /// A clock that shows `wall` and zero monotonic time.
     #[must_use]
     pub fn new(wall: LogTime) -> ManualClock {
-        ManualClock { state: Mutex::new((wall, Duration::ZERO)) }
+        ManualClock { state: Mutex::new((wall, Duration::ZERO)), boot: Mutex::new(None) }
     }
 
     /// Lets time pass on both clocks.
@@ -69,6 +81,11 @@ impl ManualClock {
     pub fn set_wall(&self, wall: LogTime) {
         self.state.lock().expect("no holder panics").0 = wall;
     }
+
+    /// Tells which boot of the machine this is; unknown until it is told.
+    pub fn set_boot(&self, boot: u64) {
+        *self.boot.lock().expect("no holder panics") = Some(boot);
+    }
 }
 
 impl Clock for ManualClock {
@@ -78,5 +95,8 @@ impl Clock for ManualClock {
 
     fn monotonic(&self) -> Duration {
         self.state.lock().expect("no holder panics").1
+    }
+    fn boot(&self) -> Option<u64> {
+        *self.boot.lock().expect("no holder panics")
     }
 }

@@ -103,6 +103,12 @@ impl Exports for GroupExports {
             let volume = find(image.volumes())?;
             return Ok(Arc::new(ImageVolume { image, volume }));
         }
+        if group.role() == Role::Primary {
+            // It may have just come back, and ask its peers whether it is still primary.
+            group
+                .wait_to_serve()
+                .map_err(|error| Refusal::Policy(format!("export `{name}`: {error}")))?;
+        }
         if group.role() != Role::Primary {
             let epochs = &group.control().epochs;
             let primary = match epochs.last() {

@@ -6,10 +6,12 @@
 //! not. Every ask has a number, which its stream carries, so that what is late from an earlier one
 //! is recognised and dropped.
 //!
-//! Nothing here cuts or overwrites a log. Where histories part, the log no longer reaches, or the
-//! secondary is ahead, both sides stop with a state, a reason and the next command. One role is
-//! changed by itself: a primary that has just recovered, and appended nothing since, follows a peer
-//! that has checked that its whole log is a prefix of the peer's newer reign.
+//! A primary that has just recovered serves nobody until its peer has answered, or nobody waits
+//! longer. Where the peer holds more of the same history, it takes that back first; where the peer
+//! was promoted, it yields: it keeps what the peer lacks as a branch, and follows. A secondary does
+//! the same with a tail that it only received. What was written by a node that served is cut by
+//! an operator alone: then, and where the log no longer reaches, both sides stop with a state, a
+//! reason and the next command.
 
 mod following;
 mod roles;
@@ -87,7 +89,7 @@ impl Context<'_> {
 pub struct Remote {
     /// It is the primary.
     pub primary: bool,
-    /// A primary that has just recovered, and has appended nothing since.
+    /// It has served nobody since its start.
     pub recovering: bool,
     /// Paused at its side.
     pub paused: bool,
@@ -146,17 +148,33 @@ pub struct Told {
 /// A chain that was asked for: what for, and of which ask of the peer.
 #[derive(Clone, Debug)]
 enum Lookup {
-    Follow { stream: u64, history: History, acked: Acked },
-    MayFollow { history: History },
+    Follow {
+        stream: u64,
+        history: History,
+        acked: Acked,
+    },
+    /// What the peer is to cut back to; it asked with this stream, or comes back as primary. Where
+    /// its whole log should be a prefix, the chain at its end.
+    Part {
+        stream: Option<u64>,
+        at: Lsn,
+        expected: Option<Chain>,
+    },
+}
+
+/// Where the peer says that the histories part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parted {
+    /// The last position that both share.
+    pub at: Lsn,
+    /// The peer's chain there.
+    pub chain: Chain,
 }
 
 /// One group with one peer.
 #[derive(Debug)]
 pub struct Channel {
     local: LocalGroup,
-    first_head: Lsn,
-    /// Both sides have met in roles that fit: this node is not just recovering any more.
-    met: bool,
     paused: bool,
     remote: Option<Remote>,
     state: ReplicationState,
@@ -176,6 +194,10 @@ pub struct Channel {
     next_ticket: u64,
     lookup: Option<(u64, Lookup)>,
     rpo_alarm: bool,
+    /// The peer's stream that was told where to cut back to.
+    offered: Option<u64>,
+    /// Where the peer says that the histories part, until they have met again.
+    parted: Option<Parted>,
     /// The peer is no member any more; the stream goes on to here, so that it learns of that.
     ending: Option<Lsn>,
 }
@@ -197,16 +219,14 @@ pub(super) fn group_of(message: &Message) -> Option<GroupId> {
 impl Channel {
     pub(super) fn new(now: Duration, local: &LocalGroup) -> Channel {
         let mut local = local.clone();
-        let first_head = local.history.head;
+        let head = local.history.head;
         let mut marks = [Marks::default(), Marks::default()];
-        marks.iter_mut().for_each(|marks| marks.restart(first_head));
+        marks.iter_mut().for_each(|marks| marks.restart(head));
         let [received_marks, durable_marks] = marks;
         // So that the first `on_local` sees a change.
         local.membership = Membership::Stranger;
         Channel {
             local,
-            first_head,
-            met: false,
             paused: false,
             remote: None,
             state: ReplicationState::Idle,
@@ -225,6 +245,8 @@ impl Channel {
             lookup: None,
             rpo_alarm: false,
             ending: None,
+            offered: None,
+            parted: None,
         }
     }
 
@@ -287,11 +309,10 @@ impl Channel {
         matches!(self.local.membership, Membership::Member { .. } | Membership::Pending)
     }
 
-    fn recovering(&self) -> bool {
-        self.local.primary
-            && self.local.recovered
-            && !self.met
-            && self.local.history.head == self.first_head
+    /// Where the peer says that the histories part, as far as that is known.
+    #[must_use]
+    pub fn parted(&self) -> Option<Parted> {
+        self.parted
     }
 
     fn set_state(
@@ -325,7 +346,7 @@ impl Channel {
     }
 
     pub(super) fn on_local(&mut self, context: &mut Context<'_>, local: LocalGroup) {
-        let was_recovering = self.recovering();
+        let was_recovering = self.local.recovering;
         let was_active = self.active();
         let was_visible = self.visible();
         let before = std::mem::replace(&mut self.local, local);
@@ -334,7 +355,7 @@ impl Channel {
         // A secondary's newest reign changes with the bytes that it follows by: no change of role.
         let role_changed = before.primary != self.local.primary
             || self.local.primary && reign(&before.history) != reign(&self.local.history)
-            || was_recovering != self.recovering();
+            || was_recovering != self.local.recovering;
         let membership_changed = was_active != self.active() || was_visible != self.visible();
         let retired = !self.active();
         if self.visible() && !self.local.primary && self.local.retired != retired {
@@ -447,6 +468,7 @@ impl Channel {
         self.sender = None;
         self.follower = None;
         self.lookup = None;
+        self.offered = None;
         self.ending = None;
     }
 
@@ -457,7 +479,7 @@ impl Channel {
         context.send(Message::Announce {
             group: self.local.id.0,
             primary: self.local.primary,
-            recovering: self.recovering(),
+            recovering: self.local.recovering,
             paused: self.paused,
             stopped: !self.active(),
             incarnation: self.local.incarnation.0,

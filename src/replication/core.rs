@@ -79,8 +79,8 @@ pub struct LocalGroup {
     pub name: Name,
     /// Whether this node is its primary.
     pub primary: bool,
-    /// It was opened, not made, in this process, and was primary then.
-    pub recovered: bool,
+    /// It is primary, and has served nobody since its start.
+    pub recovering: bool,
     /// Random, new at each start of the group.
     pub incarnation: Incarnation,
     /// Its log.
@@ -214,8 +214,13 @@ pub enum Input {
         /// Why.
         reason: String,
     },
-    /// Answers [`Output::Demote`] where it failed; where it went well, the group changes.
-    DemoteFailed {
+    /// Answers [`Output::Yield`], or an operator had it yield.
+    Yielded {
+        /// The group.
+        group: GroupId,
+    },
+    /// Answers [`Output::Yield`] where it does not yield.
+    YieldRefused {
         /// The group.
         group: GroupId,
         /// Why.
@@ -309,10 +314,27 @@ pub enum Output {
         /// Position.
         lsn: Lsn,
     },
-    /// Stop being primary: the log is a checked prefix of the peer's.
-    Demote {
+    /// No peer has what this node lacks: serve, as primary.
+    Serve {
         /// The group.
         group: GroupId,
+    },
+    /// A peer was promoted meanwhile: do not serve by yourself.
+    HoldBack {
+        /// The group.
+        group: GroupId,
+        /// Why.
+        reason: String,
+    },
+    /// Be a secondary from `at` on, where the peer's chain is `chain`: keep what is behind it as a
+    /// branch, if that may be cut without an operator. Answer with `Yielded` or `YieldRefused`.
+    Yield {
+        /// The group.
+        group: GroupId,
+        /// Where the histories part.
+        at: Lsn,
+        /// The chain there.
+        chain: Chain,
     },
     /// Mark a copy as one whose replication was stopped, or as one that is kept up to date again.
     Retire {
@@ -578,9 +600,15 @@ impl PeerCore {
                     Ok(())
                 });
             }
-            Input::DemoteFailed { group, reason } => {
+            Input::Yielded { group } => {
                 self.with_channel(now, group, outputs, |channel, context| {
-                    channel.on_demote_failed(context, reason);
+                    channel.on_yielded(context);
+                    Ok(())
+                });
+            }
+            Input::YieldRefused { group, reason } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_yield_refused(context, reason);
                     Ok(())
                 });
             }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::group::{
-    ControlView, DataState, Group, GroupError, Positions, ReceiveError, Registry, Role,
+    ControlView, DataState, Discard, Group, GroupError, Positions, ReceiveError, Registry, Role,
 };
 use crate::log::control::Control;
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
@@ -30,7 +30,10 @@ pub trait Replica: Send + Sync {
     fn received_end(&self) -> Lsn;
     fn reset_received(&self);
     fn note_committed(&self, lsn: Lsn);
-    fn demote(&self) -> Result<(), GroupError>;
+    fn is_asking(&self) -> bool;
+    fn serve(&self) -> Result<(), GroupError>;
+    fn hold_back(&self, reason: &str);
+    fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError>;
     fn set_retired(&self, retired: bool) -> Result<(), GroupError>;
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
     fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError>;
@@ -98,8 +101,17 @@ impl Replica for Group {
     fn note_committed(&self, lsn: Lsn) {
         Group::note_committed(self, lsn);
     }
-    fn demote(&self) -> Result<(), GroupError> {
-        Group::demote(self)
+    fn is_asking(&self) -> bool {
+        Group::is_asking(self)
+    }
+    fn serve(&self) -> Result<(), GroupError> {
+        Group::serve(self)
+    }
+    fn hold_back(&self, reason: &str) {
+        Group::hold_back(self, reason);
+    }
+    fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError> {
+        Group::yield_to(self, at, chain, discard)
     }
     fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
         Group::set_retired(self, retired)
@@ -175,7 +187,6 @@ pub(super) fn local_group(
     me: NodeId,
     peer: NodeId,
     asked_for: bool,
-    recovered: bool,
 ) -> LocalGroup {
     let positions = group.positions();
     let control = group.control();
@@ -185,7 +196,7 @@ pub(super) fn local_group(
         id: group.id(),
         name: group.name().clone(),
         primary,
-        recovered,
+        recovering: primary && group.is_asking(),
         incarnation: group.incarnation(),
         history: history_of(group, &positions),
         durable: positions.durable,

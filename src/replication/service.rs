@@ -4,7 +4,7 @@
 //! One task feeds all cores, one input at a time; it does no I/O itself. Messages and frames are
 //! queued to the connections' writers, what touches a log to the group's [`Worker`].
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::events::Severity;
-use crate::group::{GroupContext, GroupError, Role};
+use crate::group::{GroupContext, GroupError};
 use crate::units::{GroupId, Incarnation, LogTime, NodeId};
 
 use super::check::{self, Pass};
@@ -99,8 +99,6 @@ pub struct Shared {
     conns: Mutex<HashMap<ConnId, Arc<Conn>>>,
     workers: Mutex<HashMap<GroupId, Worker>>,
     watched: Mutex<HashSet<GroupId>>,
-    /// Groups that were primary when this service started.
-    recovered: BTreeSet<GroupId>,
     next_number: AtomicU64,
     shutdown: watch::Sender<bool>,
 }
@@ -142,12 +140,6 @@ impl Replication {
         let advertised = config.advertise.clone().or_else(|| {
             local_addr.filter(|addr| !addr.ip().is_unspecified()).map(|addr| addr.to_string())
         });
-        let recovered = groups
-            .groups()
-            .iter()
-            .filter(|group| group.role() == Role::Primary)
-            .map(|group| group.id())
-            .collect();
         let (inputs, input_queue) = mpsc::unbounded_channel();
         let (shutdown, _) = watch::channel(false);
         let incarnation = Incarnation(context.env.entropy.next_u64());
@@ -172,7 +164,6 @@ impl Replication {
             conns: Mutex::new(HashMap::new()),
             workers: Mutex::new(HashMap::new()),
             watched: Mutex::new(HashSet::new()),
-            recovered,
             next_number: AtomicU64::new(1),
             shutdown,
             config,
@@ -389,13 +380,8 @@ impl Shared {
             let Some(core) = cores.get_mut(&peer.node) else { continue };
             let mut of_core = Vec::new();
             for group in &groups {
-                let local = local_group(
-                    &**group,
-                    self.me(),
-                    peer.node,
-                    peer.copies.contains(&group.id()),
-                    self.recovered.contains(&group.id()),
-                );
+                let local =
+                    local_group(&**group, self.me(), peer.node, peer.copies.contains(&group.id()));
                 let member = matches!(local.membership, Membership::Member { .. });
                 if member && peer.copies.contains(&group.id()) {
                     known.push((peer.node, group.id()));
@@ -489,7 +475,13 @@ impl Shared {
             Output::Retire { group, retired } => {
                 self.add_job(peer, group, Job::Retire { retired });
             }
-            Output::Demote { group } => self.add_job(peer, group, Job::Demote { peer }),
+            Output::Serve { group } => self.add_job(peer, group, Job::Serve),
+            Output::HoldBack { group, reason } => {
+                self.add_job(peer, group, Job::HoldBack { reason });
+            }
+            Output::Yield { group, at, chain } => {
+                self.add_job(peer, group, Job::Yield { peer, at, chain });
+            }
             Output::Event { severity, code, group, text } => {
                 let group = group.as_ref().map(|name| name.as_str());
                 self.context.events.emit(severity, code, group, text, Value::Null);

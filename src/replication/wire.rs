@@ -447,7 +447,7 @@ pub enum Message {
         group: [u8; 16],
         /// Whether the sender is its primary.
         primary: bool,
-        /// A primary that has just recovered, and has appended nothing since.
+        /// A primary that has served nobody since its start.
         recovering: bool,
         /// Replication was paused by command at the sender.
         paused: bool,

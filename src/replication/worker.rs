@@ -5,7 +5,8 @@ use std::sync::{Arc, mpsc};
 
 use bytes::Bytes;
 
-use crate::units::{Lsn, NodeId};
+use crate::group::Discard;
+use crate::units::{Chain, Lsn, NodeId};
 
 use super::core::{Appended, Input};
 use super::replica::{Replica, history_of};
@@ -20,7 +21,9 @@ pub(super) enum Job {
     LookupChain { peer: NodeId, lsn: Lsn, ticket: u64 },
     Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
     Committed { lsn: Lsn },
-    Demote { peer: NodeId },
+    Serve,
+    HoldBack { reason: String },
+    Yield { peer: NodeId, at: Lsn, chain: Chain },
     Retire { retired: bool },
 }
 
@@ -101,11 +104,23 @@ fn run(
                     tracing::error!("group {}: mark as retired: {error}", group.name());
                 }
             }
-            Job::Demote { peer } => {
-                if let Err(error) = group.demote() {
-                    let reason = error.to_string();
-                    report(peer, Input::DemoteFailed { group: group.id(), reason });
+            Job::Serve => {
+                if let Err(error) = group.serve() {
+                    tracing::error!("group {}: serve: {error}", group.name());
                 }
+            }
+            Job::HoldBack { reason } => group.hold_back(&reason),
+            Job::Yield { peer, at, chain } => {
+                let group_id = group.id();
+                report(
+                    peer,
+                    match group.yield_to(at, chain, Discard::Received) {
+                        Ok(()) => Input::Yielded { group: group_id },
+                        Err(error) => {
+                            Input::YieldRefused { group: group_id, reason: error.to_string() }
+                        }
+                    },
+                );
             }
         }
     }

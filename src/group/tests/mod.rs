@@ -6,6 +6,7 @@ mod fold;
 mod images;
 mod model;
 mod races;
+mod returning;
 
 use std::path::PathBuf;
 use std::sync::Arc;

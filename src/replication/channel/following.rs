@@ -46,6 +46,7 @@ impl Channel {
         follower.expected = from;
         follower.appended = from;
         self.mismatch = None;
+        self.parted = None;
         self.compared = Some(from);
         self.set_state(context, ReplicationState::CatchingUp, "the stream begins");
         Ok(())
@@ -98,6 +99,7 @@ impl Channel {
         self.send_ack(context);
         self.note_committed(context);
         self.note_following(context);
+        self.note_taken_back(context);
     }
 
     pub(in crate::replication) fn on_append_failed(
@@ -131,7 +133,10 @@ impl Channel {
     }
 
     pub(super) fn note_committed(&mut self, context: &mut Context<'_>) {
-        if let Some(told) = self.told {
+        // What a secondary gives back says nothing about what was committed.
+        if let Some(told) = self.told
+            && !self.local.primary
+        {
             let lsn = told.durable.min(self.local.history.head);
             context.outputs.push(Output::Committed { group: self.local.id, lsn });
         }
@@ -186,8 +191,9 @@ impl Channel {
         reason: String,
     ) {
         let sending = self.sender.as_ref().is_some_and(|sender| sender.stream == stream);
+        let offered = self.offered == Some(stream);
         let following = self.follower.as_ref().is_some_and(|follower| follower.stream == stream);
-        if !sending && !following {
+        if !sending && !following && !offered {
             return;
         }
         self.drop_streams();

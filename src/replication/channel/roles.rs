@@ -30,12 +30,9 @@ impl Channel {
             return;
         }
         match (self.local.primary, remote.primary) {
-            (false, true) => {
-                self.met = true;
-                self.ask(context);
-            }
+            (false, true) => self.primary_is_there(context, &remote),
+            (true, false) if self.local.recovering => self.come_back(context, &remote),
             (true, false) => {
-                self.met = true;
                 if self.sender.is_none() && self.lookup.is_none() && !self.needs_a_hand() {
                     self.set_state(
                         context,
@@ -45,7 +42,6 @@ impl Channel {
                 }
             }
             (false, false) => {
-                self.met = true;
                 self.set_state(
                     context,
                     ReplicationState::Idle,
@@ -56,36 +52,105 @@ impl Channel {
         }
     }
 
-    /// Both claim to be primary. The one that has just recovered may follow, if its whole log is a
-    /// prefix of the other's; anything else is for an operator.
-    pub(super) fn two_primaries(&mut self, context: &mut Context<'_>, remote: &Remote) {
-        let newer_is_here = self.local.history.last().map(|reign| reign.counter)
-            > remote.history.last().map(|reign| reign.counter);
-        match compare(&self.local.history, &remote.history) {
-            Relation::TheirsIsPrefix if remote.recovering && newer_is_here => {
-                let lookup = Lookup::MayFollow { history: remote.history.clone() };
-                self.look_up(context, remote.history.head, lookup);
-                self.set_state(
-                    context,
-                    ReplicationState::Idle,
-                    format!(
-                        "{} has come back as primary; it is about to follow",
-                        context.peer_name
-                    ),
-                );
-            }
-            Relation::MineIsPrefix if self.recovering() => {
-                self.set_state(
-                    context,
-                    ReplicationState::Idle,
-                    format!(
-                        "{} became primary while this node was away; it checks this log first",
-                        context.peer_name
-                    ),
-                );
-            }
-            relation => self.split_brain(context, &relation),
+    /// The peer is primary: it is followed, unless it has come back with less and takes that back.
+    fn primary_is_there(&mut self, context: &mut Context<'_>, remote: &Remote) {
+        let ahead = compare(&self.local.history, &remote.history) == Relation::TheirsIsPrefix;
+        if remote.recovering && ahead && self.local.history.head > remote.history.head {
+            let lost = self.local.history.head.bytes_since(remote.history.head);
+            let peer = context.peer_name;
+            let reason = format!("{peer} takes back {} that it lost", ByteSize(lost));
+            self.set_state(context, ReplicationState::Idle, reason);
+            return;
         }
+        self.sender = None;
+        self.ask(context);
+    }
+
+    /// This primary has just started, and the peer is a secondary: what that has and this node has
+    /// lost comes back before anybody is served.
+    fn come_back(&mut self, context: &mut Context<'_>, remote: &Remote) {
+        if self.follower.is_some() {
+            return;
+        }
+        if compare(&self.local.history, &remote.history) == Relation::MineIsPrefix {
+            let lost = remote.history.head.bytes_since(self.local.history.head);
+            let peer = context.peer_name;
+            context.outputs.push(Output::Event {
+                severity: Severity::Warning,
+                code: "takes-back",
+                group: Some(self.local.name.clone()),
+                text: format!(
+                    "group {}: {peer} has {} that this node lost: they are taken back before \
+                     anybody is served",
+                    self.local.name,
+                    ByteSize(lost)
+                ),
+            });
+            self.ask(context);
+        } else {
+            context.outputs.push(Output::Serve { group: self.local.id });
+        }
+    }
+
+    /// All that the peer had is here again.
+    pub(super) fn note_taken_back(&mut self, context: &mut Context<'_>) {
+        let there = self.remote.as_ref().map(|remote| remote.history.head);
+        if self.local.primary && there.is_some_and(|there| self.local.history.head >= there) {
+            self.follower = None;
+            context.outputs.push(Output::Serve { group: self.local.id });
+        }
+    }
+
+    /// Both claim to be primary. One that serves nobody yet yields to the newer reign; of two that
+    /// serve none does.
+    fn two_primaries(&mut self, context: &mut Context<'_>, remote: &Remote) {
+        let mine = &self.local.history;
+        let counter = |history: &History| history.last().map(|reign| reign.counter);
+        let mine_is_newer = counter(mine) > counter(&remote.history);
+        let theirs_is_newer = counter(mine) < counter(&remote.history);
+        let relation = compare(mine, &remote.history);
+        let peer = context.peer_name.clone();
+        let name = self.local.name.clone();
+        if theirs_is_newer && self.local.recovering && relation != Relation::Same {
+            let reason = format!(
+                "{peer} became primary while this node was away; this node is about to follow it"
+            );
+            context.outputs.push(Output::HoldBack {
+                group: self.local.id,
+                reason: format!(
+                    "is about to follow {peer}, which became primary while this node was away; \
+                     `tidelog status {name}` shows the state, `tidelog promote {name}` serves here \
+                     nevertheless"
+                ),
+            });
+            self.set_state(context, ReplicationState::Idle, reason);
+            return;
+        }
+        if mine_is_newer && remote.recovering && relation != Relation::Same {
+            if self.local.recovering {
+                context.outputs.push(Output::Serve { group: self.local.id });
+            }
+            let reason = format!("{peer} has come back as primary; it is about to follow");
+            self.set_state(context, ReplicationState::Idle, reason);
+            self.offer_parting(context, remote, &relation);
+            return;
+        }
+        self.split_brain(context, &relation);
+        self.offer_parting(context, remote, &relation);
+    }
+
+    /// Tells the peer where its history leaves this one.
+    fn offer_parting(&mut self, context: &mut Context<'_>, remote: &Remote, relation: &Relation) {
+        let (at, expected) = match relation {
+            Relation::TheirsIsPrefix => (remote.history.head, Some(remote.history.chain)),
+            Relation::Diverged { common, .. } => (*common, None),
+            Relation::Same | Relation::MineIsPrefix => return,
+        };
+        if at < self.local.log_start || at == Lsn::ZERO {
+            self.split_brain(context, relation);
+            return;
+        }
+        self.look_up(context, at, Lookup::Part { stream: None, at, expected });
     }
 
     pub(super) fn split_brain(&mut self, context: &mut Context<'_>, relation: &Relation) {
@@ -104,7 +169,7 @@ impl Channel {
         };
         let text = format!(
             "both nodes are primary: {what}; stop the hosts of the one that is to yield, then \
-             `tidelog demote {name}` there"
+             `tidelog resolve {name} --preview` and `tidelog resolve {name} --discard-local` there"
         );
         self.set_state(context, ReplicationState::SplitBrain, text);
     }
@@ -136,35 +201,39 @@ impl Channel {
         context.outputs.push(Output::LookupChain { group: self.local.id, lsn, ticket });
     }
 
-    pub(super) fn on_may_follow(&mut self, context: &mut Context<'_>, head: Lsn, chain: Chain) {
-        let unchanged = self.local.history.head == head && self.local.history.chain == chain;
+    pub(super) fn on_may_follow(&mut self, context: &mut Context<'_>, at: Lsn, chain: Chain) {
+        self.parted = Some(Parted { at, chain });
         let peer_is_primary = self.remote.as_ref().is_some_and(|remote| remote.primary);
-        if self.recovering() && unchanged && peer_is_primary {
-            context.outputs.push(Output::Event {
-                severity: Severity::Warning,
-                code: "returned-as-secondary",
-                group: Some(self.local.name.clone()),
-                text: format!(
-                    "group {}: {} became primary while this node was away, and has all of this \
-                     log: this node follows it",
-                    self.local.name, context.peer_name
-                ),
-            });
-            context.outputs.push(Output::Demote { group: self.local.id });
-        } else if self.local.primary
-            && let Some(remote) = self.remote.clone()
-        {
-            let relation = compare(&self.local.history, &remote.history);
-            self.split_brain(context, &relation);
+        let may = self.local.recovering || !self.local.primary;
+        if may && peer_is_primary {
+            context.outputs.push(Output::Yield { group: self.local.id, at, chain });
         }
     }
 
-    pub(in crate::replication) fn on_demote_failed(
+    pub(in crate::replication) fn on_yielded(&mut self, context: &mut Context<'_>) {
+        self.parted = None;
+        context.outputs.push(Output::Event {
+            severity: Severity::Warning,
+            code: "yielded",
+            group: Some(self.local.name.clone()),
+            text: format!(
+                "group {}: this node follows {}, whose reign goes on",
+                self.local.name, context.peer_name
+            ),
+        });
+        self.drop_streams();
+        self.state = ReplicationState::Idle;
+        self.evaluate(context);
+    }
+
+    pub(in crate::replication) fn on_yield_refused(
         &mut self,
         context: &mut Context<'_>,
         reason: String,
     ) {
-        let text = format!("this node could not become secondary: {reason}");
-        self.set_state(context, ReplicationState::Blocked, text);
+        if let Some(follower) = self.follower.take() {
+            self.stop(context, self.local.id.0, follower.stream, StopCode::Diverged, &reason);
+        }
+        self.set_state(context, ReplicationState::Blocked, reason);
     }
 }

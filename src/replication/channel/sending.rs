@@ -15,7 +15,7 @@ impl Channel {
     ) {
         self.sender = None;
         self.lookup = None;
-        self.met = true;
+        self.offered = None;
         self.remote.get_or_insert_with(|| Remote {
             primary: false,
             recovering: false,
@@ -29,7 +29,7 @@ impl Channel {
             self.stop(context, group, stream, StopCode::NotMember, &reason);
             return;
         }
-        if !self.local.primary {
+        if !self.local.primary && !self.gives_back(&theirs) {
             let reason = format!("neither node is primary; run `tidelog promote {name}` on one");
             self.stop(context, group, stream, StopCode::NotPrimary, &reason);
             return;
@@ -80,7 +80,12 @@ impl Channel {
                 self.refuse(context, stream, StopCode::Ahead, reason);
             }
             Relation::Diverged { common, mine_bytes, theirs_bytes } => {
-                self.refuse_diverged(context, stream, common, mine_bytes, theirs_bytes);
+                if common < self.local.log_start || common == Lsn::ZERO {
+                    self.refuse_diverged(context, stream, common, mine_bytes, theirs_bytes);
+                    return;
+                }
+                let stream = Some(stream);
+                self.look_up(context, common, Lookup::Part { stream, at: common, expected: None });
             }
         }
     }
@@ -126,7 +131,18 @@ impl Channel {
         self.set_state(context, ReplicationState::Blocked, reason);
     }
 
+    /// Whether the peer is a primary that has come back with less of this very history, and asks
+    /// for what it lost.
+    fn gives_back(&self, theirs: &History) -> bool {
+        self.remote.as_ref().is_some_and(|remote| remote.primary && remote.recovering)
+            && matches!(
+                compare(&self.local.history, theirs),
+                Relation::TheirsIsPrefix | Relation::Same
+            )
+    }
+
     pub(super) fn grant(&mut self, context: &mut Context<'_>, stream: u64, acked: Acked) {
+        self.parted = None;
         self.sender = Some(Sender { stream, cursor: acked.received, queued: 0 });
         self.mismatch = None;
         self.note_acked(context.now, acked);
@@ -173,22 +189,28 @@ impl Channel {
                     self.refuse_diverged(context, stream, history.head, mine, 0);
                 }
             },
-            Lookup::MayFollow { history } => {
-                if chain == Some(history.chain) {
+            Lookup::Part { stream, at, expected } => match (chain, stream) {
+                (Some(chain), _) if expected.is_none_or(|expected| expected == chain) => {
+                    self.offered = stream;
                     context.send(Message::MayFollow {
                         group: self.local.id.0,
-                        head: history.head.0,
-                        chain: history.chain.0,
+                        head: at.0,
+                        chain: chain.0,
                     });
-                } else {
+                }
+                (_, Some(stream)) => {
+                    let mine = self.local.history.head.bytes_since(at);
+                    self.refuse_diverged(context, stream, at, mine, 0);
+                }
+                (_, None) => {
                     let relation = Relation::Diverged {
                         common: Lsn::ZERO,
                         mine_bytes: self.local.history.head.0,
-                        theirs_bytes: history.head.0,
+                        theirs_bytes: at.0,
                     };
                     self.split_brain(context, &relation);
                 }
-            }
+            },
         }
     }
 

@@ -1,0 +1,181 @@
+//! What a cut takes off the end of a log is kept as a branch: its segments in a directory of their
+//! own, with a file that says what they are. Only an operator removes one.
+//!
+//! A cut never writes into a file that holds cut-off bytes, and never into a branch that is there
+//! already.
+
+use std::io::{self, IoSlice};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::engine::Group;
+use super::{GroupError, files};
+use crate::io::{Disk, DiskFile, OpenMode};
+use crate::log::reader::remains;
+use crate::log::segment::{Segments, segment_name};
+use crate::units::{LogTime, Lsn, Position};
+
+const ABOUT: &str = "branch.json";
+
+/// A tail that is not part of the surviving history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Branch {
+    /// Its directory under `branches/`.
+    pub name: String,
+    /// Where it leaves the history: the end of a request.
+    pub from: Position,
+    /// The end of its last whole request; `from` where none was whole.
+    pub to: Position,
+    /// Bytes of log between the two.
+    pub bytes: u64,
+    /// This node wrote it as primary; else it had only been received.
+    pub authored: bool,
+    /// When it was cut off, by the wall clock.
+    pub cut: LogTime,
+    /// Why.
+    pub reason: String,
+}
+
+/// A branch that is made when the first thing has to be kept.
+pub(super) struct Keeping {
+    group_dir: PathBuf,
+    branch: Branch,
+    dir: Option<PathBuf>,
+}
+
+impl Keeping {
+    /// Nothing is made yet; the name of `branch` is given then.
+    pub(super) fn new(group_dir: &Path, branch: Branch) -> Keeping {
+        Keeping { group_dir: group_dir.to_owned(), branch, dir: None }
+    }
+
+    /// The branch, where something was kept.
+    pub(super) fn kept(self) -> Option<Branch> {
+        self.dir.map(|_| self.branch)
+    }
+
+    fn dir(&mut self, disk: &dyn Disk) -> io::Result<&Path> {
+        if self.dir.is_none() {
+            let all = self.group_dir.join("branches");
+            disk.create_dir(&all)?;
+            let at = self.branch.from.lsn;
+            let names = std::iter::once(format!("cut-{at}"))
+                .chain((2..).map(|number| format!("cut-{at}-{number}")));
+            let name = names.into_iter().find(|name| !disk.exists(&all.join(name)));
+            self.branch.name = name.expect("numbers do not end");
+            let dir = all.join(&self.branch.name);
+            disk.create_dir(&dir)?;
+            let about = serde_json::to_vec_pretty(&self.branch)?;
+            files::store(disk, &dir.join(ABOUT), &about)?;
+            disk.sync_dir(&all)?;
+            disk.sync_dir(&self.group_dir)?;
+            self.dir = Some(dir);
+        }
+        Ok(self.dir.as_deref().expect("made above"))
+    }
+
+    fn sync(&self, disk: &dyn Disk) -> io::Result<()> {
+        self.dir.as_ref().map_or(Ok(()), |dir| disk.sync_dir(dir))
+    }
+}
+
+impl Group {
+    /// The branches that are kept, by where they leave the history.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn branches(&self) -> Result<Vec<Branch>, GroupError> {
+        let disk = &self.context.env.disk;
+        let all = self.dir.join("branches");
+        let io = |cause| self.io(format!("list {}", all.display()), &cause);
+        if !disk.exists(&all) {
+            return Ok(Vec::new());
+        }
+        let mut branches = Vec::new();
+        for name in disk.list(&all).map_err(io)? {
+            let text = files::load(&**disk, &all.join(&name).join(ABOUT));
+            let about = text.ok().and_then(|text| serde_json::from_slice::<Branch>(&text).ok());
+            branches.extend(about.map(|about| Branch { name, ..about }));
+        }
+        branches.sort_by(|one, other| {
+            one.from.lsn.cmp(&other.from.lsn).then_with(|| one.cut.cmp(&other.cut))
+        });
+        Ok(branches)
+    }
+}
+
+/// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and
+/// synced, what is behind leaves, and is kept apart where something in it is whole.
+pub(super) fn settle(
+    segments: &Segments,
+    trusted: Lsn,
+    at: Lsn,
+    chain_end: Lsn,
+    branch: &mut Keeping,
+) -> io::Result<()> {
+    let segment_bytes = segments.segment_bytes();
+    let disk = segments.disk();
+    let last = at.segment_number(segment_bytes);
+    // From the last segment to the first, so that a crash in between leaves a log that ends early
+    // rather than one with a gap whose far side looks whole.
+    let behind = segments.numbers().into_iter().rev().filter(|number| *number > last);
+    for number in behind.collect::<Vec<_>>() {
+        let found = remains(segments, number, at)?;
+        if found.last_end.is_some() {
+            let to = branch.dir(&**disk)?.join(segment_name(number));
+            segments.take_out(number, Some(&to))?;
+        } else {
+            segments.take_out(number, None)?;
+        }
+    }
+    let first = trusted.segment_number(segment_bytes);
+    for number in first..=last {
+        let Some(segment) = segments.get(number) else { continue };
+        let start = Lsn(number * segment_bytes);
+        let kept = at.bytes_since(start).min(segment_bytes);
+        let cut_off = kept < segment_bytes
+            && (chain_end > at || remains(segments, number, at)?.last_end.is_some());
+        if cut_off {
+            let to = branch.dir(&**disk)?.join(segment_name(number));
+            copy(segments, &*segment.file, &to, segment_bytes)?;
+        }
+        let temporary = segments.dir().join(format!("{number:012}.new"));
+        copy(segments, &*segment.file, &temporary, kept)?;
+        branch.sync(&**disk)?;
+        segments.replace(number, &temporary)?;
+        segments.drop_index(number)?;
+    }
+    branch.sync(&**disk)?;
+    disk.sync_dir(segments.dir())
+}
+
+/// Copies the first `bytes` of a segment to a new file of a segment's length, and syncs it. Where
+/// the disk is full, spares make room.
+fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
+    match copy_once(segments, from, to, bytes) {
+        Err(cause) if cause.kind() == io::ErrorKind::StorageFull && segments.drop_spares()? => {
+            copy_once(segments, from, to, bytes)
+        }
+        copied => copied,
+    }
+}
+
+fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
+    let disk = segments.disk();
+    if disk.exists(to) {
+        disk.remove(to)?;
+    }
+    let file = disk.open(to, OpenMode::CreateNew)?;
+    file.set_len(segments.segment_bytes())?;
+    let mut at = 0;
+    let mut buffer = vec![0; 1 << 20];
+    while at < bytes {
+        let count = (bytes - at).min(buffer.len() as u64) as usize;
+        from.read_at(&mut buffer[..count], at)?;
+        file.write_at(&[IoSlice::new(&buffer[..count])], at)?;
+        at += count as u64;
+    }
+    file.sync()
+}

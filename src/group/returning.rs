@@ -1,0 +1,293 @@
+//! A primary that comes back: it asks its peers before it serves, takes back what they have and it
+//! has lost, or yields to the one that was promoted meanwhile.
+//!
+//! From its start until somebody needs it, or a peer has answered, it is primary in name only:
+//! nothing is appended and no host is served, so that nothing is lost if it turns out that its
+//! reign is over. A node that serves never yields by itself.
+
+use std::sync::MutexGuard;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::branch::{Branch, Keeping, settle};
+use super::engine::{Core, Group};
+use super::image::replay;
+use super::receive::Pending;
+use super::timeline::follow;
+use super::{GroupError, Role};
+use crate::events::Severity;
+use crate::log::writer::Writer;
+use crate::units::{ByteSize, Chain, Lsn};
+
+/// Hosts wait for the peers' answer this long after the start, or after the last bytes that were
+/// taken back.
+pub(super) const ASK_FOR: Duration = Duration::from_secs(5);
+
+/// What a primary that serves nobody yet waits for.
+#[derive(Debug)]
+pub(super) struct Asking {
+    /// Monotonic: then it serves who wants to be served.
+    pub until: Duration,
+    /// Why it does not serve by itself at all: a peer was promoted meanwhile.
+    pub held_back: Option<String>,
+}
+
+/// What may be cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discard {
+    /// What was only received, or was written before a start after which nobody was served.
+    Received,
+    /// Also what this node wrote as primary: an operator has decided.
+    Authored,
+}
+
+impl Group {
+    /// Whether this node is primary, and has served nobody since its start.
+    #[must_use]
+    pub fn is_asking(&self) -> bool {
+        self.lock().asking.is_some()
+    }
+
+    /// Why this node does not serve although it is primary.
+    #[must_use]
+    pub fn held_back(&self) -> Option<String> {
+        self.lock().asking.as_ref()?.held_back.clone()
+    }
+
+    /// No peer has what this node lacks, or nobody waits any longer: it serves. Where something of
+    /// its reign was lost, a new one begins first.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says; it then goes on asking.
+    pub fn serve(&self) -> Result<(), GroupError> {
+        let _turn = self.turn.lock().expect("no holder panics");
+        self.serve_in_turn()
+    }
+
+    pub(super) fn serve_in_turn(&self) -> Result<(), GroupError> {
+        {
+            let mut core = self.lock();
+            self.failed_error(&core)?;
+            if core.asking.is_none() {
+                return Ok(());
+            }
+            core.pending = Pending::default();
+        }
+        if self.meta.lock().expect("no holder panics").meta.reign_due {
+            self.begin_epoch(self.new_epoch("recovery", 0))?;
+            self.update_meta(|meta| meta.reign_due = false)?;
+        }
+        self.lock().asking = None;
+        self.space.notify_all();
+        self.notify();
+        Ok(())
+    }
+
+    /// A peer was promoted meanwhile: this node does not serve by itself any more.
+    pub fn hold_back(&self, reason: &str) {
+        if let Some(asking) = &mut self.lock().asking {
+            asking.held_back = Some(reason.to_owned());
+        }
+        self.space.notify_all();
+        self.notify();
+    }
+
+    /// Waits until this node serves or is not primary.
+    ///
+    /// # Errors
+    ///
+    /// Where it is held back, or what the disk says.
+    pub fn wait_to_serve(&self) -> Result<(), GroupError> {
+        self.wait_for_answer(self.lock()).map(|_| ())
+    }
+
+    /// Waits for the answer of the peers, and serves where none comes.
+    pub(super) fn wait_for_answer<'a>(
+        &'a self,
+        mut core: MutexGuard<'a, Core>,
+    ) -> Result<MutexGuard<'a, Core>, GroupError> {
+        loop {
+            let Some(asking) = &core.asking else { return Ok(core) };
+            if core.closed {
+                return Err(self.refused("is closed"));
+            }
+            if let Some(reason) = &asking.held_back {
+                return Err(self.refused(reason.clone()));
+            }
+            let left = asking.until.saturating_sub(self.context.env.clock.monotonic());
+            if left.is_zero() || !self.workers.running() {
+                drop(core);
+                self.serve()?;
+                core = self.lock();
+            } else {
+                let waited = self.space.wait_timeout(core, left);
+                core = waited.expect("a panic under the lock ends the process").0;
+            }
+        }
+    }
+
+    /// Goes on as a secondary from `at`, the end of a request where the chain is `chain`: what is
+    /// behind it leaves the log and is kept as a branch. Durable on return. A crash in between
+    /// leaves a secondary with some of what is behind, which yields again.
+    ///
+    /// # Errors
+    ///
+    /// Where this node serves, and `discard` does not say otherwise; where it has clients; where
+    /// the tail was written here, and may not be cut; where the chains differ; where the base is
+    /// further; what the disk says.
+    pub fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError> {
+        let _turn = self.turn.lock().expect("no holder panics");
+        // What is cut off is kept, so it is made durable too.
+        self.sync_now()?;
+        let _no_fold = self.fold_lock.lock().expect("no holder panics");
+        let _no_sync = self.sync_lock.lock().expect("no holder panics");
+        let mut core = self.lock();
+        self.check_yield(&core, at, discard)?;
+        let cut =
+            follow(&self.segments, core.timeline.before_lsn(at), at, |header| header.end() <= at);
+        let cut = cut.map_err(|cause| GroupError::Damaged {
+            group: self.name().clone(),
+            what: format!("log up to {at}: {cause}"),
+        })?;
+        if (cut.lsn, cut.chain) != (at, chain) {
+            return Err(self.refused(format!(
+                "the log differs from the peer's before LSN {at} already; nothing was changed"
+            )));
+        }
+        let head = core.writer.head();
+        let authored = authored_behind(self, &core, at);
+        let committed = if core.role == Role::Primary { at } else { core.committed.min(at) };
+        core.role = Role::Secondary;
+        core.asking = None;
+        core.pending = Pending::default();
+        self.update_meta(|meta| {
+            meta.demoted = true;
+            meta.reign_due = false;
+            meta.durable = meta.durable.min(at);
+        })?;
+        core.committed = committed;
+        let kept = if head > at {
+            let end = core.timeline.end().position();
+            let branch = Branch {
+                name: String::new(),
+                from: cut.position(),
+                to: end,
+                bytes: end.lsn.bytes_since(at),
+                authored,
+                cut: self.context.env.clock.wall(),
+                reason: "a peer's reign goes on without it".to_owned(),
+            };
+            let mut keeping = Keeping::new(&self.dir, branch);
+            let rebuilt = settle(&self.segments, at, at, head, &mut keeping)
+                .and_then(|()| Writer::open(self.segments.clone(), at, cut.chain, cut.requests))
+                .and_then(|writer| {
+                    let content = replay(&self.segments, &core.horizon, at);
+                    Ok((writer, content.map_err(|cause| std::io::Error::other(cause.to_string()))?))
+                });
+            let (writer, content) = match rebuilt {
+                Ok(rebuilt) => rebuilt,
+                // The memory still has the old end: it is read anew at the next start.
+                Err(cause) => {
+                    let error = self.fail_locked(&mut core, "cut the log", &cause);
+                    drop(core);
+                    self.report();
+                    return Err(error);
+                }
+            };
+            let kept = keeping.kept();
+            let name = kept.as_ref().map_or("", |branch| &branch.name);
+            core.cut_to(cut, writer, content);
+            self.set_durable(&mut core, at);
+            for image in core.images.values().filter(|image| image.position().lsn > at) {
+                image.break_hold(&format!("its moment left the history; it is in branch {name}"));
+            }
+            core.log_used_bytes = self.segments.used_bytes();
+            kept
+        } else {
+            None
+        };
+        drop(core);
+        if let Some(branch) = kept {
+            self.tell_of_branch(&branch);
+        }
+        self.keep_images()?;
+        self.space.notify_all();
+        self.notify();
+        Ok(())
+    }
+
+    fn check_yield(&self, core: &Core, at: Lsn, discard: Discard) -> Result<(), GroupError> {
+        self.failed_error(core)?;
+        let (name, head) = (self.name(), core.writer.head());
+        if core.closed {
+            return Err(self.refused("is closed"));
+        }
+        if core.role == Role::Primary && core.asking.is_none() && discard == Discard::Received {
+            return Err(self.refused("is primary here and serves; it yields to nobody by itself"));
+        }
+        let clients: usize = self.clients().iter().map(|(_, count)| count).sum();
+        if core.role == Role::Primary && clients > 0 {
+            return Err(self.refused(format!(
+                "{clients} clients are connected; disconnect them first (`tidelog status {name}`)"
+            )));
+        }
+        if core.durable < head {
+            return Err(self.refused("is being written to; try again"));
+        }
+        if at > head {
+            return Err(self.refused(format!("ends at LSN {head}, before LSN {at}")));
+        }
+        let folded = core
+            .timeline
+            .horizon()
+            .lsn
+            .max(core.fold_target)
+            .max(core.unfinished_fold.unwrap_or_default());
+        if at < folded {
+            return Err(self.refused(format!(
+                "the histories part at LSN {at}, and the base here is at LSN {folded} already: \
+                 save what is needed with `tidelog image open {name} --at now`, then `tidelog \
+                 group delete {name}` and replicate anew"
+            )));
+        }
+        let may_cut = core.asking.is_some() || discard == Discard::Authored;
+        if !may_cut && authored_behind(self, core, at) {
+            return Err(self.refused(format!(
+                "{} behind LSN {at} were written here and are not in the peer's history; `tidelog \
+                 resolve {name} --preview` shows them, `tidelog resolve {name} --discard-local` \
+                 keeps them as a branch and follows the peer",
+                ByteSize(head.bytes_since(at))
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn tell_of_branch(&self, branch: &Branch) {
+        let origin = if branch.authored { "written here" } else { "received" };
+        self.emit(
+            Severity::Warning,
+            "branch-kept",
+            format!(
+                "{} that were {origin} behind LSN {} until {} are not in the surviving history: \
+                 they are kept as branch {}",
+                ByteSize(branch.bytes),
+                branch.from.lsn,
+                branch.to.time,
+                branch.name
+            ),
+            json!(branch),
+        );
+    }
+}
+
+/// Whether records behind `at` were written by this node as primary.
+fn authored_behind(group: &Group, core: &Core, at: Lsn) -> bool {
+    let head = core.writer.head();
+    let epochs = &core.view.epochs;
+    epochs.iter().enumerate().any(|(index, epoch)| {
+        let end = epochs.get(index + 1).map_or(head, |next| next.first_lsn);
+        epoch.author == group.context.node.id && end > at && head > at
+    })
+}

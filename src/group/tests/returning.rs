@@ -1,0 +1,248 @@
+//! Primaries that come back, and tails that are cut.
+
+use super::*;
+use crate::io::OpenMode;
+use crate::log::control::{MemberRecord, Mode};
+use crate::units::Chain;
+
+fn join(group: &Group, node: u8) {
+    let member = MemberRecord {
+        node: NodeId([node; 16]),
+        name: name("peer"),
+        mode: Mode::default(),
+        rpo_target: None,
+        removed: false,
+        other: serde_json::Map::new(),
+    };
+    group.append_control(Control::Member(member)).unwrap();
+}
+
+fn reasons(group: &Group) -> Vec<String> {
+    group.control().epochs.iter().map(|epoch| epoch.reason.clone()).collect()
+}
+
+fn end_of(group: &Group) -> (Lsn, Chain) {
+    let positions = group.positions();
+    (positions.head, positions.chain)
+}
+
+/// A group of one volume with a tail of three segments behind the returned position, and what the
+/// volume was there.
+fn with_tail(bench: &Bench) -> (Arc<Group>, Volume, (Lsn, Chain), Vec<u8>) {
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    join(&group, 9);
+    for block in 0..40u64 {
+        write(&group, volume.number, block * 4096, &[1 + block as u8; 4096]);
+    }
+    let at = end_of(&group);
+    let then = read(&*group, volume.number, 0, 1 << 20);
+    for block in 20..80u64 {
+        write(&group, volume.number, block * 4096, &[100 + block as u8; 4096]);
+    }
+    group.create_volume(name("w"), 1 << 20).unwrap();
+    (group, volume, at, then)
+}
+
+#[test]
+fn a_kill_loses_nothing_and_begins_no_reign_but_a_power_failure_does() {
+    let bench = Bench::new("a", 1);
+    bench.clock.set_boot(1);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    write(&group, volume.number, 0, &[7; 4096]);
+    let end = end_of(&group);
+    drop(group);
+    let (group, recovery) = bench.open();
+    assert_eq!((recovery.cut, end_of(&group)), (None, end));
+    assert_eq!(reasons(&group), ["created"]);
+    drop(group);
+    let after = bench.after_crash(1);
+    after.clock.set_boot(2);
+    let (group, recovery) = after.open();
+    assert!(recovery.cut.is_some());
+    assert_eq!(reasons(&group), ["created", "recovery"]);
+    drop(group);
+    // The mark of the boot was written: a kill in the new boot is a kill.
+    assert_eq!(reasons(&after.open().0), ["created", "recovery"]);
+}
+
+#[test]
+fn a_primary_with_a_peer_asks_before_anything_is_appended() {
+    let bench = Bench::new("a", 2);
+    bench.clock.set_boot(1);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    join(&group, 9);
+    group.sync_now().unwrap();
+    let end = end_of(&group);
+    let after = bench.after_crash(3);
+    after.clock.set_boot(2);
+    let (group, _) = after.open();
+    assert!(group.is_asking());
+    assert_eq!((group.role(), end_of(&group)), (Role::Primary, end));
+    // A restart in the meantime forgets neither.
+    drop(group);
+    let (group, _) = after.open();
+    assert!(group.is_asking());
+    assert_eq!(end_of(&group), end);
+    group.hold_back("waits for `b`");
+    let refused = one(&group, volume.number, Op::Write { offset: 0, data: &[5; 512] });
+    assert!(refused.unwrap_err().to_string().contains("waits for `b`"));
+    assert!(group.wait_to_serve().is_err());
+    assert_eq!(end_of(&group), end);
+    // An operator decides; the new reign comes before the first write.
+    group.promote("promote").unwrap();
+    assert!(!group.is_asking());
+    write(&group, volume.number, 0, &[5; 512]);
+    assert_eq!(reasons(&group), ["created", "recovery"]);
+    assert_eq!(group.control().epochs[1].first_lsn, end.0);
+}
+
+#[test]
+fn what_a_peer_gives_back_is_taken_before_the_new_reign() {
+    let bench = Bench::new("a", 3);
+    bench.clock.set_boot(1);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    join(&group, 9);
+    let kept = group.sync_now().unwrap();
+    write(&group, volume.number, 0, &[5; 4096]);
+    let lost = end_of(&group).0;
+    let mut bytes = vec![0; lost.bytes_since(kept) as usize];
+    group.read_log(kept, &mut bytes).unwrap();
+    drop(group);
+    // The page cache is lost, whatever of it the disk would have kept.
+    let after = (0..100).map(|seed| bench.after_crash(seed)).find(|after| {
+        after.clock.set_boot(2);
+        end_of(&after.open().0).0 == kept
+    });
+    let (group, _) = after.expect("one crash takes the write").open();
+    group.append_received(kept, &bytes).unwrap();
+    assert!(group.is_asking());
+    group.serve().unwrap();
+    assert_eq!(reasons(&group), ["created", "recovery"]);
+    assert_eq!(group.control().epochs[1].first_lsn, lost);
+    assert_eq!(read(&*group, volume.number, 0, 4096), [5; 4096]);
+    let refused = group.append_received(group.positions().head, &bytes).unwrap_err();
+    assert!(refused.what.contains("this node is primary"), "{refused}");
+}
+
+/// Whether some branch holds the bytes that stood in the log from `from` on.
+fn is_kept(bench: &Bench, from: Lsn, tail: &[u8]) -> Result<(), String> {
+    let branches = dir().join("branches");
+    let dirs = bench.disk.list(&branches).unwrap_or_default();
+    let mut at = from;
+    while at.bytes_since(from) < tail.len() as u64 {
+        let (number, offset) = (at.segment_number(SEGMENT), at.segment_offset(SEGMENT));
+        let start = at.bytes_since(from) as usize;
+        let count = (tail.len() - start).min((SEGMENT - offset) as usize);
+        let wanted = &tail[start..start + count];
+        let held = |dir: &String| {
+            let path = branches.join(dir).join(crate::log::segment::segment_name(number));
+            let mut bytes = vec![0; count];
+            let file = bench.disk.open(&path, OpenMode::Read);
+            file.and_then(|file| file.read_at(&mut bytes, offset)).is_ok() && bytes == wanted
+        };
+        if !dirs.iter().any(held) {
+            return Err(format!("segment {number} from {offset} on is in none of {dirs:?}"));
+        }
+        at = at.advance(count as u64);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_primary_that_yields_keeps_its_tail_as_a_branch_at_every_crash() {
+    let bench = Bench::new("a", 4);
+    bench.clock.set_boot(1);
+    let (group, volume, (at, chain), then) = with_tail(&bench);
+    let end = group.positions().head;
+    let mut tail = vec![0; end.bytes_since(at) as usize];
+    group.read_log(at, &mut tail).unwrap();
+    let refused = group.yield_to(at, chain, Discard::Received).unwrap_err().to_string();
+    assert!(refused.contains("serves"), "{refused}");
+    group.close().unwrap();
+    let (group, _) = bench.open();
+    let other = group.yield_to(at, Chain(chain.0 ^ 1), Discard::Received).unwrap_err().to_string();
+    assert!(other.contains("differs"), "{other}");
+    let open_image = group.open_image(&Point::Now, Some(name("late")), "test", None).unwrap();
+    bench.disk.record();
+    group.yield_to(at, chain, Discard::Received).unwrap();
+    assert!(open_image.broken().unwrap().contains("left the history"));
+    let stopped = bench.disk.take_recorded();
+    assert!(stopped.len() > 10, "{} boundaries", stopped.len());
+    let check = |group: &Group, what: &str| {
+        assert_eq!(end_of(group), (at, chain), "{what}");
+        assert_eq!(group.role(), Role::Secondary, "{what}");
+        assert_eq!(group.volumes().len(), 1, "{what}");
+        assert!(read(group, volume.number, 0, 1 << 20) == then, "{what}");
+    };
+    check(&group, "live");
+    is_kept(&bench, at, &tail).unwrap();
+    let branches = group.branches().unwrap();
+    assert_eq!(branches.len(), 1);
+    assert_eq!((branches[0].from.lsn, branches[0].to.lsn, branches[0].authored), (at, end, true));
+    drop(group);
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        for seed in 0..3 {
+            let what = format!("boundary {boundary}, seed {seed}");
+            let disk = Arc::new(disk.crash(seed + 100 * boundary as u64));
+            let after = Bench { disk, ..bench.after_crash(0) };
+            let (group, _) = after.open();
+            assert!(group.positions().head >= at, "{what}");
+            group.yield_to(at, chain, Discard::Received).unwrap_or_else(|error| {
+                // Not primary in name any more: what was written here is for an operator.
+                assert!(error.to_string().contains("resolve"), "{what}: {error}");
+                group.yield_to(at, chain, Discard::Authored).unwrap();
+            });
+            check(&group, &what);
+            is_kept(&after, at, &tail).unwrap_or_else(|missing| panic!("{what}: {missing}"));
+            drop(group);
+            check(&after.open().0, &format!("{what}, opened again"));
+        }
+    }
+}
+
+#[test]
+fn a_cut_log_goes_on_with_other_records_and_no_index_of_the_old_ones_is_believed() {
+    let a = Bench::new("a", 5);
+    let b = Bench::new("b", 6);
+    let (group, volume, (at, chain), _) = with_tail(&a);
+    let copy = b.create_copy();
+    let mut bytes = vec![0; at.0 as usize];
+    group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+    copy.append_received(Lsn::ZERO, &bytes).unwrap();
+    copy.sync_now().unwrap();
+    copy.promote("promote").unwrap();
+    for block in 0..100u64 {
+        write(&copy, volume.number, block * 4096, &[200 - block as u8; 4096]);
+    }
+    group.sync_now().unwrap();
+    group.write_indices();
+    let names = a.disk.list(&dir().join("log")).unwrap();
+    assert!(names.iter().filter(|name| name.ends_with(".idx")).count() >= 3, "{names:?}");
+    group.demote().unwrap();
+    let refused = group.yield_to(at, chain, Discard::Received).unwrap_err().to_string();
+    assert!(refused.contains("tidelog resolve g --discard-local"), "{refused}");
+    group.yield_to(at, chain, Discard::Authored).unwrap();
+    let mut rest = vec![0; copy.positions().head.bytes_since(at) as usize];
+    copy.read_log(at, &mut rest).unwrap();
+    group.append_received(at, &rest).unwrap();
+    group.sync_now().unwrap();
+    group.write_indices();
+    assert!(group.positions().time >= copy.positions().time);
+    let expected = read(&*copy, volume.number, 0, 1 << 20);
+    assert!(read(&*group, volume.number, 0, 1 << 20) == expected);
+    group.close().unwrap();
+    drop(group);
+    let (group, _) = a.open();
+    assert_eq!(end_of(&group), end_of(&copy));
+    assert!(read(&*group, volume.number, 0, 1 << 20) == expected);
+    assert_eq!(group.branches().unwrap().len(), 1);
+    // A second cut at the same place keeps the first branch.
+    group.yield_to(at, chain, Discard::Received).unwrap();
+    let branches = group.branches().unwrap();
+    let authored: Vec<bool> = branches.iter().map(|branch| branch.authored).collect();
+    assert_eq!(authored, [true, false], "the second had only been received");
+}
