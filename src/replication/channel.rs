@@ -16,6 +16,7 @@
 mod following;
 mod roles;
 mod sending;
+mod trouble;
 
 use std::time::Duration;
 
@@ -28,6 +29,8 @@ use super::core::{Appended, ConnId, LocalGroup, Membership, Output, Settings};
 use super::epoch::{History, Relation};
 use super::lag::Marks;
 use super::wire::{Message, StopCode};
+
+use self::trouble::Trouble;
 
 /// Log frames of a stream that wait in the shell at most; the next is cut when one was sent, so
 /// that what was appended meanwhile goes along.
@@ -198,6 +201,8 @@ pub struct Channel {
     offered: Option<u64>,
     /// Where the peer says that the histories part, until they have met again.
     parted: Option<Parted>,
+    /// A disk error ended the last stream; it is tried again.
+    trouble: Option<Trouble>,
     /// The peer is no member any more; the stream goes on to here, so that it learns of that.
     ending: Option<Lsn>,
 }
@@ -244,6 +249,7 @@ impl Channel {
             next_ticket: 1,
             lookup: None,
             rpo_alarm: false,
+            trouble: None,
             ending: None,
             offered: None,
             parted: None,
@@ -326,6 +332,7 @@ impl Channel {
             self.since = context.now;
             let bad = match state {
                 ReplicationState::SplitBrain => Some((Severity::Error, "split-brain")),
+                ReplicationState::Blocked if self.told_of_trouble() => None,
                 ReplicationState::Blocked => Some((Severity::Error, "replication-blocked")),
                 _ => None,
             };

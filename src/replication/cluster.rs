@@ -129,6 +129,10 @@ struct Node {
     up: bool,
     membership: Membership,
     retired: bool,
+    /// Its disk takes nothing, and gives nothing.
+    broken_disk: bool,
+    /// Jobs that failed by it.
+    disk_errors: u32,
     events: Vec<&'static str>,
 }
 
@@ -250,6 +254,8 @@ impl World {
                 up: true,
                 membership: Membership::Member { rpo_target: None },
                 retired: false,
+                broken_disk: false,
+                disk_errors: 0,
                 events: Vec::new(),
             })
             .collect();
@@ -383,6 +389,16 @@ impl World {
             Output::Send { conn, message } => {
                 let bytes = message.to_frame().unwrap();
                 self.transmit(conn, side, bytes);
+            }
+            Output::SendLog { group, stream, .. } if self.nodes[side].broken_disk => {
+                self.nodes[side].disk_errors += 1;
+                let reason = "input/output error".to_owned();
+                self.later(side, Input::ReadFailed { group, stream, reason });
+            }
+            Output::Append { group, stream, .. } if self.nodes[side].broken_disk => {
+                self.nodes[side].disk_errors += 1;
+                let reason = "no space left on device".to_owned();
+                self.later(side, Input::AppendFailed { group, stream, reason });
             }
             Output::SendLog { conn, group, stream, from, to } => {
                 let range = from.0 as usize..to.0 as usize;
@@ -1198,6 +1214,45 @@ fn the_lag_of_a_peer_that_was_rolled_back_is_unknown_until_it_is_mended() {
     assert_eq!(channel.lags(world.now), (Some(Duration::ZERO), Some(Duration::ZERO)));
     let told = world.nodes[0].events.iter().filter(|code| **code == "peer-rolled-back").count();
     assert_eq!(told, 1, "once, not with every connection");
+}
+
+#[test]
+fn a_disk_error_is_tried_again_by_itself_and_stays_on_show_until_bytes_go_through() {
+    for side in 0..2 {
+        let mut world = World::new(15);
+        world.run(seconds(3));
+        world.nodes[side].broken_disk = true;
+        world.write(0);
+        world.run(seconds(1));
+        let since = |world: &World, side: usize| {
+            let (state, reason, since) = world.nodes[side].core.channel(GROUP).unwrap().state();
+            assert_eq!(state, ReplicationState::Blocked, "{reason}");
+            assert!(reason.contains("again"), "{reason}");
+            since
+        };
+        let first = [since(&world, 0), since(&world, 1)];
+        for _ in 0..300 {
+            world.run(seconds(1));
+            world.write(0);
+            assert_eq!([since(&world, 0), since(&world, 1)], first);
+        }
+        let errors = world.nodes[side].disk_errors;
+        assert!((5..=15).contains(&errors), "{errors} attempts in five minutes");
+        for node in &world.nodes {
+            let told = node.events.iter().filter(|code| **code == "replication-blocked").count();
+            assert_eq!(told, 1, "{:?}", node.events);
+        }
+        world.nodes[side].broken_disk = false;
+        world.run(seconds(61));
+        world.assert_streaming();
+        // The next trouble is news again, and tried again soon.
+        world.nodes[side].broken_disk = true;
+        world.write(0);
+        world.run(seconds(1));
+        world.nodes[side].broken_disk = false;
+        world.run(seconds(3));
+        world.assert_streaming();
+    }
 }
 
 #[test]

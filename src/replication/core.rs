@@ -512,7 +512,11 @@ impl PeerCore {
         let link = match &self.link {
             Link::Down { dial_at, dialling: false, .. } if self.can_dial => Some(*dial_at),
             Link::Down { .. } => None,
-            Link::Up(up) => Some(up.heartbeat_at.min(up.heard + self.settings.lost_after)),
+            Link::Up(up) => {
+                let channels = self.channels.values().filter_map(Channel::next_wake).min();
+                let own = up.heartbeat_at.min(up.heard + self.settings.lost_after);
+                Some(channels.map_or(own, |wake| wake.min(own)))
+            }
         };
         self.surplus.iter().map(|(_, close_at)| *close_at).chain(link).min()
     }
@@ -686,6 +690,13 @@ impl PeerCore {
                 }
             }
             Link::Up(_) => {}
+        }
+        if let Link::Up(_) = &self.link {
+            for channel in self.channels.values_mut() {
+                let mut context =
+                    context(now, &self.link, &self.peer_name, &self.settings, outputs);
+                channel.on_tick(&mut context);
+            }
         }
     }
 

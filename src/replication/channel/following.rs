@@ -48,7 +48,7 @@ impl Channel {
         self.mismatch = None;
         self.parted = None;
         self.compared = Some(from);
-        self.set_state(context, ReplicationState::CatchingUp, "the stream begins");
+        self.stream_begins(context, "the stream begins".to_owned());
         Ok(())
     }
 
@@ -112,7 +112,7 @@ impl Channel {
             return;
         }
         self.follower = None;
-        let text = format!("the secondary could not append: {reason}");
+        let text = format!("the secondary could not append: {reason}; it tries again by itself");
         self.refuse(context, stream, StopCode::Append, text);
     }
 
@@ -169,6 +169,7 @@ impl Channel {
     pub(super) fn note_following(&mut self, context: &mut Context<'_>) {
         let Some(told) = self.told else { return };
         let behind = told.head.bytes_since(self.local.history.head);
+        self.note_going(context, behind);
         if self.state == ReplicationState::CatchingUp {
             if behind == 0 {
                 self.set_state(context, ReplicationState::Streaming, "");
@@ -197,6 +198,7 @@ impl Channel {
             return;
         }
         self.drop_streams();
+        self.note_stop(context.now, code);
         let state = match code {
             StopCode::Paused => ReplicationState::Paused,
             StopCode::NotMember | StopCode::NotPrimary => ReplicationState::Idle,

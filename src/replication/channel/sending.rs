@@ -128,6 +128,7 @@ impl Channel {
         reason: String,
     ) {
         self.stop(context, self.local.id.0, stream, code, &reason);
+        self.note_stop(context.now, code);
         self.set_state(context, ReplicationState::Blocked, reason);
     }
 
@@ -150,11 +151,8 @@ impl Channel {
         self.received_marks.appended(context.now, head);
         self.durable_marks.appended(context.now, head);
         context.send(Message::Stream { group: self.local.id.0, stream, from: acked.received.0 });
-        self.set_state(
-            context,
-            ReplicationState::CatchingUp,
-            format!("{} to go", ByteSize(head.bytes_since(acked.received))),
-        );
+        let to_go = ByteSize(head.bytes_since(acked.received));
+        self.stream_begins(context, format!("{to_go} to go"));
         self.send_progress(context);
         self.pump(context);
         self.note_caught_up(context);
@@ -257,7 +255,7 @@ impl Channel {
     ) {
         if self.sender.as_ref().is_some_and(|sender| sender.stream == stream) {
             self.sender = None;
-            let text = format!("the primary could not read its log: {reason}");
+            let text = format!("the primary could not read its log: {reason}; it is tried again");
             self.refuse(context, stream, StopCode::Read, text);
         }
     }
@@ -319,6 +317,7 @@ impl Channel {
     pub(super) fn note_caught_up(&mut self, context: &mut Context<'_>) {
         let behind = self.local.history.head.bytes_since(self.acked.received);
         let window = context.settings.window_bytes;
+        self.note_going(context, behind);
         if self.state == ReplicationState::CatchingUp && behind == 0 {
             self.set_state(context, ReplicationState::Streaming, "");
         } else if self.state == ReplicationState::Streaming && behind > window * 4 {

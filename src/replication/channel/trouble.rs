@@ -1,0 +1,85 @@
+//! A stream that ended by an error of a disk, such as one that is full: it is tried again by itself,
+//! and what was wrong stays on show until bytes go through.
+
+use super::*;
+
+/// First wait before the secondary asks again.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// Longest wait.
+const RETRY_LONGEST: Duration = Duration::from_secs(60);
+
+/// Streams that ended by such an error since the secondary last had everything.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trouble {
+    count: u32,
+    /// What the secondary had at the last one.
+    had: Lsn,
+    /// Of a secondary that waits: when it asks again.
+    retry_at: Option<Duration>,
+}
+
+impl Channel {
+    /// What the secondary of the two has, as far as this node knows.
+    fn secondary_has(&self) -> Lsn {
+        if self.local.primary { self.acked.received } else { self.local.history.head }
+    }
+
+    /// A stream ended with this code: a disk error is tried again, anything else is another matter.
+    pub(super) fn note_stop(&mut self, now: Duration, code: StopCode) {
+        if !matches!(code, StopCode::Append | StopCode::Read) {
+            self.end_trouble();
+            return;
+        }
+        let count = self.trouble.map_or(1, |trouble| trouble.count.saturating_add(1));
+        let wait = RETRY_FIRST.saturating_mul(1 << (count - 1).min(10)).min(RETRY_LONGEST);
+        let retry_at = (!self.local.primary).then_some(now + wait);
+        self.trouble = Some(Trouble { count, had: self.secondary_has(), retry_at });
+    }
+
+    /// Whether people know of it already.
+    pub(super) fn told_of_trouble(&self) -> bool {
+        self.trouble.is_some_and(|trouble| trouble.count > 1)
+    }
+
+    /// A stream begins. It looks well only when bytes go through.
+    pub(super) fn stream_begins(&mut self, context: &mut Context<'_>, reason: String) {
+        if self.trouble.is_none() || self.state != ReplicationState::Blocked {
+            self.set_state(context, ReplicationState::CatchingUp, reason);
+        }
+    }
+
+    /// The secondary lacks `behind` bytes, and its stream runs.
+    pub(super) fn note_going(&mut self, context: &mut Context<'_>, behind: u64) {
+        let Some(trouble) = self.trouble else { return };
+        let goes = behind == 0 || self.secondary_has() > trouble.had;
+        if goes && self.state == ReplicationState::Blocked {
+            self.set_state(context, ReplicationState::CatchingUp, "the stream goes on");
+        }
+        if behind == 0 {
+            self.trouble = None;
+        }
+    }
+
+    fn end_trouble(&mut self) {
+        if self.trouble.take().is_some() && self.state == ReplicationState::Blocked {
+            // What comes now is news.
+            self.state = ReplicationState::Idle;
+        }
+    }
+
+    /// When [`Channel::on_tick`] is due.
+    pub(in crate::replication) fn next_wake(&self) -> Option<Duration> {
+        self.trouble?.retry_at
+    }
+
+    pub(in crate::replication) fn on_tick(&mut self, context: &mut Context<'_>) {
+        if let Some(trouble) = &mut self.trouble
+            && trouble.retry_at.is_some_and(|retry_at| retry_at <= context.now)
+        {
+            trouble.retry_at = None;
+            if self.follower.is_none() {
+                self.evaluate(context);
+            }
+        }
+    }
+}
