@@ -744,6 +744,35 @@ async fn a_primary_does_not_call_a_copy_fit_that_knows_its_log_is_damaged() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_copy_that_was_away_when_it_was_stopped_is_retired_when_it_is_back() {
+    let mut pair = Pair::replicating().await;
+    write(&pair.a.group(), &SeededEntropy::new(14), 5);
+    pair.wait_equal();
+    let end = pair.b.group().positions().head;
+    pair.close_link();
+    pair.a.replication.stop("g", "b").await.unwrap();
+    write(&pair.a.group(), &SeededEntropy::new(15), 5);
+    pair.open_link();
+    let retired = |node: &Node| (node.group().data_state().0 == DataState::Retired).then_some(());
+    wait_for("the copy to be retired", || retired(&pair.b));
+    assert!(pair.b.has_event("copy-retired"));
+    let judged = pair.b.replication.backup_capable(&pair.b.group(), None);
+    assert!(judged.reasons.iter().any(|reason| reason.code == "retired"), "{judged:?}");
+
+    let dir = pair.b.stop();
+    pair.b = Node::start(&dir, "b", Some(pair.to_b.address));
+    pair.to_b.lead_to(&pair.b);
+    pair.wait_connected();
+    assert!(retired(&pair.b).is_some());
+    let copy = pair.b.group();
+    assert_eq!(copy.positions().head, end, "it is readable, as it was");
+    assert!(!log_bytes(&copy, Lsn(0), end).is_empty());
+
+    pair.replicate().await;
+    assert_eq!(copy.data_state().0, DataState::Consistent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_new_key_is_known_to_the_peer_before_it_is_used() {
     let pair = Pair::replicating().await;
     let before = pair.b.replication.peers()[0].fingerprint.clone();

@@ -364,9 +364,9 @@ impl Channel {
             || self.local.primary && reign(&before.history) != reign(&self.local.history)
             || was_recovering != self.local.recovering;
         let membership_changed = was_active != self.active() || was_visible != self.visible();
-        let retired = !self.active();
-        if self.visible() && !self.local.primary && self.local.retired != retired {
-            context.outputs.push(Output::Retire { group: self.local.id, retired });
+        // What ends this is a stream that is granted.
+        if self.visible() && !self.local.primary && !self.active() && !self.local.retired {
+            context.outputs.push(Output::Retire { group: self.local.id, retired: true });
         }
         if self.local.primary {
             let head = self.local.history.head;
@@ -379,7 +379,9 @@ impl Channel {
         }
         if membership_changed && !self.visible() {
             self.drop_streams();
-            self.remote = None;
+            if let Some(remote) = self.remote.take().filter(|remote| !remote.primary) {
+                self.tell_stopped(context, &remote.history);
+            }
             self.set_state(context, ReplicationState::Idle, "not replicated with this peer");
             return;
         }
@@ -500,7 +502,13 @@ impl Channel {
         message: Message,
     ) -> Result<(), String> {
         if !self.visible() {
-            // As if the group were not here.
+            if let Message::Announce { primary: false, stopped: false, history, .. }
+            | Message::Follow { history, .. } = &message
+                && let Some(history) = History::from_wire(history)
+            {
+                self.tell_stopped(context, &history);
+            }
+            // Else as if the group were not here.
             return Ok(());
         }
         match message {
@@ -508,12 +516,7 @@ impl Channel {
                 let history = History::from_wire(&history)
                     .ok_or_else(|| format!("group {}: impossible history", self.local.name))?;
                 if stopped {
-                    // A stream that runs brings the record that ends it.
-                    if self.follower.is_none() && self.sender.is_none() {
-                        self.remote = None;
-                        let reason = format!("replication was stopped on {}", context.peer_name);
-                        self.set_state(context, ReplicationState::Idle, reason);
-                    }
+                    self.on_stopped(context, primary, &history);
                     return Ok(());
                 }
                 self.remote = Some(Remote { primary, recovering, paused, history });

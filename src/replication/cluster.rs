@@ -1256,6 +1256,48 @@ fn a_disk_error_is_tried_again_by_itself_and_stays_on_show_until_bytes_go_throug
 }
 
 #[test]
+fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_again() {
+    let mut world = World::new(16);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    let set_member = |world: &mut World, membership| {
+        let now = world.now;
+        world.nodes[0].log.append(now, None);
+        world.nodes[0].membership = membership;
+        let local = world.nodes[0].local();
+        world.feed(0, Input::Group(Box::new(local)));
+    };
+    set_member(&mut world, Membership::Stranger);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    let kept = world.nodes[1].log.bytes.len();
+    assert!(world.nodes[1].retired);
+    assert!(world.state(1).1.contains("stopped on a"), "{:?}", world.state(1));
+    // Its own log still says that it is a member, also after a restart.
+    world.stop(1);
+    world.restart(1);
+    world.run(seconds(10));
+    assert!(world.nodes[1].retired);
+    assert_eq!(world.nodes[1].log.bytes.len(), kept);
+    let told = world.nodes[1].events.iter().filter(|code| **code == "copy-retired").count();
+    assert_eq!(told, 1);
+
+    set_member(&mut world, Membership::Member { rpo_target: None });
+    world.run(seconds(10));
+    assert!(!world.nodes[1].retired);
+    world.assert_streaming();
+
+    // With a link, but no stream that could carry the record.
+    world.feed(1, Input::Pause { group: GROUP, paused: true });
+    world.run(seconds(1));
+    set_member(&mut world, Membership::Stranger);
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+}
+
+#[test]
 fn silence_is_a_lost_peer_and_an_age_that_grows() {
     let mut world = World::new(12);
     world.run(seconds(5));

@@ -1,6 +1,7 @@
 //! The secondary's side of a stream: asking, taking bytes, telling what it has.
 
 use super::*;
+use crate::replication::epoch::compare;
 use crate::replication::wire::PAYLOAD_BYTES_MAX;
 
 impl Channel {
@@ -45,6 +46,9 @@ impl Channel {
         follower.asked = None;
         follower.expected = from;
         follower.appended = from;
+        if std::mem::take(&mut self.local.retired) {
+            context.outputs.push(Output::Retire { group: self.local.id, retired: false });
+        }
         self.mismatch = None;
         self.parted = None;
         self.compared = Some(from);
@@ -182,6 +186,41 @@ impl Channel {
             let reason = "the primary's log grows faster than it comes";
             self.set_state(context, ReplicationState::CatchingUp, reason);
         }
+    }
+
+    /// The peer does not replicate the group with this node any more. Where it could not send the
+    /// record that says so, this copy is retired by its word.
+    pub(super) fn on_stopped(
+        &mut self,
+        context: &mut Context<'_>,
+        by_primary: bool,
+        theirs: &History,
+    ) {
+        // A stream that runs brings the record that ends it.
+        let runs = self.follower.as_ref().is_some_and(|follower| follower.asked.is_none());
+        if runs || self.sender.is_some() {
+            return;
+        }
+        self.drop_streams();
+        self.remote = None;
+        let mine = &self.local.history;
+        let follows = !matches!(compare(mine, theirs), Relation::Diverged { .. });
+        if by_primary && follows && !self.local.primary && !self.local.retired {
+            self.local.retired = true;
+            context.outputs.push(Output::Retire { group: self.local.id, retired: true });
+            context.outputs.push(Output::Event {
+                severity: Severity::Warning,
+                code: "copy-retired",
+                group: Some(self.local.name.clone()),
+                text: format!(
+                    "group {}: {} stopped replicating it to this node: the copy stays readable, \
+                     as of LSN {}, and is not backed up any more",
+                    self.local.name, context.peer_name, mine.head
+                ),
+            });
+        }
+        let reason = format!("replication was stopped on {}", context.peer_name);
+        self.set_state(context, ReplicationState::Idle, reason);
     }
 
     pub(super) fn on_stop(

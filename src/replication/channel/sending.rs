@@ -90,6 +90,24 @@ impl Channel {
         }
     }
 
+    /// A node that was a member may have been away when that ended, and lack the record that says
+    /// so. Whoever names reigns and a head that lie in this log held it: it learns nothing but that.
+    pub(super) fn tell_stopped(&self, context: &mut Context<'_>, theirs: &History) {
+        let held = !theirs.reigns.is_empty()
+            && compare(&self.local.history, theirs) == Relation::TheirsIsPrefix;
+        if self.local.primary && held {
+            context.send(Message::Announce {
+                group: self.local.id.0,
+                primary: true,
+                recovering: false,
+                paused: false,
+                stopped: true,
+                incarnation: self.local.incarnation.0,
+                history: theirs.to_wire(),
+            });
+        }
+    }
+
     pub(super) fn refuse_log_gone(&mut self, context: &mut Context<'_>, stream: u64, head: Lsn) {
         let name = self.local.name.clone();
         let reason = format!(
