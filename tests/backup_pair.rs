@@ -2,7 +2,7 @@
 //! hand: who makes the backup, what the other says, and that a slot never gets two.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, RwLock};
@@ -18,13 +18,15 @@ use tidelog::events::{Event, Events, Severity};
 use tidelog::group::{
     Group, GroupContext, LocalLimits, NodeIdentity, Op, Read, Registry, Request, Role, View,
 };
-use tidelog::io::Env;
+use tidelog::io::{Env, ManualClock};
 use tidelog::log::control::{Control, MemberRecord, Mode};
 use tidelog::replication::BoxFuture;
-use tidelog::units::{Name, NodeId, Span};
+use tidelog::units::{LogTime, Name, NodeId, Span};
 
-use crate::support::PATIENCE;
+use crate::support::{PATIENCE, wait_for};
 
+/// Threads of the runtime for calls that block.
+const BLOCKING_THREADS: usize = 16;
 const VOLUME_BYTES: usize = 10 << 20;
 
 fn name(text: &str) -> Name {
@@ -118,17 +120,30 @@ struct Node {
     registry: Arc<Registry>,
     scheduler: Arc<Scheduler>,
     events: Receiver<Event>,
+    at_start: AtStart,
 }
 
+/// What a test has done in the middle of a run: its claim is there, its image is not yet.
+type AtStart = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
 impl Node {
-    fn start(this: &'static str, dir: &Path, link: &Arc<Link>) -> Node {
+    fn start(this: &'static str, dir: &Path, link: &Arc<Link>, env: Env) -> Node {
         let data_dir = dir.join(this);
         std::fs::create_dir_all(data_dir.join("node")).unwrap();
         let events = Events::in_memory();
         let (sender, receiver) = channel();
-        events.follow(move |event| sender.send(event.clone()).is_ok());
+        let at_start = AtStart::default();
+        let hook = Arc::clone(&at_start);
+        events.follow(move |event| {
+            if event.code == "backup-started"
+                && let Some(hook) = hook.lock().unwrap().take()
+            {
+                hook();
+            }
+            sender.send(event.clone()).is_ok()
+        });
         let context = GroupContext {
-            env: Env::real(),
+            env,
             node: NodeIdentity { id: node_id(this), name: name(this) },
             limits: LocalLimits::default(),
             events,
@@ -136,6 +151,7 @@ impl Node {
         let registry = Registry::open(context.clone(), &data_dir.join("groups")).unwrap();
         let mut config = BackupConfig::new(&data_dir, &[]);
         config.tick = Duration::from_millis(50);
+        config.shutdown_patience = Duration::from_secs(2);
         config.repositories.push(RepositoryConfig {
             name: "main".to_owned(),
             url: dir.join("repository").display().to_string(),
@@ -143,11 +159,16 @@ impl Node {
         });
         let peers = Arc::new(End { this, link: Arc::clone(link) });
         let scheduler = Scheduler::start(config, context, registry.clone(), peers).unwrap();
-        Node { registry, scheduler, events: receiver }
+        Node { registry, scheduler, events: receiver, at_start }
     }
 
     fn group(&self) -> Arc<Group> {
         self.registry.by_name("g").unwrap()
+    }
+
+    /// Does something when the next run here has its claim, before it goes on.
+    fn at_start(&self, hook: impl FnOnce() + Send + 'static) {
+        *self.at_start.lock().unwrap() = Some(Box::new(hook));
     }
 
     /// Waits for an event of a job; what came before it is dropped.
@@ -162,6 +183,10 @@ impl Node {
             assert!(!ended.contains(&event.code.as_str()), "{code} expected: {event:?}");
         }
     }
+}
+
+fn time(text: &str) -> LogTime {
+    text.parse().unwrap()
 }
 
 fn node_id(this: &str) -> NodeId {
@@ -179,17 +204,29 @@ struct Pair {
 impl Pair {
     /// A primary `a` and its secondary `b`, a volume with data, a repository, and a job.
     fn new(settings: Value) -> Pair {
+        Pair::in_env(settings, &Env::real())
+    }
+
+    /// The same by a clock that the test sets, which begins at a whole minute.
+    fn by_clock(settings: Value) -> (Pair, Arc<ManualClock>) {
+        let clock = Arc::new(ManualClock::new("2026-11-24T02:00:00Z".parse().unwrap()));
+        let env = Env { clock: clock.clone(), ..Env::real() };
+        (Pair::in_env(settings, &env), clock)
+    }
+
+    fn in_env(settings: Value, env: &Env) -> Pair {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("password"), "secret\n").unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
+            .max_blocking_threads(BLOCKING_THREADS)
             .enable_time()
             .build()
             .unwrap();
         let link = Arc::new(Link::default());
         let _inside = runtime.enter();
-        let a = Node::start("a", dir.path(), &link);
-        let b = Node::start("b", dir.path(), &link);
+        let a = Node::start("a", dir.path(), &link, env.clone());
+        let b = Node::start("b", dir.path(), &link, env.clone());
         let primary = a.registry.create(name("g"), Some(4 << 20)).unwrap();
         primary.create_volume(name("v"), VOLUME_BYTES as u64).unwrap();
         let member = MemberRecord {
@@ -257,6 +294,19 @@ impl Pair {
         bytes
     }
 
+    /// Waits until a slot is open on a node, and decided for the first time.
+    fn await_open(&self, node: &Node, slot: LogTime) {
+        wait_for("the slot to be open", || {
+            let mut list = self.list(node).into_iter();
+            list.find(|entry| {
+                entry.slot == slot
+                    && entry.outcome == Outcome::Running
+                    && !entry.reasons.is_empty()
+                    && entry.reasons[0].code != "missed"
+            })
+        });
+    }
+
     fn run(&self, node: &Node) -> RunStarted {
         self.runtime.block_on(node.scheduler.run("g", "nightly")).unwrap()
     }
@@ -277,6 +327,16 @@ impl Pair {
         entry
     }
 
+    /// Starts a run on the primary whose repository hangs from its claim on.
+    fn run_that_hangs(&self) -> (RunStarted, Hanging) {
+        let config = self.dir.path().join("repository/config");
+        let (sender, hanging) = channel();
+        self.a.at_start(move || sender.send(Hanging::begin(config)).unwrap());
+        let run = self.run(&self.a);
+        assert_eq!(run.decision.decision, Verdict::Run);
+        (run, hanging.recv_timeout(PATIENCE).unwrap())
+    }
+
     fn restored(&self, id: &str) -> Vec<u8> {
         let path = self.dir.path().join(format!("restored-{id}"));
         let target = RestoreTarget::Path(path.clone());
@@ -292,6 +352,28 @@ impl Drop for Pair {
             node.scheduler.shutdown();
             node.registry.close();
         }
+    }
+}
+
+/// A file whose readers hang, as on the file system of a server that went away.
+struct Hanging {
+    path: PathBuf,
+    aside: PathBuf,
+}
+
+impl Hanging {
+    fn begin(path: PathBuf) -> Hanging {
+        let aside = path.with_extension("aside");
+        let aside = aside.parent().unwrap().parent().unwrap().join(aside.file_name().unwrap());
+        std::fs::rename(&path, &aside).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        Hanging { path, aside }
+    }
+
+    /// What hangs gets the end of the file; the next reader gets what was there before.
+    fn end(self) {
+        drop(std::fs::OpenOptions::new().write(true).open(&self.path).unwrap());
+        std::fs::rename(&self.aside, &self.path).unwrap();
     }
 }
 
@@ -476,4 +558,98 @@ fn a_schedule_makes_its_slot_once_on_one_node() {
     let list = pair.list(&pair.b);
     let of_slot: Vec<_> = list.iter().filter(|entry| entry.slot == slot).collect();
     assert_eq!(of_slot.iter().filter(|entry| entry.id.is_some()).count(), 1, "{of_slot:?}");
+}
+
+/// A job of every minute whose secondary stayed behind waited an hour for each slot: the slots that
+/// came meanwhile were skipped as "already running", and had no backup at all.
+#[test]
+fn a_slot_that_waits_is_decided_when_the_next_is_due_and_both_get_their_backup() {
+    let (pair, clock) = Pair::by_clock(json!({"max_lag": "10s"}));
+    pair.link.set_lag(Duration::from_secs(60));
+    let change = JobChange { schedule: Some("* * * * *".to_owned()), ..JobChange::default() };
+    pair.a.scheduler.set_job("g", name("nightly"), change).unwrap();
+    pair.link.ship();
+    let slots: [LogTime; 2] = [time("2026-11-24T02:01:00Z"), time("2026-11-24T02:02:00Z")];
+    clock.advance(Duration::from_secs(60));
+    for node in [&pair.a, &pair.b] {
+        pair.await_open(node, slots[0]);
+    }
+    clock.advance(Duration::from_secs(60));
+    let first = pair.a.await_event("backup-done");
+    assert_eq!(first.details["slot"], slots[0].to_string(), "the primary takes the first");
+    for node in [&pair.a, &pair.b] {
+        pair.await_open(node, slots[1]);
+    }
+    pair.link.set_lag(Duration::ZERO);
+    let second = wait_for("the second backup", || {
+        let event = pair.b.events.recv_timeout(PATIENCE).unwrap();
+        (event.code == "backup-done").then_some(event)
+    });
+    assert_eq!(second.details["slot"], slots[1].to_string(), "and the secondary the second");
+}
+
+/// A run that hung in its repository counted as going for ever, so that every later slot was
+/// skipped.
+#[test]
+fn a_stuck_run_ends_at_its_limit_and_the_next_slot_runs() {
+    let (pair, clock) = Pair::by_clock(json!({"placement": "primary-only", "run_limit": "1h"}));
+    let (hung, hanging) = pair.run_that_hangs();
+    clock.advance(Duration::from_secs(1800));
+    let skipped = pair.run(&pair.a);
+    assert_eq!(codes(&skipped.decision.reasons), ["already-running"]);
+    pair.a.await_event("backup-skipped");
+
+    clock.advance(Duration::from_secs(1800 + 60));
+    let event = pair.a.await_event("backup-failed");
+    assert_eq!(event.details["slot"], hung.slot.to_string());
+    assert!(event.text.contains("over its limit of 1h"), "{}", event.text);
+    hanging.end();
+    let next = pair.run(&pair.a);
+    assert_eq!(next.decision.decision, Verdict::Run);
+    pair.a.await_event("backup-done");
+    let entry = pair.entry(&pair.a, &hung, "a");
+    assert_eq!((entry.outcome, codes(&entry.reasons)), (Outcome::Failed, vec!["run-limit"]));
+}
+
+/// Each question about a repository on a hung file system took a thread of the runtime and kept
+/// it, until none was left and the node answered nothing any more.
+#[test]
+fn a_repository_that_hangs_is_a_fact_and_takes_no_thread_per_question() {
+    let (pair, clock) = Pair::by_clock(json!({}));
+    let observe = {
+        let key = ("b".to_owned(), "backup.observe".to_owned());
+        pair.link.handlers.lock().unwrap()[&key].clone()
+    };
+    let group = pair.a.group();
+    let call = json!({ "group": group.id(), "job": group.control().jobs[0].id, "slot": null });
+    let ask = |count: usize| -> Vec<Value> {
+        let asked: Vec<_> =
+            (0..count).map(|_| pair.runtime.spawn(observe(name("a"), call.clone()))).collect();
+        let answers = asked.into_iter().map(|answer| {
+            let patient = async { tokio::time::timeout(PATIENCE, answer).await };
+            pair.runtime.block_on(patient).expect("an answer").unwrap().unwrap()
+        });
+        answers.map(|answer| answer["facts"].clone()).collect()
+    };
+    assert_eq!(ask(1)[0]["repository"], true);
+    let hanging = Hanging::begin(pair.dir.path().join("repository/config"));
+    let slow = ask(1).remove(0);
+    assert_eq!(slow["repository"], true, "what it said a moment ago holds a while: {slow}");
+    clock.advance(Duration::from_secs(31));
+    for facts in ask(2 * BLOCKING_THREADS) {
+        assert_eq!(facts["repository"], false, "{facts}");
+        let reason = facts["repository_reason"].as_str().unwrap();
+        assert!(reason.contains("no answer since 2026-11-24T02:00:00Z"), "{reason}");
+    }
+    hanging.end();
+    wait_for("the repository to be back", || (ask(1)[0]["repository"] == true).then_some(()));
+}
+
+/// A shutdown waited for a run that hung in its repository for ever.
+#[test]
+fn a_shutdown_leaves_behind_what_hangs() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let (_, hanging) = pair.run_that_hangs();
+    pair.a.scheduler.shutdown();
+    hanging.end();
 }

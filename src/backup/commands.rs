@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::catalog::{BackupEntry, Manifest, Outcome, VolumeChecksum};
 use super::claim::SlotStore;
 use super::error::BackupError;
-use super::repository::{Repository, RepositoryConfig, RepositoryError};
+use super::reach::Reach;
+use super::repository::{RepositoryConfig, RepositoryError};
 use super::restore::{FileSink, RestoreSink};
 use super::scheduler::{Inner, Scheduler, blocking};
 use super::source::Progress;
@@ -94,13 +95,13 @@ impl Scheduler {
         blocking(move || {
             let (repository, entry, manifest) = inner.find(&id)?;
             let id = entry.id.unwrap_or(id);
-            let (bytes, checksums) = repository.verify(&id, &progress)?;
+            let (bytes, checksums) = repository.repository().verify(&id, &progress)?;
             let store = SlotStore::new(repository.objects(), manifest.job_id, manifest.slot);
             if let Ok(Some(result)) = store.result()
                 && result.id == id
                 && result.checksums != checksums
             {
-                let name = repository.config().name.clone();
+                let name = repository.repository().config().name.clone();
                 let what =
                     format!("backup {id}: its volumes have other checksums than its run left");
                 return Err(RepositoryError::Damaged { name, what }.into());
@@ -134,7 +135,7 @@ impl Scheduler {
     /// Where it exists, or cannot be made.
     pub async fn repository_init(&self, name: &str) -> Result<String, BackupError> {
         let repository = self.inner().repository(name)?;
-        blocking(move || Ok(repository.init()?)).await
+        blocking(move || Ok(repository.repository().init()?)).await
     }
 
     /// Checks a repository, all its data where asked.
@@ -144,7 +145,7 @@ impl Scheduler {
     /// Names what is damaged.
     pub async fn repository_check(&self, name: &str, read_data: bool) -> Result<(), BackupError> {
         let repository = self.inner().repository(name)?;
-        blocking(move || Ok(repository.check(read_data)?)).await
+        blocking(move || Ok(repository.opened()?.check(read_data)?)).await
     }
 
     /// The repositories of this node, each with its id or why it cannot be opened.
@@ -158,7 +159,8 @@ impl Scheduler {
         let inner = Arc::clone(self.inner());
         blocking(move || {
             let all = inner.repositories();
-            Ok(all.map(|repository| (repository.config().clone(), repository.id())).collect())
+            let config = |reach: &Reach| reach.repository().config().clone();
+            Ok(all.map(|reach| (config(reach), reach.id())).collect())
         })
         .await
     }
@@ -169,7 +171,7 @@ impl Inner {
     fn snapshots(&self) -> Result<Vec<BackupEntry>, BackupError> {
         let mut entries = Vec::new();
         for repository in self.repositories() {
-            let listed = match repository.list() {
+            let listed = match repository.opened().and_then(|opened| opened.list()) {
                 Ok(listed) => listed,
                 // One that was not made yet holds nothing.
                 Err(RepositoryError::Missing { .. }) => continue,
@@ -185,7 +187,7 @@ impl Inner {
     /// The entry with what the slot's result and the marks say of it.
     fn judged(
         &self,
-        repository: &Repository,
+        repository: &Reach,
         mut entry: BackupEntry,
         manifest: &Manifest,
     ) -> BackupEntry {
@@ -205,12 +207,17 @@ impl Inner {
         entry
     }
 
-    fn find(&self, id: &str) -> Result<(Arc<Repository>, BackupEntry, Manifest), BackupError> {
+    fn find(&self, id: &str) -> Result<(Arc<Reach>, BackupEntry, Manifest), BackupError> {
+        let mut unread = None;
         for repository in self.repositories() {
-            let listed = match repository.list() {
+            let listed = match repository.opened().and_then(|opened| opened.list()) {
                 Ok(listed) => listed,
                 Err(RepositoryError::Missing { .. }) => continue,
-                Err(error) => return Err(error.into()),
+                // Another one may hold it.
+                Err(error) => {
+                    unread.get_or_insert(error);
+                    continue;
+                }
             };
             let mut found = listed.into_iter().filter(|(entry, _)| {
                 id.len() >= 6 && entry.id.as_ref().is_some_and(|known| known.starts_with(id))
@@ -219,13 +226,14 @@ impl Inner {
                 if found.next().is_some() {
                     let cause = "is the start of several ids; give more of it".to_owned();
                     let what = format!("backup `{id}`");
-                    let name = repository.config().name.clone();
+                    let name = repository.repository().config().name.clone();
                     return Err(RepositoryError::Failed { name, what, cause }.into());
                 }
                 return Ok((Arc::clone(repository), entry, manifest));
             }
         }
-        Err(BackupError::NoBackup { id: id.to_owned() })
+        let nowhere = || BackupError::NoBackup { id: id.to_owned() };
+        Err(unread.map_or_else(nowhere, BackupError::from))
     }
 
     fn restore(
@@ -270,7 +278,7 @@ impl Inner {
                     Box::new(self.volume_sink(group, volume)?)
                 }
             };
-            repository.restore(&id, name, sink.as_mut(), progress)?;
+            repository.repository().restore(&id, name, sink.as_mut(), progress)?;
             restored.push((known.name.clone(), known.size_bytes));
         }
         Ok(restored)

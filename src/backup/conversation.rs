@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::active::OpenedBy;
 use super::claim::SlotStore;
 use super::facts::Facts;
 use super::gather::{ObserveAnswer, ObserveCall};
@@ -117,7 +118,8 @@ impl Inner {
         let slot = call.slot.ok_or("backup.start: no slot")?;
         let (group, job) = self.of_peer(&peer, call.group, call.job)?;
         let settings = JobSettings::parse(&job.settings).map_err(|error| error.to_string())?;
-        self.open(&group, job, settings, slot).map_err(|error| error.to_string())?;
+        self.open(&group, job, settings, slot, OpenedBy::Command)
+            .map_err(|error| error.to_string())?;
         Ok(json!({}))
     }
 

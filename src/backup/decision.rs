@@ -112,6 +112,7 @@ pub const REASON_CODES: &[(&str, &str)] = &[
     ("claimed", "the named node holds the slot's claim in the repository and renews it"),
     ("gave-up", "the node had its chance for this slot"),
     ("deadline-passed", "the latest start is over: nothing is waited for"),
+    ("next-slot-due", "the job's next slot is due: nothing is waited for"),
 ];
 
 /// How able a node is to make this backup; worse is greater.
@@ -225,7 +226,10 @@ pub fn decide(facts: &Facts, settings: &JobSettings) -> Decision {
                     reasons.push(not_permitted(settings, role));
                 }
             }
-            if facts.deadline_passed {
+            if let Some(next) = facts.next_due {
+                let text = format!("the next slot, {next}, is due");
+                reasons.push(Reason::new("next-slot-due", text));
+            } else if facts.deadline_passed {
                 let text = format!("the deadline of {} is over", settings.deadline);
                 reasons.push(Reason::new("deadline-passed", text));
             }

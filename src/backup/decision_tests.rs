@@ -49,6 +49,7 @@ fn facts(role: Role, state: State, deadline_passed: bool) -> Facts {
         secondary: fit_node("b"),
         active: Role::Primary,
         deadline_passed,
+        next_due: None,
         done_by: None,
         running_on: None,
         given_up: Vec::new(),

@@ -77,6 +77,9 @@ pub struct NodeFacts {
     /// Why it cannot be opened.
     #[serde(default)]
     pub repository_reason: Option<String>,
+    /// Age of what is known of the repository, where that is older than the rest.
+    #[serde(default)]
+    pub repository_age: Span,
     /// What else keeps the node from making this backup, such as failed data.
     pub problems: Vec<Reason>,
 }
@@ -96,6 +99,7 @@ impl NodeFacts {
             repository: None,
             repository_id: None,
             repository_reason: None,
+            repository_age: Span::default(),
             problems: Vec::new(),
         }
     }
@@ -143,6 +147,9 @@ pub struct Facts {
     pub active: Role,
     /// The latest start is over.
     pub deadline_passed: bool,
+    /// The job's next slot, where it is due already: this one is waited for no longer.
+    #[serde(default)]
+    pub next_due: Option<LogTime>,
     /// The node whose backup of this slot exists.
     pub done_by: Option<Name>,
     /// The node where another run of this job is going.
@@ -325,6 +332,7 @@ impl Facts {
         put("placement", json!(settings.placement), now);
         put("active", json!(self.active == self.role), now);
         put("deadline_passed", json!(self.deadline_passed), now);
+        put("slot.next_due", json!(self.next_due), now);
         put("slot.done_by", json!(self.done_by), now);
         put("slot.given_up", json!(self.given_up), now);
         put("job.running_on", json!(self.running_on), now);
@@ -337,8 +345,11 @@ impl Facts {
         for role in [Role::Primary, Role::Secondary] {
             let node = self.node(role);
             let mut put = |name: &str, value: Value| {
+                let of_repository = name.starts_with("repository");
+                let age =
+                    if of_repository { node.age.0 + node.repository_age.0 } else { node.age.0 };
                 let name = format!("{}.{name}", role_word(role));
-                put(&name, value, node.age);
+                put(&name, value, Span(age));
             };
             put("name", json!(node.name));
             put("available", json!(node.unavailable.is_none()));

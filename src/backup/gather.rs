@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::facts::{Facts, NodeFacts, Reason, ReplicationFacts};
 use super::peer::ReplicationView;
+use super::reach::Known;
 use super::run::PeerPhase;
 use super::scheduler::{Inner, RunKey};
 use crate::group::{DataState, Group, Role};
@@ -89,7 +90,12 @@ impl Inner {
             facts.storage_free_bytes = Some(space.free_bytes);
             facts.storage_total_bytes = Some(space.total_bytes);
         }
-        match self.repository(&job.repository).and_then(|repository| repository.id()) {
+        let known = match self.repository(&job.repository) {
+            Ok(repository) => repository.probe(),
+            Err(error) => Known { id: Err(error), age: Span::default() },
+        };
+        facts.repository_age = known.age;
+        match known.id {
             Ok(id) => {
                 facts.repository = Some(true);
                 facts.repository_id = Some(id);
@@ -225,6 +231,7 @@ fn assemble(
         // Hosts mount where the primary is; nothing else tells where the application runs.
         active: Role::Primary,
         deadline_passed: false,
+        next_due: None,
         done_by: None,
         running_on: None,
         given_up: Vec::new(),

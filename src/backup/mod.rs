@@ -6,15 +6,16 @@
 //! and
 //! `claim` settles who makes the backup, in small `objects` of the repository.
 //!
-//! Around that pure core: `scheduler` (a thread for each open slot), `timekeeper` (due, missed,
+//! Around that pure core: `scheduler` and `active` (a thread for each open slot), `timekeeper` (due, missed,
 //! overdue), `gather` (facts of this node and its peer), `conversation` and `peer` (what nodes tell
 //! one another), `runner` (makes a backup under its claim), `history` (how runs ended).
 //!
-//! `repository` writes and reads restic's format; `source` shows an image as files, `door` refuses
+//! `repository` writes and reads restic's format, `reach` asks it within bounded time; `source` shows an image as files, `door` refuses
 //! a snapshot that must not count, `restore` is the way back, `catalog` what a backup says of
 //! itself,
 //! `jobs` and `commands` what operators ask for.
 
+mod active;
 mod catalog;
 mod claim;
 mod commands;
@@ -30,6 +31,7 @@ mod jobs;
 mod objects;
 mod peer;
 mod placement_page;
+mod reach;
 mod repository;
 mod restore;
 mod run;

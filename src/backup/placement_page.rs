@@ -184,6 +184,7 @@ fn healthy(role: Role, deadline_passed: bool) -> Facts {
         secondary: node("b"),
         active: Role::Primary,
         deadline_passed,
+        next_due: None,
         done_by: None,
         running_on: None,
         given_up: Vec::new(),

@@ -20,6 +20,7 @@ use super::door::{Bars, Door, Gate, sync_dir};
 use super::objects::{FileObjects, Objects};
 use super::source::{DIR_FILES, FILE_BYTES, ImageSource, Progress, Stamp, Stamps, Stop, files};
 use crate::group::{View, Volume};
+use crate::units::LogTime;
 
 /// A repository as the node's configuration names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub enum RepositoryError {
         "repository {name}: does not exist at {url}; `tidelog repository init {name}` makes it"
     )]
     Missing { name: String, url: String },
+    #[error("repository {name}: {url}: no answer since {since}; look at the file system there")]
+    Unreachable { name: String, url: String, since: LogTime },
     #[error("repository {name}: {url}: is not a directory; change its url in the configuration")]
     NotADirectory { name: String, url: String },
     #[error("repository {name}: exists already at {url}")]

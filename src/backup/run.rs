@@ -14,7 +14,7 @@ use super::claim::{Holder, SlotView};
 use super::decision::{Decision, Verdict, decide};
 use super::facts::{Facts, GivenUp, Reason};
 use super::job::JobSettings;
-use crate::units::Name;
+use crate::units::{LogTime, Name};
 
 /// How far a peer says that it is with the slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +70,10 @@ pub struct SlotRun {
     delegated: Option<(Name, Duration, bool)>,
     /// When another's live claim was first seen.
     claimed_since: Option<(u32, Duration)>,
+    /// The node that is making the backup, as it was seen last.
+    at_work: Option<Name>,
+    /// The job's next slot, once it is due.
+    next_due: Option<LogTime>,
 }
 
 impl SlotRun {
@@ -83,7 +87,21 @@ impl SlotRun {
             given_up: Vec::new(),
             delegated: None,
             claimed_since: None,
+            at_work: None,
+            next_due: None,
         }
+    }
+
+    /// The job's next slot is due: this one is decided as at its deadline, so that slots that come
+    /// faster than the deadline neither pile up nor put each other off for ever.
+    pub fn next_is_due(&mut self, next: LogTime) {
+        self.next_due = Some(next);
+    }
+
+    /// The other node that is making the backup, as it was seen by the last step.
+    #[must_use]
+    pub fn at_work(&self) -> Option<&Name> {
+        self.at_work.as_ref()
     }
 
     /// This node had its chance.
@@ -95,8 +113,9 @@ impl SlotRun {
     #[must_use]
     pub fn step(&mut self, observation: Observation) -> Next {
         let Observation { now, mut facts, view, peer } = observation;
-        let late = now >= self.deadline_at;
+        let late = now >= self.deadline_at || self.next_due.is_some();
         facts.deadline_passed = late;
+        facts.next_due = self.next_due;
         let other = match facts.role {
             crate::group::Role::Primary => facts.secondary.name.clone(),
             crate::group::Role::Secondary => facts.primary.name.clone(),
@@ -120,6 +139,8 @@ impl SlotRun {
             Ok(view) => self.claimed_by_other(view, now),
             Err(_) => (peer == Some(PeerPhase::Running)).then(|| other.clone()),
         };
+        // A claim of this node's earlier life is waited for, but nobody works under it.
+        self.at_work = claimed.clone().filter(|node| *node != self.this);
         if claimed.is_none() {
             self.pass_over_silent(now, late);
         }
@@ -200,7 +221,8 @@ impl SlotRun {
         let why = if now.saturating_sub(since) >= self.settings.grace.0 {
             format!("no claim appeared within the grace of {}", self.settings.grace)
         } else if late && before_deadline {
-            "no claim appeared before the deadline".to_owned()
+            let end = self.next_due.map_or("the deadline", |_| "the next slot was due");
+            format!("no claim appeared before {end}")
         } else {
             return;
         };

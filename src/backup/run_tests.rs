@@ -43,6 +43,7 @@ fn facts(role: Role) -> Facts {
         secondary: node("b"),
         active: Role::Primary,
         deadline_passed: false,
+        next_due: None,
         done_by: None,
         running_on: None,
         given_up: Vec::new(),
@@ -251,6 +252,46 @@ fn a_run_over_its_limit_does_not_block_for_ever() {
         let over = hour > 12;
         assert_eq!(matches!(next, Next::Run(_)), over, "hour {hour}: {next:?}");
     }
+}
+
+#[test]
+fn a_slot_that_waits_is_decided_when_the_next_one_is_due() {
+    let behind = |pair: &mut Pair, index: usize| {
+        let mut facts = facts([Role::Primary, Role::Secondary][index]);
+        facts.replication.lag = Some(Span::from_secs(600));
+        let (run, store) = &mut pair.runs[index];
+        let view = store.look(pair.now).map_err(|error| error.to_string());
+        run.step(Observation { now: pair.now, facts, view, peer: None })
+    };
+    let mut pair = Pair::new(Placement::PreferSecondary);
+    assert!(matches!(behind(&mut pair, 0), Next::Wait(_)));
+    assert!(matches!(behind(&mut pair, 1), Next::Wait(_)));
+    pair.runs.iter_mut().for_each(|(run, _)| run.next_is_due(LogTime(2)));
+    assert!(matches!(behind(&mut pair, 0), Next::Run(_)));
+    assert!(matches!(behind(&mut pair, 1), Next::Wait(_)), "it delegates");
+
+    let mut pair = Pair::new(Placement::SecondaryOnly);
+    assert!(matches!(behind(&mut pair, 1), Next::Wait(_)));
+    pair.runs[1].0.next_is_due(LogTime(2));
+    let next = behind(&mut pair, 1);
+    assert_eq!(outcome(&next), Outcome::Failed);
+    assert!(codes(&next).contains(&"next-slot-due"), "{next:?}");
+    assert!(!codes(&next).contains(&"deadline-passed"), "{next:?}");
+}
+
+#[test]
+fn another_node_is_at_work_only_while_its_claim_is_live() {
+    let mut pair = Pair::new(Placement::PreferSecondary);
+    assert!(matches!(pair.a(), Next::Wait(_)));
+    assert_eq!(pair.runs[0].0.at_work(), None, "a delegation without a claim");
+    assert!(pair.claim(1, 1));
+    assert!(matches!(pair.a(), Next::Wait(_)));
+    assert_eq!(pair.runs[0].0.at_work(), Some(&name("b")));
+    assert!(matches!(pair.b(), Next::Wait(_)));
+    assert_eq!(pair.runs[1].0.at_work(), None, "its own earlier life is not at work");
+    pair.now = 60 * SECOND;
+    assert!(matches!(pair.a(), Next::Run(_)));
+    assert_eq!(pair.runs[0].0.at_work(), None);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use super::claim::{Claim, SlotResult, SlotStore};
 use super::decision::{Decision, Verdict};
 use super::facts::Reason;
 use super::job::JobSettings;
+use super::reach::Reach;
 use super::repository::{BackupPlan, Parent, Repository};
 use super::run::{Next, Observation, PeerPhase, SlotRun};
 use super::scheduler::{Inner, RunKey};
@@ -47,7 +48,7 @@ enum Making {
 
 impl Inner {
     /// Goes through a slot; returns when it is over for this node.
-    pub(super) fn drive(self: &Arc<Self>, task: Task) {
+    pub(super) fn drive(self: &Arc<Self>, mut task: Task) {
         let clock = Arc::clone(&self.context.env.clock);
         let started = clock.monotonic();
         let slot = task.key.slot;
@@ -81,15 +82,25 @@ impl Inner {
             };
             let role = facts.role;
             let number = view.as_ref().map_or(0, |view| view.number);
+            if let Some(next) = self.next_due(&task.key) {
+                run.next_is_due(next);
+            }
             let next = run.step(Observation { now, facts, view, peer });
             match next {
                 Next::Run(decision) => {
-                    self.set_phase(&task.key, PeerPhase::Running, Some(decision.clone()));
+                    if let Err(busy) = self.set_running(&task.key, &decision) {
+                        task.running_on = Some(busy);
+                        continue;
+                    }
                     let (Some(store), Ok(repository)) = (&store, &repository) else {
                         run.failed_here("the repository is not configured here");
                         continue;
                     };
                     let made = self.make(&task, store, repository, number + 1, role, &decision);
+                    if !self.is_active(&task.key) && !matches!(made, Making::Done(_)) {
+                        // It was given up as stuck, and its end told.
+                        return;
+                    }
                     match made {
                         Making::Done(result) => {
                             self.finish_done(&task, &result, decision);
@@ -114,10 +125,10 @@ impl Inner {
                             run.failed_here(why);
                         }
                     }
-                    self.set_phase(&task.key, PeerPhase::Deciding, None);
+                    self.set_waiting(&task.key, None, None);
                 }
                 Next::Wait(decision) => {
-                    self.set_phase(&task.key, PeerPhase::Deciding, Some(decision));
+                    self.set_waiting(&task.key, Some(decision), run.at_work());
                     self.wait(self.config.tick);
                 }
                 Next::End(outcome, decision) => {
@@ -149,7 +160,7 @@ impl Inner {
         self: &Arc<Self>,
         task: &Task,
         store: &SlotStore,
-        repository: &Arc<Repository>,
+        repository: &Arc<Reach>,
         number: u32,
         role: Role,
         decision: &Decision,
@@ -173,7 +184,8 @@ impl Inner {
         let (stop, progress) = self.begin(&task.key);
         let renewing = Arc::new(AtomicBool::new(true));
         let renewer = self.renew(task, repository, number, &stop, &renewing);
-        let made = self.snapshot(task, repository, role, decision, run, &stop, &progress);
+        let writer = repository.repository();
+        let made = self.snapshot(task, writer, role, decision, run, &stop, &progress);
         renewing.store(false, Ordering::Release);
         self.changed.notify_all();
         if let Some(renewer) = renewer
@@ -186,7 +198,7 @@ impl Inner {
             Ok(result) => match store.finish(&result) {
                 Ok(None) => Making::Done(Box::new(result)),
                 Ok(Some(other)) => {
-                    if let Err(error) = repository.forget(&result.id) {
+                    if let Err(error) = writer.forget(&result.id) {
                         tracing::warn!("superseded snapshot {}: {error}", result.id);
                     }
                     Making::Superseded(Box::new(other))
@@ -206,7 +218,7 @@ impl Inner {
     fn renew(
         self: &Arc<Self>,
         task: &Task,
-        repository: &Arc<Repository>,
+        repository: &Arc<Reach>,
         number: u32,
         stop: &Stop,
         renewing: &Arc<AtomicBool>,
@@ -223,7 +235,13 @@ impl Inner {
             while renewing.load(Ordering::Acquire) {
                 let now = clock.monotonic();
                 if now.saturating_sub(started) >= limit.0 {
-                    stop.stop(format!("the run is over its limit of {limit}"));
+                    let why = format!("the run is over its limit of {limit}");
+                    stop.stop(why.clone());
+                    // The other node need not wait until this one's claim stands still.
+                    if let Err(error) = store.end(number, &why) {
+                        tracing::warn!("claim {number}: its end could not be told: {error}");
+                    }
+                    return;
                 }
                 if inner.is_stopping() {
                     stop.stop("the node is shutting down");

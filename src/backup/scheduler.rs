@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::catalog::{BackupEntry, Outcome};
+use super::active::{Active, OpenedBy};
 use super::conversation::Published;
 use super::decision::{Decision, Explanation, explain};
 use super::error::BackupError;
@@ -19,14 +19,13 @@ use super::job::JobSettings;
 use super::jobs::{JobChange, changed_job};
 use super::objects::Objects;
 use super::peer::PeerCalls;
+use super::reach::Reach;
 use super::repository::{Repository, RepositoryConfig, RepositoryError};
 use super::run::PeerPhase;
-use super::runner::{Task, missed_entry};
-use super::source::{Progress, Stop};
 use crate::agent::LoadMeter;
 use crate::config;
 use crate::events::Severity;
-use crate::group::{Group, GroupContext, Registry, Role};
+use crate::group::{Group, GroupContext, Registry};
 use crate::log::control::{Control, JobRecord};
 use crate::units::{EpochId, GroupId, LogTime, Lsn, Name, Span};
 
@@ -45,6 +44,8 @@ pub struct BackupConfig {
     pub claim_term: Span,
     /// What the nodes' clocks may differ by, before a slot is overdue.
     pub allowance: Span,
+    /// How long a shutdown waits for runs and threads to end.
+    pub shutdown_patience: Duration,
 }
 
 impl BackupConfig {
@@ -65,6 +66,7 @@ impl BackupConfig {
             claim_renew: Span::from_secs(10),
             claim_term: Span::from_secs(60),
             allowance: Span::from_secs(600),
+            shutdown_patience: Duration::from_secs(10),
         }
     }
 }
@@ -112,13 +114,11 @@ pub(super) struct RunKey {
     pub slot: LogTime,
 }
 
-pub(super) struct Active {
-    name: (Name, Name),
-    pub(super) phase: PeerPhase,
-    decision: Option<Decision>,
-    stop: Stop,
-    progress: Progress,
-    started: Duration,
+impl RunKey {
+    /// Whether both are slots of one job.
+    pub(super) fn is_of(&self, other: &RunKey) -> bool {
+        (self.group, self.job) == (other.group, other.job)
+    }
 }
 
 #[derive(Default)]
@@ -129,11 +129,23 @@ pub(super) struct State {
     pub(super) slot_lsn: HashMap<RunKey, Lsn>,
     pub(super) peer_facts: HashMap<(GroupId, EpochId), (NodeFacts, Duration)>,
     /// First decisions of runs that have ended, for those who wait for them.
-    decided: HashMap<RunKey, Decision>,
+    pub(super) decided: HashMap<RunKey, Decision>,
     pub(super) alarms: BTreeMap<(Name, Name), SlotAlarm>,
     pub(super) checked: HashMap<EpochId, LogTime>,
     pub(super) complained: HashSet<(EpochId, LogTime)>,
-    stopping: bool,
+    pub(super) stopping: bool,
+    /// The thread that opens slots runs.
+    keeps_time: bool,
+}
+
+impl State {
+    /// Keeps a run's first decision for those who wait for it; the memory is bounded.
+    pub(super) fn remember_decided(&mut self, key: RunKey, decision: Decision) {
+        if self.decided.len() > 256 {
+            self.decided.clear();
+        }
+        self.decided.insert(key, decision);
+    }
 }
 
 pub(super) struct Inner {
@@ -142,7 +154,7 @@ pub(super) struct Inner {
     pub(super) registry: Arc<Registry>,
     pub(super) peers: Arc<dyn PeerCalls>,
     pub(super) runtime: tokio::runtime::Handle,
-    repositories: BTreeMap<String, Arc<Repository>>,
+    repositories: BTreeMap<String, Arc<Reach>>,
     pub(super) meter: LoadMeter,
     pub(super) history: History,
     state: Mutex<State>,
@@ -152,7 +164,6 @@ pub(super) struct Inner {
 /// The scheduler of a node.
 pub struct Scheduler {
     inner: Arc<Inner>,
-    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
 impl Scheduler {
@@ -171,7 +182,9 @@ impl Scheduler {
         for repository in &config.repositories {
             let writer = context.env.entropy.next_u64();
             let opened = Repository::new(repository.clone(), writer)?;
-            repositories.insert(repository.name.clone(), Arc::new(opened));
+            let reach = Reach::new(opened, Arc::clone(&context.env.clock))
+                .map_err(|error| BackupError::Internal(error.to_string()))?;
+            repositories.insert(repository.name.clone(), Arc::new(reach));
         }
         let history = History::open(&config.data_dir.join("node").join("backup-runs"));
         let inner = Arc::new(Inner {
@@ -188,28 +201,39 @@ impl Scheduler {
         });
         inner.answer_peers();
         let for_thread = Arc::clone(&inner);
-        let thread = std::thread::Builder::new()
+        inner.lock().keeps_time = true;
+        std::thread::Builder::new()
             .name("backup-slots".to_owned())
-            .spawn(move || for_thread.keep_time())
+            .spawn(move || {
+                for_thread.keep_time();
+                for_thread.lock().keeps_time = false;
+                for_thread.changed.notify_all();
+            })
             .map_err(|error| BackupError::Internal(error.to_string()))?;
-        Ok(Arc::new(Scheduler { inner, thread: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Scheduler { inner }))
     }
 
-    /// Ends runs and threads; a run that is cut short leaves its slot to the other node.
+    /// Ends runs and threads; a run that is cut short leaves its slot to the other node. What does
+    /// not end in time, because its repository hangs, is left behind and named in the log.
     pub fn shutdown(&self) {
-        self.inner.lock().stopping = true;
-        self.inner.changed.notify_all();
-        let thread = self.thread.lock().expect("no holder panics").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the scheduler's thread panicked");
-        }
-        let mut state = self.inner.lock();
-        while !state.active.is_empty() {
+        let inner = &self.inner;
+        let mut state = inner.lock();
+        state.stopping = true;
+        inner.changed.notify_all();
+        let busy = |state: &mut State| {
             for active in state.active.values() {
                 active.stop.stop("the node is shutting down");
             }
-            let wait = self.inner.changed.wait_timeout(state, Duration::from_millis(100));
-            state = wait.expect("no holder panics").0;
+            state.keeps_time || !state.active.is_empty()
+        };
+        let wait = inner.changed.wait_timeout_while(state, inner.config.shutdown_patience, busy);
+        state = wait.expect("no holder panics").0;
+        for (key, active) in &state.active {
+            let (group, job) = &active.name;
+            tracing::warn!("job {group}/{job}: the run of slot {} does not end", key.slot);
+        }
+        if state.keeps_time {
+            tracing::warn!("the thread that opens slots does not end");
         }
     }
 
@@ -244,7 +268,10 @@ impl Scheduler {
             let (mut facts, _) = inner.gather(&group, &job, slot);
             if let Some(slot) = slot {
                 let now = inner.context.env.clock.wall();
-                facts.deadline_passed = now >= slot.after(settings.deadline.0);
+                let key = RunKey { group: group.id(), job: job.id, slot };
+                facts.next_due = inner.next_due(&key);
+                facts.deadline_passed =
+                    facts.next_due.is_some() || now >= slot.after(settings.deadline.0);
             }
             for (key, value) in &assume {
                 facts.assume(&mut settings, key, value)?;
@@ -354,12 +381,12 @@ impl Inner {
         drop(self.changed.wait_timeout(state, at_most).expect("no holder panics"));
     }
 
-    pub(super) fn repository(&self, name: &str) -> Result<Arc<Repository>, RepositoryError> {
+    pub(super) fn repository(&self, name: &str) -> Result<Arc<Reach>, RepositoryError> {
         let known = self.repositories.get(name).cloned();
         known.ok_or_else(|| RepositoryError::Unknown { name: name.to_owned() })
     }
 
-    pub(super) fn repositories(&self) -> impl Iterator<Item = &Arc<Repository>> {
+    pub(super) fn repositories(&self) -> impl Iterator<Item = &Arc<Reach>> {
         self.repositories.values()
     }
 
@@ -394,7 +421,7 @@ impl Inner {
         let slot = self.context.env.clock.wall();
         let key = RunKey { group: group.id(), job: job.id, slot };
         let name = job.name.clone();
-        self.open(&group, job, settings, slot)?;
+        self.open(&group, job, settings, slot, OpenedBy::Command)?;
         let (mut told, mut not_told) = (Vec::new(), Vec::new());
         if let Some(peer) = self.nodes(&group).other {
             let body = json!({ "group": key.group, "job": key.job, "slot": slot });
@@ -427,152 +454,6 @@ impl Inner {
             told,
             not_told,
         })
-    }
-
-    /// Opens a slot on a thread of its own; nothing where it is open or over.
-    pub(super) fn open(
-        self: &Arc<Self>,
-        group: &Arc<Group>,
-        job: JobRecord,
-        settings: JobSettings,
-        slot: LogTime,
-    ) -> Result<(), BackupError> {
-        let key = RunKey { group: group.id(), job: job.id, slot };
-        if self.history.run(group.name(), &job.name, slot).is_some() {
-            return Ok(());
-        }
-        let running_on = {
-            let mut state = self.lock();
-            if state.active.contains_key(&key) || state.decided.contains_key(&key) {
-                return Ok(());
-            }
-            let running = state
-                .active
-                .iter()
-                .find(|(other, _)| other.group == key.group && other.job == key.job)
-                .map(|(_, active)| {
-                    let named = active.decision.as_ref().and_then(|it| it.run_on.clone());
-                    named.unwrap_or_else(|| self.context.node.name.clone())
-                });
-            state.active.insert(
-                key,
-                Active {
-                    name: (group.name().clone(), job.name.clone()),
-                    phase: PeerPhase::Deciding,
-                    decision: None,
-                    stop: Stop::new(),
-                    progress: Progress::new(),
-                    started: self.context.env.clock.monotonic(),
-                },
-            );
-            running
-        };
-        if group.role() == Role::Primary {
-            // What hosts were answered before the slot belongs into its backup.
-            match group.sync_now() {
-                Ok(lsn) => drop(self.lock().slot_lsn.insert(key, lsn)),
-                Err(error) => tracing::warn!("group {}: {error}", group.name()),
-            }
-        }
-        let inner = Arc::clone(self);
-        let task = Task { group: Arc::clone(group), job, settings, key, running_on };
-        let work = move || {
-            inner.drive(task);
-            inner.forget(&key);
-        };
-        let spawned = std::thread::Builder::new().name("backup-run".to_owned()).spawn(work);
-        spawned.map(drop).map_err(|error| {
-            self.forget(&key);
-            BackupError::Internal(error.to_string())
-        })
-    }
-
-    fn forget(&self, key: &RunKey) {
-        let mut state = self.lock();
-        state.active.remove(key);
-        state.published.remove(key);
-        state.slot_lsn.remove(key);
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    pub(super) fn set_phase(&self, key: &RunKey, phase: PeerPhase, decision: Option<Decision>) {
-        let mut state = self.lock();
-        let Some(active) = state.active.get_mut(key) else { return };
-        let changed = active.phase != phase || active.decision.is_none();
-        active.phase = phase;
-        if decision.is_some() {
-            active.decision = decision;
-        }
-        drop(state);
-        if changed {
-            self.changed.notify_all();
-        }
-    }
-
-    pub(super) fn begin(&self, key: &RunKey) -> (Stop, Progress) {
-        let mut state = self.lock();
-        let stopping = state.stopping;
-        let (stop, progress) = (Stop::new(), Progress::new());
-        if stopping {
-            stop.stop("the node is shutting down");
-        }
-        if let Some(active) = state.active.get_mut(key) {
-            active.stop = stop.clone();
-            active.progress = progress.clone();
-        }
-        (stop, progress)
-    }
-
-    /// A run is over: what it was stays known for those who ask.
-    pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
-        if task.job.schedule.is_some() && task.running_on.is_none() {
-            self.history.set_handled(task.key.job, task.key.slot);
-        }
-        let mut state = self.lock();
-        if state.decided.len() > 256 {
-            state.decided.clear();
-        }
-        let first = state
-            .active
-            .get(&task.key)
-            .and_then(|active| active.decision.clone())
-            .unwrap_or(decision);
-        state.decided.insert(task.key, first);
-        let proved =
-            matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
-        if proved {
-            state.alarms.remove(&(task.group.name().clone(), task.job.name.clone()));
-        }
-        if let Some(active) = state.active.get_mut(&task.key) {
-            active.phase = phase;
-        }
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    pub(super) fn active_entries(&self) -> Vec<BackupEntry> {
-        let clock = &self.context.env.clock;
-        let state = self.lock();
-        let ongoing = state
-            .active
-            .iter()
-            .filter(|(_, active)| matches!(active.phase, PeerPhase::Deciding | PeerPhase::Running));
-        ongoing
-            .map(|(key, active)| {
-                let role = self.registry.by_id(key.group).map_or(Role::Secondary, |g| g.role());
-                let node = self.context.node.name.clone();
-                let (group, job) = &active.name;
-                let mut entry = missed_entry(group, job, key.slot, node, role, clock.wall());
-                entry.outcome = Outcome::Running;
-                entry.duration_seconds =
-                    clock.monotonic().saturating_sub(active.started).as_secs_f64();
-                let decision = active.decision.clone();
-                entry.run_on = decision.as_ref().and_then(|decision| decision.run_on.clone());
-                entry.reasons = decision.map(|decision| decision.reasons).unwrap_or_default();
-                entry
-            })
-            .collect()
     }
 
     pub(super) fn emit(

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::active::OpenedBy;
 use super::gather::{ObserveAnswer, ObserveCall};
 use super::job::JobSettings;
 use super::run::PeerPhase;
@@ -24,6 +25,7 @@ impl Inner {
             }
             // A sample, so that the load over the last seconds is known when it is asked for.
             let _ = self.meter.measure(self.context.env.clock.monotonic());
+            self.give_up_stuck();
             for group in self.registry.groups() {
                 for job in group.control().jobs.iter().filter(|job| !job.removed) {
                     self.keep_job(&group, job);
@@ -53,7 +55,8 @@ impl Inner {
             self.miss(group, job, slot, now);
         }
         if let Some(slot) = due.open
-            && let Err(error) = self.open(group, job.clone(), settings.clone(), slot)
+            && let Err(error) =
+                self.open(group, job.clone(), settings.clone(), slot, OpenedBy::Schedule)
         {
             tracing::error!("job {}/{}: {error}", group.name(), job.name);
         }

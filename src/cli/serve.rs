@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -24,6 +25,9 @@ pub struct ServeArguments {
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
+
+/// How long the end of the process waits for calls that are still under way.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, ValueEnum)]
 enum LogFormat {
@@ -59,7 +63,10 @@ pub fn serve(arguments: &ServeArguments) -> Result<()> {
         .thread_name("tidelog")
         .build()
         .context("the runtime could not be made")?;
-    runtime.block_on(run(arguments, config))
+    let result = runtime.block_on(run(arguments, config));
+    // A call that hangs in a file system cannot be woken; the process ends without it.
+    runtime.shutdown_timeout(RUNTIME_PATIENCE);
+    result
 }
 
 fn start_logging(format: LogFormat) {

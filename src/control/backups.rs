@@ -27,6 +27,7 @@ impl From<BackupError> for Problem {
                     (400, "invalid")
                 }
                 RepositoryError::Missing { .. } => (409, "repository-missing"),
+                RepositoryError::Unreachable { .. } => (503, "repository-unreachable"),
                 RepositoryError::Exists { .. } => (409, "exists"),
                 RepositoryError::Password { .. } => (500, "repository-password"),
                 RepositoryError::NoBackup { .. } => (404, "no-such-backup"),
