@@ -313,7 +313,7 @@ impl Pair {
 
     fn list(&self, node: &Node) -> Vec<BackupEntry> {
         let of = Some(("g".to_owned(), Some("nightly".to_owned())));
-        self.runtime.block_on(node.scheduler.list(of)).unwrap()
+        self.runtime.block_on(node.scheduler.list(of)).unwrap().backups
     }
 
     /// What stands in a node's list for a slot.
@@ -604,6 +604,11 @@ fn a_stuck_run_ends_at_its_limit_and_the_next_slot_runs() {
     assert_eq!(event.details["slot"], hung.slot.to_string());
     assert!(event.text.contains("over its limit of 1h"), "{}", event.text);
     hanging.end();
+    wait_for("the repository to be back", || {
+        let explain = pair.a.scheduler.explain("g", "nightly", &[]);
+        let explained = pair.runtime.block_on(explain).unwrap();
+        (explained.decision.decision == Verdict::Run).then_some(())
+    });
     let next = pair.run(&pair.a);
     assert_eq!(next.decision.decision, Verdict::Run);
     pair.a.await_event("backup-done");
@@ -652,4 +657,57 @@ fn a_shutdown_leaves_behind_what_hangs() {
     let (_, hanging) = pair.run_that_hangs();
     pair.a.scheduler.shutdown();
     hanging.end();
+}
+
+/// A list hid the backups of a repository that was away, and one that was never made.
+#[test]
+fn backups_out_of_reach_are_listed_and_say_so() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let run = pair.run(&pair.a);
+    pair.a.await_event("backup-done");
+    let made = wait_for("the run to be noted", || {
+        let seen = std::fs::read_to_string(pair.dir.path().join("a/node/backup-runs")).ok()?;
+        let id = pair.entry(&pair.a, &run, "a").id?;
+        seen.contains(&id).then_some(id)
+    });
+    let (repository, away) = (pair.dir.path().join("repository"), pair.dir.path().join("away"));
+    std::fs::rename(&repository, &away).unwrap();
+    let list = |of: &str| {
+        let of = Some(("g".to_owned(), Some(of.to_owned())));
+        pair.runtime.block_on(pair.a.scheduler.list(of))
+    };
+    let listing = list("nightly").unwrap();
+    let [entry] = &listing.backups[..] else { panic!("{listing:?}") };
+    let unreachable = entry.unreachable.as_ref().expect("it cannot be read");
+    assert_eq!((&entry.id, &unreachable.id), (&None, &made));
+    assert_eq!((entry.outcome, unreachable.repository.as_str()), (Outcome::Done, "main"));
+    assert!(listing.problems[0].contains("repository init main"), "{listing:?}");
+    std::fs::rename(&away, &repository).unwrap();
+    let listing = list("nightly").unwrap();
+    assert_eq!((&listing.backups[0].id, &listing.problems), (&Some(made), &Vec::new()));
+    let none = list("weekly").unwrap_err().to_string();
+    assert!(none.contains("job g/weekly: does not exist; `tidelog job list g`"), "{none}");
+}
+
+/// A run whose result could not be written left its snapshot, which filled no slot.
+#[test]
+fn a_run_without_a_result_takes_its_snapshot_back() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let repository = pair.dir.path().join("repository");
+    let jobs = repository.join("tidelog/slots");
+    pair.a.at_start(move || {
+        let only = |dir: &Path| std::fs::read_dir(dir).unwrap().next().unwrap().unwrap().path();
+        let slot = only(&only(&jobs));
+        std::fs::rename(&slot, slot.with_extension("away")).unwrap();
+        std::os::unix::fs::symlink("nowhere", &slot).unwrap();
+    });
+    let run = pair.run(&pair.a);
+    let event = wait_for("the end of the run", || {
+        let event = pair.a.events.recv_timeout(PATIENCE).unwrap();
+        ["backup-failed", "backup-done"].contains(&event.code.as_str()).then_some(event)
+    });
+    assert_eq!(event.code, "backup-failed");
+    assert!(event.text.contains("result"), "{}", event.text);
+    assert_eq!(std::fs::read_dir(repository.join("snapshots")).unwrap().count(), 0);
+    assert_eq!(pair.entry(&pair.a, &run, "a").outcome, Outcome::Failed);
 }

@@ -76,6 +76,7 @@ fn what_does_not_exist_is_named_with_the_next_command() {
         (&["volume", "show", "g/nothing"], "nothing"),
         (&["peer", "join", "wrong-token", "--address", "127.0.0.1:1"], "token"),
         (&["backup", "run", "g/nightly"], "nightly"),
+        (&["backup", "list", "g/nightly"], "nightly"),
         (&["repository", "check", "attic"], "attic"),
     ] {
         let output = node.command(command);
@@ -85,4 +86,37 @@ fn what_does_not_exist_is_named_with_the_next_command() {
         assert_eq!(said.trim_end().lines().count(), 1, "{command:?}: {said}");
     }
     assert_eq!(node.command(&["frobnicate"]).status.code(), Some(2));
+}
+
+/// A run that nobody may or can make ended with 0, and a repository that was never made was not
+/// spoken of.
+#[test]
+fn a_run_that_fails_says_why_and_ends_with_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let shown = dir.path().display();
+    let more = format!(
+        "[[repository]]\nname = \"main\"\nurl = \"{shown}/repository\"\n\
+         password_file = \"{shown}/password\"\n"
+    );
+    let node = Appliance::start(dir.path(), Setup { more, ..Setup::new("a") });
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    node.run(&["job", "set", "g", "nightly", "--repository", "main"]);
+    for (command, words) in [
+        (&["backup", "list", "g/nightly"][..], &["repository init main"][..]),
+        (&["backup", "run", "g/nightly"], &["does not exist", "repository init main", "explain"]),
+        (&["--json", "backup", "run", "g/nightly"], &["does not exist"]),
+    ] {
+        let output = node.command(command);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{command:?}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{command:?}: {said}");
+        for word in words {
+            assert!(said.contains(word), "{command:?}: {said}");
+        }
+    }
+    let table = node.run(&["backup", "list"]);
+    assert!(table.contains("failed") && table.contains("does not exist"), "{table}");
+    node.run(&["repository", "init", "main"]);
+    node.run(&["backup", "run", "g/nightly"]);
 }

@@ -129,8 +129,12 @@ impl Inner {
         let inner = Arc::clone(self);
         let task = Task { group: Arc::clone(group), job, settings, key, running_on };
         let work = move || {
+            let repository = task.job.repository.clone();
             inner.drive(task);
             inner.forget(&key);
+            if !inner.is_stopping() {
+                inner.note_backups(&repository);
+            }
         };
         let spawned = std::thread::Builder::new().name("backup-run".to_owned()).spawn(work);
         spawned.map(drop).map_err(|error| {

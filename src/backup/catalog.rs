@@ -141,6 +141,20 @@ pub struct BackupEntry {
     /// The backup's image is no longer in the group's history, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<String>,
+    /// The backup was seen in a repository that cannot be read now; such an entry has no `id`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreachable: Option<Unreachable>,
+}
+
+/// A backup in a repository that cannot be read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Unreachable {
+    /// The snapshot.
+    pub id: String,
+    /// The repository's name.
+    pub repository: String,
+    /// Why it cannot be read.
+    pub reason: String,
 }
 
 impl BackupEntry {
@@ -166,6 +180,7 @@ impl BackupEntry {
             reasons: manifest.reasons,
             run_on: None,
             branch: None,
+            unreachable: None,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::catalog::{BackupEntry, Manifest, Outcome, VolumeChecksum};
+use super::catalog::{BackupEntry, Manifest, Outcome, Unreachable, VolumeChecksum};
 use super::claim::SlotStore;
 use super::error::BackupError;
 use super::reach::Reach;
@@ -30,6 +30,16 @@ pub enum RestoreTarget {
     },
 }
 
+/// Backups, runs, and what keeps the list from being whole.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Listing {
+    /// By slot; only what is restorable has an `id`.
+    pub backups: Vec<BackupEntry>,
+    /// Repositories that could not be read, each with the cause and the next command.
+    #[serde(default)]
+    pub problems: Vec<String>,
+}
+
 /// A backup that was read back whole.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verified {
@@ -47,26 +57,10 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// Where a repository that exists cannot be read.
-    pub async fn list(
-        &self,
-        of: Option<(String, Option<String>)>,
-    ) -> Result<Vec<BackupEntry>, BackupError> {
+    /// Where the job does not exist, and never had a backup.
+    pub async fn list(&self, of: Option<(String, Option<String>)>) -> Result<Listing, BackupError> {
         let inner = Arc::clone(self.inner());
-        blocking(move || {
-            let mut entries = inner.snapshots()?;
-            entries.extend(inner.history.runs());
-            entries.extend(inner.active_entries());
-            if let Some((group, job)) = of {
-                entries.retain(|entry| {
-                    entry.group.as_str() == group
-                        && job.as_ref().is_none_or(|job| entry.job.as_str() == job)
-                });
-            }
-            entries.sort_by_key(|entry| (entry.slot, entry.time));
-            Ok(entries)
-        })
-        .await
+        blocking(move || inner.listing(of)).await
     }
 
     /// A backup and its manifest, by the start of its id.
@@ -167,21 +161,76 @@ impl Scheduler {
 }
 
 impl Inner {
-    /// Every snapshot that Tidelog made, with what became of its slot.
-    fn snapshots(&self) -> Result<Vec<BackupEntry>, BackupError> {
-        let mut entries = Vec::new();
-        for repository in self.repositories() {
-            let listed = match repository.opened().and_then(|opened| opened.list()) {
-                Ok(listed) => listed,
-                // One that was not made yet holds nothing.
-                Err(RepositoryError::Missing { .. }) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let listed = listed.into_iter();
-            entries
-                .extend(listed.map(|(entry, manifest)| self.judged(repository, entry, &manifest)));
+    fn listing(&self, of: Option<(String, Option<String>)>) -> Result<Listing, BackupError> {
+        let mut unread = Vec::new();
+        let mut backups = Vec::new();
+        for reach in self.repositories() {
+            match self.snapshots(reach) {
+                Ok(entries) => backups.extend(entries),
+                Err(error) => {
+                    let name = &reach.repository().config().name;
+                    let seen = self.history.seen(name).into_iter();
+                    backups.extend(seen.map(|entry| out_of_reach(entry, name, &error)));
+                    unread.push((name.clone(), error.to_string()));
+                }
+            }
         }
+        backups.extend(self.history.runs());
+        backups.extend(self.active_entries());
+        backups.sort_by_key(|entry| (entry.slot, entry.time));
+        let Some((group, job)) = of else {
+            let problems = unread.into_iter().map(|(_, problem)| problem).collect();
+            return Ok(Listing { backups, problems });
+        };
+        backups.retain(|entry| {
+            entry.group.as_str() == group
+                && job.as_ref().is_none_or(|job| entry.job.as_str() == job)
+        });
+        let group = self.registry.by_name(&group)?;
+        let mut jobs = group.control().jobs.clone();
+        jobs.retain(|known| {
+            !known.removed && job.as_ref().is_none_or(|job| known.name.as_str() == job)
+        });
+        if let Some(job) = job
+            && jobs.is_empty()
+            && backups.is_empty()
+        {
+            return Err(BackupError::NoJob { group: group.name().clone(), job });
+        }
+        let concerned = |name: &str| {
+            jobs.iter().any(|job| job.repository == name)
+                || backups
+                    .iter()
+                    .filter_map(|b| b.unreachable.as_ref())
+                    .any(|u| u.repository == name)
+        };
+        let mut problems: Vec<String> = unread
+            .into_iter()
+            .filter_map(|(name, problem)| concerned(&name).then_some(problem))
+            .collect();
+        for job in &jobs {
+            let problem = self.repository(&job.repository).err().map(|error| error.to_string());
+            problems.extend(problem.filter(|problem| !problems.contains(problem)));
+        }
+        Ok(Listing { backups, problems })
+    }
+
+    /// Every snapshot of a repository that Tidelog made, with what became of its slot; remembered
+    /// for when the repository cannot be read.
+    fn snapshots(&self, reach: &Reach) -> Result<Vec<BackupEntry>, RepositoryError> {
+        let listed = reach.opened()?.list()?.into_iter();
+        let entries: Vec<BackupEntry> =
+            listed.map(|(entry, manifest)| self.judged(reach, entry, &manifest)).collect();
+        self.history.set_seen(&reach.repository().config().name, &entries);
         Ok(entries)
+    }
+
+    /// Looks what a repository holds after a run, so that it is known when it is needed.
+    pub(super) fn note_backups(&self, repository: &str) {
+        let noted = self.repository(repository).and_then(|reach| self.snapshots(&reach));
+        if let Err(error) = noted {
+            tracing::debug!("after a run: {error}");
+        }
     }
 
     /// The entry with what the slot's result and the marks say of it.
@@ -304,6 +353,13 @@ impl Inner {
         }
         Ok(VolumeSink { group: Arc::clone(&group), volume: found })
     }
+}
+
+fn out_of_reach(mut entry: BackupEntry, repository: &str, error: &RepositoryError) -> BackupEntry {
+    let repository = repository.to_owned();
+    let id = entry.id.take().unwrap_or_default();
+    entry.unreachable = Some(Unreachable { id, repository, reason: error.to_string() });
+    entry
 }
 
 fn file_sink(path: &Path, volume: &str) -> Result<FileSink, BackupError> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::facts::{Facts, Reason, role_word};
+use super::facts::{Facts, NodeFacts, Reason, role_word};
 use super::job::{Comparison, JobSettings, Placement};
 use crate::group::Role;
 use crate::units::{ByteSize, LogTime, Name, Span};
@@ -365,7 +365,7 @@ fn judge_secondary(facts: &Facts, settings: &JobSettings) -> Judgement {
 
 /// Memory, storage, CPU and repository of the secondary. A node that has not said how it is cannot
 /// be counted on.
-fn judge_means(node: &super::facts::NodeFacts, settings: &JobSettings, judgement: &mut Judgement) {
+fn judge_means(node: &NodeFacts, settings: &JobSettings, judgement: &mut Judgement) {
     let name = &node.name;
     let (Some(memory), Some(free), Some(_)) =
         (node.memory_free_bytes, node.storage_free_bytes, node.repository)
@@ -391,11 +391,16 @@ fn judge_means(node: &super::facts::NodeFacts, settings: &JobSettings, judgement
         );
         judgement.add(Ability::Unfit, "secondary-storage-low", text);
     }
-    if let (Some(cpu), Some(max)) = (node.cpu_percent, settings.secondary_cpu_max)
+    judge_cpu(node, settings.secondary_cpu_max, "secondary-cpu-above-max", judgement);
+}
+
+/// The gate against a node that is busy already; a load that is not known passes.
+fn judge_cpu(node: &NodeFacts, max: Option<f64>, code: &str, judgement: &mut Judgement) {
+    if let (Some(cpu), Some(max)) = (node.cpu_percent, max)
         && cpu > max
     {
-        let text = format!("the CPU of {name} is {cpu:.0} % busy, above {max} %");
-        judgement.add(Ability::Unfit, "secondary-cpu-above-max", text);
+        let text = format!("the CPU of {} is {cpu:.0} % busy, above {max} %", node.name);
+        judgement.add(Ability::Unfit, code, text);
     }
 }
 
@@ -421,12 +426,7 @@ fn judge_primary(facts: &Facts, settings: &JobSettings) -> Judgement {
             judgement.add(Ability::Unreachable, "primary-unreachable", text);
         }
     }
-    if let (Some(cpu), Some(max)) = (node.cpu_percent, settings.primary_cpu_max)
-        && cpu > max
-    {
-        let text = format!("the CPU of {name} is {cpu:.0} % busy, above {max} %");
-        judgement.add(Ability::Unfit, "primary-cpu-above-max", text);
-    }
+    judge_cpu(node, settings.primary_cpu_max, "primary-cpu-above-max", &mut judgement);
     judgement
 }
 

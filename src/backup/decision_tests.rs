@@ -1,10 +1,9 @@
 //! The table of the decision, stated independently of its code, and its two promises as a property.
 
-use super::super::facts::{GivenUp, NodeFacts, ReplicationFacts};
+use super::super::facts::{GivenUp, NodeFacts};
 use super::super::job::Condition;
 use super::*;
 use proptest::prelude::*;
-use std::collections::BTreeSet;
 
 /// How the secondary is, in the words of the published table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,42 +18,8 @@ fn name(text: &str) -> Name {
     text.parse().expect("a name")
 }
 
-fn fit_node(text: &str) -> NodeFacts {
-    NodeFacts {
-        cpu_percent: Some(5.0),
-        memory_free_bytes: Some(1 << 30),
-        storage_free_bytes: Some(50 << 30),
-        storage_total_bytes: Some(100 << 30),
-        repository: Some(true),
-        ..NodeFacts::unknown(name(text))
-    }
-}
-
 fn facts(role: Role, state: State, deadline_passed: bool) -> Facts {
-    let mut facts = Facts {
-        group: name("g"),
-        job: name("nightly"),
-        slot: Some(LogTime(1)),
-        role,
-        replicated: true,
-        retired: false,
-        replication: ReplicationFacts {
-            healthy: true,
-            reasons: Vec::new(),
-            lag: Some(Span::from_secs(1)),
-            link_lost: None,
-            age: Span::default(),
-        },
-        primary: fit_node("a"),
-        secondary: fit_node("b"),
-        active: Role::Primary,
-        deadline_passed,
-        next_due: None,
-        done_by: None,
-        running_on: None,
-        given_up: Vec::new(),
-        assumed: BTreeSet::new(),
-    };
+    let mut facts = Facts { deadline_passed, ..Facts::of_fit_pair(role) };
     match state {
         State::Fit => {}
         State::Behind => facts.replication.lag = Some(Span::from_secs(300)),

@@ -190,6 +190,44 @@ pub const ASSUMABLE: [&str; 15] = [
 ];
 
 impl Facts {
+    /// The facts of two nodes that are both fit, linked and idle, as the one with this role sees
+    /// them: where the published table and the tests begin.
+    pub(super) fn of_fit_pair(role: Role) -> Facts {
+        let name = |text: &str| text.parse::<Name>().expect("a constant name");
+        let node = |text: &str| NodeFacts {
+            cpu_percent: Some(5.0),
+            memory_free_bytes: Some(1 << 30),
+            storage_free_bytes: Some(50 << 30),
+            storage_total_bytes: Some(100 << 30),
+            repository: Some(true),
+            ..NodeFacts::unknown(name(text))
+        };
+        Facts {
+            group: name("g"),
+            job: name("nightly"),
+            slot: Some(LogTime(1)),
+            role,
+            replicated: true,
+            retired: false,
+            replication: ReplicationFacts {
+                healthy: true,
+                reasons: Vec::new(),
+                lag: Some(Span::from_secs(1)),
+                link_lost: None,
+                age: Span::default(),
+            },
+            primary: node("a"),
+            secondary: node("b"),
+            active: Role::Primary,
+            deadline_passed: false,
+            next_due: None,
+            done_by: None,
+            running_on: None,
+            given_up: Vec::new(),
+            assumed: BTreeSet::new(),
+        }
+    }
+
     /// The facts of the node with this role.
     #[must_use]
     pub fn node(&self, role: Role) -> &NodeFacts {

@@ -1,5 +1,6 @@
-//! What this node remembers of its runs: how each ended, and up to which slot each job was dealt
-//! with. A file that is lost costs memory of failures, never a backup: those are in the repository.
+//! What this node remembers of its runs: how each ended, up to which slot each job was dealt with,
+//! and which backups it saw. A file that is lost costs memory of failures, never a backup: those
+//! are in the repository.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -13,6 +14,8 @@ use crate::units::{EpochId, LogTime, Name};
 
 /// Runs that are remembered at most.
 const RUNS_MAX: usize = 512;
+/// Backups per repository that are remembered at most.
+const SEEN_MAX: usize = 1024;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Remembered {
@@ -22,6 +25,9 @@ struct Remembered {
     /// How runs ended, oldest first.
     #[serde(default)]
     runs: Vec<BackupEntry>,
+    /// Per repository the backups that it held when it was read last, oldest first.
+    #[serde(default)]
+    seen: BTreeMap<String, Vec<BackupEntry>>,
 }
 
 /// The memory, and its file.
@@ -65,6 +71,22 @@ impl History {
         let excess = remembered.runs.len().saturating_sub(RUNS_MAX);
         remembered.runs.drain(..excess);
         self.write(&remembered);
+    }
+
+    /// Remembers what a repository holds, oldest first.
+    pub fn set_seen(&self, repository: &str, entries: &[BackupEntry]) {
+        let entries = &entries[entries.len().saturating_sub(SEEN_MAX)..];
+        let mut remembered = self.lock();
+        if remembered.seen.get(repository).is_none_or(|known| known != entries) {
+            remembered.seen.insert(repository.to_owned(), entries.to_vec());
+            self.write(&remembered);
+        }
+    }
+
+    /// What a repository held when it was read last.
+    #[must_use]
+    pub fn seen(&self, repository: &str) -> Vec<BackupEntry> {
+        self.lock().seen.get(repository).cloned().unwrap_or_default()
     }
 
     /// How runs ended, oldest first.

@@ -3,17 +3,16 @@
 //! Every node that holds a group evaluates [`decide`] for each slot by itself: a pure function over
 //! `facts`, for the `job` that the operator asked for; `placement_page` prints its whole table as
 //! `docs/placement.md`. `slot` says when a job is due, `run` is one node's way through one slot,
-//! and
-//! `claim` settles who makes the backup, in small `objects` of the repository.
+//! and `claim` settles who makes the backup, in small `objects` of the repository.
 //!
-//! Around that pure core: `scheduler` and `active` (a thread for each open slot), `timekeeper` (due, missed,
-//! overdue), `gather` (facts of this node and its peer), `conversation` and `peer` (what nodes tell
-//! one another), `runner` (makes a backup under its claim), `history` (how runs ended).
+//! Around that pure core: `scheduler` and `active` (a thread for each open slot), `timekeeper`
+//! (due, missed, overdue), `gather` (facts of this node and its peer), `conversation` and `peer`
+//! (what nodes tell one another), `runner` (makes a backup under its claim), `history` (how runs
+//! ended, what repositories held).
 //!
-//! `repository` writes and reads restic's format, `reach` asks it within bounded time; `source` shows an image as files, `door` refuses
-//! a snapshot that must not count, `restore` is the way back, `catalog` what a backup says of
-//! itself,
-//! `jobs` and `commands` what operators ask for.
+//! `repository` writes and reads restic's format, and `reach` asks it within bounded time; `source`
+//! shows an image as files, `door` refuses a snapshot that must not count, `restore` is the way
+//! back, `catalog` what a backup says of itself, `jobs` and `commands` what operators ask for.
 
 mod active;
 mod catalog;
@@ -42,10 +41,11 @@ mod source;
 mod timekeeper;
 
 pub use catalog::{
-    BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, VolumeChecksum,
+    BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, Unreachable,
+    VolumeChecksum,
 };
 pub use claim::{Claim, Holder, SlotResult, SlotStore, SlotView};
-pub use commands::{RestoreTarget, Verified};
+pub use commands::{Listing, RestoreTarget, Verified};
 pub use decision::{Decision, Explanation, REASON_CODES, Verdict, decide, explain};
 pub use error::BackupError;
 pub use facts::{AssumeError, Facts, GivenUp, NodeFacts, Reason, ReplicationFacts};

@@ -1,13 +1,12 @@
 //! The published table of the decision, printed by the decision itself.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use super::decision::{Decision, REASON_CODES, Verdict, decide};
-use super::facts::{ASSUMABLE, FACT_NAMES, Facts, NodeFacts, ReplicationFacts};
+use super::facts::{ASSUMABLE, FACT_NAMES, Facts};
 use super::job::{JobSettings, Placement};
 use crate::group::Role;
-use crate::units::{LogTime, Name, Span};
+use crate::units::Span;
 
 /// A change to the facts, with the words for it.
 type State = (&'static str, fn(&mut Facts));
@@ -129,7 +128,8 @@ fn table(page: &mut String, title: &str, settings: &JobSettings, change: impl Fn
     for (state, set) in STATES {
         for (deadline, deadline_passed) in [("before", false), ("after", true)] {
             let cells = [Role::Primary, Role::Secondary].map(|role| {
-                let mut facts = healthy(role, deadline_passed);
+                let mut facts =
+                    Facts { deadline_passed: deadline_passed, ..Facts::of_fit_pair(role) };
                 set(&mut facts);
                 change(&mut facts);
                 cell(&decide(&facts, settings))
@@ -154,42 +154,6 @@ fn cell(decision: &Decision) -> String {
         (verdict, None) => verdict.as_str().to_owned(),
     };
     format!("{verdict} ({})", codes.join(", "))
-}
-
-fn healthy(role: Role, deadline_passed: bool) -> Facts {
-    let name = |text: &str| text.parse::<Name>().expect("a constant name");
-    let node = |text: &str| NodeFacts {
-        cpu_percent: Some(5.0),
-        memory_free_bytes: Some(1 << 30),
-        storage_free_bytes: Some(50 << 30),
-        storage_total_bytes: Some(100 << 30),
-        repository: Some(true),
-        ..NodeFacts::unknown(name(text))
-    };
-    Facts {
-        group: name("g"),
-        job: name("nightly"),
-        slot: Some(LogTime(0)),
-        role,
-        replicated: true,
-        retired: false,
-        replication: ReplicationFacts {
-            healthy: true,
-            reasons: Vec::new(),
-            lag: Some(Span::from_secs(1)),
-            link_lost: None,
-            age: Span::default(),
-        },
-        primary: node("a"),
-        secondary: node("b"),
-        active: Role::Primary,
-        deadline_passed,
-        next_due: None,
-        done_by: None,
-        running_on: None,
-        given_up: Vec::new(),
-        assumed: BTreeSet::new(),
-    }
 }
 
 const HEAD: &str = "\

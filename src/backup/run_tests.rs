@@ -1,10 +1,8 @@
 //! Two nodes go through a slot by hand, over claims in memory.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::super::claim::{Claim, SlotResult, SlotStore};
-use super::super::facts::{NodeFacts, ReplicationFacts};
 use super::super::job::Placement;
 use super::super::objects::MemoryObjects;
 use super::*;
@@ -15,40 +13,6 @@ const SECOND: Duration = Duration::from_secs(1);
 
 fn name(text: &str) -> Name {
     text.parse().expect("a name")
-}
-
-fn facts(role: Role) -> Facts {
-    let node = |text: &str| NodeFacts {
-        memory_free_bytes: Some(1 << 30),
-        storage_free_bytes: Some(50 << 30),
-        storage_total_bytes: Some(100 << 30),
-        repository: Some(true),
-        ..NodeFacts::unknown(name(text))
-    };
-    Facts {
-        group: name("g"),
-        job: name("nightly"),
-        slot: Some(LogTime(1)),
-        role,
-        replicated: true,
-        retired: false,
-        replication: ReplicationFacts {
-            healthy: true,
-            reasons: Vec::new(),
-            lag: Some(Span::from_secs(1)),
-            link_lost: None,
-            age: Span::default(),
-        },
-        primary: node("a"),
-        secondary: node("b"),
-        active: Role::Primary,
-        deadline_passed: false,
-        next_due: None,
-        done_by: None,
-        running_on: None,
-        given_up: Vec::new(),
-        assumed: BTreeSet::new(),
-    }
 }
 
 /// Two nodes, one repository, one clock.
@@ -72,7 +36,7 @@ impl Pair {
 
     fn step(&mut self, index: usize, peer: Option<PeerPhase>) -> Next {
         let role = [Role::Primary, Role::Secondary][index];
-        let mut facts = facts(role);
+        let mut facts = Facts::of_fit_pair(role);
         if !self.linked {
             facts.replication.link_lost = Some(Span::from_secs(600));
             facts.replication.healthy = false;
@@ -257,7 +221,7 @@ fn a_run_over_its_limit_does_not_block_for_ever() {
 #[test]
 fn a_slot_that_waits_is_decided_when_the_next_one_is_due() {
     let behind = |pair: &mut Pair, index: usize| {
-        let mut facts = facts([Role::Primary, Role::Secondary][index]);
+        let mut facts = Facts::of_fit_pair([Role::Primary, Role::Secondary][index]);
         facts.replication.lag = Some(Span::from_secs(600));
         let (run, store) = &mut pair.runs[index];
         let view = store.look(pair.now).map_err(|error| error.to_string());

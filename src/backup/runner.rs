@@ -1,6 +1,7 @@
 //! A slot on this node, from the first look to its end: the thread around the state machine of
 //! `run`, and the making of a backup under its claim.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -197,13 +198,17 @@ impl Inner {
             Err(why) => Making::Failed(why),
             Ok(result) => match store.finish(&result) {
                 Ok(None) => Making::Done(Box::new(result)),
-                Ok(Some(other)) => {
-                    if let Err(error) = writer.forget(&result.id) {
-                        tracing::warn!("superseded snapshot {}: {error}", result.id);
+                Ok(Some(other)) => superseded(writer, &result, other),
+                Err(error) => match store.result() {
+                    Ok(Some(found)) if found.run == run => Making::Done(Box::new(result)),
+                    Ok(Some(other)) => superseded(writer, &result, other),
+                    Ok(None) if error.kind() != ErrorKind::TimedOut => {
+                        forget(writer, &result.id);
+                        failed("result", &error)
                     }
-                    Making::Superseded(Box::new(other))
-                }
-                Err(error) => failed("result", &error),
+                    // It may still appear, and must then name a snapshot.
+                    _ => failed("result", &error),
+                },
             },
         };
         if let Making::Failed(why) = &outcome
@@ -470,6 +475,7 @@ impl Inner {
             reasons: decision.reasons.clone(),
             run_on: decision.run_on.clone(),
             branch: None,
+            unreachable: None,
         };
         self.history.add(entry);
         self.end(task, PeerPhase::Ended { outcome, why: words.clone() }, decision);
@@ -485,6 +491,18 @@ impl Inner {
 
     fn event(&self, severity: Severity, code: &str, task: &Task, text: &str) {
         self.emit(severity, code, task.group.name(), &task.job.name, Some(task.key.slot), text);
+    }
+}
+
+fn superseded(writer: &Repository, result: &SlotResult, other: SlotResult) -> Making {
+    forget(writer, &result.id);
+    Making::Superseded(Box::new(other))
+}
+
+/// Takes back a snapshot that fills no slot.
+fn forget(writer: &Repository, id: &str) {
+    if let Err(error) = writer.forget(id) {
+        tracing::warn!("snapshot {id}, which fills no slot, stays: {error}");
     }
 }
 
@@ -541,5 +559,6 @@ pub(super) fn missed_entry(
         )],
         run_on: None,
         branch: None,
+        unreachable: None,
     }
 }

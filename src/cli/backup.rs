@@ -1,89 +1,21 @@
-//! `tidelog job …`, `repository …`, `backup …`.
+//! `tidelog repository …`, `backup …`.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
-use clap::{Args, Subcommand};
-use serde_json::{Map, Value, json};
+use anyhow::{Result, bail};
+use clap::Subcommand;
+use serde_json::{Value, json};
 
 use tidelog::control::api::{
-    BackupDetails, BackupEntry, Backups, Done, Explanation, JobInfo, Jobs, ProgressInfo,
+    BackupDetails, BackupEntry, Backups, Done, Explanation, Outcome, ProgressInfo, Reason,
     Repositories, Restored, RunStarted, RunVerdict, VerifiedBackups,
 };
 use tidelog::control::{ClientError, encode};
-use tidelog::units::{ByteSize, Name, Span};
+use tidelog::units::{ByteSize, Name};
 
-use super::arguments::{Assignment, JobName, Member};
+use super::arguments::{Assignment, Member};
 use super::{Session, output};
-
-#[derive(Subcommand)]
-pub enum JobCommand {
-    Set(Box<JobSetArguments>),
-    /// List the backup jobs
-    List {
-        /// Only of this group
-        group: Option<Name>,
-    },
-    /// Show a backup job
-    Show(JobName),
-    /// Remove a backup job; its backups stay
-    Remove(JobName),
-}
-
-/// Make or change a backup job; what is not given stays as it is
-#[derive(Args)]
-pub struct JobSetArguments {
-    #[command(flatten)]
-    job: JobName,
-    /// Repository, by its name in each node's configuration; needed for a new job
-    #[arg(long)]
-    repository: Option<Name>,
-    /// When it runs: a cron pattern of five fields, or none for by command only
-    #[arg(long, value_name = "CRON")]
-    schedule: Option<String>,
-    /// Zone of the schedule, such as Europe/Vienna; UTC by default
-    #[arg(long, value_name = "TZ")]
-    zone: Option<String>,
-    /// Node that should make the backup: prefer-secondary, secondary-only, primary-only,
-    /// prefer-primary, any, or the same with passive and active
-    #[arg(long)]
-    placement: Option<String>,
-    /// Age of the secondary's copy at most
-    #[arg(long, value_name = "DURATION")]
-    max_lag: Option<Span>,
-    /// From the slot to the latest start
-    #[arg(long, value_name = "DURATION")]
-    deadline: Option<Span>,
-    /// From the start to the forced end of a run
-    #[arg(long, value_name = "DURATION")]
-    run_limit: Option<Span>,
-    /// How long a lost link counts as behind, and how long a delegation waits for its claim
-    #[arg(long, value_name = "DURATION")]
-    grace: Option<Span>,
-    /// Condition under which the preference of the placement holds, such as
-    /// primary.cpu_percent>=80; may be repeated
-    #[arg(long = "if", value_name = "FACT>=VALUE")]
-    conditions: Vec<String>,
-    /// Percent of the primary's CPU above which it does not run
-    #[arg(long, value_name = "PERCENT")]
-    primary_cpu_max: Option<f64>,
-    /// Percent of the secondary's CPU above which it is unfit
-    #[arg(long, value_name = "PERCENT")]
-    secondary_cpu_max: Option<f64>,
-    /// Free memory below which the secondary is unfit
-    #[arg(long, value_name = "SIZE")]
-    memory_free_min: Option<ByteSize>,
-    /// Percent of free storage below which the secondary is unfit
-    #[arg(long, value_name = "PERCENT")]
-    storage_free_min: Option<f64>,
-    /// Past the deadline, an old image of the secondary is better than none
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    allow_stale: Option<bool>,
-    /// Volumes to back up; all where none is named
-    #[arg(long, value_name = "VOLUME,…", value_delimiter = ',')]
-    volumes: Vec<Name>,
-}
 
 #[derive(Subcommand)]
 pub enum RepositoryCommand {
@@ -152,105 +84,8 @@ pub enum BackupCommand {
     },
 }
 
-fn job_path(group: &Name, job: &Name) -> String {
+pub(super) fn job_path(group: &Name, job: &Name) -> String {
     format!("/v1/groups/{group}/jobs/{job}")
-}
-
-pub async fn job(session: &Session, command: JobCommand) -> Result<()> {
-    match command {
-        JobCommand::Set(arguments) => {
-            let (group, job) = arguments.job.resolve()?;
-            let mut body = json!({ "settings": settings(&arguments) });
-            for (key, value) in [
-                ("repository", arguments.repository.as_ref().map(Name::to_string)),
-                ("schedule", arguments.schedule.clone()),
-                ("zone", arguments.zone.clone()),
-            ] {
-                if let Some(value) = value {
-                    body[key] = Value::String(value);
-                }
-            }
-            session.ask("PUT", &job_path(&group, &job), Some(body), |job| show_job(&job)).await
-        }
-        JobCommand::List { group } => {
-            let path = match group {
-                Some(group) => format!("/v1/jobs?group={group}"),
-                None => "/v1/jobs".to_owned(),
-            };
-            session.ask("GET", &path, None, show_jobs).await
-        }
-        JobCommand::Show(job) => {
-            let (group, job) = job.resolve()?;
-            session.ask("GET", &job_path(&group, &job), None, |job| show_job(&job)).await
-        }
-        JobCommand::Remove(job) => {
-            let (group, job) = job.resolve()?;
-            session.ask("DELETE", &job_path(&group, &job), None, |done: Done| done.done).await
-        }
-    }
-}
-
-/// The settings that were given.
-fn settings(arguments: &JobSetArguments) -> Map<String, Value> {
-    let text = |value: &Option<Span>| value.map(|span| json!(span));
-    let given = [
-        ("placement", arguments.placement.as_ref().map(|placement| json!(placement))),
-        ("max_lag", text(&arguments.max_lag)),
-        ("deadline", text(&arguments.deadline)),
-        ("run_limit", text(&arguments.run_limit)),
-        ("grace", text(&arguments.grace)),
-        ("if", (!arguments.conditions.is_empty()).then(|| json!(arguments.conditions))),
-        ("primary_cpu_max", arguments.primary_cpu_max.map(|percent| json!(percent))),
-        ("secondary_cpu_max", arguments.secondary_cpu_max.map(|percent| json!(percent))),
-        ("memory_free_min", arguments.memory_free_min.map(|size| json!(size))),
-        ("storage_free_min", arguments.storage_free_min.map(|percent| json!(percent))),
-        ("allow_stale", arguments.allow_stale.map(|allow| json!(allow))),
-        ("volumes", (!arguments.volumes.is_empty()).then(|| json!(arguments.volumes))),
-    ];
-    given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
-}
-
-fn show_jobs(jobs: Jobs) -> String {
-    let rows = jobs.jobs.iter().map(|job| {
-        vec![
-            format!("{}/{}", job.group, job.name),
-            job.repository.clone(),
-            schedule(job),
-            job.settings
-                .get("placement")
-                .and_then(Value::as_str)
-                .unwrap_or("prefer-secondary")
-                .to_owned(),
-        ]
-    });
-    output::table(
-        &["JOB", "REPOSITORY", "SCHEDULE", "PLACEMENT"],
-        rows.collect(),
-        "no jobs; make one with `tidelog job set GROUP JOB --repository NAME`",
-    )
-}
-
-fn schedule(job: &JobInfo) -> String {
-    let zone = job.zone.as_deref().unwrap_or("UTC");
-    job.schedule
-        .as_ref()
-        .map_or_else(|| "by command".to_owned(), |pattern| format!("{pattern} {zone}"))
-}
-
-fn show_job(job: &JobInfo) -> String {
-    let mut text = format!(
-        "job         {}/{}\nrepository  {}\nschedule    {}\nset         {}\n",
-        job.group,
-        job.name,
-        job.repository,
-        schedule(job),
-        output::time(job.since)
-    );
-    for (key, value) in &job.settings {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        text.push_str(&format!("{key:<11} {value}\n"));
-    }
-    text
 }
 
 pub async fn repository(session: &Session, command: RepositoryCommand) -> Result<()> {
@@ -302,7 +137,7 @@ pub async fn backup(session: &Session, command: BackupCommand) -> Result<()> {
                     format!("/v1/backups?group={}&job={}", encode(group), encode(job))
                 }
             };
-            session.ask("GET", &path, None, show_backups).await
+            list(session, &path).await
         }
         BackupCommand::Show { id } => {
             let path = format!("/v1/backups/{}", encode(&id));
@@ -381,13 +216,38 @@ async fn with_progress(
     }
 }
 
+async fn list(session: &Session, path: &str) -> Result<()> {
+    let answer: Value = session.client.get(path).await?;
+    let listed: Backups = serde_json::from_value(answer.clone())?;
+    let problems = listed.problems.clone();
+    let is_empty = listed.backups.is_empty();
+    if session.json {
+        output::print_json(&answer)?;
+    } else if !is_empty || problems.is_empty() {
+        output::print(&show_backups(listed))?;
+    }
+    if is_empty && !problems.is_empty() {
+        bail!("{}", problems.join("; "));
+    }
+    problems.iter().for_each(|problem| output::print_error(problem));
+    Ok(())
+}
+
 async fn run(session: &Session, job: &Member) -> Result<()> {
     let path = job_path(&job.group, &job.name);
+    let answer: Value = session.client.call("POST", &format!("{path}/run"), None).await?;
+    let started: RunStarted = serde_json::from_value(answer.clone())?;
     if session.json {
-        return session.ask("POST", &format!("{path}/run"), None, |_: Value| String::new()).await;
+        output::print_json(&answer)?;
+    } else {
+        output::print(&show_started(&started))?;
     }
-    let started: RunStarted = session.client.call("POST", &format!("{path}/run"), None).await?;
-    output::print(&show_started(&started))?;
+    if started.decision.decision == RunVerdict::Fail {
+        bail!("{}", failed(&started, "fail", &started.decision.reasons));
+    }
+    if session.json {
+        return Ok(());
+    }
     if started.decision.decision == RunVerdict::Run && output::is_terminal() {
         let bar = output::ProgressLine::new();
         let mut ticks = tokio::time::interval(Duration::from_millis(200));
@@ -408,8 +268,34 @@ async fn run(session: &Session, job: &Member) -> Result<()> {
             }
         }
         bar.clear();
+        return ended_well(session, &started).await;
     }
     Ok(())
+}
+
+/// Fails where a run that was waited for made no backup.
+async fn ended_well(session: &Session, started: &RunStarted) -> Result<()> {
+    let path = format!("/v1/backups?group={}&job={}", started.group, started.job);
+    let listed: Backups = session.client.get(&path).await?;
+    let mut runs = listed.backups.iter();
+    let run = runs.find(|run| run.slot == started.slot && run.node == started.node);
+    match run {
+        Some(run) if matches!(run.outcome, Outcome::Failed | Outcome::Missed) => {
+            bail!("{}", failed(started, &output::word(&run.outcome), &run.reasons))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Why there is no backup, on one line.
+fn failed(started: &RunStarted, what: &str, reasons: &[Reason]) -> String {
+    let RunStarted { group, job, node, .. } = started;
+    let reasons: Vec<_> = reasons.iter().map(|reason| reason.text.as_str()).collect();
+    format!(
+        "job {group}/{job}: {what} on {node}: {}; `tidelog backup explain {group}/{job}` shows \
+         the facts",
+        reasons.join("; ")
+    )
 }
 
 fn show_started(started: &RunStarted) -> String {
@@ -478,6 +364,11 @@ fn short(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
 
+fn id(backup: &BackupEntry) -> Option<&str> {
+    let out_of_reach = backup.unreachable.as_ref().map(|unreachable| unreachable.id.as_str());
+    backup.id.as_deref().or(out_of_reach)
+}
+
 fn outcome(backup: &BackupEntry) -> String {
     let mut text = output::word(&backup.outcome);
     if let Some(node) = &backup.run_on
@@ -488,13 +379,31 @@ fn outcome(backup: &BackupEntry) -> String {
     if backup.branch.is_some() {
         text.push_str(", of a branch");
     }
+    if backup.unreachable.is_some() {
+        text.push_str(", repository unreachable");
+    }
     text
+}
+
+/// What a row has to say beyond its outcome: why there is no backup, or none to rely on.
+fn reason(backup: &BackupEntry) -> String {
+    if let Some(unreachable) = &backup.unreachable {
+        return unreachable.reason.clone();
+    }
+    if let Some(branch) = &backup.branch {
+        return branch.clone();
+    }
+    if backup.outcome == Outcome::Done {
+        return String::new();
+    }
+    let reasons: Vec<_> = backup.reasons.iter().map(|reason| reason.text.as_str()).collect();
+    reasons.join("; ")
 }
 
 fn show_backups(backups: Backups) -> String {
     let rows = backups.backups.iter().map(|backup| {
         vec![
-            backup.id.as_deref().map_or("-", short).to_owned(),
+            id(backup).map_or("-", short).to_owned(),
             format!("{}/{}", backup.group, backup.job),
             output::time(backup.slot),
             format!("{} ({})", backup.node, output::word(&backup.role)),
@@ -503,10 +412,11 @@ fn show_backups(backups: Backups) -> String {
             ByteSize(backup.bytes_added).to_string(),
             output::seconds(backup.duration_seconds),
             output::age(backup.time),
+            reason(backup),
         ]
     });
     output::table(
-        &["ID", "JOB", "SLOT", "NODE", "OUTCOME", ">SIZE", ">ADDED", ">TOOK", ">AGE"],
+        &["ID", "JOB", "SLOT", "NODE", "OUTCOME", ">SIZE", ">ADDED", ">TOOK", ">AGE", "REASON"],
         rows.collect(),
         "no backups; `tidelog backup run GROUP/JOB` makes one",
     )

@@ -5,6 +5,7 @@ mod backup;
 mod demo;
 mod events;
 mod group;
+mod job;
 mod manual;
 pub mod output;
 mod peer;
@@ -60,7 +61,7 @@ enum Command {
     Image(time::ImageCommand),
     /// Set, show and remove backup jobs
     #[command(subcommand)]
-    Job(backup::JobCommand),
+    Job(job::JobCommand),
     /// Make, check and list repositories
     #[command(subcommand)]
     Repository(backup::RepositoryCommand),
@@ -130,7 +131,7 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,
         Command::Timeline(arguments) => time::timeline(session, &arguments).await,
         Command::Image(command) => time::image(session, command).await,
-        Command::Job(command) => backup::job(session, command).await,
+        Command::Job(command) => job::job(session, command).await,
         Command::Repository(command) => backup::repository(session, command).await,
         Command::Backup(command) => backup::backup(session, command).await,
         Command::Events(arguments) => events::events(session, &arguments).await,

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use crate::backup::{
-    BackupEntry, Explanation, Manifest, Outcome, RunStarted, SlotAlarm, Verdict as RunVerdict,
-    Verified,
+    BackupEntry, Explanation, Listing as Backups, Manifest, Outcome, Reason, RunStarted, SlotAlarm,
+    Verdict as RunVerdict, Verified,
 };
 pub use crate::replication::{BackupCapable, Invite, PeerInfo, PeerStatus, Verdict};
 
@@ -364,13 +364,6 @@ pub struct RepositoryInfo {
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-}
-
-/// `GET /v1/backups`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Backups {
-    /// By slot; only what is restorable has an `id`.
-    pub backups: Vec<BackupEntry>,
 }
 
 /// `GET /v1/backups/ID`.

@@ -8,7 +8,7 @@ use crate::log::control::JobRecord;
 use crate::units::Name;
 
 use super::api::{
-    BackupDetails, Backups, JobInfo, Jobs, ProgressInfo, Repositories, RepositoryInfo, Restored,
+    BackupDetails, JobInfo, Jobs, ProgressInfo, Repositories, RepositoryInfo, Restored,
     RestoredVolume, VerifiedBackups,
 };
 use super::context::Context;
@@ -183,8 +183,7 @@ pub(super) fn list(context: Arc<Context>, call: Call) -> AnswerFuture {
             }
             None => None,
         };
-        let backups = context.scheduler.list(of).await?;
-        answer(Backups { backups })
+        answer(context.scheduler.list(of).await?)
     })
 }
 
@@ -200,7 +199,10 @@ pub(super) fn verify(context: Arc<Context>, call: Call) -> AnswerFuture {
         let ids: Vec<String> = match call.field("id")? {
             Some(id) => vec![id],
             None => {
-                let all = context.scheduler.list(None).await?;
+                let all = context.scheduler.list(None).await?.backups;
+                if let Some(gone) = all.iter().find_map(|backup| backup.unreachable.as_ref()) {
+                    return Err(Problem::new(503, "repository-unreachable", &gone.reason));
+                }
                 all.into_iter().filter_map(|backup| backup.id).collect()
             }
         };
