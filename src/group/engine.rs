@@ -15,7 +15,7 @@ use serde_json::{Map, json};
 use super::clock::LogClock;
 use super::content::Content;
 use super::image::Image;
-use super::meta::{Meta, MetaFile};
+use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
 use super::receive::Pending;
 use super::returning::Asking;
 use super::sync::Waiter;
@@ -229,11 +229,6 @@ impl Group {
         let io = |cause| GroupError::io(&name, format!("create {}", dir.display()), &cause);
         let disk = context.env.disk.clone();
         disk.create_dir(dir).map_err(io)?;
-        disk.create_dir(&dir.join("base")).map_err(io)?;
-        let segments = Arc::new(
-            Segments::open(disk.clone(), &dir.join("log"), new.segment_bytes).map_err(io)?,
-        );
-        segments.ensure(0).map_err(io)?;
         let meta = Meta {
             group: new.id,
             name: new.name.clone(),
@@ -249,7 +244,14 @@ impl Group {
             reign_due: false,
             boot: context.env.clock.boot(),
         };
-        let meta = MetaFile::create(&*disk, &dir.join("meta"), meta).map_err(io)?;
+        // Durable before anything else: a start knows by it what was not made to the end.
+        let meta = MetaFile::create(&*disk, &dir.join(UNFINISHED_META), meta).map_err(io)?;
+        disk.sync_dir(dir).map_err(io)?;
+        disk.create_dir(&dir.join("base")).map_err(io)?;
+        let segments = Arc::new(
+            Segments::open(disk.clone(), &dir.join("log"), new.segment_bytes).map_err(io)?,
+        );
+        segments.ensure(0).map_err(io)?;
         let horizon = beginning(new.id);
         let writer = Writer::open(segments.clone(), Lsn::ZERO, genesis(new.id), 0).map_err(io)?;
         let content = Content::at_horizon(&horizon);
@@ -327,14 +329,20 @@ impl Group {
         })
     }
 
+    /// All that the group consists of is durable, and only then it is a group.
     fn make_names_durable(&self) -> Result<(), GroupError> {
         let disk = &self.context.env.disk;
-        let parent = self.dir.parent().unwrap_or(&self.dir);
-        for dir in [&self.dir.join("log"), &self.dir.join("base"), &self.dir, parent] {
-            disk.sync_dir(dir)
-                .map_err(|cause| self.io(format!("sync {}", dir.display()), &cause))?;
+        let sync = |dir: &Path| {
+            disk.sync_dir(dir).map_err(|cause| self.io(format!("sync {}", dir.display()), &cause))
+        };
+        for dir in ["log", "base"] {
+            sync(&self.dir.join(dir))?;
         }
-        Ok(())
+        sync(&self.dir)?;
+        disk.rename(&self.dir.join(UNFINISHED_META), &self.dir.join(META))
+            .map_err(|cause| self.io("name meta", &cause))?;
+        sync(&self.dir)?;
+        sync(self.dir.parent().unwrap_or(&self.dir))
     }
 
     /// The group's identity.

@@ -33,6 +33,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::io::{Disk, DiskFile, OpenMode};
 use crate::units::{GroupId, Incarnation, Lsn, Name};
 
+/// The file's name.
+pub(super) const META: &str = "meta";
+/// Its name until the group was made to the end.
+pub(super) const UNFINISHED_META: &str = "meta.new";
+
 const MAGIC: [u8; 8] = *b"TIDEMETA";
 const VERSION: u32 = 2;
 const SLOT_BYTES: u64 = 4096;

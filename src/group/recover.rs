@@ -15,7 +15,7 @@ use super::branch::{Branch, Keeping, settle};
 use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
 use super::indexing::indexed;
-use super::meta::MetaFile;
+use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
 use super::returning::{ASK_FOR, Asking};
 use super::timeline::{Checkpoint, Timeline, follow};
@@ -68,11 +68,11 @@ impl Group {
         let io = |what: &str, cause: &io::Error| {
             GroupError::io(&unnamed, format!("{what} in {}", dir.display()), cause)
         };
-        let meta = MetaFile::open(&*disk, &dir.join("meta"))
+        let meta = MetaFile::open(&*disk, &dir.join(META))
             .map_err(|cause| io("read meta", &cause))?
             .ok_or_else(|| GroupError::Damaged {
                 group: unnamed.clone(),
-                what: format!("{}: neither slot is whole", dir.join("meta").display()),
+                what: format!("{}: neither slot is whole", dir.join(META).display()),
             })?;
         let before = meta.meta.clone();
         let name = before.name.clone();

@@ -1,17 +1,23 @@
 //! The groups of a node.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, RwLock};
 
 use serde_json::json;
 
 use super::engine::{Group, Listener, NewGroup};
+use super::meta::{META, UNFINISHED_META};
 use super::recover::Recovery;
 use super::{GroupContext, GroupError};
 use crate::events::Severity;
+use crate::io::Disk;
 use crate::log::segment::SEGMENT_BYTES_DEFAULT;
 use crate::units::{GroupId, Name};
+
+/// What the name of a group's directory ends with while it is being deleted.
+const DELETED: &str = ".deleted";
 
 /// The groups of a node.
 pub struct Registry {
@@ -25,8 +31,9 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Opens and recovers every group under `dir` (`data_dir/groups`), and starts their threads. A
-    /// group that cannot be opened is left alone, and told by an event.
+    /// Opens and recovers every group under `dir` (`data_dir/groups`), and starts their threads.
+    /// What was not made or not deleted to the end is removed. A group that cannot be opened is left
+    /// alone, and told by an event.
     ///
     /// # Errors
     ///
@@ -42,8 +49,16 @@ impl Registry {
         let mut recoveries = Vec::new();
         for id in disk.list(dir).map_err(io)? {
             let path = dir.join(&id);
-            if id.parse::<GroupId>().is_err() || !disk.exists(&path.join("meta")) {
-                // A group whose making was interrupted has no meta yet, and nothing in it.
+            if id.ends_with(DELETED) || is_unfinished(&*disk, &path, &id) {
+                if let Err(cause) = discard(&*disk, &path) {
+                    tracing::warn!(
+                        "{}: what is left could not be removed: {cause}",
+                        path.display()
+                    );
+                }
+                continue;
+            }
+            if id.parse::<GroupId>().is_err() {
                 continue;
             }
             match Group::open(context.clone(), &path) {
@@ -151,14 +166,21 @@ impl Registry {
         let disk = &self.context.env.disk;
         if disk.exists(&path) {
             // Left by a making that did not end, or of a group that could not be opened.
-            if disk.exists(&path.join("meta")) {
+            if disk.exists(&path.join(META)) {
                 let what = format!("{} exists already, and could not be opened", path.display());
                 return Err(GroupError::Refused { group: new.name, what });
             }
-            disk.remove_dir(&path)
+            discard(&**disk, &path)
                 .map_err(|cause| GroupError::io(&new.name, "remove what is left", &cause))?;
         }
-        let group = make(self.context.clone(), &path, new)?;
+        let group = make(self.context.clone(), &path, new).inspect_err(|_| {
+            // Else the next start removes it.
+            if disk.exists(&path)
+                && let Err(cause) = discard(&**disk, &path)
+            {
+                tracing::warn!("{}: what is left could not be removed: {cause}", path.display());
+            }
+        })?;
         group.start_workers();
         let mut groups = self.groups.write().expect("no holder panics");
         groups.insert(group.name().clone(), group.clone());
@@ -182,7 +204,7 @@ impl Registry {
         self.groups.write().expect("no holder panics").remove(name);
         let disk = &self.context.env.disk;
         let path = self.dir.join(group.id().to_string());
-        let removed = disk.remove_dir(&path).and_then(|()| disk.sync_dir(&self.dir));
+        let removed = discard(&**disk, &path);
         self.notify();
         removed.map_err(|cause| GroupError::io(name, format!("remove {}", path.display()), &cause))
     }
@@ -211,4 +233,30 @@ impl Registry {
             }
         }
     }
+}
+
+/// Whether this is a group that was not made to the end: its first file has not got its name yet,
+/// or is not there and neither is anything else.
+fn is_unfinished(disk: &dyn Disk, path: &Path, id: &str) -> bool {
+    id.parse::<GroupId>().is_ok()
+        && !disk.exists(&path.join(META))
+        && (disk.exists(&path.join(UNFINISHED_META))
+            || disk.list(path).is_ok_and(|names| names.is_empty()))
+}
+
+/// Removes a group's directory. It gets another name first, so that after a crash it is there as a
+/// whole or never again.
+fn discard(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(path);
+    let named = path.extension().is_some();
+    let gone = if named { path.to_owned() } else { path.with_extension(&DELETED[1..]) };
+    if !named {
+        if disk.exists(&gone) {
+            disk.remove_dir(&gone)?;
+        }
+        disk.rename(path, &gone)?;
+        disk.sync_dir(dir)?;
+    }
+    disk.remove_dir(&gone)?;
+    disk.sync_dir(dir)
 }

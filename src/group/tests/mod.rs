@@ -7,6 +7,7 @@ mod images;
 mod model;
 mod races;
 mod returning;
+mod registry;
 
 use std::path::PathBuf;
 use std::sync::Arc;
