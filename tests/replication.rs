@@ -47,6 +47,9 @@ impl Clock for MovedClock {
     fn boot(&self) -> Option<u64> {
         self.clock.boot()
     }
+    fn since_boot(&self) -> Option<Duration> {
+        self.clock.since_boot().map(|since| since + self.ahead())
+    }
 }
 
 /// A node without NBD, control socket and backup: groups and replication.

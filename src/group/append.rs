@@ -6,13 +6,11 @@ use std::sync::Arc;
 
 use serde_json::Map;
 
-use super::clock::Jump;
 use super::content::{VOLUME_NUMBER_MAX, is_volume_size};
-use super::engine::{Core, Group, Report, is_callers, volume_named};
+use super::engine::{Core, Group, is_callers, volume_named};
 use super::{BookmarkRecord, GroupError, Op, Request, Role, Volume};
-use crate::events::Severity;
 use crate::extent_map::Freed;
-use crate::log::control::{ClockRecord, Consistency, Control, EpochRecord, VolumeRecord};
+use crate::log::control::{Consistency, Control, EpochRecord, VolumeRecord};
 use crate::log::record::{Kind, flags, payload_crcs};
 use crate::log::segment::payload_bytes_max;
 use crate::log::writer::{Draft, Stamp};
@@ -114,20 +112,17 @@ impl Group {
             return Ok((start, Vec::new()));
         }
         let clock = &self.context.env.clock;
-        let (time, jump) = core.clock.tick(clock.wall(), clock.monotonic());
+        let (wall, monotonic) = (clock.wall(), clock.monotonic());
+        let (time, jump) = match epoch {
+            None => core.clock.tick(wall, monotonic),
+            Some(_) => (core.clock.tick_epoch(wall, monotonic), None),
+        };
         let stamp = Stamp { epoch: epoch.unwrap_or(core.epoch), time, durable: core.durable };
-        if let Some(Jump { before, wall }) = jump {
-            let record = Control::Clock(ClockRecord { before, wall, other: Map::new() });
+        if let Some(jump) = jump {
+            let record = Control::Clock(jump.record());
             let body = record.to_json();
             self.write_drafts(core, vec![control_draft(&record, &body)], stamp, freed)?;
-            core.unreported.push(Report {
-                severity: Severity::Warning,
-                code: "clock-jump",
-                text: "the wall clock jumped ahead: log time follows slowly, and windows do not \
-                       count it"
-                    .to_owned(),
-                details: serde_json::from_slice(&body).unwrap_or_default(),
-            });
+            core.unreported.push(jump.report());
         }
         let ends = self.write_drafts(core, drafts, stamp, freed)?;
         self.appended(core, start);

@@ -13,7 +13,7 @@ use crate::base::{ControlEntry, ControlState};
 use crate::extent_map::{ExtentMap, Freed};
 use crate::log::control::Control;
 use crate::log::record::{Header, Kind, flags};
-use crate::units::{BLOCK_BYTES, EpochId, Lsn, Name, NodeId, SECTOR_BYTES, VolumeNumber};
+use crate::units::{BLOCK_BYTES, EpochId, LogTime, Lsn, Name, NodeId, SECTOR_BYTES, VolumeNumber};
 
 /// The highest number of a volume: there is always one more.
 pub(super) const VOLUME_NUMBER_MAX: VolumeNumber = VolumeNumber(u32::MAX - 1);
@@ -69,7 +69,6 @@ enum About<'a> {
     Policy,
     Job(&'a Name),
     Bookmark(&'a Name),
-    Clock,
 }
 
 impl Content {
@@ -206,10 +205,22 @@ impl Content {
 
 impl ControlTable {
     fn apply(&mut self, entry: Entry) {
-        if let Some(about) = entry.control.as_ref().map(About::of) {
-            self.entries.retain(|old| old.control.as_ref().map(About::of).as_ref() != Some(&about));
+        if let Some(about) = entry.control.as_ref().and_then(About::of) {
+            let about = Some(about);
+            self.entries.retain(|old| old.control.as_ref().and_then(About::of) != about);
         }
         self.entries.push(Arc::new(entry));
+    }
+
+    /// Spans of log time that nobody measured, in order: log time took a jump of the wall clock.
+    pub(super) fn unmeasured(&self) -> Vec<(LogTime, LogTime)> {
+        let spans = self.entries.iter().filter_map(|entry| match &entry.control {
+            Some(Control::Clock(record)) if entry.raw.time >= record.wall => {
+                Some((record.before, entry.raw.time))
+            }
+            _ => None,
+        });
+        spans.collect()
     }
 
     /// The highest number that a volume ever had.
@@ -262,8 +273,9 @@ impl ControlTable {
 }
 
 impl About<'_> {
-    fn of(control: &Control) -> About<'_> {
-        match control {
+    /// `None` for what stands for itself: each jump of the clock.
+    fn of(control: &Control) -> Option<About<'_>> {
+        Some(match control {
             Control::Group(_) => About::Group,
             Control::Epoch(record) => About::Epoch(record.id),
             Control::Volume(record) => About::Volume(record.number),
@@ -271,8 +283,8 @@ impl About<'_> {
             Control::Policy(_) => About::Policy,
             Control::Job(record) => About::Job(&record.name),
             Control::Bookmark(record) => About::Bookmark(&record.name),
-            Control::Clock(_) => About::Clock,
-        }
+            Control::Clock(_) => return None,
+        })
     }
 }
 

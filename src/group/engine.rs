@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
-use super::clock::LogClock;
+use super::clock::{self, LogClock};
 use super::content::Content;
 use super::image::Image;
 use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
@@ -277,11 +277,14 @@ impl Group {
             segment_bytes: meta.meta.segment_bytes,
         };
         let end = timeline.end();
+        let clock = &*context.env.clock;
+        let up_to = clock::measured(&*context.env.disk, dir, clock);
+        let clock = LogClock::after_restart(end.time, up_to, clock.monotonic());
         let mut core = Core {
             writer,
             content,
             view: Arc::default(),
-            clock: LogClock::after_restart(end.time),
+            clock,
             epoch: end.epoch,
             timeline,
             durable: head,

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::GroupError;
+use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
 use super::fold_plan::{
@@ -81,7 +82,7 @@ impl Group {
         let (oldest, from) = {
             let core = self.lock();
             let now = core.clock.peek(clock.wall(), clock.monotonic());
-            let oldest = now.before(self.window(&core));
+            let oldest = window_start(now, self.window(&core), &core.content.table.unmeasured());
             (oldest, core.timeline.before_time(oldest))
         };
         let window_end = self.follow_to(from, |header| header.time <= oldest)?.lsn;

@@ -114,6 +114,7 @@ impl Group {
         let images = std::mem::take(&mut self.lock().images);
         drop(images);
         let durable = synced?;
+        self.note_clock();
         assert_eq!(durable.0, self.durable.load(Ordering::Acquire), "closed at the head");
         self.update_meta(|meta| {
             meta.durable = durable;

@@ -115,6 +115,7 @@ impl Group {
 
     fn run_sync(&self) {
         let mut marked = self.context.env.clock.monotonic();
+        let mut noted = false;
         loop {
             {
                 let waiters = self.waiters.lock().expect("no holder panics");
@@ -137,6 +138,7 @@ impl Group {
             if now.saturating_sub(marked) >= SYNC_EVERY {
                 marked = now;
                 self.mark_durable(durable);
+                noted = noted || self.note_clock();
             }
         }
     }

@@ -1,4 +1,5 @@
-//! What time it is: the wall, which people set, and the monotonic clock, which nobody can.
+//! What time it is: the wall, which people set, the monotonic clock, which nobody can, and the
+//! boot's own clock, which goes on from one process to the next.
 
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
@@ -14,6 +15,17 @@ pub trait Clock: Send + Sync {
     /// A number of this boot of the machine: while it is the same, the page cache has lost nothing.
     /// `None` where that cannot be told.
     fn boot(&self) -> Option<u64>;
+    /// Time since the machine was started, with what it slept; nobody can set it. `None` where that
+    /// cannot be told.
+    fn since_boot(&self) -> Option<Duration> {
+        None
+    }
+}
+
+/// Time since the start as `/proc/uptime` tells it: seconds with two decimals.
+fn read_uptime(text: &str) -> Option<Duration> {
+    let seconds: f64 = text.split_whitespace().next()?.parse().ok()?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// The system's clocks.
@@ -56,12 +68,17 @@ impl Clock for SystemClock {
             Some(xxhash_rust::xxh3::xxh3_64(&id).max(1))
         })
     }
+
+    fn since_boot(&self) -> Option<Duration> {
+        read_uptime(&std::fs::read_to_string("/proc/uptime").ok()?)
+    }
 }
 
 /// A clock that a test or the simulation sets.
 pub struct ManualClock {
     state: Mutex<(LogTime, Duration)>,
-    boot: Mutex<Option<u64>>,
+    /// The boot, and the monotonic clock when it began.
+    boot: Mutex<Option<(u64, Duration)>>,
 }
 
 impl ManualClock {
@@ -84,7 +101,7 @@ impl ManualClock {
 
     /// Tells which boot of the machine this is; unknown until it is told.
     pub fn set_boot(&self, boot: u64) {
-        *self.boot.lock().expect("no holder panics") = Some(boot);
+        *self.boot.lock().expect("no holder panics") = Some((boot, self.monotonic()));
     }
 }
 
@@ -97,6 +114,28 @@ impl Clock for ManualClock {
         self.state.lock().expect("no holder panics").1
     }
     fn boot(&self) -> Option<u64> {
-        *self.boot.lock().expect("no holder panics")
+        self.boot.lock().expect("no holder panics").map(|(boot, _)| boot)
+    }
+
+    fn since_boot(&self) -> Option<Duration> {
+        let (_, begun) = (*self.boot.lock().expect("no holder panics"))?;
+        Some(self.monotonic().saturating_sub(begun))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_since_the_boot_is_what_the_kernel_tells() {
+        assert_eq!(read_uptime("12.34 56.78\n"), Some(Duration::from_millis(12_340)));
+        for wrong in ["", "-1.0", "nan", "1e400"] {
+            assert_eq!(read_uptime(wrong), None, "{wrong:?}");
+        }
+        let clock = SystemClock::new();
+        if let (Some(first), Some(second)) = (clock.since_boot(), clock.since_boot()) {
+            assert!(first <= second);
+        }
     }
 }

@@ -306,7 +306,8 @@ pub struct BookmarkRecord {
     pub other: Map<String, Value>,
 }
 
-/// The wall clock jumped by more than log time follows; windows and retention do not count it.
+/// The wall clock jumped by more than log time follows; windows and retention do not count it. Log
+/// time takes the jump with this record only where nothing else said how much time had passed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClockRecord {
     /// Log time before the jump.

@@ -1,6 +1,7 @@
 //! Groups on a disk in memory, driven without threads.
 
 mod basic;
+mod clock;
 mod failures;
 mod fold;
 mod images;
