@@ -112,8 +112,8 @@ impl LogClock {
         (time, jump)
     }
 
-    /// The time for the record that begins an epoch. A jump waits for the next record, since nothing
-    /// of an epoch comes before this one.
+    /// The time for the record that begins an epoch. A jump waits for the next record, since
+    /// nothing of an epoch comes before this one.
     pub(super) fn tick_epoch(&mut self, wall: LogTime, monotonic: Duration) -> LogTime {
         if self.last == LogTime(0) {
             return self.tick(wall, monotonic).0;

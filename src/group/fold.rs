@@ -145,8 +145,8 @@ impl Group {
     }
 
     /// At the start: a fold up to `target` had begun. Its target is as good as the horizon for
-    /// everybody, but blocks in it may be torn until it is finished. Where that fails now, the group
-    /// opens all the same, and it is tried again with every round of the folder.
+    /// everybody, but blocks in it may be torn until it is finished. Where that fails now, the
+    /// group opens all the same, and it is tried again with every round of the folder.
     pub(super) fn take_up_fold(&self, target: Lsn) {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
         self.lock().unfinished_fold = Some(target);

@@ -32,8 +32,8 @@ pub struct Registry {
 
 impl Registry {
     /// Opens and recovers every group under `dir` (`data_dir/groups`), and starts their threads.
-    /// What was not made or not deleted to the end is removed. A group that cannot be opened is left
-    /// alone, and told by an event.
+    /// What was not made or not deleted to the end is removed. A group that cannot be opened is
+    /// left alone, and told by an event.
     ///
     /// # Errors
     ///

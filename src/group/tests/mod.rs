@@ -7,8 +7,8 @@ mod fold;
 mod images;
 mod model;
 mod races;
-mod returning;
 mod registry;
+mod returning;
 
 use std::path::PathBuf;
 use std::sync::Arc;
