@@ -125,6 +125,14 @@ impl LogClock {
         self.last
     }
 
+    /// The log ends with an earlier record now. What came behind it had been measured.
+    pub(super) fn cut(&mut self, time: LogTime) {
+        if self.between == Between::Nothing {
+            self.between = Between::Measured(self.last);
+        }
+        self.last = self.last.min(time);
+    }
+
     /// A record of another author arrived.
     pub(super) fn follow(&mut self, time: LogTime, monotonic: Duration) {
         (self.last, self.at) = (self.last.max(time), monotonic);

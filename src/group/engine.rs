@@ -154,7 +154,7 @@ impl Core {
         self.writer = writer;
         self.content = content;
         self.timeline.cut(end);
-        self.clock = LogClock::after_restart(end.time);
+        self.clock.cut(end.time);
         self.epoch = end.epoch;
         self.unflushed = true;
         self.cuts += 1;

@@ -18,7 +18,7 @@ use super::indexing::indexed;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
 use super::returning::{ASK_FOR, Asking};
-use super::timeline::{Checkpoint, Timeline, follow};
+use super::timeline::{Checkpoint, Timeline};
 use super::{GroupContext, GroupError, Role};
 use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::events::Severity;
