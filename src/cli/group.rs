@@ -5,6 +5,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use tidelog::control::api::{Done, GroupInfo, Groups};
+use tidelog::replication::Parting;
 use tidelog::units::{Name, Span};
 
 use super::arguments::Assignment;
@@ -59,6 +60,31 @@ pub struct DemoteArguments {
     group: Name,
 }
 
+/// End a split brain: the node that this is run on yields
+#[derive(Args)]
+pub struct ResolveArguments {
+    /// The group
+    group: Name,
+    /// Only show what each side has that the other lacks
+    #[arg(long)]
+    preview: bool,
+    /// What only this node has leaves its history, and is kept as a branch
+    #[arg(long, required_unless_present = "preview")]
+    discard_local: bool,
+}
+
+/// Give up tails that are not part of the history
+#[derive(Subcommand)]
+pub enum BranchCommand {
+    /// Give up a branch: what is in it is lost
+    Remove {
+        /// The group
+        group: Name,
+        /// The branch, as `timeline` shows it
+        branch: String,
+    },
+}
+
 pub async fn group(session: &Session, command: GroupCommand) -> Result<()> {
     match command {
         GroupCommand::Create { group } => {
@@ -94,6 +120,29 @@ pub async fn promote(session: &Session, arguments: &PromoteArguments) -> Result<
 pub async fn demote(session: &Session, arguments: &DemoteArguments) -> Result<()> {
     let path = format!("/v1/groups/{}/demote", arguments.group);
     session.ask("POST", &path, None, |done: Done| done.done).await
+}
+
+pub async fn resolve(session: &Session, arguments: &ResolveArguments) -> Result<()> {
+    let group = &arguments.group;
+    let path = format!("/v1/groups/{group}/resolve");
+    if arguments.preview {
+        let show = |parting: Parting| {
+            format!(
+                "group {group}: {parting}\n`tidelog resolve {group} --discard-local` here keeps what is \
+                 only here as a branch, and follows {}",
+                parting.peer
+            )
+        };
+        return session.ask("GET", &path, None, show).await;
+    }
+    let body = json!({ "discard_local": arguments.discard_local });
+    session.ask("POST", &path, Some(body), |done: Done| done.done).await
+}
+
+pub async fn branch(session: &Session, command: BranchCommand) -> Result<()> {
+    let BranchCommand::Remove { group, branch } = command;
+    let path = format!("/v1/groups/{group}/branches/{branch}");
+    session.ask("DELETE", &path, None, |done: Done| done.done).await
 }
 
 fn show_list(groups: Groups) -> String {

@@ -54,6 +54,9 @@ enum Command {
     Resume(peer::ResumeArguments),
     Promote(group::PromoteArguments),
     Demote(group::DemoteArguments),
+    Resolve(group::ResolveArguments),
+    #[command(subcommand)]
+    Branch(group::BranchCommand),
     Bookmark(time::BookmarkArguments),
     Timeline(time::TimelineArguments),
     /// Open, list and close images of past moments
@@ -128,6 +131,8 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Resume(arguments) => peer::resume(session, &arguments).await,
         Command::Promote(arguments) => group::promote(session, &arguments).await,
         Command::Demote(arguments) => group::demote(session, &arguments).await,
+        Command::Resolve(arguments) => group::resolve(session, &arguments).await,
+        Command::Branch(command) => group::branch(session, command).await,
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,
         Command::Timeline(arguments) => time::timeline(session, &arguments).await,
         Command::Image(command) => time::image(session, command).await,

@@ -166,6 +166,18 @@ fn show_timeline(timeline: &Timeline) -> String {
     });
     let header = ["HELD BY", "IMAGE", ">POSITION", "TIME"];
     text.push_str(&format!("\n{}\n", output::table(&header, holds.collect(), "no holds")));
+    let branches = timeline.branches.iter().map(|branch| {
+        vec![
+            branch.name.clone(),
+            format!("lsn:{}", branch.from.lsn),
+            tidelog::units::ByteSize(branch.bytes).to_string(),
+            if branch.authored { "written here" } else { "received" }.to_owned(),
+            output::time(branch.to.time),
+            branch.reason.clone(),
+        ]
+    });
+    let header = ["BRANCH", ">FROM", ">SIZE", "ORIGIN", "TO", "REASON"];
+    text.push_str(&format!("\n{}\n", output::table(&header, branches.collect(), "no branches")));
     text
 }
 

@@ -1,7 +1,7 @@
 //! The types that the control socket's server and its clients share: answers as JSON, with the
 //! names that scripts rely on.
 
-use crate::group::{DataState, Role};
+use crate::group::{Branch, DataState, Role};
 use crate::log::control::{Consistency, OnFull};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
 use serde::{Deserialize, Serialize};
@@ -247,6 +247,9 @@ pub struct Timeline {
     pub bookmarks: Vec<BookmarkInfo>,
     /// What needs an old moment.
     pub holds: Vec<HoldInfo>,
+    /// Tails that are not part of this history.
+    #[serde(default)]
+    pub branches: Vec<Branch>,
 }
 
 /// The two ends of a window, as positions.

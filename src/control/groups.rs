@@ -202,12 +202,10 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
              status {name}` shows which volumes they use"
         )));
     }
-    if let Some(peer) = context
-        .replication
-        .status(&group)
-        .iter()
-        .find(|peer| group.role() == Role::Primary || peer.link_state == "connected")
-        && group.data_state().0 != DataState::Retired
+    if let Some(peer) = context.replication.status(&group).iter().find(|peer| {
+        let follows = matches!(&*peer.replication_state, "streaming" | "catching-up");
+        group.role() == Role::Primary || peer.link_state == "connected" && follows
+    }) && group.data_state().0 != DataState::Retired
     {
         let node = if group.role() == Role::Primary { "here" } else { "on the primary" };
         return Err(Problem::refused(format!(

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::group::{Group, Image, Point, View};
 use crate::log::control::{BookmarkRecord, Consistency, Control};
-use crate::units::{EpochId, LogTime, Lsn, Name, Position};
+use crate::units::{ByteSize, EpochId, LogTime, Lsn, Name, Position};
 
 use super::api::{BookmarkInfo, Bookmarks, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow};
 use super::context::Context;
@@ -120,7 +120,15 @@ pub(super) fn timeline(context: &Context, call: &Call) -> Answer {
         epochs: epochs(&group),
         bookmarks: all_bookmarks(&group),
         holds: group.images().into_iter().map(hold).collect(),
+        branches: group.branches()?,
     })
+}
+
+pub(super) fn remove_branch(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let branch = group.remove_branch(call.path("branch"))?;
+    let size = ByteSize(branch.bytes);
+    done(format!("group {}: branch {} of {size} is gone", group.name(), branch.name))
 }
 
 fn image_info(image: &Image) -> ImageInfo {

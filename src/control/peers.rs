@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::log::control::Mode;
 use crate::replication::{ReplicateOptions, ReplicationError};
-use crate::units::{Name, Span};
+use crate::units::{ByteSize, Name, Span};
 
 use super::api::{Joined, Peers, Rotated};
 use super::context::Context;
@@ -104,6 +104,32 @@ pub(super) fn stop(context: Arc<Context>, call: Call) -> AnswerFuture {
         let group = group.name();
         context.replication.stop(group.as_str(), &peer).await?;
         done(format!("group {group}: is no longer replicated to {peer}; the copy there is retired"))
+    })
+}
+
+pub(super) fn parting(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    answer(context.replication.parting(group.name().as_str())?)
+}
+
+pub(super) fn resolve(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?.name().clone();
+        let discard: bool = call.field("discard_local")?.unwrap_or(false);
+        if !discard {
+            return Err(Problem::invalid(format!(
+                "group {group}: this node yields where `discard_local` says so; run `tidelog \
+                 resolve {group} --discard-local` on the node that is to yield"
+            )));
+        }
+        let parting = context.replication.resolve(group.as_str()).await?;
+        done(format!(
+            "group {group}: {} that only this node had are kept as a branch (`tidelog timeline \
+             {group}`); it follows {} from LSN {}",
+            ByteSize(parting.local_bytes),
+            parting.peer,
+            parting.at
+        ))
     })
 }
 

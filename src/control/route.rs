@@ -327,6 +327,28 @@ pub static ROUTES: &[Route] = &[
         Blocking(groups::demote),
     ),
     route(
+        "GET",
+        "/v1/groups/{group}/resolve",
+        "resolve preview",
+        "Show where this node's history and its peer's part",
+        Blocking(peers::parting),
+    ),
+    route(
+        "POST",
+        "/v1/groups/{group}/resolve",
+        "resolve",
+        "Have this node yield: what only it has is kept as a branch",
+        Async(peers::resolve),
+    )
+    .body(&[parameter("discard_local", "boolean", "must be true: this node's side yields")]),
+    route(
+        "DELETE",
+        "/v1/groups/{group}/branches/{branch}",
+        "branch remove",
+        "Give up a branch",
+        Blocking(images::remove_branch),
+    ),
+    route(
         "POST",
         "/v1/groups/{group}/bookmarks",
         "bookmark",

@@ -81,6 +81,27 @@ impl Keeping {
 }
 
 impl Group {
+    /// Gives up a branch: what is in it is lost.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none of that name; what the disk says.
+    pub fn remove_branch(&self, name: &str) -> Result<Branch, GroupError> {
+        let branches = self.branches()?;
+        let branch = branches.into_iter().find(|branch| branch.name == name);
+        let branch = branch.ok_or_else(|| {
+            let group = self.name();
+            self.refused(format!(
+                "branch `{name}` does not exist; `tidelog timeline {group}` shows those that do"
+            ))
+        })?;
+        let all = self.dir.join("branches");
+        let disk = &self.context.env.disk;
+        let removed = disk.remove_dir(&all.join(&branch.name)).and_then(|()| disk.sync_dir(&all));
+        removed.map_err(|cause| self.io(format!("remove branch {name}"), &cause))?;
+        Ok(branch)
+    }
+
     /// The branches that are kept, by where they leave the history.
     ///
     /// # Errors

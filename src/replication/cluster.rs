@@ -613,6 +613,16 @@ impl World {
         }
     }
 
+    /// An operator has a side yield.
+    fn resolve(&mut self, side: usize) {
+        let parted = self.nodes[side].core.channel(GROUP).unwrap().parted();
+        let parted = parted.expect("told by the peer");
+        self.nodes[side].yield_to(parted.at, parted.chain, true).unwrap();
+        let local = self.nodes[side].local();
+        self.feed(side, Input::Group(Box::new(local)));
+        self.feed(side, Input::Yielded { group: GROUP });
+    }
+
     /// What happens once hosts have waited long enough.
     fn hosts_insist(&mut self, side: usize) {
         if !self.nodes[side].held_back {
@@ -921,11 +931,7 @@ fn two_that_served_are_a_split_brain_until_an_operator_resolves_it() {
         assert!(reason.contains("tidelog resolve g --preview"), "{reason}");
         assert_eq!(world.nodes[side].log.bytes, *log);
     }
-    let parted = world.nodes[0].core.channel(GROUP).unwrap().parted().expect("told by the peer");
-    world.nodes[0].yield_to(parted.at, parted.chain, true).unwrap();
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
-    world.feed(0, Input::Yielded { group: GROUP });
+    world.resolve(0);
     world.run(seconds(10));
     world.assert_streaming();
     assert_eq!(world.nodes[0].branches, [(128, logs[0][128..].to_vec())]);
@@ -1021,6 +1027,20 @@ fn whatever_dies_and_returns_ends_in_order_or_says_why() {
         if world.nodes.iter().all(|node| node.primary) {
             assert_eq!(world.state(0).0, ReplicationState::SplitBrain, "seed {seed}");
             assert_eq!(world.state(1).0, ReplicationState::SplitBrain, "seed {seed}");
+            // An operator ends it on either side, also while that has just started.
+            let side = world.random(2) as usize;
+            if world.random(2) == 0 {
+                world.stop(1 - side);
+                world.restart(1 - side);
+                world.run(seconds(2));
+            }
+            if world.nodes[side].primary && world.nodes[1 - side].primary {
+                world.resolve(side);
+            }
+            world.run(seconds(10));
+            let primaries = world.nodes.iter().filter(|node| node.primary).count();
+            assert_eq!(primaries, 1, "seed {seed}");
+            world.assert_streaming();
         } else if world.nodes.iter().any(|node| node.primary) {
             let states = [world.state(0), world.state(1)];
             if states[0].0 == ReplicationState::Blocked {

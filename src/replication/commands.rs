@@ -265,6 +265,16 @@ impl Replication {
                      there first, or `tidelog promote {name} --force` here"
                 ));
             }
+            if let Some(parted) = channel.parted() {
+                let own = local.history.head.bytes_since(parted.at);
+                return Some(format!(
+                    "group {name}: the last {} here are not in the history of {peer}, which goes \
+                     on from LSN {}; `tidelog resolve {name} --preview` shows both sides, `tidelog \
+                     promote {name} --force` reigns beside it",
+                    ByteSize(own),
+                    parted.at
+                ));
+            }
             if let Some(told) = channel.told() {
                 let behind = told.head.bytes_since(local.history.head);
                 if behind > 0 {
@@ -280,7 +290,7 @@ impl Replication {
     }
 }
 
-async fn run_blocking(
+pub(super) async fn run_blocking(
     work: impl FnOnce() -> Result<(), ReplicationError> + Send + 'static,
 ) -> Result<(), ReplicationError> {
     tokio::task::spawn_blocking(work)

@@ -204,8 +204,10 @@ impl Channel {
     pub(super) fn on_may_follow(&mut self, context: &mut Context<'_>, at: Lsn, chain: Chain) {
         self.parted = Some(Parted { at, chain });
         let peer_is_primary = self.remote.as_ref().is_some_and(|remote| remote.primary);
-        let may = self.local.recovering || !self.local.primary;
-        if may && peer_is_primary {
+        let counter = |history: &History| history.last().map(|reign| reign.counter);
+        let theirs = self.remote.as_ref().and_then(|remote| counter(&remote.history));
+        let reigned_after = self.local.recovering && counter(&self.local.history) < theirs;
+        if peer_is_primary && (reigned_after || !self.local.primary) {
             context.outputs.push(Output::Yield { group: self.local.id, at, chain });
         }
     }

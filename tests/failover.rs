@@ -1,0 +1,148 @@
+//! A failover and the return of the old primary, with real processes under load.
+
+use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
+use crate::support::oracle::{BLOCK_BYTES, stamp};
+use crate::support::{Appliance, Setup, wait_for};
+
+fn codes(node: &Appliance) -> Vec<String> {
+    let events = node.json(&["events"]);
+    let events = events["events"].as_array().cloned().unwrap_or_default();
+    events.iter().filter_map(|event| Some(event["code"].as_str()?.to_owned())).collect()
+}
+
+fn wait_until_it_follows(secondary: &Appliance, primary: &Appliance) {
+    wait_for("the old primary to follow", || {
+        let (here, there) = (secondary.status("g"), primary.status("g"));
+        let equal = here["log"]["head_lsn"] == there["log"]["head_lsn"];
+        let streaming = here["peers"][0]["replication_state"] == "streaming";
+        (here["role"] == "secondary" && streaming && equal).then_some(())
+    });
+}
+
+/// What the volumes hold on the primary, and in an image on the secondary, is the same.
+fn assert_equal(primary: &Appliance, secondary: &Appliance, name: &str) {
+    secondary.run(&["image", "open", "g", "--at", "now", "--name", name]);
+    assert_eq!(contents(secondary, &format!("@{name}")), contents(primary, ""));
+    secondary.run(&["image", "close", &format!("g@{name}")]);
+}
+
+#[test]
+fn kill_9_of_the_primary_promote_and_its_return_end_in_order_both_ways() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["group", "create", "g"]);
+    for volume in VOLUMES {
+        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
+        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
+    }
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_for("b to stream", || {
+        (a.status("g")["peers"][0]["replication_state"] == "streaming").then_some(())
+    });
+
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(500);
+    let refused = b.command(&["promote", "g"]);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && error.contains("is its primary"), "{error}");
+    a.kill();
+    let history = load.stop();
+    // It may know that it is behind by what the last heartbeat told.
+    b.run(&["promote", "g", "--force"]);
+    hold("b, promoted", history.faults(&contents(&b, ""), None));
+    let address = tidelog::nbd::NbdAddress::Unix(b.nbd_socket());
+    let mut client = tidelog::nbd::Client::connect(&address, "g/one").unwrap();
+    for block in 0..64 {
+        client.write(block * BLOCK_BYTES as u64, &stamp(1_000_000 + block, 0, block)).unwrap();
+    }
+    client.flush().unwrap();
+
+    a.restart();
+    wait_until_it_follows(&a, &b);
+    assert_equal(&b, &a, "after");
+    // The old primary's tail, where it had one, is a branch.
+    let branches = a.json(&["timeline", "g"])["branches"].as_array().cloned().unwrap();
+    assert!(branches.iter().all(|branch| branch["authored"] == true), "{branches:?}");
+    for node in [&a, &b] {
+        let codes = codes(node);
+        assert!(!codes.iter().any(|code| code == "split-brain"), "{codes:?}");
+    }
+    assert!(codes(&a).iter().any(|code| code == "yielded"), "{:?}", codes(&a));
+
+    // And back: the new primary dies with a tail that its peer has not got.
+    a.run(&["pause", "g"]);
+    for block in 64..128 {
+        client.write(block * BLOCK_BYTES as u64, &stamp(2_000_000 + block, 0, block)).unwrap();
+    }
+    drop(client);
+    b.kill();
+    a.run(&["promote", "g", "--force"]);
+    a.run(&["resume", "g"]);
+    b.restart();
+    wait_until_it_follows(&b, &a);
+    assert_equal(&a, &b, "back");
+    let branches = b.json(&["timeline", "g"])["branches"].as_array().cloned().unwrap();
+    assert_eq!(branches.len(), 1, "{branches:?}");
+    let name = branches[0]["name"].as_str().unwrap();
+    assert!(branches[0]["bytes"].as_u64().unwrap() > 64 * BLOCK_BYTES as u64);
+    b.run(&["branch", "remove", "g", name]);
+    assert_eq!(b.json(&["timeline", "g"])["branches"].as_array().map(Vec::len), Some(0));
+    for node in [&a, &b] {
+        assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
+    }
+}
+
+#[test]
+fn a_split_brain_ends_where_an_operator_resolves_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["group", "create", "g"]);
+    a.run(&["volume", "create", "g/v", "--size", "4M"]);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_for("b to stream", || {
+        (a.status("g")["peers"][0]["replication_state"] == "streaming").then_some(())
+    });
+    let nothing = a.command(&["resolve", "g", "--preview"]);
+    let error = String::from_utf8_lossy(&nothing.stderr).into_owned();
+    assert!(!nothing.status.success() && error.contains("tidelog status g"), "{error}");
+    // By force, beside a primary that lives.
+    b.run(&["promote", "g", "--force"]);
+    for node in [&a, &b] {
+        wait_for("the split brain to be told", || {
+            (node.status("g")["peers"][0]["replication_state"] == "split-brain").then_some(())
+        });
+    }
+    let written = |node: &Appliance, byte: u8| {
+        let address = tidelog::nbd::NbdAddress::Unix(node.nbd_socket());
+        let mut client = tidelog::nbd::Client::connect(&address, "g/v").unwrap();
+        client.write(0, &[byte; 4096]).unwrap();
+        client.disconnect().unwrap();
+    };
+    written(&a, 1);
+    written(&b, 2);
+    // A restart of the one that was promoted changes nothing: the other serves.
+    b.stop();
+    b.restart();
+    let shown = wait_for("the preview", || {
+        let preview = a.command(&["resolve", "g", "--preview"]);
+        let text = String::from_utf8_lossy(&preview.stdout).into_owned();
+        (preview.status.success() && !text.contains("unknown")).then_some(text)
+    });
+    assert!(shown.contains("only here") && shown.contains("only on b"), "{shown}");
+    assert!(!a.command(&["resolve", "g"]).status.success(), "it must be said which side yields");
+    let kept = a.run(&["resolve", "g", "--discard-local"]);
+    assert!(kept.contains("kept as a branch"), "{kept}");
+    wait_until_it_follows(&a, &b);
+    let branches = a.json(&["timeline", "g"])["branches"].as_array().cloned().unwrap();
+    assert_eq!((branches.len(), &branches[0]["authored"]), (1, &true.into()), "{branches:?}");
+    a.run(&["image", "open", "g", "--at", "now", "--name", "i"]);
+    let address = tidelog::nbd::NbdAddress::Unix(a.nbd_socket());
+    let mut client = tidelog::nbd::Client::connect(&address, "g/v@i").unwrap();
+    let mut bytes = [0; 4096];
+    client.read(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [2; 4096]);
+}
