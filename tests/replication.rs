@@ -795,6 +795,54 @@ async fn a_new_key_is_known_to_the_peer_before_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn changes_of_the_key_that_fail_lock_nobody_out() {
+    let pair = Pair::replicating().await;
+    let dir = pair.a.dir.parent().unwrap().join("c");
+    let c = Node::start(&dir, "c", None);
+    let invite = pair.a.replication.invite().unwrap();
+    c.replication.join(&invite.token, &invite.address).await.unwrap();
+    let linked = |peer: &str| {
+        let peers = pair.a.replication.peers();
+        let found = peers.iter().find(|known| known.name.as_str() == peer)?;
+        (found.link_state == "connected").then_some(())
+    };
+    wait_for("c to be connected", || linked("c"));
+    let dir = c.stop();
+    wait_for("c to be away", || linked("c").is_none().then_some(()));
+    // b takes the new key each time, and c is not there.
+    for _ in 0..3 {
+        let error = pair.a.replication.rotate().await.unwrap_err().to_string();
+        assert!(error.contains("peer c"), "{error}");
+    }
+    pair.to_a.cut();
+    pair.to_b.cut();
+    write(&pair.a.group(), &SeededEntropy::new(16), 5);
+    pair.wait_equal();
+
+    let c = Node::start(&dir, "c", None);
+    for _ in 0..2 {
+        // Of two connections that cross one ends, and calls on it fail: that must do no harm either.
+        let mut attempts = 0;
+        let fingerprint = loop {
+            wait_for("both to be connected", || linked("b").and(linked("c")));
+            match pair.a.replication.rotate().await {
+                Ok(fingerprint) => break fingerprint,
+                Err(error) => assert!(attempts < 50, "{error}"),
+            }
+            attempts += 1;
+        };
+        for node in [&pair.b, &c] {
+            wait_for("the new key alone to be known", || {
+                let peers = std::fs::read_to_string(node.dir.join("node/peers")).unwrap();
+                let peers: Value = serde_json::from_str(&peers).unwrap();
+                (peers["peers"][0]["fingerprints"] == json!([fingerprint])).then_some(())
+            });
+        }
+    }
+    pair.wait_equal();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_copy_that_was_killed_goes_on_from_what_it_has() {
     let mut pair = Pair::replicating().await;
     let entropy = SeededEntropy::new(11);

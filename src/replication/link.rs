@@ -33,6 +33,8 @@ pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 64;
 /// Bytes of messages that may wait for a connection before it is given up.
 const QUEUED_BYTES_MAX: usize = 32 << 20;
+/// Why connections end when this node's key changes.
+const NEW_KEY: &str = "this node has a new key";
 /// Bytes of a call's or an answer's body.
 pub(super) const BODY_BYTES_MAX: usize = 16 << 20;
 
@@ -51,6 +53,8 @@ pub(super) struct Range {
 /// How the rest of the service reaches a connection.
 pub(super) struct Conn {
     pub(super) peer: NodeId,
+    /// The key that the peer showed.
+    pub(super) key: Fingerprint,
     messages: mpsc::UnboundedSender<Vec<u8>>,
     queued_bytes: Arc<AtomicUsize>,
     ranges: mpsc::UnboundedSender<Range>,
@@ -78,6 +82,11 @@ impl Conn {
         let _ = self.ranges.send(range);
     }
 
+    /// Ends the connection, which shows a key that this node has no more.
+    pub(super) fn close_for_new_key(&self) {
+        self.close(NEW_KEY.to_owned());
+    }
+
     /// Ends the connection.
     pub(super) fn close(&self, reason: String) {
         self.close.send_if_modified(|closed| {
@@ -91,6 +100,8 @@ impl Conn {
 /// A connection after TLS.
 pub(super) struct Secured {
     pub(super) stream: Box<dyn Stream>,
+    /// The key that this node showed.
+    pub(super) own: Fingerprint,
     pub(super) fingerprint: Fingerprint,
     pub(super) exported: [u8; EXPORTER_BYTES],
 }
@@ -102,7 +113,8 @@ pub(super) async fn connect(shared: &Shared, address: &str) -> Result<Secured, S
             .await
             .map_err(|error| format!("could not connect to {address}: {error}"))?;
         prepare(&tcp)?;
-        let connector = TlsConnector::from(Arc::clone(&shared.identity().client));
+        let identity = shared.identity();
+        let connector = TlsConnector::from(Arc::clone(&identity.client));
         let stream = connector
             .connect(tls::server_name(), tcp)
             .await
@@ -113,7 +125,8 @@ pub(super) async fn connect(shared: &Shared, address: &str) -> Result<Secured, S
         session
             .export_keying_material(&mut exported, EXPORTER_LABEL, None)
             .map_err(|error| format!("TLS with {address}: {error}"))?;
-        Ok(Secured { stream: Box::new(stream), fingerprint, exported })
+        let own = identity.fingerprint;
+        Ok(Secured { stream: Box::new(stream), own, fingerprint, exported })
     };
     timeout(HANDSHAKE_TIMEOUT, work)
         .await
@@ -175,7 +188,7 @@ async fn try_dial(shared: &Arc<Shared>, node: NodeId) -> Result<(), String> {
     if hello.node != node {
         return Err(Verdict::OtherIdentity.text().to_owned());
     }
-    run_connection(shared, node, secured.stream, true, &hello);
+    run_connection(shared, node, secured, true, &hello);
     Ok(())
 }
 
@@ -214,7 +227,8 @@ pub(super) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
 /// Does the handshake of an accepted connection, and starts what it is for.
 async fn serve(shared: &Arc<Shared>, tcp: TcpStream) -> Result<(), String> {
     prepare(&tcp)?;
-    let acceptor = TlsAcceptor::from(Arc::clone(&shared.identity().server));
+    let identity = shared.identity();
+    let acceptor = TlsAcceptor::from(Arc::clone(&identity.server));
     let stream = acceptor.accept(tcp).await.map_err(|error| format!("TLS: {error}"))?;
     let (_, session) = stream.get_ref();
     let fingerprint = tls::peer_fingerprint(session.peer_certificates())?;
@@ -235,12 +249,11 @@ async fn serve(shared: &Arc<Shared>, tcp: TcpStream) -> Result<(), String> {
         let _ = stream.shutdown().await;
         return Err(format!("node {} ({fingerprint}) refused: {verdict:?}", theirs.node));
     }
+    let secured = Secured { stream, own: identity.fingerprint, fingerprint, exported };
     match (theirs.purpose, peer) {
-        (Purpose::Pair, _) => {
-            shared.serve_pairing(Secured { stream, fingerprint, exported }, theirs.node).await
-        }
+        (Purpose::Pair, _) => shared.serve_pairing(secured, theirs.node).await,
         (Purpose::Link, Some(peer)) => {
-            run_connection(shared, peer, stream, false, &theirs);
+            run_connection(shared, peer, secured, false, &theirs);
             Ok(())
         }
         (Purpose::Link, None) => Err("a link without a peer".to_owned()),
@@ -273,20 +286,31 @@ fn judge(shared: &Shared, theirs: &Hello, fingerprint: &Fingerprint) -> (Verdict
 fn run_connection(
     shared: &Arc<Shared>,
     peer: NodeId,
-    stream: Box<dyn Stream>,
+    secured: Secured,
     dialled: bool,
     hello: &Hello,
 ) {
     debug_assert!(VERSIONS.contains(&1));
+    let Secured { stream, own, fingerprint: key, .. } = secured;
     let conn = shared.next_conn();
     let (messages, message_queue) = mpsc::unbounded_channel();
     let (ranges, range_queue) = mpsc::unbounded_channel();
     let (close, closed) = watch::channel(None);
     let queued_bytes = Arc::new(AtomicUsize::new(0));
-    let handle =
-        Arc::new(Conn { peer, messages, queued_bytes: Arc::clone(&queued_bytes), ranges, close });
+    let handle = Arc::new(Conn {
+        peer,
+        key,
+        messages,
+        queued_bytes: Arc::clone(&queued_bytes),
+        ranges,
+        close,
+    });
     handle.send(&shared.welcome());
     shared.add_conn(conn, Arc::clone(&handle));
+    if shared.identity().fingerprint != own {
+        handle.close_for_new_key();
+    }
+    shared.settle_key(peer, key);
     shared.input(peer, Input::ConnUp { conn, dialled, incarnation: hello.incarnation });
 
     let (reading, writing) = tokio::io::split(stream);

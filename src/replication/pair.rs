@@ -208,6 +208,7 @@ impl Replication {
     /// Where a peer is not connected or did not take the new key: the old one stays.
     pub async fn rotate(&self) -> Result<String, ReplicationError> {
         let shared = &self.shared;
+        let _one_at_a_time = shared.rotating.lock().await;
         let key = tls::new_key().map_err(ReplicationError::Refused)?;
         let identity = Identity::from_key(&key).map_err(ReplicationError::Refused)?;
         let fingerprint = identity.fingerprint.to_string();
@@ -234,12 +235,13 @@ impl Replication {
                         .and_then(|text| text.parse().ok())
                         .ok_or("no fingerprint")?;
                     let mut store = shared.store.lock().expect("no holder panics");
+                    // The one in use stays good until the new one is seen, however often this fails
+                    // elsewhere and is tried again with another.
+                    let in_use = peer.key;
                     store
                         .change(peer.node, |peer| {
-                            // The new key first; the one in use stays good until the next change.
-                            peer.fingerprints.retain(|known| *known != fingerprint);
-                            peer.fingerprints.insert(0, fingerprint);
-                            peer.fingerprints.truncate(2);
+                            peer.fingerprints = vec![fingerprint, in_use];
+                            peer.fingerprints.dedup();
                         })
                         .map_err(|error| error.to_string())?;
                     Ok(Value::Null)

@@ -40,7 +40,7 @@ pub struct Peer {
     /// Where it can be dialled, `HOST:PORT`; none where only it dials.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
-    /// Keys by which it may show itself: one, or two while it changes its key.
+    /// Keys by which it may show itself: one, or two while it changes its key, the new one first.
     pub fingerprints: Vec<Fingerprint>,
     /// When it was paired, by this node's wall clock.
     pub paired: LogTime,

@@ -12,6 +12,7 @@ use crate::units::{Name, NodeId};
 
 use super::core::ConnId;
 use super::link::{BODY_BYTES_MAX, Conn};
+use super::pairing::Fingerprint;
 use super::service::{Replication, ReplicationError, Shared};
 use super::wire::Message;
 
@@ -28,6 +29,8 @@ pub struct PeerContext {
     pub node: NodeId,
     /// Its name here.
     pub name: Name,
+    /// The key that it shows.
+    pub(super) key: Fingerprint,
 }
 
 /// What answers a method.
@@ -166,7 +169,11 @@ impl Shared {
                 (Some(handler), Some(peer)) => match serde_json::from_slice(&body) {
                     Err(error) => Err(format!("{method}: the body is not JSON: {error}")),
                     Ok(value) => {
-                        handler(PeerContext { node: peer.node, name: peer.name }, value).await
+                        handler(
+                            PeerContext { node: peer.node, name: peer.name, key: conn.key },
+                            value,
+                        )
+                        .await
                     }
                 },
             };

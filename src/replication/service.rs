@@ -91,6 +91,8 @@ pub struct Shared {
     pub(super) advertised: Option<String>,
     pub(super) local_addr: Option<SocketAddr>,
     identity: RwLock<Arc<Identity>>,
+    /// Held while this node's key changes.
+    pub(super) rotating: tokio::sync::Mutex<()>,
     incarnation: Incarnation,
     inputs: mpsc::UnboundedSender<(NodeId, Input)>,
     dirty: Mutex<HashSet<GroupId>>,
@@ -156,6 +158,7 @@ impl Replication {
             advertised,
             local_addr,
             identity: RwLock::new(Arc::new(identity)),
+            rotating: tokio::sync::Mutex::default(),
             incarnation,
             inputs,
             dirty: Mutex::new(HashSet::new()),
@@ -225,8 +228,25 @@ impl Shared {
         Arc::clone(&self.identity.read().expect("no holder panics"))
     }
 
+    /// Uses another key from now on, and ends what shows the one before: a peer knows that one only
+    /// until it has seen the new one.
     pub(super) fn set_identity(&self, identity: Identity) {
         *self.identity.write().expect("no holder panics") = Arc::new(identity);
+        for conn in locked(&self.conns).values() {
+            conn.close_for_new_key();
+        }
+    }
+
+    /// A peer that shows the newest key that is known of it has no other any more.
+    pub(super) fn settle_key(&self, node: NodeId, key: Fingerprint) {
+        let settle = |peer: &mut Peer| {
+            if peer.fingerprints.first() == Some(&key) {
+                peer.fingerprints.truncate(1);
+            }
+        };
+        if let Err(error) = locked(&self.store).change(node, settle) {
+            tracing::error!("{error}");
+        }
     }
 
     pub(super) fn hello(
