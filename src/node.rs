@@ -55,8 +55,21 @@ impl Node {
     /// Where the data directory is in use or cannot be read, a group cannot be opened, or a
     /// listener's address is taken.
     pub async fn start(config: Config) -> Result<Node, NodeError> {
+        let (lock, is_new) = lock_data_dir(&config.data_dir)?;
+        let data_dir = config.data_dir.clone();
+        let started = Node::start_locked(config, lock).await;
+        if is_new && started.is_err() {
+            // Nobody was served: a start that was refused leaves nothing behind.
+            let empty = std::fs::remove_dir(data_dir.join("groups"));
+            if empty.is_ok() || !data_dir.join("groups").exists() {
+                let _ = std::fs::remove_dir_all(&data_dir);
+            }
+        }
+        started
+    }
+
+    async fn start_locked(config: Config, lock: Flock<File>) -> Result<Node, NodeError> {
         let env = Env::real();
-        let lock = lock_data_dir(&config.data_dir)?;
         let node = identity(&env, &config)?;
         let events = open_events(&env, &config.data_dir)?;
         let groups = GroupContext {
@@ -233,8 +246,9 @@ fn make_socket_dir(socket: &Path) -> Result<(), NodeError> {
     })
 }
 
-/// Makes the data directory where it is missing, and takes it for this process alone.
-fn lock_data_dir(data_dir: &Path) -> Result<Flock<File>, NodeError> {
+/// Makes the data directory where it is missing, and takes it for this process alone; whether it
+/// was made.
+fn lock_data_dir(data_dir: &Path) -> Result<(Flock<File>, bool), NodeError> {
     let failed = |what: &str, error: &std::io::Error| {
         NodeError::new(format!(
             "data_dir {}: {what}: {}; give a directory that this user may write",
@@ -243,6 +257,7 @@ fn lock_data_dir(data_dir: &Path) -> Result<Flock<File>, NodeError> {
         ))
     };
     let node_dir = data_dir.join("node");
+    let is_new = !data_dir.exists();
     std::fs::create_dir_all(&node_dir).map_err(|error| failed("could not be made", &error))?;
     let path = node_dir.join("lock");
     let file = File::options()
@@ -251,7 +266,7 @@ fn lock_data_dir(data_dir: &Path) -> Result<Flock<File>, NodeError> {
         .write(true)
         .open(&path)
         .map_err(|error| failed("could not be written", &error))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
         if errno == nix::errno::Errno::EWOULDBLOCK {
             NodeError::new(format!(
                 "data_dir {}: another node runs on it; stop that one, or give another data_dir",
@@ -260,7 +275,8 @@ fn lock_data_dir(data_dir: &Path) -> Result<Flock<File>, NodeError> {
         } else {
             failed("could not be locked", &errno.into())
         }
-    })
+    })?;
+    Ok((lock, is_new))
 }
 
 /// What `node/identity` holds.

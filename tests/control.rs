@@ -123,7 +123,7 @@ fn errors_name_object_cause_and_next_command() {
         (&["volume", "show", "g/nope"][..], "volume g/nope", "tidelog volume list g"),
         (&["volume", "resize", "g/nope", "--size", "1G"], "volume g/nope", "tidelog volume list"),
         (&["status", "nope"], "group nope", "tidelog group list"),
-        (&["group", "create", "g"], "`g`", "exists"),
+        (&["group", "create", "g"], "group g", "exists"),
         (&["volume", "create", "g/v", "--size", "5000"], "volume v", "8192"),
         (&["group", "set", "g", "windows=1h"], "`windows`", "the nearest is `window`"),
         (&["replicate", "g", "--to", "nobody"], "peer nobody", "tidelog peer list"),

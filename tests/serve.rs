@@ -57,13 +57,14 @@ fn a_wrong_key_is_named_with_the_nearest_valid_one() {
 fn a_port_in_use_is_named() {
     let address = free_address();
     let _taken = TcpListener::bind(&address).unwrap();
-    let (_dir, output) = serve(&format!(
+    let (dir, output) = serve(&format!(
         "node = \"a\"\ndata_dir = \"DIR/data\"\n[control]\nsocket = \"DIR/run/c.sock\"\n\
          [[nbd]]\nlisten = \"tcp:{address}\"\n"
     ));
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&address), "{said}");
+    assert!(!dir.path().join("data").exists(), "a refused start left its directory");
 }
 
 #[test]
@@ -119,4 +120,55 @@ fn a_run_that_fails_says_why_and_ends_with_1() {
     assert!(table.contains("failed") && table.contains("does not exist"), "{table}");
     node.run(&["repository", "init", "main"]);
     node.run(&["backup", "run", "g/nightly"]);
+}
+
+#[test]
+fn a_job_for_a_repository_that_nobody_configured_is_refused_unless_forced() {
+    let dir = tempfile::tempdir().unwrap();
+    let shown = dir.path().display();
+    let more = format!(
+        "[[repository]]\nname = \"main\"\nurl = \"{shown}/repository\"\n\
+         password_file = \"{shown}/password\"\n"
+    );
+    let node = Appliance::start(dir.path(), Setup { more, ..Setup::new("a") });
+    node.run(&["group", "create", "g"]);
+    let set = ["job", "set", "g", "nightly", "--repository", "attic"];
+    let output = node.command(&set);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("attic is not configured on node a, which has main"), "{said}");
+    assert!(node.run(&["job", "list"]).contains("no jobs"));
+    node.run(&[&set[..], &["--force"]].concat());
+    node.run(&["job", "set", "g", "nightly", "--grace", "5s"]);
+    assert!(node.run(&["job", "list"]).contains("attic"));
+}
+
+/// A point that is yet to come silently meant now, and one before the first record named no way on.
+#[test]
+fn points_outside_of_the_log_say_where_it_begins_and_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    node.run(&["volume", "create", "g/v", "--size", "64M"]);
+    let refused = |at: &str| {
+        let output = node.command(&["image", "open", "g", "--at", at]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{at}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{at}: {said}");
+        said
+    };
+    let end = node.status("g")["log"]["head_lsn"].to_string();
+    let said = refused("2100-01-01T00:00:00Z");
+    assert!(said.contains("is yet to come") && said.contains(&format!("lsn:{end}")), "{said}");
+    for at in ["lsn:0", "-15m", "2001-01-01T00:00:00Z", "lsn:1"] {
+        let said = refused(at);
+        let (_, command) = said.split_once("`tidelog ").expect(&said);
+        let (command, _) = command.split_once('`').expect(&said);
+        let words: Vec<&str> = command.split(' ').collect();
+        assert_eq!(words[..2], ["image", "open"], "{at}: {said}");
+        node.run(&words);
+    }
+    let twice = node.command(&["group", "create", "g"]);
+    let said = String::from_utf8_lossy(&twice.stderr).into_owned();
+    assert_eq!(said.trim_end(), "tidelog: group g: exists already");
 }

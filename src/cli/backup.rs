@@ -341,21 +341,38 @@ fn show_explanation(explanation: &Explanation) -> String {
         text.push_str(&format!("\n  {}: {}", reason.code, reason.text));
     }
     text.push_str("\n\n");
-    let rows = explanation.inputs.iter().map(|(key, value)| vec![key.clone(), fact(value)]);
-    text.push_str(&output::table(&["FACT", "VALUE"], rows.collect(), "no facts"));
+    let rows = explanation.inputs.iter().map(|(name, input)| {
+        let age = input["age_seconds"].as_f64().map_or_else(String::new, output::short_age);
+        let assumed = if input["assumed"] == true { " (assumed)" } else { "" };
+        vec![name.clone(), format!("{}{assumed}", fact(name, &input["value"])), age]
+    });
+    text.push_str(&output::table(&["FACT", "VALUE", ">AGE"], rows.collect(), "no facts"));
     text
 }
 
-/// A fact on one line: its value, with its age where it has one.
-fn fact(value: &Value) -> String {
+/// A fact's value on one line, in the unit that its name ends with.
+fn fact(name: &str, value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
-        Value::Object(map) => map
-            .iter()
-            .map(|(key, value)| format!("{key} {}", fact(value)))
-            .collect::<Vec<_>>()
-            .join(", "),
-        Value::Null => "unknown".to_owned(),
+        Value::Null => "-".to_owned(),
+        Value::Array(values) if values.is_empty() => "none".to_owned(),
+        Value::Array(values) => {
+            let one = |value: &Value| match (value["text"].as_str(), value["why"].as_str()) {
+                (Some(text), _) => text.to_owned(),
+                (_, Some(why)) => format!("{}: {why}", fact("", &value["node"])),
+                _ => value.to_string(),
+            };
+            values.iter().map(one).collect::<Vec<_>>().join("; ")
+        }
+        value if name.ends_with("_bytes") => {
+            value.as_u64().map_or_else(|| value.to_string(), |bytes| ByteSize(bytes).to_string())
+        }
+        value if name.ends_with("_seconds") => {
+            value.as_f64().map_or_else(|| value.to_string(), output::short_age)
+        }
+        value if name.ends_with("_percent") => {
+            value.as_f64().map_or_else(|| value.to_string(), |percent| format!("{percent:.0} %"))
+        }
         other => other.to_string(),
     }
 }

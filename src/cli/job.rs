@@ -77,6 +77,9 @@ pub struct JobSetArguments {
     /// Volumes to back up; all where none is named
     #[arg(long, value_name = "VOLUME,…", value_delimiter = ',')]
     volumes: Vec<Name>,
+    /// Take a repository that the primary's configuration does not have (yet)
+    #[arg(long)]
+    force: bool,
 }
 
 pub async fn job(session: &Session, command: JobCommand) -> Result<()> {
@@ -84,6 +87,9 @@ pub async fn job(session: &Session, command: JobCommand) -> Result<()> {
         JobCommand::Set(arguments) => {
             let (group, job) = arguments.job.resolve()?;
             let mut body = json!({ "settings": settings(&arguments) });
+            if arguments.force {
+                body["force"] = json!(true);
+            }
             for (key, value) in [
                 ("repository", arguments.repository.as_ref().map(Name::to_string)),
                 ("schedule", arguments.schedule.clone()),

@@ -137,6 +137,18 @@ pub fn seconds(seconds: f64) -> String {
     Duration::try_from_secs_f64(seconds).map_or_else(|_| "–".to_owned(), duration)
 }
 
+/// An age in its largest unit: `now`, `3 s`, `2 min`, `5 h`, `4 d`.
+pub fn short_age(seconds: f64) -> String {
+    match seconds {
+        _ if !seconds.is_finite() || seconds < 0.0 => "–".to_owned(),
+        _ if seconds < 0.5 => "now".to_owned(),
+        _ if seconds < 90.0 => format!("{seconds:.0} s"),
+        _ if seconds < 90.0 * 60.0 => format!("{:.0} min", seconds / 60.0),
+        _ if seconds < 48.0 * 3600.0 => format!("{:.0} h", seconds / 3600.0),
+        _ => format!("{:.0} d", seconds / 86_400.0),
+    }
+}
+
 /// How long ago a moment was.
 pub fn age(time: LogTime) -> String {
     format!("{} ago", duration(now().since(time)))
@@ -168,5 +180,7 @@ mod tests {
         assert_eq!(duration(Duration::from_millis(1500)), "1.5s");
         assert_eq!(duration(Duration::from_secs(200)), "3m 20s");
         assert_eq!(duration(Duration::from_secs(200_000)), "2d 7h");
+        let ages = [0.1, 3.2, 120.0, 18_000.0, 400_000.0, f64::NAN].map(short_age);
+        assert_eq!(ages, ["now", "3 s", "2 min", "5 h", "5 d", "–"]);
     }
 }

@@ -78,32 +78,48 @@ pub(super) fn show_job(context: &Context, call: &Call) -> Answer {
 pub(super) fn set_job(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     let name: Name = call.path("job").parse()?;
-    let change: JobChange = serde_json::from_value(call.body.clone().into())
+    let force: bool = call.field("force")?.unwrap_or(false);
+    let mut body = call.body.clone();
+    body.remove("force");
+    let change: JobChange = serde_json::from_value(body.into())
         .map_err(|error| Problem::invalid(format!("job {}/{name}: {error}", group.name())))?;
-    let known = {
-        let config = context.config.read().expect("no holder panics");
-        let wanted = change.repository.as_deref();
-        let known = config.repository.iter().any(|known| Some(known.name.as_str()) == wanted);
-        known || wanted.is_none()
+    let known = match &change.repository {
+        Some(wanted) => knows_repository(context, wanted),
+        None => Ok(()),
     };
+    if !force && let Err(why) = &known {
+        let what = format!("job {}/{name}: {why}, or give --force", group.name());
+        return Err(Problem::new(409, "no-such-repository", what));
+    }
     let job = context.scheduler.set_job(group.name().as_str(), name, change)?;
-    if !known {
+    if let Err(why) = known {
         context.events.emit(
             crate::events::Severity::Warning,
             "job-repository",
             Some(group.name().as_str()),
-            format!(
-                "job {}/{}: repository {} is not configured on node {}; add a [[repository]] of \
-                 that name",
-                group.name(),
-                job.name,
-                job.repository,
-                context.node.name
-            ),
+            format!("job {}/{}: {why}", group.name(), job.name),
             serde_json::Value::Null,
         );
     }
     answer(job_info(group.name(), job))
+}
+
+/// Whether this node's configuration has a repository; else what it has, and what to do.
+fn knows_repository(context: &Context, wanted: &str) -> Result<(), String> {
+    let config = context.config.read().expect("no holder panics");
+    let names: Vec<&str> = config.repository.iter().map(|known| known.name.as_str()).collect();
+    if names.contains(&wanted) {
+        return Ok(());
+    }
+    let known = match &names[..] {
+        [] => "no repository".to_owned(),
+        names => names.join(", "),
+    };
+    Err(format!(
+        "repository {wanted} is not configured on node {}, which has {known}; add a \
+         [[repository]] of that name to its configuration",
+        context.node.name
+    ))
 }
 
 pub(super) fn remove_job(context: &Context, call: &Call) -> Answer {

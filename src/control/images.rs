@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::group::{Group, Image, Point, View};
+use crate::group::{Group, GroupError, Image, Point, View};
 use crate::log::control::{BookmarkRecord, Consistency, Control};
 use crate::units::{ByteSize, EpochId, LogTime, Lsn, Name, Position};
 
@@ -156,9 +156,45 @@ pub(super) fn list(context: &Context, call: &Call) -> Answer {
 pub(super) fn open(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     let at: String = call.required("at")?;
-    let point = parse_point(&at, context.env.clock.wall())?;
-    let image = group.open_image(&point, call.field("name")?, &call.user, None)?;
+    let now = context.env.clock.wall();
+    let point = parse_point(&at, now)?;
+    let end = group.positions();
+    if let Point::Time(time) = point
+        && time > now.max(end.time)
+    {
+        return Err(Problem::new(
+            409,
+            "not-covered",
+            format!(
+                "group {name}: point {at}: is yet to come: the log ends at lsn:{}, {}; `tidelog \
+                 image open {name} --at now` opens that",
+                end.request_end,
+                end.time,
+                name = group.name(),
+            ),
+        ));
+    }
+    let image = group
+        .open_image(&point, call.field("name")?, &call.user, None)
+        .map_err(|error| refused_point(&group, &at, error))?;
     answer(image_info(&image))
+}
+
+/// Tells of a point outside of the log where the log begins and ends.
+fn refused_point(group: &Group, at: &str, error: GroupError) -> Problem {
+    let GroupError::NotCovered { .. } = error else { return error.into() };
+    let (name, positions) = (group.name(), group.positions());
+    let first = match positions.horizon {
+        Lsn::ZERO => group.resolve_point(&Point::Time(positions.horizon_time)),
+        lsn => group.resolve_point(&Point::Lsn(lsn)),
+    };
+    let Ok(first) = first else { return error.into() };
+    let detail = format!(
+        "group {name}: point {at}: is not covered: the log reaches from lsn:{}, {} to lsn:{}, {}; \
+         `tidelog image open {name} --at lsn:{}` opens the earliest",
+        first.lsn, first.time, positions.request_end, positions.time, first.lsn
+    );
+    Problem::new(409, "not-covered", detail)
 }
 
 pub(super) fn close(context: &Context, call: &Call) -> Answer {

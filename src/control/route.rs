@@ -422,6 +422,7 @@ pub static ROUTES: &[Route] = &[
         parameter("repository", "string", "the repository's name; needed for a new job"),
         parameter("schedule", "string", "a cron pattern of five fields, or none"),
         parameter("zone", "string", "the zone of the schedule"),
+        parameter("force", "boolean", "take a repository that the primary does not have"),
         parameter("settings", "object", "placement, limits, conditions; null restores a default"),
     ])
     .on_primary(),

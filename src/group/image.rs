@@ -239,7 +239,14 @@ impl Group {
         match found {
             Ok(found) if found.lsn >= core.fold_target.max(core.timeline.horizon().lsn) => {
                 self.check_barrier(&core, found.lsn)?;
-                Ok(found)
+                if found.lsn > Lsn::ZERO {
+                    return Ok(found);
+                }
+                // Where nothing is yet, every point is before the first record.
+                if core.timeline.end().lsn == Lsn::ZERO {
+                    return Err(self.refused("has no image yet; wait until its primary sent one"));
+                }
+                Err(self.not_covered(&core, "a moment before the first record"))
             }
             Err(ScanEnd::Io(cause)) if core.timeline.horizon().lsn <= from.lsn => {
                 Err(self.io("read log", &cause))
@@ -320,18 +327,6 @@ impl Group {
     pub(super) fn build_image(&self, kept: KeptImage) -> Result<Arc<Image>, GroupError> {
         let lsn = kept.position.lsn;
         let group = self.me.upgrade().expect("it is being used");
-        let head = self.positions().head;
-        if lsn == Lsn::ZERO && head > Lsn::ZERO {
-            return Err(GroupError::NotCovered {
-                group: self.name().clone(),
-                point: "a moment before the first record".to_owned(),
-                from: self.log_start(),
-                to: head,
-            });
-        }
-        if lsn == Lsn::ZERO {
-            return Err(self.refused("has no image yet; wait until its primary has sent one"));
-        }
         loop {
             let (live, state) = {
                 let core = self.lock();

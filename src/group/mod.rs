@@ -233,6 +233,11 @@ pub enum Point {
     Bookmark(Name),
 }
 
+/// The name of a group's part, in front of what is said of it; nothing for the group itself.
+fn part(what: &str, name: &str) -> String {
+    if what == "group" { String::new() } else { format!("{what} `{name}` ") }
+}
+
 /// What failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "each message says it")]
@@ -243,7 +248,7 @@ pub enum GroupError {
     NoVolume { group: Name, volume: String },
     #[error("group {group}: {what} `{name}` does not exist")]
     NotFound { group: Name, what: &'static str, name: String },
-    #[error("group {group}: {what} `{name}` exists already")]
+    #[error("group {group}: {}exists already", part(what, name))]
     Exists { group: Name, what: &'static str, name: String },
     #[error("group {group}: request of {length} bytes at {offset} is outside of the volume")]
     OutOfRange { group: Name, offset: u64, length: u64 },

@@ -118,8 +118,9 @@ impl Exports for GroupExports {
                 _ => format!("`tidelog promote {group_name}` makes this node its primary"),
             };
             return Err(Refusal::Policy(format!(
-                "export `{name}`: group `{group_name}` is secondary here; \
-                 {primary}, or open an image"
+                "export `{name}`: group `{group_name}` is secondary here, on node `{}`; {primary}, \
+                 or `tidelog image open {group_name} --at now` exports the copy read-only",
+                group.node().name
             )));
         }
         let volume = find(group.volumes())?;

@@ -17,8 +17,8 @@ use ring::{digest, hmac};
 pub const INVITE_VALID: Duration = Duration::from_secs(15 * 60);
 /// Wrong proofs after which no token of this node is good any more.
 pub const TRIES: u32 = 5;
-/// Tokens that are good at the same time.
-pub const INVITES_MAX: usize = 8;
+/// Used tokens that are remembered, to tell who comes with one again.
+const USED_MAX: usize = 8;
 /// The label under which both sides export keying material.
 pub const EXPORTER_LABEL: &[u8] = b"EXPORTER-tidelog-pairing-1";
 /// Bytes of exported keying material.
@@ -162,7 +162,13 @@ struct Invite {
 /// Why a joiner is not let in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PairError {
-    /// Nothing was invited, or it expired, or it was used.
+    /// The token has made its one pairing.
+    #[error(
+        "pairing: this token was already used: each pairs one node; make another with `tidelog \
+         peer invite` on the other node"
+    )]
+    Used,
+    /// Nothing was invited, or it expired.
     #[error(
         "pairing: no token is open here: they last 15 minutes and work once; make one with \
          `tidelog peer invite` on the other node"
@@ -179,24 +185,22 @@ pub enum PairError {
     TooManyTries,
 }
 
-/// The tokens that this node has open. Time is the monotonic clock.
+/// The token that this node has open, and those that were used. Time is the monotonic clock.
 #[derive(Default)]
 pub struct Invites {
-    open: Vec<Invite>,
+    open: Option<Invite>,
+    used: Vec<[u8; 16]>,
     wrong_proofs: u32,
 }
 
 impl Invites {
-    /// Opens a token with this secret. The oldest makes room where there are too many.
+    /// Opens a token with this secret, in place of the one before.
     pub fn open(&mut self, now: Duration, secret: [u8; 16]) {
         self.expire(now);
-        if self.open.is_empty() {
+        if self.open.is_none() {
             self.wrong_proofs = 0;
         }
-        if self.open.len() == INVITES_MAX {
-            self.open.remove(0);
-        }
-        self.open.push(Invite { secret, expires: now + INVITE_VALID });
+        self.open = Some(Invite { secret, expires: now + INVITE_VALID });
     }
 
     /// Takes the token that a joiner's proof fits; it is used up. Returns its secret.
@@ -211,26 +215,30 @@ impl Invites {
         given: &[u8; 32],
     ) -> Result<[u8; 16], PairError> {
         self.expire(now);
-        if self.open.is_empty() {
-            return Err(PairError::NoneOpen);
+        let fits = |secret: &[u8; 16]| proof_holds(Side::Joiner, secret, exported, given);
+        if let Some(invite) = self.open.take_if(|invite| fits(&invite.secret)) {
+            if self.used.len() == USED_MAX {
+                self.used.remove(0);
+            }
+            self.used.push(invite.secret);
+            return Ok(invite.secret);
         }
-        let fitting = self
-            .open
-            .iter()
-            .position(|invite| proof_holds(Side::Joiner, &invite.secret, exported, given));
-        if let Some(index) = fitting {
-            return Ok(self.open.remove(index).secret);
+        if self.used.iter().any(fits) {
+            return Err(PairError::Used);
+        }
+        if self.open.is_none() {
+            return Err(PairError::NoneOpen);
         }
         self.wrong_proofs += 1;
         if self.wrong_proofs >= TRIES {
-            self.open.clear();
+            self.open = None;
             return Err(PairError::TooManyTries);
         }
         Err(PairError::Wrong)
     }
 
     fn expire(&mut self, now: Duration) {
-        self.open.retain(|invite| now < invite.expires);
+        self.open.take_if(|invite| now >= invite.expires);
     }
 }
 
@@ -263,12 +271,25 @@ mod tests {
     }
 
     #[test]
-    fn a_token_works_once() {
+    fn a_token_works_once_and_who_comes_again_is_told_so() {
         let mut invites = Invites::default();
         invites.open(Duration::ZERO, [1; 16]);
         let given = proof(Side::Joiner, &[1; 16], &SESSION);
         assert_eq!(invites.take(Duration::ZERO, &SESSION, &given), Ok([1; 16]));
-        assert_eq!(invites.take(Duration::ZERO, &SESSION, &given), Err(PairError::NoneOpen));
+        assert_eq!(invites.take(Duration::ZERO, &SESSION, &given), Err(PairError::Used));
+        invites.open(Duration::ZERO, [2; 16]);
+        assert_eq!(invites.take(Duration::ZERO, &SESSION, &given), Err(PairError::Used));
+    }
+
+    #[test]
+    fn a_newer_token_takes_the_place_of_the_one_before() {
+        let mut invites = Invites::default();
+        invites.open(Duration::ZERO, [1; 16]);
+        invites.open(Duration::ZERO, [2; 16]);
+        let old = proof(Side::Joiner, &[1; 16], &SESSION);
+        assert_eq!(invites.take(Duration::ZERO, &SESSION, &old), Err(PairError::Wrong));
+        let new = proof(Side::Joiner, &[2; 16], &SESSION);
+        assert_eq!(invites.take(Duration::ZERO, &SESSION, &new), Ok([2; 16]));
     }
 
     #[test]

@@ -170,7 +170,8 @@ fn a_demoted_group_lets_nobody_in_and_answers_those_inside() {
         let told = matches!(refusal, ClientError::Request { errno: Errno::Eshutdown, .. });
         assert!(told, "{refusal}");
     }
-    assert!(rig.refusal("g/v").contains("secondary here"));
+    let said = rig.refusal("g/v");
+    assert!(said.contains("secondary here") && said.contains("image open g --at now"), "{said}");
     assert!(Client::list(rig.server.local_addr()).unwrap().is_empty());
 }
 
