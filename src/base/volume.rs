@@ -427,9 +427,20 @@ impl BaseVolume {
 
     /// Takes the volume's files away; durable on return.
     pub fn remove(&self) -> io::Result<()> {
-        self.disk.remove(&image_path(&self.dir, self.number))?;
-        self.disk.remove(&sums_path(&self.dir, self.number))?;
-        self.disk.sync_dir(&self.dir)
+        BaseVolume::remove_files(&*self.disk, &self.dir, self.number)
+    }
+
+    /// Takes the files of a volume away where any are there; durable on return.
+    pub fn remove_files(disk: &dyn Disk, dir: &Path, number: VolumeNumber) -> io::Result<()> {
+        let paths = [image_path(dir, number), sums_path(dir, number)];
+        let mut there = paths.iter().filter(|path| disk.exists(path)).peekable();
+        if there.peek().is_none() {
+            return Ok(());
+        }
+        for path in there {
+            disk.remove(path)?;
+        }
+        disk.sync_dir(dir)
     }
 
     fn folder(&self) -> MutexGuard<'_, Option<OpenChunk>> {

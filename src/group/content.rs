@@ -232,6 +232,14 @@ impl ControlTable {
         numbers.max().unwrap_or(0)
     }
 
+    /// The numbers of volumes that were removed.
+    pub(super) fn removed_volumes(&self) -> impl Iterator<Item = VolumeNumber> {
+        self.entries.iter().filter_map(|entry| match &entry.control {
+            Some(Control::Volume(record)) if record.removed => Some(record.number),
+            _ => None,
+        })
+    }
+
     /// What is carried into the base at `target`: without what is gone, what no longer can be
     /// reached, and what says nothing about the state. A removed volume stays, since its number is
     /// never used again.

@@ -357,8 +357,8 @@ pub(super) fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remai
     Ok(all)
 }
 
-/// Opens what is in the base. A volume that is in neither the horizon's state nor the present one
-/// was removed, and its file is left for the fold that removes it.
+/// Opens what is in the base, and removes what a fold could no longer remove: the files of volumes
+/// that were gone at the horizon.
 fn open_bases(
     disk: &Arc<dyn Disk>,
     dir: &Path,
@@ -367,6 +367,11 @@ fn open_bases(
 ) -> io::Result<std::collections::BTreeMap<crate::units::VolumeNumber, Arc<BaseVolume>>> {
     let mut bases = std::collections::BTreeMap::new();
     let at_horizon = Content::at_horizon(horizon);
+    for number in at_horizon.table.removed_volumes() {
+        if let Err(cause) = BaseVolume::remove_files(&**disk, dir, number) {
+            tracing::warn!("{}: files of volume {number}: {cause}", dir.display());
+        }
+    }
     let numbers = at_horizon.volumes.keys().chain(content.volumes.keys());
     for number in numbers.copied().collect::<std::collections::BTreeSet<_>>() {
         match BaseVolume::open(disk.clone(), dir, number) {

@@ -160,6 +160,10 @@ impl Group {
             self.close_expired();
             let pressed = {
                 let core = self.lock();
+                // That was told, and its writers have been too.
+                if core.failed.is_some() {
+                    continue;
+                }
                 self.log_bytes(&core) >= self.log_limit(&core) / 10 * 8
             };
             // Only what is durable is folded: where space is short that is not waited for.

@@ -175,3 +175,31 @@ fn a_request_longer_than_what_is_folded_at_a_time_does_not_keep_the_log_full() {
         assert!(largest >= limit);
     }
 }
+
+#[test]
+fn a_crash_in_a_fold_that_passes_the_end_of_a_volume_leaves_none_of_its_files() {
+    let bench = Bench::new("a", 7);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    let fold = |bench: &Bench, group: &Group| {
+        bench.pass(5);
+        group.sync_now().unwrap();
+        assert_eq!(group.fold_now().unwrap(), group.positions().head);
+    };
+    write(&group, volume.number, 0, &[1; 4096]);
+    fold(&bench, &group);
+    group.remove_volume(&name("v")).unwrap();
+    bench.disk.record();
+    fold(&bench, &group);
+    for (boundary, disk) in bench.disk.take_recorded().into_iter().enumerate() {
+        for seed in 0..6 {
+            let disk = Arc::new(disk.crash(seed + 100 * boundary as u64));
+            let after = Bench { disk, ..bench.after_crash(0) };
+            let (group, _) = after.open();
+            fold(&after, &group);
+            let left = after.disk.list(&dir().join("base")).unwrap();
+            assert_eq!(left, ["control"], "boundary {boundary}, seed {seed}");
+        }
+    }
+}
