@@ -75,7 +75,7 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("src/group/engine.rs", "what the group's mutex guards, in one view"),
     ("src/io/memory.rs", "the fault model of the disk, part by part"),
     ("src/control/route.rs", "the table of routes"),
-    ("src/replication/cluster.rs", "the simulated cluster of the core's tests"),
+    ("src/replication/cluster.rs", "the simulated world of the core's tests, whole"),
     ("src/replication/core.rs", "the state machine's inputs, one by one"),
     ("src/replication/wire.rs", "the whole wire in one file"),
     ("tests/backup_pair.rs", "two nodes and a link made by hand, outcome by outcome"),

@@ -128,8 +128,7 @@ fn table(page: &mut String, title: &str, settings: &JobSettings, change: impl Fn
     for (state, set) in STATES {
         for (deadline, deadline_passed) in [("before", false), ("after", true)] {
             let cells = [Role::Primary, Role::Secondary].map(|role| {
-                let mut facts =
-                    Facts { deadline_passed: deadline_passed, ..Facts::of_fit_pair(role) };
+                let mut facts = Facts { deadline_passed, ..Facts::of_fit_pair(role) };
                 set(&mut facts);
                 change(&mut facts);
                 cell(&decide(&facts, settings))

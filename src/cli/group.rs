@@ -4,8 +4,8 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
+use tidelog::control::api::Parting;
 use tidelog::control::api::{Done, GroupInfo, Groups};
-use tidelog::replication::Parting;
 use tidelog::units::{Name, Span};
 
 use super::arguments::Assignment;

@@ -68,6 +68,9 @@ fn show_group(group: &GroupStatus) -> String {
         output::word(&group.data_state),
         group.epoch
     )];
+    if let Some(reason) = &group.role_reason {
+        lines.push(format!("  waits: {reason}"));
+    }
     if let Some(reason) = &group.data_state_reason {
         let since = group.data_state_since.map_or_else(String::new, output::age);
         lines.push(format!("  because: {reason} ({since})"));

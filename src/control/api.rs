@@ -11,7 +11,7 @@ pub use crate::backup::{
     BackupEntry, Explanation, Listing as Backups, Manifest, Outcome, Reason, RunStarted, SlotAlarm,
     Verdict as RunVerdict, Verified,
 };
-pub use crate::replication::{BackupCapable, Invite, PeerInfo, PeerStatus, Verdict};
+pub use crate::replication::{BackupCapable, Invite, Parting, PeerInfo, PeerStatus, Verdict};
 
 /// Bytes of the block size that volumes announce.
 pub const VOLUME_BLOCK_BYTES: u64 = crate::units::BLOCK_BYTES;
@@ -36,6 +36,9 @@ pub struct GroupStatus {
     pub name: Name,
     /// This node's role in it.
     pub role: Role,
+    /// Why it is primary and does not serve yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role_reason: Option<String>,
     /// The epoch of the last record.
     pub epoch: EpochId,
     /// What the data here is worth.

@@ -51,6 +51,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
     GroupStatus {
         name: group.name().clone(),
         role: group.role(),
+        role_reason: group.waits_because(),
         epoch: positions.epoch,
         data_state,
         data_state_reason: if good { None } else { reason },

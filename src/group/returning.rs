@@ -51,8 +51,16 @@ impl Group {
 
     /// Why this node does not serve although it is primary.
     #[must_use]
-    pub fn held_back(&self) -> Option<String> {
-        self.lock().asking.as_ref()?.held_back.clone()
+    pub fn waits_because(&self) -> Option<String> {
+        let core = self.lock();
+        let held_back = &core.asking.as_ref()?.held_back;
+        Some(held_back.clone().unwrap_or_else(|| {
+            format!(
+                "has just started, and asks its peers what they hold; hosts wait for the answer \
+                 for {} s at most",
+                ASK_FOR.as_secs()
+            )
+        }))
     }
 
     /// No peer has what this node lacks, or nobody waits any longer: it serves. Where something of

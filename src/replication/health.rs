@@ -2,8 +2,8 @@
 //! every reason against it.
 //!
 //! A secondary judges its own copy, by what it sees itself. A primary judges its peer's copy by
-//! what the peer acknowledged to it and tells of it; a primary without peers judges its own data. Nothing is
-//! assumed: a fact that is not known counts against.
+//! what the peer acknowledged to it and tells of it; a primary without peers judges its own data.
+//! Nothing is assumed: a fact that is not known counts against.
 
 use std::time::Duration;
 

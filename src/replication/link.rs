@@ -292,6 +292,10 @@ fn run_connection(
 ) {
     debug_assert!(VERSIONS.contains(&1));
     let Secured { stream, own, fingerprint: key, .. } = secured;
+    // Paired a moment ago, or removed: without a core nobody would end it. It is dialled again.
+    if !shared.has_core(peer) {
+        return;
+    }
     let conn = shared.next_conn();
     let (messages, message_queue) = mpsc::unbounded_channel();
     let (ranges, range_queue) = mpsc::unbounded_channel();

@@ -343,6 +343,10 @@ impl Shared {
         self.groups_changed();
     }
 
+    pub(super) fn has_core(&self, node: NodeId) -> bool {
+        locked(&self.cores).contains_key(&node)
+    }
+
     pub(super) fn remove_core(&self, node: NodeId) {
         let core = locked(&self.cores).remove(&node);
         let reason = "the peer was removed here".to_owned();

@@ -91,7 +91,7 @@ impl Channel {
     }
 
     /// A node that was a member may have been away when that ended, and lack the record that says
-    /// so. Whoever names reigns and a head that lie in this log held it: it learns nothing but that.
+    /// so. Whoever names reigns and a head that lie in this log held it: it learns that alone.
     pub(super) fn tell_stopped(&self, context: &mut Context<'_>, theirs: &History) {
         let held = !theirs.reigns.is_empty()
             && compare(&self.local.history, theirs) == Relation::TheirsIsPrefix;

@@ -1,5 +1,5 @@
-//! A stream that ended by an error of a disk, such as one that is full: it is tried again by itself,
-//! and what was wrong stays on show until bytes go through.
+//! A stream that ended by an error of a disk, such as one that is full: it is tried again by
+//! itself, and what was wrong stays on show until bytes go through.
 
 use super::*;
 

@@ -1,0 +1,234 @@
+//! Failover and return in the simulated cluster: who takes back, who yields, who must be told.
+
+use super::*;
+
+#[test]
+fn after_a_failover_the_old_primary_follows_if_it_lacks_nothing() {
+    let mut world = World::new(3);
+    world.write(0);
+    world.run(seconds(3));
+    world.stop(0);
+    world.run(seconds(10));
+    world.promote(1);
+    for _ in 0..20 {
+        world.write(1);
+    }
+    world.restart(0);
+    world.run(seconds(10));
+    assert!(!world.nodes[0].primary, "it follows");
+    assert!(world.nodes[0].events.contains(&"yielded"));
+    assert!(world.nodes[0].branches.is_empty());
+    world.assert_streaming();
+}
+
+#[test]
+fn a_primary_that_returns_with_more_keeps_it_as_a_branch_and_follows() {
+    let mut world = World::new(4);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.write(0);
+    let log = world.nodes[0].log.bytes.clone();
+    world.stop(0);
+    world.promote(1);
+    world.write(1);
+    world.weather.partitioned = false;
+    world.restart(0);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert!(!world.nodes[0].primary && world.nodes[1].primary);
+    assert_eq!(world.nodes[0].branches, [(128, log[128..].to_vec())]);
+    for side in 0..2 {
+        assert!(!world.nodes[side].events.contains(&"split-brain"), "an ordinary failover");
+        assert!(!world.nodes[side].events.contains(&"replication-blocked"));
+    }
+}
+
+#[test]
+fn two_that_served_are_a_split_brain_until_an_operator_resolves_it() {
+    let mut world = World::new(4);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.write(0);
+    world.promote(1);
+    world.write(1);
+    let logs = [world.nodes[0].log.bytes.clone(), world.nodes[1].log.bytes.clone()];
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    for (side, log) in logs.iter().enumerate() {
+        assert_eq!(world.state(side).0, ReplicationState::SplitBrain);
+        assert!(world.nodes[side].events.contains(&"split-brain"));
+        assert!(world.nodes[side].primary);
+        assert_eq!(world.nodes[side].log.bytes, *log);
+    }
+    // Demoted, it still holds what the other lacks: stopped, with a reason, and whole.
+    world.demote(0);
+    world.run(seconds(10));
+    for (side, log) in logs.iter().enumerate() {
+        let (state, reason) = world.state(side);
+        assert_eq!(state, ReplicationState::Blocked);
+        assert!(reason.contains("tidelog resolve g --preview"), "{reason}");
+        assert_eq!(world.nodes[side].log.bytes, *log);
+    }
+    world.resolve(0);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert_eq!(world.nodes[0].branches, [(128, logs[0][128..].to_vec())]);
+}
+
+#[test]
+fn a_primary_that_lost_power_takes_back_what_its_peer_has() {
+    let mut world = World::new(14);
+    world.run(seconds(3));
+    world.nodes[0].log.durable = world.nodes[0].log.bytes.len();
+    for _ in 0..100 {
+        world.write(0);
+    }
+    world.run(Duration::from_millis(300));
+    let there = world.nodes[1].log.bytes.clone();
+    world.stop(0);
+    world.nodes[0].log.cut(RECORD_BYTES * 2);
+    world.nodes[0].reign_due = true;
+    assert!(there.len() > RECORD_BYTES * 50, "{} bytes had arrived", there.len());
+    world.restart(0);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert!(world.nodes[0].primary && world.nodes[0].log.bytes.starts_with(&there));
+    assert!(world.nodes[0].events.contains(&"takes-back"));
+    assert_eq!(world.nodes[0].log.reigns.len(), 2, "a new reign, since something was lost");
+    world.write(0);
+    world.run(seconds(3));
+    world.assert_streaming();
+}
+
+#[test]
+fn a_tail_that_was_only_received_is_kept_as_a_branch_by_itself() {
+    let mut world = World::new(15);
+    world.run(seconds(3));
+    for _ in 0..10 {
+        world.write(0);
+    }
+    world.run(Duration::from_millis(300));
+    let received = world.nodes[1].log.bytes.clone();
+    assert_eq!(received.len(), RECORD_BYTES * 11);
+    // The primary loses power, and its hosts do not wait for the peer, which is away.
+    world.stop(1);
+    world.stop(0);
+    world.nodes[0].log.cut(RECORD_BYTES * 2);
+    world.nodes[0].reign_due = true;
+    world.restart(0);
+    world.run(seconds(6));
+    world.hosts_insist(0);
+    world.write(0);
+    world.restart(1);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert_eq!(world.nodes[1].branches, [(128, received[128..].to_vec())]);
+}
+
+/// Kills, power failures, partitions and promotes in any order: nothing that was authored is lost
+/// without a branch that holds it or a power failure that took it, no two bytes are mixed, and once
+/// all is well one node is primary and both are equal, or a split brain says so.
+#[test]
+fn whatever_dies_and_returns_ends_in_order_or_says_why() {
+    let mut seen = BTreeMap::<&str, u32>::new();
+    for seed in 0..300 {
+        let mut world = World::new(1000 + seed);
+        world.run(seconds(2));
+        for _ in 0..60 {
+            let side = world.random(2) as usize;
+            match world.random(12) {
+                0 if world.nodes[side].up => world.stop(side),
+                1 if world.nodes[side].up => world.lose_power(side),
+                2 | 3 if !world.nodes[side].up => world.restart(side),
+                4 => world.weather.partitioned = !world.weather.partitioned,
+                5 if world.random(4) == 0 && !world.nodes[1 - side].up => world.promote(side),
+                6 => world.hosts_insist(side),
+                _ => world.write(side),
+            }
+            let pause = Duration::from_millis(world.random(1500));
+            world.run(pause);
+        }
+        world.weather.partitioned = false;
+        for side in 0..2 {
+            if !world.nodes[side].up {
+                world.restart(side);
+            }
+        }
+        world.run(seconds(30));
+        for side in 0..2 {
+            for event in world.nodes[side].events.clone() {
+                *seen.entry(event).or_default() += 1;
+            }
+        }
+        *seen.entry("branches").or_default() +=
+            world.nodes.iter().map(|node| node.branches.len() as u32).sum::<u32>();
+        if world.nodes.iter().all(|node| node.primary) {
+            assert_eq!(world.state(0).0, ReplicationState::SplitBrain, "seed {seed}");
+            assert_eq!(world.state(1).0, ReplicationState::SplitBrain, "seed {seed}");
+            // An operator ends it on either side, also while that has just started.
+            let side = world.random(2) as usize;
+            if world.random(2) == 0 {
+                world.stop(1 - side);
+                world.restart(1 - side);
+                world.run(seconds(2));
+            }
+            if world.nodes[side].primary && world.nodes[1 - side].primary {
+                world.resolve(side);
+            }
+            world.run(seconds(10));
+            let primaries = world.nodes.iter().filter(|node| node.primary).count();
+            assert_eq!(primaries, 1, "seed {seed}");
+            world.assert_streaming();
+        } else if world.nodes.iter().any(|node| node.primary) {
+            let states = [world.state(0), world.state(1)];
+            if states[0].0 == ReplicationState::Blocked {
+                *seen.entry("blocked").or_default() += 1;
+                assert!(states.iter().any(|(_, reason)| reason.contains("tidelog resolve")));
+            } else {
+                *seen.entry("streaming").or_default() += 1;
+                world.assert_streaming();
+            }
+        }
+    }
+    for what in ["yielded", "takes-back", "branches", "split-brain", "streaming"] {
+        assert!(seen.get(what).is_some_and(|count| *count > 0), "{what} never happened: {seen:?}");
+    }
+}
+
+#[test]
+fn a_running_primary_never_follows_even_a_newer_reign() {
+    let mut world = World::new(6);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.promote(1);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    assert!(world.nodes[0].primary && world.nodes[1].primary);
+    for side in 0..2 {
+        assert_eq!(world.state(side).0, ReplicationState::SplitBrain);
+    }
+    // It lacks nothing, so a demote is all that is needed.
+    world.demote(0);
+    world.run(seconds(10));
+    world.assert_streaming();
+}
+
+#[test]
+fn a_planned_change_of_roles_loses_nothing() {
+    let mut world = World::new(7);
+    world.write(0);
+    world.run(seconds(3));
+    world.demote(0);
+    world.run(seconds(2));
+    assert!(world.state(0).1.contains("no primary"), "{:?}", world.state(0));
+    world.promote(1);
+    world.write(1);
+    world.run(seconds(3));
+    world.assert_streaming();
+}
