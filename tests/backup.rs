@@ -527,3 +527,19 @@ fn damage_in_a_pack_is_found_by_verify_and_by_check() {
     assert!(bench.repository.check(true).is_err());
     assert!(bench.repository.check(false).is_ok(), "the structure is whole");
 }
+
+#[test]
+fn a_parent_that_cannot_be_read_costs_a_full_read_and_not_the_backup() {
+    let bench = Bench::new();
+    bench.repository.init().unwrap();
+    let first = bench.repository.backup(bench.plan(4096, None)).unwrap();
+    bench.view.take_bytes_read();
+    let unchanged = bench.view.volumes().into_iter().map(|volume| (volume, Vec::new())).collect();
+    let parent =
+        Parent { id: first.id.clone(), manifest: bench.manifest(4096), changed: unchanged };
+    std::fs::remove_file(bench.dir.path().join("repository/snapshots").join(&first.id)).unwrap();
+    let second = bench.repository.backup(bench.plan(8192, Some(parent))).unwrap();
+    assert!(bench.view.take_bytes_read() > 4 * FILE_BYTES as u64, "everything was read anew");
+    assert_eq!(second.checksums, first.checksums);
+    assert_eq!(bench.repository.verify(&second.id, &Progress::new()).unwrap().1, first.checksums);
+}

@@ -121,6 +121,7 @@ struct Node {
     scheduler: Arc<Scheduler>,
     events: Receiver<Event>,
     at_start: AtStart,
+    new_scheduler: Box<dyn Fn() -> Arc<Scheduler>>,
 }
 
 /// What a test has done in the middle of a run: its claim is there, its image is not yet.
@@ -158,8 +159,12 @@ impl Node {
             password_file: dir.join("password"),
         });
         let peers = Arc::new(End { this, link: Arc::clone(link) });
-        let scheduler = Scheduler::start(config, context, registry.clone(), peers).unwrap();
-        Node { registry, scheduler, events: receiver, at_start }
+        let groups = registry.clone();
+        let new_scheduler = Box::new(move || {
+            let (config, context) = (config.clone(), context.clone());
+            Scheduler::start(config, context, groups.clone(), peers.clone()).unwrap()
+        });
+        Node { registry, scheduler: new_scheduler(), events: receiver, at_start, new_scheduler }
     }
 
     fn group(&self) -> Arc<Group> {
@@ -172,6 +177,14 @@ impl Node {
     }
 
     /// Waits for an event of a job; what came before it is dropped.
+    fn await_any(&self, codes: &[&str]) -> Event {
+        wait_for("an event", || {
+            let event = self.events.recv_timeout(PATIENCE).unwrap();
+            codes.contains(&event.code.as_str()).then_some(event)
+        })
+    }
+
+    /// The same, where no run may end otherwise before.
     fn await_event(&self, code: &str) -> Event {
         loop {
             let event = self.events.recv_timeout(PATIENCE);
@@ -359,6 +372,7 @@ impl Drop for Pair {
 struct Hanging {
     path: PathBuf,
     aside: PathBuf,
+    pipe: PathBuf,
 }
 
 impl Hanging {
@@ -366,14 +380,17 @@ impl Hanging {
         let aside = path.with_extension("aside");
         let aside = aside.parent().unwrap().parent().unwrap().join(aside.file_name().unwrap());
         std::fs::rename(&path, &aside).unwrap();
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        Hanging { path, aside }
+        let pipe = aside.with_extension("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::hard_link(&pipe, &path).unwrap();
+        Hanging { path, aside, pipe }
     }
 
-    /// What hangs gets the end of the file; the next reader gets what was there before.
+    /// The next reader gets what was there before; what hangs gets the end of the file.
     fn end(self) {
-        drop(std::fs::OpenOptions::new().write(true).open(&self.path).unwrap());
         std::fs::rename(&self.aside, &self.path).unwrap();
+        drop(std::fs::OpenOptions::new().write(true).open(&self.pipe).unwrap());
+        std::fs::remove_file(&self.pipe).unwrap();
     }
 }
 
@@ -581,10 +598,7 @@ fn a_slot_that_waits_is_decided_when_the_next_is_due_and_both_get_their_backup()
         pair.await_open(node, slots[1]);
     }
     pair.link.set_lag(Duration::ZERO);
-    let second = wait_for("the second backup", || {
-        let event = pair.b.events.recv_timeout(PATIENCE).unwrap();
-        (event.code == "backup-done").then_some(event)
-    });
+    let second = pair.b.await_any(&["backup-done"]);
     assert_eq!(second.details["slot"], slots[1].to_string(), "and the secondary the second");
 }
 
@@ -702,12 +716,106 @@ fn a_run_without_a_result_takes_its_snapshot_back() {
         std::os::unix::fs::symlink("nowhere", &slot).unwrap();
     });
     let run = pair.run(&pair.a);
-    let event = wait_for("the end of the run", || {
-        let event = pair.a.events.recv_timeout(PATIENCE).unwrap();
-        ["backup-failed", "backup-done"].contains(&event.code.as_str()).then_some(event)
-    });
+    let event = pair.a.await_any(&["backup-failed", "backup-done"]);
     assert_eq!(event.code, "backup-failed");
     assert!(event.text.contains("result"), "{}", event.text);
     assert_eq!(std::fs::read_dir(repository.join("snapshots")).unwrap().count(), 0);
     assert_eq!(pair.entry(&pair.a, &run, "a").outcome, Outcome::Failed);
+}
+
+/// A pair whose job has its first slot in a minute.
+fn scheduled(settings: Value) -> (Pair, Arc<ManualClock>, LogTime) {
+    let (pair, clock) = Pair::by_clock(settings);
+    let change = JobChange { schedule: Some("1 2 * * *".to_owned()), ..JobChange::default() };
+    pair.a.scheduler.set_job("g", name("nightly"), change).unwrap();
+    pair.link.ship();
+    (pair, clock, time("2026-11-24T02:01:00Z"))
+}
+
+fn alarm_states(node: &Node) -> Vec<(String, LogTime)> {
+    node.scheduler.alarms().into_iter().map(|alarm| (alarm.state, alarm.slot)).collect()
+}
+
+#[test]
+fn a_slot_without_a_backup_is_raised_as_overdue_by_both_nodes() {
+    let settings = json!({"placement": "secondary-only", "max_lag": "10s", "deadline": "5m",
+        "run_limit": "10m"});
+    let (pair, clock, slot) = scheduled(settings);
+    pair.link.set_lag(Duration::from_secs(60));
+    clock.advance(Duration::from_secs(60));
+    for node in [&pair.a, &pair.b] {
+        pair.await_open(node, slot);
+    }
+    clock.advance(Duration::from_secs(300));
+    for node in [&pair.a, &pair.b] {
+        assert_eq!(node.await_any(&["backup-failed"]).details["slot"], slot.to_string());
+        assert!(alarm_states(node).is_empty(), "its time is not over");
+    }
+    clock.advance(Duration::from_secs(10 * 60 + 600));
+    for node in [&pair.a, &pair.b] {
+        let event = node.await_any(&["backup-overdue", "backup-unknown"]);
+        assert_eq!((event.code.as_str(), event.severity), ("backup-overdue", Severity::Error));
+        assert_eq!(event.details["slot"], slot.to_string());
+        let states = wait_for("the alarm", || Some(alarm_states(node)).filter(|s| !s.is_empty()));
+        assert_eq!(states, [("overdue".to_owned(), slot)]);
+    }
+}
+
+#[test]
+fn where_nobody_can_tell_of_a_slot_it_is_raised_as_unknown() {
+    let settings = json!({"placement": "primary-only", "deadline": "5m", "run_limit": "10m"});
+    let (pair, clock, slot) = scheduled(settings);
+    pair.link.set_lost(Duration::from_secs(600));
+    let (repository, away) = (pair.dir.path().join("repository"), pair.dir.path().join("away"));
+    std::fs::rename(&repository, &away).unwrap();
+    clock.advance(Duration::from_secs(60));
+    assert_eq!(pair.a.await_any(&["backup-failed"]).details["slot"], slot.to_string());
+    pair.b.await_any(&["backup-skipped"]);
+    clock.advance(Duration::from_secs(5 * 60 + 10 * 60 + 600));
+    for node in [&pair.a, &pair.b] {
+        let event = node.await_any(&["backup-overdue", "backup-unknown"]);
+        assert_eq!((event.code.as_str(), event.severity), ("backup-unknown", Severity::Error));
+        let states = wait_for("the alarm", || Some(alarm_states(node)).filter(|s| !s.is_empty()));
+        assert_eq!(states, [("unknown".to_owned(), slot)]);
+    }
+}
+
+#[test]
+fn a_restart_in_mid_backup_leaves_the_slot_to_be_made() {
+    let (mut pair, clock, slot) = scheduled(json!({"placement": "primary-only"}));
+    let config = pair.dir.path().join("repository/config");
+    let (sender, hanging) = channel();
+    pair.a.at_start(move || sender.send(Hanging::begin(config)).unwrap());
+    clock.advance(Duration::from_secs(60));
+    let hanging = hanging.recv_timeout(PATIENCE).unwrap();
+    pair.a.scheduler.shutdown();
+    hanging.end();
+    let inside = pair.runtime.enter();
+    pair.a.scheduler = (pair.a.new_scheduler)();
+    drop(inside);
+    // Its claim of the life before counts until it has stood still for its term.
+    let done = wait_for("the backup", || {
+        clock.advance(Duration::from_secs(10));
+        let event = pair.a.events.recv_timeout(Duration::from_secs(1)).ok()?;
+        assert_ne!(event.code, "backup-failed", "{event:?}");
+        (event.code == "backup-done").then_some(event)
+    });
+    assert_eq!(done.details["slot"], slot.to_string());
+    let made: Vec<_> = pair.list(&pair.a).into_iter().filter(|entry| entry.id.is_some()).collect();
+    assert_eq!(made.len(), 1, "{made:?}");
+}
+
+#[test]
+fn a_backup_that_was_marked_as_a_branch_is_listed_as_failed_and_why() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let run = pair.run(&pair.a);
+    pair.a.await_event("backup-done");
+    let id = pair.entry(&pair.a, &run, "a").id.unwrap();
+    let tidelog = pair.dir.path().join("repository/tidelog");
+    std::fs::create_dir_all(tidelog.join("marks")).unwrap();
+    std::fs::write(tidelog.join("marks").join(&id), "{\"branch\":\"rewound\"}").unwrap();
+    std::fs::remove_dir_all(tidelog.join("slots")).unwrap();
+    let entry = pair.entry(&pair.a, &run, "a");
+    assert_eq!((entry.outcome, entry.branch.as_deref()), (Outcome::Failed, Some("rewound")));
+    assert_eq!(entry.id, Some(id), "it can still be restored");
 }

@@ -259,6 +259,18 @@ fn another_node_is_at_work_only_while_its_claim_is_live() {
 }
 
 #[test]
+fn an_end_that_this_node_told_in_an_earlier_life_bars_no_second_try() {
+    let mut pair = Pair::new(Placement::PreferSecondary);
+    assert!(pair.claim(1, 1));
+    pair.runs[1].1.end(1, "the node is shutting down").expect("written");
+    let next = pair.b();
+    assert!(matches!(next, Next::Run(_)), "{next:?}");
+    assert!(!codes(&next).contains(&"gave-up"), "{next:?}");
+    // The other node counts the same end against it.
+    assert!(matches!(pair.a(), Next::Run(_)));
+}
+
+#[test]
 fn a_repository_out_of_reach_leaves_the_peer_to_say_how_it_goes() {
     let mut pair = Pair::new(Placement::PreferSecondary);
     pair.objects.set_reachable(false);

@@ -376,18 +376,10 @@ impl Inner {
             progress: progress.clone(),
         };
         let made = repository.backup(plan).map_err(|error| error.to_string())?;
-        let mut why = image.broken().map(|why| format!("the image was lost meanwhile: {why}"));
-        if why.is_none() && !task.group.is_in_history(position) {
-            why = Some("the image is no longer in the group's history".to_owned());
-        }
+        let in_history = task.group.is_in_history(position);
         let (facts, _) = self.gather(&task.group, &task.job, Some(task.key.slot));
-        let own = facts.node(facts.role);
-        if why.is_none()
-            && let Some(problem) = own.problems.first()
-        {
-            why = Some(format!("at the end of the run: {}", problem.text));
-        }
-        if let Some(why) = why {
+        let problems = &facts.node(facts.role).problems;
+        if let Some(why) = why_it_does_not_count(image.broken(), in_history, problems) {
             self.mark_branch(repository, &made.id, &why);
             return Err(format!("backup {} does not count: {why}", made.id));
         }
@@ -506,6 +498,21 @@ fn forget(writer: &Repository, id: &str) {
     }
 }
 
+/// What, at the end of a run, speaks against counting its snapshot as the slot's backup.
+fn why_it_does_not_count(
+    broken: Option<String>,
+    in_history: bool,
+    problems: &[Reason],
+) -> Option<String> {
+    if let Some(why) = broken {
+        return Some(format!("the image was lost meanwhile: {why}"));
+    }
+    if !in_history {
+        return Some("the image is no longer in the group's history".to_owned());
+    }
+    problems.first().map(|problem| format!("at the end of the run: {}", problem.text))
+}
+
 /// The reasons on one line.
 pub(super) fn decision_words(decision: &Decision) -> String {
     let reasons: Vec<_> = decision.reasons.iter().map(|reason| reason.text.as_str()).collect();
@@ -560,5 +567,24 @@ pub(super) fn missed_entry(
         run_on: None,
         branch: None,
         unreachable: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_left_the_history_or_was_lost_does_not_count() {
+        let problem = [Reason::new("data-failed", "b: the disk failed")];
+        assert_eq!(why_it_does_not_count(None, true, &[]), None);
+        for (broken, in_history, problems, word) in [
+            (None, false, &[][..], "no longer in the group's history"),
+            (Some("the log is full".to_owned()), true, &[], "the log is full"),
+            (None, true, &problem, "the disk failed"),
+        ] {
+            let why = why_it_does_not_count(broken, in_history, problems).expect(word);
+            assert!(why.contains(word), "{why}");
+        }
     }
 }
