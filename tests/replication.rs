@@ -136,6 +136,8 @@ struct Proxy {
     cut: tokio::sync::watch::Sender<u64>,
     /// Bytes after which the next connections are cut.
     cut_after: Arc<AtomicUsize>,
+    /// The last such number at which one was cut.
+    was_cut_after: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -146,12 +148,14 @@ impl Proxy {
         let open = Arc::new(AtomicBool::new(true));
         let (cut, _) = tokio::sync::watch::channel(0);
         let cut_after = Arc::new(AtomicUsize::new(usize::MAX));
+        let was_cut_after = Arc::new(AtomicUsize::new(usize::MAX));
         let proxy = Proxy {
             address,
             target: Arc::clone(&target),
             open: Arc::clone(&open),
             cut: cut.clone(),
             cut_after: Arc::clone(&cut_after),
+            was_cut_after: Arc::clone(&was_cut_after),
         };
         tokio::spawn(async move {
             while let Ok((inbound, _)) = listener.accept().await {
@@ -161,10 +165,13 @@ impl Proxy {
                 };
                 let mut cut = cut.subscribe();
                 let limit = cut_after.load(Ordering::Relaxed);
+                let was_cut_after = Arc::clone(&was_cut_after);
                 tokio::spawn(async move {
                     let Ok(outbound) = TcpStream::connect(target).await else { return };
                     tokio::select! {
-                        () = relay(inbound, outbound, limit) => {}
+                        passed = relay(inbound, outbound, limit) => if passed == limit {
+                            was_cut_after.store(limit, Ordering::Relaxed);
+                        },
                         _ = cut.changed() => {}
                     }
                 });
@@ -190,8 +197,8 @@ impl Proxy {
     }
 }
 
-/// Relays both ways until either ends, or `limit` bytes have passed.
-async fn relay(mut a: TcpStream, mut b: TcpStream, limit: usize) {
+/// Relays both ways until either ends, or `limit` bytes have passed; how many have.
+async fn relay(mut a: TcpStream, mut b: TcpStream, limit: usize) -> usize {
     let (mut from_a, mut from_b) = (vec![0; 16384], vec![0; 16384]);
     let mut passed = 0;
     loop {
@@ -199,12 +206,15 @@ async fn relay(mut a: TcpStream, mut b: TcpStream, limit: usize) {
             read = a.read(&mut from_a) => (&mut b, read.map(|bytes| &from_a[..bytes])),
             read = b.read(&mut from_b) => (&mut a, read.map(|bytes| &from_b[..bytes])),
         };
-        let Ok(bytes) = bytes else { return };
+        let Ok(bytes) = bytes else { return passed };
         let kept = bytes.len().min(limit - passed);
-        if bytes.is_empty() || to.write_all(&bytes[..kept]).await.is_err() || kept < bytes.len() {
-            return;
+        if bytes.is_empty() || to.write_all(&bytes[..kept]).await.is_err() {
+            return passed;
         }
         passed += kept;
+        if passed == limit {
+            return passed;
+        }
     }
 }
 
@@ -386,16 +396,24 @@ async fn a_conversation_cut_after_any_number_of_bytes_ends_in_equal_logs() {
     let pair = Pair::replicating().await;
     let group = pair.a.group();
     let entropy = SeededEntropy::new(3);
-    let mut limit = 1;
-    while limit < 12_000 {
-        pair.to_a.cut_after.store(limit, Ordering::Relaxed);
-        pair.to_b.cut_after.store(limit, Ordering::Relaxed);
-        pair.to_a.cut();
-        pair.to_b.cut();
-        write(&group, &entropy, 1);
-        // Long enough for some attempts, of which some come far.
-        tokio::time::sleep(Duration::from_millis(30)).await;
-        limit += 331;
+    for limit in (1..12_000).step_by(61) {
+        for proxy in [&pair.to_a, &pair.to_b] {
+            proxy.cut_after.store(limit, Ordering::Relaxed);
+            proxy.cut();
+        }
+        wait_for(&format!("a connection to be cut after {limit} bytes"), || {
+            let cut = [&pair.to_a, &pair.to_b]
+                .iter()
+                .any(|proxy| proxy.was_cut_after.load(Ordering::Relaxed) == limit);
+            if !cut && pair.a.replication.peers()[0].link_state != "connected" {
+                // The wait before the next dial is over; the write wakes who dials.
+                pair.a.clock.ahead_seconds.fetch_add(6, Ordering::Relaxed);
+            }
+            if !cut {
+                write(&group, &entropy, 1);
+            }
+            cut.then_some(())
+        });
     }
     pair.to_a.cut_after.store(usize::MAX, Ordering::Relaxed);
     pair.to_b.cut_after.store(usize::MAX, Ordering::Relaxed);
@@ -498,7 +516,7 @@ async fn a_token_works_once_in_its_time_and_few_wrong_ones_void_it() {
     let invite = a.replication.invite().unwrap();
     b.replication.join(&invite.token, &invite.address).await.unwrap();
     let text = refused(b.replication.join(&invite.token, &invite.address).await);
-    assert!(text.contains("no token is open"), "{text}");
+    assert!(text.contains("already used"), "{text}");
     assert_eq!(a.replication.peers()[0].name.as_str(), "b");
 }
 
@@ -613,6 +631,36 @@ async fn calls_are_answered_or_say_why_not() {
     let error = call("echo", Value::Null, SECOND).await.unwrap_err().to_string();
     assert!(error.contains("peer b: is not connected"), "{error}");
     assert!(pair.a.replication.last_heard("b").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_peer_that_calls_too_much_at_once_is_told_so_and_the_link_goes_on() {
+    let pair = Pair::replicating().await;
+    pair.b.replication.on_call(
+        "never",
+        Arc::new(|_, _| Box::pin(std::future::pending::<Result<Value, String>>())),
+    );
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..40 {
+        let replication = Arc::clone(&pair.a.replication);
+        calls.spawn(async move { replication.call("b", "never", Value::Null, 30 * SECOND).await });
+    }
+    for _ in 0..8 {
+        let error = calls.join_next().await.unwrap().unwrap().unwrap_err().to_string();
+        assert!(error.contains("too many calls at once"), "{error}");
+    }
+    write(&pair.a.group(), &SeededEntropy::new(17), 5);
+    pair.wait_equal();
+    // What a connection asked for ends with it, and makes room.
+    pair.to_a.cut();
+    pair.to_b.cut();
+    while let Some(ended) = calls.join_next().await {
+        assert!(ended.unwrap().is_err());
+    }
+    pair.wait_equal();
+    pair.b.replication.on_call("echo", Arc::new(|_, body| Box::pin(async move { Ok(body) })));
+    let answer = pair.a.replication.call("b", "echo", json!(1), 30 * SECOND).await.unwrap();
+    assert_eq!(answer, json!(1));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

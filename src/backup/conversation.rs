@@ -37,6 +37,16 @@ impl Published {
     }
 }
 
+/// Slots of a job that are not open here yet, or any more, of which the peer's word is kept.
+const NOT_OPEN_MAX: usize = 4;
+
+/// Of such slots, those whose facts have to go: the ones that were told first.
+fn too_many(mut not_open: Vec<(Duration, RunKey)>) -> Vec<RunKey> {
+    not_open.sort_by_key(|(at, _)| *at);
+    not_open.truncate(not_open.len().saturating_sub(NOT_OPEN_MAX));
+    not_open.into_iter().map(|(_, key)| key).collect()
+}
+
 #[derive(Serialize, Deserialize)]
 struct PublishCall {
     group: GroupId,
@@ -133,6 +143,14 @@ impl Inner {
             *known == key || now.saturating_sub(published.at) < Duration::from_secs(600)
         });
         let first = state.published.insert(key, Published { at: now, ..call.published }).is_none();
+        let of_job = |known: &RunKey| (known.group, known.job) == (key.group, key.job);
+        let not_open = state
+            .published
+            .iter()
+            .filter(|(known, _)| of_job(known) && !state.active.contains_key(known));
+        for known in too_many(not_open.map(|(known, published)| (published.at, *known)).collect()) {
+            state.published.remove(&known);
+        }
         drop(state);
         if first {
             self.changed.notify_all();
@@ -169,5 +187,23 @@ impl Inner {
         repository.id().map_err(|error| error.to_string())?;
         let store = SlotStore::new(repository.objects(), job.id, slot);
         store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_slots_that_are_not_open_the_last_few_are_kept() {
+        let key = |slot| RunKey { group: GroupId([7; 16]), job: EpochId(1), slot: LogTime(slot) };
+        let mut known: Vec<(Duration, RunKey)> = Vec::new();
+        for slot in 0..1000 {
+            known.insert(0, (Duration::from_secs(slot), key(slot)));
+            let gone = too_many(known.clone());
+            known.retain(|(_, key)| !gone.contains(key));
+            assert!(known.len() <= NOT_OPEN_MAX);
+            assert_eq!(known[0].1, key(slot), "the newest stays");
+        }
     }
 }

@@ -189,6 +189,8 @@ pub struct Channel {
     durable_marks: Marks,
     follower: Option<Follower>,
     told: Option<Told>,
+    /// Up to here the group was told that the primary is durable.
+    committed: Lsn,
     /// Position up to which this node's bytes were compared with the peer's by their chain.
     compared: Option<Lsn>,
     /// Where a comparison failed.
@@ -243,6 +245,7 @@ impl Channel {
             durable_marks,
             follower: None,
             told: None,
+            committed: Lsn::ZERO,
             compared: None,
             mismatch: None,
             next_stream: 1,
@@ -518,6 +521,12 @@ impl Channel {
                 if stopped {
                     self.on_stopped(context, primary, &history);
                     return Ok(());
+                }
+                if self.local.primary && !primary && self.sender.is_none() {
+                    // Requests are told when it asks.
+                    let Acked { requests, .. } = self.acked;
+                    let (received, durable) = (history.head, history.head);
+                    self.note_at_most(context, Acked { received, durable, requests });
                 }
                 self.remote = Some(Remote { primary, recovering, paused, history });
                 self.evaluate(context);

@@ -4,7 +4,6 @@
 //! The writer sends messages before log frames, one frame at a time, so that a heartbeat waits for
 //! at most one frame. A log frame is read from the log when its turn comes, not before.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -18,6 +17,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::units::{GroupId, Lsn, NodeId};
 
+use super::bounds::{Bodies, Calls, Handshakes, Room, room_for};
 use super::core::{ConnId, Input};
 use super::pairing::{EXPORTER_BYTES, EXPORTER_LABEL, Fingerprint};
 use super::service::Shared;
@@ -29,14 +29,10 @@ use super::wire::{
 
 /// A handshake (TCP, TLS, hello) takes at most this long.
 pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Handshakes of strangers that are served at the same time.
-const HANDSHAKES_MAX: usize = 64;
 /// Bytes of messages that may wait for a connection before it is given up.
 const QUEUED_BYTES_MAX: usize = 32 << 20;
 /// Why connections end when this node's key changes.
 const NEW_KEY: &str = "this node has a new key";
-/// Bytes of a call's or an answer's body.
-pub(super) const BODY_BYTES_MAX: usize = 16 << 20;
 
 /// A connection with TLS on it, from either side.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -58,6 +54,8 @@ pub(super) struct Conn {
     messages: mpsc::UnboundedSender<Vec<u8>>,
     queued_bytes: Arc<AtomicUsize>,
     ranges: mpsc::UnboundedSender<Range>,
+    /// Calls of the peer that are served.
+    pub(super) calls: Calls,
     close: watch::Sender<Option<String>>,
 }
 
@@ -85,6 +83,12 @@ impl Conn {
     /// Ends the connection, which shows a key that this node has no more.
     pub(super) fn close_for_new_key(&self) {
         self.close(NEW_KEY.to_owned());
+    }
+
+    /// Waits for the connection's end.
+    pub(super) async fn closed(&self) {
+        // Fails where the sender is gone, which is this.
+        let _ = self.close.subscribe().wait_for(Option::is_some).await;
     }
 
     /// Ends the connection.
@@ -194,15 +198,15 @@ async fn try_dial(shared: &Arc<Shared>, node: NodeId) -> Result<(), String> {
 
 /// Accepts connections until the service ends.
 pub(super) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
-    let strangers = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let strangers = Arc::new(Handshakes::default());
     let mut shutdown = shared.shutdown_signal();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = shutdown.wait_for(|ending| *ending) => return,
         };
-        let tcp = match accepted {
-            Ok((tcp, _)) => tcp,
+        let (tcp, from) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of descriptors, mostly: give those that run a moment to end.
                 tracing::warn!("peer listener: {error}");
@@ -210,11 +214,11 @@ pub(super) async fn listen(shared: Arc<Shared>, listener: TcpListener) {
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else { continue };
+        let Some(handshake) = strangers.begin(from.ip()) else { continue };
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
             let served = timeout(HANDSHAKE_TIMEOUT, serve(&shared, tcp)).await;
-            drop(permit);
+            drop(handshake);
             match served {
                 Ok(Ok(())) => {}
                 Ok(Err(reason)) => tracing::info!("peer connection: {reason}"),
@@ -307,6 +311,7 @@ fn run_connection(
         messages,
         queued_bytes: Arc::clone(&queued_bytes),
         ranges,
+        calls: Calls::default(),
         close,
     });
     handle.send(&shared.welcome());
@@ -331,8 +336,8 @@ fn run_connection(
         conn,
         handle: Arc::clone(&handle),
         stream: reading,
-        parts: HashMap::new(),
-        part_bytes: 0,
+        room: shared.room_of(peer),
+        bodies: Bodies::default(),
     };
     let shared = Arc::clone(shared);
     tokio::spawn(async move {
@@ -346,6 +351,7 @@ fn run_connection(
             }
             _ = shutdown.wait_for(|ending| *ending) => "this node shuts down".to_owned(),
         };
+        handle.close(reason.clone());
         shared.remove_conn(conn);
         shared.input(peer, Input::ConnDown { conn, reason });
     });
@@ -431,9 +437,9 @@ struct Reader {
     conn: ConnId,
     handle: Arc<Conn>,
     stream: ReadHalf<Box<dyn Stream>>,
-    /// Bodies of calls and answers that have not ended, by (id, is an answer).
-    parts: HashMap<(u64, bool), Vec<u8>>,
-    part_bytes: usize,
+    /// What the peer's frames may take until they are handled.
+    room: Arc<Semaphore>,
+    bodies: Bodies,
 }
 
 impl Reader {
@@ -454,7 +460,9 @@ impl Reader {
         };
         self.stream.read_exact(&mut header).await.map_err(lost)?;
         let header = FrameHeader::decode(&header).map_err(|error| error.to_string())?;
-        let mut payload = vec![0; header.payload_bytes as usize];
+        let payload_bytes = header.payload_bytes as usize;
+        let room = room_for(&self.room, payload_bytes).await.ok_or("closed")?;
+        let mut payload = vec![0; payload_bytes];
         self.stream.read_exact(&mut payload).await.map_err(lost)?;
         let peer = self.handle.peer;
         match header.kind {
@@ -466,32 +474,28 @@ impl Reader {
                     position: header.position,
                     bytes: Bytes::from(payload),
                 };
-                self.shared.input(peer, input);
+                self.shared.input_of_peer(peer, input, room);
             }
             FrameKind::Control => {
                 let message = Message::decode(&payload).map_err(|error| error.to_string())?;
-                self.on_message(message)?;
+                self.on_message(message, room)?;
             }
         }
         Ok(())
     }
 
-    fn on_message(&mut self, message: Message) -> Result<(), String> {
+    fn on_message(&mut self, message: Message, room: Room) -> Result<(), String> {
         let peer = self.handle.peer;
         match message {
             Message::Part { id, answer, body } => {
-                self.part_bytes += body.len();
-                if self.part_bytes > BODY_BYTES_MAX {
-                    return Err(format!("bodies of more than {BODY_BYTES_MAX} bytes"));
-                }
-                self.parts.entry((id, answer)).or_default().extend_from_slice(&body);
+                self.bodies.add(id, answer, &body)?;
             }
             Message::Call { id, method, body } => {
-                let body = self.whole_body(id, false, body);
+                let body = self.bodies.finish(id, false, body);
                 self.shared.serve_call(&self.handle, id, method, body);
             }
             Message::Answer { id, ok, body } => {
-                let body = self.whole_body(id, true, body);
+                let body = self.bodies.finish(id, true, body);
                 self.shared.answered(self.conn, id, ok, body);
             }
             Message::Welcome { name, address, program } => {
@@ -499,23 +503,13 @@ impl Reader {
             }
             message => {
                 let wall = self.shared.wall();
-                self.shared.input(peer, Input::Message { conn: self.conn, message, wall });
+                let input = Input::Message { conn: self.conn, message, wall };
+                self.shared.input_of_peer(peer, input, room);
                 return Ok(());
             }
         }
-        self.shared.input(peer, Input::Heard { conn: self.conn });
+        self.shared.input_of_peer(peer, Input::Heard { conn: self.conn }, room);
         Ok(())
-    }
-
-    fn whole_body(&mut self, id: u64, answer: bool, last: Vec<u8>) -> Vec<u8> {
-        match self.parts.remove(&(id, answer)) {
-            Some(mut body) => {
-                self.part_bytes -= body.len();
-                body.extend_from_slice(&last);
-                body
-            }
-            None => last,
-        }
     }
 }
 

@@ -10,8 +10,9 @@ use tokio::sync::oneshot;
 
 use crate::units::{Name, NodeId};
 
+use super::bounds::BODY_BYTES_MAX;
 use super::core::ConnId;
-use super::link::{BODY_BYTES_MAX, Conn};
+use super::link::Conn;
 use super::pairing::Fingerprint;
 use super::service::{Replication, ReplicationError, Shared};
 use super::wire::Message;
@@ -159,23 +160,28 @@ impl Shared {
         method: String,
         body: Vec<u8>,
     ) {
+        let Some(place) = conn.calls.admit(body.len()) else {
+            let body = format!("{method}: too many calls at once; try again").into_bytes();
+            return conn.send(&Message::Answer { id, ok: false, body });
+        };
         let handler = self.handlers.read().expect("no holder panics").get(&method).map(Arc::clone);
         let peer = self.peer(conn.peer);
         let conn = Arc::clone(conn);
         tokio::spawn(async move {
-            let result = match (handler, peer) {
-                (None, _) => Err(format!("{method}: this node does not answer that call")),
-                (_, None) => Err("not a peer any more".to_owned()),
-                (Some(handler), Some(peer)) => match serde_json::from_slice(&body) {
-                    Err(error) => Err(format!("{method}: the body is not JSON: {error}")),
-                    Ok(value) => {
-                        handler(
-                            PeerContext { node: peer.node, name: peer.name, key: conn.key },
-                            value,
-                        )
-                        .await
-                    }
-                },
+            let _place = place;
+            let answered = async {
+                let handler = handler
+                    .ok_or_else(|| format!("{method}: this node does not answer that call"))?;
+                let peer = peer.ok_or("not a peer any more")?;
+                let value = serde_json::from_slice(&body)
+                    .map_err(|error| format!("{method}: the body is not JSON: {error}"))?;
+                let who = PeerContext { node: peer.node, name: peer.name, key: conn.key };
+                handler(who, value).await
+            };
+            // Nobody waits for what a connection that has ended asked for.
+            let result = tokio::select! {
+                result = answered => result,
+                () = conn.closed() => return,
             };
             let (mut ok, mut body) = match result {
                 Ok(value) => (true, serde_json::to_vec(&value).expect("a JSON value becomes JSON")),

@@ -1,8 +1,8 @@
 //! The replication service of a node: it owns the peers, their cores and connections, and carries
 //! out what the cores decide.
 //!
-//! One task feeds all cores, one input at a time; it does no I/O itself. Messages and frames are
-//! queued to the connections' writers, what touches a log to the group's [`Worker`].
+//! One task ([`drive`]) feeds all cores, one input at a time; it does no I/O itself. Messages and
+//! frames are queued to the connections' writers, what touches a log to the group's [`Worker`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -11,25 +11,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
-use crate::events::Severity;
 use crate::group::{GroupContext, GroupError};
 use crate::units::{GroupId, Incarnation, LogTime, NodeId};
 
+use super::bounds::{ROOM_BYTES, Room};
 use super::check::{self, Pass};
 use super::copy::{self, Reports};
 use super::core::{ConnId, Input, Membership, Output, PeerCore, Settings};
-use super::link::{self, Conn, Range};
+use super::drive;
+use super::link::{self, Conn};
 use super::pairing::{Fingerprint, Invites};
 use super::peers::{Peer, PeerStore, StoreError};
 use super::replica::{Replica, Replicas, local_group};
 use super::rpc::Handler;
 use super::tls::Identity;
 use super::wire::{Hello, Message, Purpose, VERSIONS, Verdict};
-use super::worker::{Job, Worker};
+use super::worker::Worker;
 
 /// What the service needs of the node's configuration.
 #[derive(Clone, Debug)]
@@ -94,15 +94,24 @@ pub struct Shared {
     /// Held while this node's key changes.
     pub(super) rotating: tokio::sync::Mutex<()>,
     incarnation: Incarnation,
-    inputs: mpsc::UnboundedSender<(NodeId, Input)>,
+    pub(super) inputs: mpsc::UnboundedSender<Queued>,
+    /// What each peer's frames may take until they are handled.
+    rooms: Mutex<HashMap<NodeId, Arc<Semaphore>>>,
     dirty: Mutex<HashSet<GroupId>>,
     all_dirty: Mutex<bool>,
-    wake: Notify,
-    conns: Mutex<HashMap<ConnId, Arc<Conn>>>,
-    workers: Mutex<HashMap<GroupId, Worker>>,
+    pub(super) wake: Notify,
+    pub(super) conns: Mutex<HashMap<ConnId, Arc<Conn>>>,
+    pub(super) workers: Mutex<HashMap<GroupId, Worker>>,
     watched: Mutex<HashSet<GroupId>>,
     next_number: AtomicU64,
     shutdown: watch::Sender<bool>,
+}
+
+/// An input for a peer's core, with the room that it takes up.
+pub(super) struct Queued {
+    pub(super) peer: NodeId,
+    pub(super) input: Input,
+    pub(super) room: Option<Room>,
 }
 
 /// The replication service of a node. Dropping it ends its tasks.
@@ -116,7 +125,7 @@ impl Drop for Replication {
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no holder panics")
 }
 
@@ -161,6 +170,7 @@ impl Replication {
             rotating: tokio::sync::Mutex::default(),
             incarnation,
             inputs,
+            rooms: Mutex::default(),
             dirty: Mutex::new(HashSet::new()),
             all_dirty: Mutex::new(true),
             wake: Notify::new(),
@@ -183,7 +193,7 @@ impl Replication {
         for peer in &peers {
             shared.add_core(peer);
         }
-        tokio::spawn(drive(Arc::clone(&shared), input_queue));
+        tokio::spawn(drive::drive(Arc::clone(&shared), input_queue));
         if let Some(listener) = listener {
             tokio::spawn(link::listen(Arc::clone(&shared), listener));
         }
@@ -307,7 +317,19 @@ impl Shared {
     /// Hands an input to a peer's core.
     pub(super) fn input(&self, peer: NodeId, input: Input) {
         // Fails when the service has ended.
-        let _ = self.inputs.send((peer, input));
+        let _ = self.inputs.send(Queued { peer, input, room: None });
+    }
+
+    /// The same for what the peer itself sent, which takes room until it is handled.
+    pub(super) fn input_of_peer(&self, peer: NodeId, input: Input, room: Room) {
+        let _ = self.inputs.send(Queued { peer, input, room: Some(room) });
+    }
+
+    /// What a peer's frames may take, on all its connections.
+    pub(super) fn room_of(&self, peer: NodeId) -> Arc<Semaphore> {
+        let mut rooms = locked(&self.rooms);
+        let room = rooms.entry(peer).or_insert_with(|| Arc::new(Semaphore::new(ROOM_BYTES)));
+        Arc::clone(room)
     }
 
     pub(super) fn add_conn(&self, conn: ConnId, handle: Arc<Conn>) {
@@ -348,6 +370,7 @@ impl Shared {
     }
 
     pub(super) fn remove_core(&self, node: NodeId) {
+        locked(&self.rooms).remove(&node);
         let core = locked(&self.cores).remove(&node);
         let reason = "the peer was removed here".to_owned();
         if let Some(conn) = core.and_then(|core| core.conn()).and_then(|conn| self.conn(conn)) {
@@ -383,7 +406,7 @@ impl Shared {
     }
 
     /// Tells every core what the groups are now, for those that changed.
-    fn look_at_groups(self: &Arc<Self>, outputs: &mut Vec<(NodeId, Output)>) {
+    pub(super) fn look_at_groups(self: &Arc<Self>, outputs: &mut Vec<(NodeId, Output)>) {
         let all = std::mem::take(&mut *locked(&self.all_dirty));
         let dirty = std::mem::take(&mut *locked(&self.dirty));
         let groups: Vec<Arc<dyn Replica>> = if all {
@@ -460,129 +483,4 @@ impl Shared {
             }
         }
     }
-
-    fn perform(self: &Arc<Self>, peer: NodeId, output: Output) {
-        match output {
-            Output::Dial => {
-                tokio::spawn(link::dial(Arc::clone(self), peer));
-            }
-            Output::Close { conn, reason } => {
-                if let Some(conn) = self.conn(conn) {
-                    conn.close(reason);
-                }
-            }
-            Output::Send { conn, mut message } => {
-                if let Message::Heartbeat { wall, .. } = &mut message {
-                    *wall = self.wall().0;
-                }
-                if let Some(conn) = self.conn(conn) {
-                    conn.send(&message);
-                }
-            }
-            Output::SendLog { conn, group, stream, from, to } => {
-                if let Some(conn) = self.conn(conn) {
-                    conn.send_range(Range { group, stream, from, to });
-                }
-            }
-            Output::Prepare { group, stream } => {
-                self.add_job(peer, group, Job::Prepare { peer, stream });
-            }
-            Output::LookupChain { group, lsn, ticket } => {
-                self.add_job(peer, group, Job::LookupChain { peer, lsn, ticket });
-            }
-            Output::Append { group, stream, position, bytes } => {
-                self.add_job(peer, group, Job::Append { peer, stream, position, bytes });
-            }
-            Output::Committed { group, lsn } => {
-                self.add_job(peer, group, Job::Committed { lsn });
-            }
-            Output::Retire { group, retired } => {
-                self.add_job(peer, group, Job::Retire { retired });
-            }
-            Output::Serve { group } => self.add_job(peer, group, Job::Serve),
-            Output::HoldBack { group, reason } => {
-                self.add_job(peer, group, Job::HoldBack { reason });
-            }
-            Output::Yield { group, at, chain } => {
-                self.add_job(peer, group, Job::Yield { peer, at, chain });
-            }
-            Output::Event { severity, code, group, text } => {
-                let group = group.as_ref().map(|name| name.as_str());
-                self.context.events.emit(severity, code, group, text, Value::Null);
-            }
-        }
-    }
-
-    fn add_job(self: &Arc<Self>, peer: NodeId, group: GroupId, job: Job) {
-        let mut workers = locked(&self.workers);
-        if let std::collections::hash_map::Entry::Vacant(vacant) = workers.entry(group) {
-            let Some(replica) = self.groups.by_id(group) else { return };
-            let inputs = self.inputs.clone();
-            let report = move |peer, input| {
-                let _ = inputs.send((peer, input));
-            };
-            match Worker::start(replica, report) {
-                Ok(worker) => {
-                    vacant.insert(worker);
-                }
-                Err(error) => {
-                    let text = format!("peer {peer}: no thread for its group: {error}");
-                    let code = "replication-thread";
-                    self.context.events.emit(Severity::Error, code, None, text, Value::Null);
-                    return;
-                }
-            }
-        }
-        if workers.get(&group).is_some_and(|worker| !worker.add(job)) {
-            workers.remove(&group);
-        }
-    }
-}
-
-/// Feeds the cores until the service ends.
-async fn drive(shared: Arc<Shared>, mut queue: mpsc::UnboundedReceiver<(NodeId, Input)>) {
-    let mut shutdown = shared.shutdown_signal();
-    let mut outputs: Vec<(NodeId, Output)> = Vec::new();
-    loop {
-        let now = shared.now();
-        let next = locked(&shared.cores).values().filter_map(PeerCore::next_wake).min();
-        let wait = next.map_or(Duration::from_secs(3600), |next| next.saturating_sub(now));
-        let received = tokio::select! {
-            received = queue.recv() => received,
-            () = shared.wake.notified() => None,
-            () = tokio::time::sleep(wait) => None,
-            _ = shutdown.wait_for(|ending| *ending) => break,
-        };
-        {
-            let now = shared.now();
-            let mut cores = locked(&shared.cores);
-            let mut received = received;
-            // A bounded batch, so that timers are looked at in between.
-            for _ in 0..256 {
-                let Some((peer, input)) = received.take().or_else(|| queue.try_recv().ok()) else {
-                    break;
-                };
-                if let Some(core) = cores.get_mut(&peer) {
-                    let mut of_core = Vec::new();
-                    core.handle(now, input, &mut of_core);
-                    outputs.extend(of_core.into_iter().map(|output| (peer, output)));
-                }
-            }
-            for (peer, core) in cores.iter_mut() {
-                if core.next_wake().is_some_and(|wake| wake <= now) {
-                    let mut of_core = Vec::new();
-                    core.handle(now, Input::Tick, &mut of_core);
-                    outputs.extend(of_core.into_iter().map(|output| (*peer, output)));
-                }
-            }
-        }
-        shared.look_at_groups(&mut outputs);
-        for (peer, output) in outputs.drain(..) {
-            shared.perform(peer, output);
-        }
-    }
-    for conn in locked(&shared.conns).values() {
-        conn.close("this node shuts down".to_owned());
-    }
-    locked(&shared.workers).clear();
 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use crate::group::Discard;
 use crate::units::{Chain, Lsn, NodeId};
 
+use super::bounds::Room;
 use super::core::{Appended, Input};
 use super::replica::{Replica, history_of};
 
@@ -29,7 +30,7 @@ pub(super) enum Job {
 
 /// A running thread; it ends when this is dropped and all its jobs are done.
 pub(super) struct Worker {
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::Sender<(Job, Option<Room>)>,
 }
 
 impl Worker {
@@ -45,19 +46,20 @@ impl Worker {
         Ok(Worker { jobs })
     }
 
-    /// Adds a job behind those that wait. False where the thread is gone.
-    pub(super) fn add(&self, job: Job) -> bool {
-        self.jobs.send(job).is_ok()
+    /// Adds a job behind those that wait; until it is done it keeps the room of what caused it.
+    /// False where the thread is gone.
+    pub(super) fn add(&self, job: Job, room: Option<Room>) -> bool {
+        self.jobs.send((job, room)).is_ok()
     }
 }
 
 fn run(
     group: &dyn Replica,
-    waiting: &mpsc::Receiver<Job>,
+    waiting: &mpsc::Receiver<(Job, Option<Room>)>,
     report: &(impl Fn(NodeId, Input) + Send),
 ) {
     let mut next = None;
-    while let Some(job) = next.take().or_else(|| waiting.recv().ok()) {
+    while let Some((job, _room)) = next.take().or_else(|| waiting.recv().ok()) {
         match job {
             Job::Prepare { peer, stream } => {
                 group.reset_received();
@@ -83,7 +85,7 @@ fn run(
                 // What waits behind it goes along before anybody is told.
                 while result.is_ok() && appended < REPORT_BYTES {
                     match waiting.try_recv() {
-                        Ok(Job::Append { peer: p, stream: s, position, bytes })
+                        Ok((Job::Append { peer: p, stream: s, position, bytes }, _))
                             if p == peer && s == stream =>
                         {
                             appended += bytes.len() as u64;

@@ -51,6 +51,7 @@ impl Channel {
         }
         self.mismatch = None;
         self.parted = None;
+        self.committed = Lsn::ZERO;
         self.compared = Some(from);
         self.stream_begins(context, "the stream begins".to_owned());
         Ok(())
@@ -142,6 +143,10 @@ impl Channel {
             && !self.local.primary
         {
             let lsn = told.durable.min(self.local.history.head);
+            if lsn <= self.committed {
+                return;
+            }
+            self.committed = lsn;
             context.outputs.push(Output::Committed { group: self.local.id, lsn });
         }
     }

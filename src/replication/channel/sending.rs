@@ -39,26 +39,9 @@ impl Channel {
             self.stop(context, group, stream, StopCode::Paused, &reason);
             return;
         }
-        if theirs.head < self.acked.durable {
-            context.outputs.push(Output::Event {
-                severity: Severity::Error,
-                code: "peer-rolled-back",
-                group: Some(name.clone()),
-                text: format!(
-                    "group {name}: {} had LSN {} durable and now ends at {}: its disk was rolled \
-                     back, or lied; it is sent again from there",
-                    context.peer_name, self.acked.durable, theirs.head
-                ),
-            });
-        }
         let acked = Acked { received: theirs.head, durable, requests };
         // Whatever becomes of the stream: it has no more than this.
-        let at_most = Acked {
-            received: self.acked.received.min(acked.received),
-            durable: self.acked.durable.min(acked.durable),
-            requests: self.acked.requests.min(acked.requests),
-        };
-        self.note_acked(context.now, at_most);
+        self.note_at_most(context, acked);
         match compare(&self.local.history, &theirs) {
             Relation::Same | Relation::TheirsIsPrefix => {
                 if theirs.head < self.local.log_start {
@@ -228,6 +211,30 @@ impl Channel {
                 }
             },
         }
+    }
+
+    /// The peer says where its log ends: it has no more than that, whatever it had acknowledged.
+    pub(super) fn note_at_most(&mut self, context: &mut Context<'_>, theirs: Acked) {
+        let known = self.acked;
+        if theirs.received < known.durable {
+            let name = &self.local.name;
+            context.outputs.push(Output::Event {
+                severity: Severity::Error,
+                code: "peer-rolled-back",
+                group: Some(name.clone()),
+                text: format!(
+                    "group {name}: {} had LSN {} durable and now ends at {}: its disk was rolled \
+                     back, or lied; it is sent again from there",
+                    context.peer_name, known.durable, theirs.received
+                ),
+            });
+        }
+        let at_most = Acked {
+            received: known.received.min(theirs.received),
+            durable: known.durable.min(theirs.durable),
+            requests: known.requests.min(theirs.requests),
+        };
+        self.note_acked(context.now, at_most);
     }
 
     fn note_acked(&mut self, now: Duration, acked: Acked) {

@@ -19,9 +19,14 @@ pub(super) struct Trouble {
 }
 
 impl Channel {
-    /// What the secondary of the two has, as far as this node knows.
-    fn secondary_has(&self) -> Lsn {
-        if self.local.primary { self.acked.received } else { self.local.history.head }
+    /// A primary that takes back what it lost asks as a secondary does.
+    fn asks(&self) -> bool {
+        !self.local.primary || self.local.recovering
+    }
+
+    /// What the one who asks has, as far as this node knows.
+    fn follower_has(&self) -> Lsn {
+        if self.asks() { self.local.history.head } else { self.acked.received }
     }
 
     /// A stream ended with this code: a disk error is tried again, anything else is another matter.
@@ -32,8 +37,8 @@ impl Channel {
         }
         let count = self.trouble.map_or(1, |trouble| trouble.count.saturating_add(1));
         let wait = RETRY_FIRST.saturating_mul(1 << (count - 1).min(10)).min(RETRY_LONGEST);
-        let retry_at = (!self.local.primary).then_some(now + wait);
-        self.trouble = Some(Trouble { count, had: self.secondary_has(), retry_at });
+        let retry_at = self.asks().then_some(now + wait);
+        self.trouble = Some(Trouble { count, had: self.follower_has(), retry_at });
     }
 
     /// Whether people know of it already.
@@ -51,7 +56,7 @@ impl Channel {
     /// The secondary lacks `behind` bytes, and its stream runs.
     pub(super) fn note_going(&mut self, context: &mut Context<'_>, behind: u64) {
         let Some(trouble) = self.trouble else { return };
-        let goes = behind == 0 || self.secondary_has() > trouble.had;
+        let goes = behind == 0 || self.follower_has() > trouble.had;
         if goes && self.state == ReplicationState::Blocked {
             self.set_state(context, ReplicationState::CatchingUp, "the stream goes on");
         }
