@@ -428,6 +428,7 @@ impl Group {
             time: core.clock.last(),
             horizon_time: horizon.time,
             requests: core.writer.requests(),
+            cuts: core.cuts,
             log_used_bytes: core.log_used_bytes,
             log_limit_bytes: self.log_limit(&core),
         }

@@ -94,6 +94,8 @@ pub struct Positions {
     pub horizon_time: LogTime,
     /// Requests up to `head`.
     pub requests: u64,
+    /// How often the end of the log was cut since the start.
+    pub cuts: u64,
     /// Bytes that log and index take on disk.
     pub log_used_bytes: u64,
     /// Bytes that the log may take.

@@ -50,6 +50,9 @@ pub(super) struct Pass {
     /// Up to here this pass has come.
     #[serde(skip)]
     checked_to: Lsn,
+    /// Cuts of the log's end when it came there.
+    #[serde(skip)]
+    cuts: u64,
     /// When the last step ended, monotonic.
     #[serde(skip)]
     stepped: Option<Duration>,
@@ -67,6 +70,9 @@ struct Log<'a> {
     /// Up to which it is checked.
     end: Lsn,
     head: Lsn,
+    /// How often its end was cut, before and now: positions of before may lie within a record.
+    cuts: u64,
+    cuts_now: &'a dyn Fn() -> u64,
     segment_bytes: u64,
     check: &'a dyn Fn(Lsn, Lsn) -> Result<u64, GroupError>,
 }
@@ -97,9 +103,19 @@ impl Pass {
     }
 
     fn step(&mut self, log: &Log<'_>) -> Vec<Finding> {
+        if self.cuts != log.cuts {
+            self.checked_to = Lsn::ZERO;
+            self.cuts = log.cuts;
+        }
         let mut findings = Vec::new();
-        self.look_again(log, &mut findings);
-        self.go_on(log, &mut findings);
+        let mut next = self.clone();
+        next.look_again(log, &mut findings);
+        next.go_on(log, &mut findings);
+        // Cut while it was read: what was found is of no log.
+        if (log.cuts_now)() != log.cuts {
+            return Vec::new();
+        }
+        *self = next;
         findings
     }
 
@@ -168,6 +184,8 @@ fn step(shared: &Shared, group: &dyn Replica) {
         start: group.log_start(),
         end: positions.durable.min(positions.request_end),
         head: positions.head,
+        cuts: positions.cuts,
+        cuts_now: &|| group.positions().cuts,
         segment_bytes: group.segment_bytes(),
         check: &|from, to| group.check_log(from, to),
     };
@@ -242,11 +260,20 @@ mod tests {
         folded: Cell<u64>,
         /// The next check is overtaken by a fold of one segment more.
         fold_within: Cell<bool>,
+        /// The next check is overtaken by a cut, and fails by it.
+        cut_within: Cell<bool>,
+        cuts: Cell<u64>,
     }
 
     impl TestLog {
         fn step(&self, pass: &mut Pass) -> Vec<Finding> {
+            let cuts = self.cuts.get();
             let check = |from: Lsn, to: Lsn| {
+                if self.cut_within.take() {
+                    self.cuts.set(self.cuts.get() + 1);
+                    let group = "g".parse().unwrap();
+                    return Err(GroupError::Damaged { group, what: "half a record".to_owned() });
+                }
                 if self.fold_within.take() {
                     self.folded.set(self.folded.get() + 1);
                 }
@@ -267,6 +294,8 @@ mod tests {
                 start: Lsn(self.folded.get() * SEGMENT),
                 end: Lsn(10 * SEGMENT),
                 head: Lsn(10 * SEGMENT),
+                cuts,
+                cuts_now: &|| self.cuts.get(),
                 segment_bytes: SEGMENT,
                 check: &check,
             })
@@ -292,6 +321,20 @@ mod tests {
             assert_eq!(log.step(&mut pass), [], "told once");
             assert!(damage(&pass).unwrap().contains("segment 9"));
         }
+    }
+
+    #[test]
+    fn a_cut_ends_the_pass_and_is_no_damage() {
+        let (log, mut pass) = (TestLog::default(), Pass::default());
+        log.step(&mut pass);
+        let before = pass.checked_to;
+        assert!(before > Lsn::ZERO);
+        log.cut_within.set(true);
+        assert_eq!(log.step(&mut pass), [], "what a cut left half is no damage");
+        assert_eq!((pass.checked_to, damage(&pass)), (before, None));
+        // Of the log that is there now, no position of the old one is believed.
+        log.damage(0);
+        assert_eq!(log.step(&mut pass).len(), 1);
     }
 
     #[test]

@@ -531,11 +531,12 @@ pub enum Message {
         /// Nanoseconds between that heartbeat's arrival and this message.
         held: u64,
     },
-    /// To a recovering primary whose log is a checked prefix of the sender's: it may follow.
+    /// To a primary that has served nobody since its start: a newer reign begins where the two
+    /// histories part, which is the end that was compared; it may follow from there.
     MayFollow {
         /// The group.
         group: [u8; 16],
-        /// The head that was compared.
+        /// The end of what both logs have alike.
         head: u64,
         /// The chain there.
         chain: u64,
