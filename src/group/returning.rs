@@ -63,6 +63,21 @@ impl Group {
         }))
     }
 
+    /// Whether hosts are served here: what they read is not old by now.
+    ///
+    /// # Errors
+    ///
+    /// Where this node is not primary, or asks its peers whether it still is.
+    pub fn check_serving(&self) -> Result<(), GroupError> {
+        let core = self.lock();
+        if core.role != Role::Primary {
+            return Err(GroupError::NotPrimary { group: self.name().clone() });
+        }
+        let Some(asking) = &core.asking else { return Ok(()) };
+        let reason = asking.held_back.as_deref().unwrap_or("asks its peers first; try again");
+        Err(self.refused(reason))
+    }
+
     /// No peer has what this node lacks, or nobody waits any longer: it serves. Where something of
     /// its reign was lost, a new one begins first.
     ///
