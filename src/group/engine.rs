@@ -479,8 +479,8 @@ impl Group {
         core.view.policy.window.0.min(own)
     }
 
-    /// Has `listener` called after head, durable, committed, role, control or state changed, until
-    /// it answers `false`. It is never called under the group's mutex, and must not block.
+    /// Has `listener` called after head, durable, committed, role, control or state changed, and
+    /// after the last client went, until it answers `false`. It is never called under the group's mutex, and must not block.
     pub fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
         self.listeners.write().expect("no holder panics").push(Arc::from(listener));
     }
@@ -678,6 +678,12 @@ impl Drop for ClientGuard {
             if *count == 0 {
                 clients.remove(&self.volume);
             }
+        }
+        let was_last = clients.is_empty();
+        drop(clients);
+        if was_last {
+            // Somebody may wait for that: a group with clients yields to nobody.
+            self.group.notify();
         }
     }
 }

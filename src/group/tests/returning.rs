@@ -246,3 +246,29 @@ fn a_cut_log_goes_on_with_other_records_and_no_index_of_the_old_ones_is_believed
     let authored: Vec<bool> = branches.iter().map(|branch| branch.authored).collect();
     assert_eq!(authored, [true, false], "the second had only been received");
 }
+
+#[test]
+fn who_waits_for_the_clients_to_go_is_told_when_the_last_one_went() {
+    let bench = Bench::new("a", 7);
+    bench.clock.set_boot(1);
+    let (group, volume, (at, chain), _) = with_tail(&bench);
+    group.sync_now().unwrap();
+    let other = group.volumes()[1].number;
+    let told = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let telling = told.clone();
+    group.subscribe(Box::new(move || {
+        telling.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        true
+    }));
+    let told = || told.load(std::sync::atomic::Ordering::Relaxed);
+    let clients = [volume.number, volume.number, other].map(|number| group.client(number));
+    let refused = group.yield_to(at, chain, Discard::Authored).unwrap_err().to_string();
+    assert!(refused.contains("3 clients are connected"), "{refused}");
+    let [one, two, three] = clients;
+    let before = told();
+    drop((one, three));
+    assert_eq!(told(), before, "one is left");
+    drop(two);
+    assert_eq!(told(), before + 1);
+    group.yield_to(at, chain, Discard::Authored).unwrap();
+}
