@@ -272,3 +272,26 @@ fn who_waits_for_the_clients_to_go_is_told_when_the_last_one_went() {
     assert_eq!(told(), before + 1);
     group.yield_to(at, chain, Discard::Authored).unwrap();
 }
+
+#[test]
+fn a_branch_whose_description_cannot_be_read_is_shown_and_can_be_removed() {
+    let bench = Bench::new("a", 8);
+    bench.clock.set_boot(1);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    group.yield_to(at, chain, Discard::Authored).unwrap();
+    let [good] = &group.branches().unwrap()[..] else { panic!("one branch") };
+    let about = dir().join("branches").join(&good.name).join("branch.json");
+    for (text, what) in [(&b"{\"name\": \"cut\"}"[..], "missing field"), (b"\0\0", "expected")] {
+        let file = bench.disk.open(&about, OpenMode::Create).unwrap();
+        file.set_len(text.len() as u64).unwrap();
+        file.write_at(&[std::io::IoSlice::new(text)], 0).unwrap();
+        let [shown] = &group.branches().unwrap()[..] else { panic!("{what}: not shown") };
+        assert_eq!((&shown.name, shown.from.lsn), (&good.name, at));
+        let reason = &shown.reason;
+        assert!(reason.contains("branch.json cannot be read") && reason.contains(what), "{reason}");
+    }
+    bench.disk.remove(&about).unwrap();
+    assert_eq!(group.branches().unwrap().len(), 1);
+    group.remove_branch(&good.name).unwrap();
+    assert!(group.branches().unwrap().is_empty());
+}
