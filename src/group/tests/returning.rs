@@ -295,3 +295,34 @@ fn a_branch_whose_description_cannot_be_read_is_shown_and_can_be_removed() {
     group.remove_branch(&good.name).unwrap();
     assert!(group.branches().unwrap().is_empty());
 }
+
+#[test]
+fn the_durable_mark_never_ends_behind_a_cut_log() {
+    let bench = Bench::new("a", 7);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    group.close().unwrap();
+    let (group, _) = bench.open();
+    // The thread that syncs has synced, and comes to write down the mark behind the cut.
+    group.sync_now().unwrap();
+    group.yield_to(at, chain, Discard::Received).unwrap();
+    group.mark_durable();
+    assert_eq!(group.meta.lock().unwrap().meta.durable, at);
+    drop(group);
+    let (group, _) = bench.open();
+    assert_eq!(group.data_state().0, DataState::Consistent);
+    assert!(!bench.event_codes().contains(&"log-damaged".to_owned()));
+}
+
+#[test]
+fn a_primary_that_asks_starts_no_fold_that_it_could_not_yield_behind() {
+    let bench = Bench::new("a", 8);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    set_policy(&group, 0, 64 << 20);
+    group.close().unwrap();
+    let (group, _) = bench.open();
+    assert!(group.is_asking());
+    bench.pass(10);
+    let horizon = group.positions().horizon;
+    assert_eq!(group.fold_now().unwrap(), horizon);
+    group.yield_to(at, chain, Discard::Received).unwrap();
+}
