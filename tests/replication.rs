@@ -869,7 +869,7 @@ async fn changes_of_the_key_that_fail_lock_nobody_out() {
 
     let c = Node::start(&dir, "c", None);
     for _ in 0..2 {
-        // Of two connections that cross one ends, and calls on it fail: that must do no harm either.
+        // Of two connections that cross one ends, and calls on it fail: that must do no harm.
         let mut attempts = 0;
         let fingerprint = loop {
             wait_for("both to be connected", || linked("b").and(linked("c")));

@@ -480,7 +480,8 @@ impl Group {
     }
 
     /// Has `listener` called after head, durable, committed, role, control or state changed, and
-    /// after the last client went, until it answers `false`. It is never called under the group's mutex, and must not block.
+    /// after the last client went, until it answers `false`. It is never called under the group's
+    /// mutex, and must not block.
     pub fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
         self.listeners.write().expect("no holder panics").push(Arc::from(listener));
     }

@@ -1,13 +1,13 @@
 //! The log, byte for byte, to a peer.
 //!
 //! `core` and `channel` are the protocol as a pure state machine, over `epoch` (which of two
-//! histories continues the other) and `lag`; `wire` is its format. `service` and `drive` run the cores under
-//! tokio with `link` (sockets, TLS, frames), `worker` (a thread for each replicated group) and
-//! `rpc` (calls between nodes), within `bounds`. `pairing` and `tls` say who may talk to whom, `pair` does it over
-//! the network, `peers` keeps it. `commands` is what operators ask for, `status` what they see,
-//! `health` the verdict that backup trusts, with `check`, the re-reading of logs, and
-//! `copy`, what a peer says of its copy, behind it. `replica` is
-//! all that this room needs of a group.
+//! histories continues the other) and `lag`; `wire` is its format. `service` and `drive` run the
+//! cores under tokio with `link` (sockets, TLS, frames), `worker` (a thread for each replicated
+//! group) and `rpc` (calls between nodes), within `bounds`. `pairing` and `tls` say who may talk to
+//! whom, `pair` does it over the network, `peers` keeps it. `commands` is what operators ask for,
+//! `status` what they see, `health` the verdict that backup trusts, with `check`, the re-reading of
+//! logs, and `copy`, what a peer says of its copy, behind it. `replica` is all that this room needs
+//! of a group.
 
 mod bounds;
 mod channel;
