@@ -805,6 +805,47 @@ fn a_restart_in_mid_backup_leaves_the_slot_to_be_made() {
     assert_eq!(made.len(), 1, "{made:?}");
 }
 
+/// With the link to the new primary lost, the slot would fall to the one that was left behind.
+#[test]
+fn a_primary_that_has_just_started_waits_for_its_peers_and_held_back_makes_no_backup() {
+    let (mut pair, clock) = Pair::by_clock(json!({"placement": "prefer-primary"}));
+    pair.a.scheduler.shutdown();
+    pair.a.registry.close();
+    pair.link.set_lost(Duration::from_secs(600));
+    *pair.link.groups.write().unwrap() = None;
+    let inside = pair.runtime.enter();
+    let env = Env { clock: clock.clone(), ..Env::real() };
+    pair.a = Node::start("a", pair.dir.path(), &pair.link, env);
+    drop(inside);
+    let group = pair.a.group();
+    assert!(group.awaits_answer());
+    let scheduler = pair.a.scheduler.clone();
+    let run = pair.runtime.spawn(async move { scheduler.run("g", "nightly").await });
+    wait_for("the slot to be open", || {
+        pair.list(&pair.a).into_iter().find(|entry| entry.outcome == Outcome::Running)
+    });
+    group.hold_back("is about to follow b");
+    let run = pair.runtime.block_on(run).unwrap().unwrap();
+    assert_eq!(run.decision.decision, Verdict::Fail);
+    let why = run.decision.reasons.iter().find(|reason| reason.code == "held-back");
+    assert!(why.is_some_and(|why| why.text.contains("is about to follow b")), "{run:?}");
+    // An operator has it serve nevertheless.
+    group.promote("promote").unwrap();
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(pair.run(&pair.a).decision.decision, Verdict::Run);
+    // Nobody answers, and nobody waits longer: there is a backup all the same.
+    pair.a.await_any(&["backup-done"]);
+    pair.a.scheduler.shutdown();
+    pair.a.registry.close();
+    let inside = pair.runtime.enter();
+    let env = Env { clock: clock.clone(), ..Env::real() };
+    pair.a = Node::start("a", pair.dir.path(), &pair.link, env);
+    drop(inside);
+    clock.advance(Duration::from_secs(5));
+    assert!(!pair.a.group().awaits_answer() && pair.a.group().is_asking());
+    assert_eq!(pair.run(&pair.a).decision.decision, Verdict::Run);
+}
+
 #[test]
 fn a_backup_that_was_marked_as_a_branch_is_listed_as_failed_and_why() {
     let pair = Pair::new(json!({"placement": "primary-only"}));

@@ -107,6 +107,7 @@ pub const REASON_CODES: &[(&str, &str)] = &[
     ("secondary-memory-low", "the secondary has too little free memory"),
     ("secondary-storage-low", "the secondary has too little free storage"),
     ("primary-cpu-above-max", "the primary's CPU is busier than the job permits"),
+    ("held-back", "the node was primary, and a peer was promoted while it was away"),
     ("repository-unreachable", "the job's repository cannot be opened from there"),
     ("repository-differs", "the two nodes mean different repositories by the same name"),
     ("claimed", "the named node holds the slot's claim in the repository and renews it"),

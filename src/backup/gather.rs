@@ -114,6 +114,11 @@ impl Inner {
             };
             facts.problems.push(Reason::new(code, format!("{}: {what}{why}", facts.name)));
         }
+        if let Some(why) = group.held_back() {
+            // What it holds is not the history that goes on.
+            let text = format!("{}: group {} {why}", facts.name, group.name());
+            facts.problems.push(Reason::new("held-back", text));
+        }
         facts
     }
 

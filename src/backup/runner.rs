@@ -66,6 +66,11 @@ impl Inner {
             if self.is_stopping() {
                 return;
             }
+            if task.group.awaits_answer() {
+                // A primary that has just started may lack what its peer has, or be none any more.
+                self.wait(self.config.tick);
+                continue;
+            }
             let (mut facts, peer) = self.gather(&task.group, &task.job, Some(slot));
             if facts.role == Role::Primary {
                 self.publish(&task, &facts);

@@ -63,6 +63,21 @@ impl Group {
         }))
     }
 
+    /// Why this primary does not serve by itself any more: a peer was promoted meanwhile.
+    #[must_use]
+    pub fn held_back(&self) -> Option<String> {
+        self.lock().asking.as_ref()?.held_back.clone()
+    }
+
+    /// Whether a peer may still answer in time whether this node is primary.
+    #[must_use]
+    pub fn awaits_answer(&self) -> bool {
+        let now = self.context.env.clock.monotonic();
+        let core = self.lock();
+        let asking = core.asking.as_ref();
+        asking.is_some_and(|asking| asking.held_back.is_none() && now < asking.until)
+    }
+
     /// Whether hosts are served here: what they read is not old by now.
     ///
     /// # Errors
