@@ -824,7 +824,7 @@ fn a_primary_that_has_just_started_waits_for_its_peers_and_held_back_makes_no_ba
     wait_for("the slot to be open", || {
         pair.list(&pair.a).into_iter().find(|entry| entry.outcome == Outcome::Running)
     });
-    group.hold_back("is about to follow b");
+    group.hold_back(2, "is about to follow b");
     let run = pair.runtime.block_on(run).unwrap().unwrap();
     assert_eq!(run.decision.decision, Verdict::Fail);
     let why = run.decision.reasons.iter().find(|reason| reason.code == "held-back");

@@ -95,6 +95,62 @@ fn kill_9_of_the_primary_promote_and_its_return_end_in_order_both_ways() {
 }
 
 #[test]
+fn a_switchover_under_load_loses_nothing_and_is_refused_where_it_would() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["group", "create", "g"]);
+    for volume in VOLUMES {
+        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
+        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
+    }
+    let refused = |node: &Appliance, why: &str| {
+        let refused = node.command(&["switchover", "g"]);
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && error.contains(why), "{error}");
+        assert_eq!(a.status("g")["role"], "primary");
+    };
+    refused(&a, "is not replicated");
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_for("b to stream", || {
+        (a.status("g")["peers"][0]["replication_state"] == "streaming").then_some(())
+    });
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(200);
+    a.run(&["pause", "g"]);
+    refused(&a, "paused");
+    load.wait_for_more(100);
+    a.run(&["resume", "g"]);
+    wait_for("b to stream again", || {
+        (a.status("g")["peers"][0]["replication_state"] == "streaming").then_some(())
+    });
+
+    // Given on the secondary: it goes to the primary.
+    b.run(&["switchover", "g"]);
+    assert_eq!(b.status("g")["role"], "primary");
+    let history = load.stop();
+    hold("b", history.faults(&contents(&b, ""), Some(history.now())));
+    wait_until_it_follows(&a, &b);
+
+    let load = Load::start(b.nbd_socket());
+    load.wait_for_more(200);
+    b.run(&["switchover", "g"]);
+    let again = load.stop();
+    assert_eq!(a.status("g")["role"], "primary");
+    // What the first history owes may have been written over by the second alone.
+    let held = contents(&a, "");
+    assert!(again.answered() >= 200);
+    wait_until_it_follows(&b, &a);
+    assert_equal(&a, &b, "after");
+    drop(held);
+    for node in [&a, &b] {
+        assert_eq!(node.json(&["timeline", "g"])["branches"].as_array().map(Vec::len), Some(0));
+        assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
+    }
+}
+
+#[test]
 fn a_split_brain_ends_where_an_operator_resolves_it() {
     let dir = tempfile::tempdir().unwrap();
     let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));

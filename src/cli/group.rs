@@ -1,4 +1,4 @@
-//! `tidelog group …`, `promote`, `demote`.
+//! `tidelog group …`, `promote`, `demote`, `switchover`, `resolve`, `branch`.
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -56,6 +56,13 @@ pub struct PromoteArguments {
 /// Make this node a secondary of a group
 #[derive(Args)]
 pub struct DemoteArguments {
+    /// The group
+    group: Name,
+}
+
+/// Make the peer the primary and follow it, losing nothing: writes wait until it has everything
+#[derive(Args)]
+pub struct SwitchoverArguments {
     /// The group
     group: Name,
 }
@@ -119,6 +126,11 @@ pub async fn promote(session: &Session, arguments: &PromoteArguments) -> Result<
 
 pub async fn demote(session: &Session, arguments: &DemoteArguments) -> Result<()> {
     let path = format!("/v1/groups/{}/demote", arguments.group);
+    session.ask("POST", &path, None, |done: Done| done.done).await
+}
+
+pub async fn switchover(session: &Session, arguments: &SwitchoverArguments) -> Result<()> {
+    let path = format!("/v1/groups/{}/switchover", arguments.group);
     session.ask("POST", &path, None, |done: Done| done.done).await
 }
 

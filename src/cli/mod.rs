@@ -54,6 +54,7 @@ enum Command {
     Resume(peer::ResumeArguments),
     Promote(group::PromoteArguments),
     Demote(group::DemoteArguments),
+    Switchover(group::SwitchoverArguments),
     Resolve(group::ResolveArguments),
     #[command(subcommand)]
     Branch(group::BranchCommand),
@@ -131,6 +132,7 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Resume(arguments) => peer::resume(session, &arguments).await,
         Command::Promote(arguments) => group::promote(session, &arguments).await,
         Command::Demote(arguments) => group::demote(session, &arguments).await,
+        Command::Switchover(arguments) => group::switchover(session, &arguments).await,
         Command::Resolve(arguments) => group::resolve(session, &arguments).await,
         Command::Branch(command) => group::branch(session, command).await,
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,

@@ -221,11 +221,13 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
 
 pub(super) fn promote(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
-    if group.role() == Role::Primary {
+    let force: bool = call.field("force")?.unwrap_or(false);
+    let waits = group.is_asking().then(|| group.waits_because()).flatten();
+    if group.role() == Role::Primary && (waits.is_none() || !force) {
+        group.wait_to_serve()?;
         return done(format!("group {}: is the primary here already", group.name()));
     }
-    let force: bool = call.field("force")?.unwrap_or(false);
-    let refusal = context.replication.promote_refusal(group.id());
+    let refusal = waits.or_else(|| context.replication.promote_refusal(group.id()));
     if !force && let Some(refusal) = refusal {
         return Err(Problem::new(409, "promote-refused", refusal));
     }

@@ -112,6 +112,15 @@ pub(super) fn parting(context: &Context, call: &Call) -> Answer {
     answer(context.replication.parting(group.name().as_str())?)
 }
 
+pub(super) fn switchover(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?.name().clone();
+        let peer = context.replication.switchover(group.as_str()).await?;
+        let node = &context.node.name;
+        done(format!("group {group}: {peer} is the primary now, and {node} follows it"))
+    })
+}
+
 pub(super) fn resolve(context: Arc<Context>, call: Call) -> AnswerFuture {
     Box::pin(async move {
         let group = context.group(call.path("group"))?.name().clone();

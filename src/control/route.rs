@@ -327,6 +327,14 @@ pub static ROUTES: &[Route] = &[
         Blocking(groups::demote),
     ),
     route(
+        "POST",
+        "/v1/groups/{group}/switchover",
+        "switchover",
+        "Make the peer the group's primary, losing nothing",
+        Async(peers::switchover),
+    )
+    .on_primary(),
+    route(
         "GET",
         "/v1/groups/{group}/resolve",
         "resolve preview",

@@ -105,6 +105,8 @@ pub(super) struct Core {
     pub role: Role,
     /// This node is primary, and has served nobody since its start.
     pub asking: Option<Asking>,
+    /// Writers wait although this node is primary: why.
+    pub halted: Option<String>,
     /// How often the end of the log was cut: what was read before counts no more.
     pub cuts: u64,
     pub failed: Option<(String, LogTime)>,
@@ -242,6 +244,7 @@ impl Group {
             retired: false,
             failed: false,
             reign_due: false,
+            split_brain: false,
             boot: context.env.clock.boot(),
         };
         // Durable before anything else: a start knows by it what was not made to the end.
@@ -294,6 +297,7 @@ impl Group {
             fold_target: meta.meta.fold_target,
             role: Role::Secondary,
             asking: None,
+            halted: None,
             cuts: 0,
             failed: None,
             retired: meta.meta.retired.then(|| context.env.clock.wall()),
@@ -679,12 +683,6 @@ impl Drop for ClientGuard {
             if *count == 0 {
                 clients.remove(&self.volume);
             }
-        }
-        let was_last = clients.is_empty();
-        drop(clients);
-        if was_last {
-            // Somebody may wait for that: a group with clients yields to nobody.
-            self.group.notify();
         }
     }
 }

@@ -8,7 +8,7 @@
 //! | ---: | ---: | --- | --- |
 //! | 0 | 8 | `magic` | `TIDEMETA` |
 //! | 8 | 4 | `version` | 2 |
-//! | 12 | 4 | `flags` | 1 clean, 2 demoted, 4 retired, 8 failed, 16 reign due |
+//! | 12 | 4 | `flags` | 1 clean, 2 demoted, 4 retired, 8 failed, 16 reign due, 32 split brain |
 //! | 16 | 8 | `sequence` | grows by one with every write |
 //! | 24 | 16 | `group` | the group's id |
 //! | 40 | 8 | `segment_bytes` | bytes of a segment |
@@ -48,6 +48,7 @@ const DEMOTED: u32 = 2;
 const RETIRED: u32 = 4;
 const FAILED: u32 = 8;
 const REIGN_DUE: u32 = 16;
+const SPLIT_BRAIN: u32 = 32;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +77,8 @@ pub(super) struct Meta {
     pub failed: bool,
     /// Something of this node's reign was lost: it begins a new one before it appends anything.
     pub reign_due: bool,
+    /// This node and a peer have both served as primary, and no operator has said who yields.
+    pub split_brain: bool,
     /// The machine's boot in which the log was opened last, where that could be told.
     pub boot: Option<u64>,
 }
@@ -120,6 +123,7 @@ impl Meta {
             (self.retired, RETIRED),
             (self.failed, FAILED),
             (self.reign_due, REIGN_DUE),
+            (self.split_brain, SPLIT_BRAIN),
         ];
         let mut raw = RawSlot {
             magic: MAGIC,
@@ -163,6 +167,7 @@ impl Meta {
             retired: flags & RETIRED != 0,
             failed: flags & FAILED != 0,
             reign_due: flags & REIGN_DUE != 0,
+            split_brain: flags & SPLIT_BRAIN != 0,
             boot: Some(raw.boot.get()).filter(|boot| *boot != 0),
         };
         Some((raw.sequence.get(), meta))
@@ -236,8 +241,8 @@ mod tests {
             "544944454d455441",
             // version
             "02000000",
-            // flags: clean, demoted, failed, reign due
-            "1b000000",
+            // flags: clean, demoted, failed, reign due, split brain
+            "3b000000",
             // sequence
             "0900000000000000",
             // group
@@ -260,7 +265,7 @@ mod tests {
             // boot
             "0102030405060708",
             // checksum
-            "11d0be029b6da0db",
+            "2d33c7cf14906a2f",
         ))
         .unwrap();
         let meta = Meta {
@@ -276,6 +281,7 @@ mod tests {
             retired: false,
             failed: true,
             reign_due: true,
+            split_brain: true,
             boot: Some(0x0807_0605_0403_0201),
         };
         assert_eq!(hex::encode(meta.encode(9)), hex::encode(&golden));

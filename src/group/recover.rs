@@ -197,7 +197,8 @@ impl Group {
             let until = group.context.env.clock.monotonic() + ASK_FOR;
             group.lock().asking = Some(Asking { until, held_back: None });
             let me = group.context.node.id;
-            if group.control().members.iter().all(|member| member.node == me)
+            let alone = group.control().members.iter().all(|member| member.node == me);
+            if (alone || before.split_brain)
                 && let Err(error) = group.serve()
             {
                 group.emit(Severity::Error, "recovery-failed", error.to_string(), json!(null));

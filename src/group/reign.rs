@@ -54,6 +54,35 @@ impl Group {
         Ok(epoch)
     }
 
+    /// Has writers wait, until [`Group::resume_writers`], so that the end of the log stays where it
+    /// is. Reads and syncs go on.
+    ///
+    /// # Errors
+    ///
+    /// Where this node does not serve as primary, or writers wait already.
+    pub fn halt_writers(&self, why: &str) -> Result<(), GroupError> {
+        let mut core = self.lock();
+        self.failed_error(&core)?;
+        if core.role != Role::Primary {
+            return Err(GroupError::NotPrimary { group: self.name().clone() });
+        }
+        if core.asking.is_some() {
+            return Err(self.refused("has just started, and serves nobody yet; try again"));
+        }
+        if let Some(halted) = &core.halted {
+            return Err(self.refused(format!("has its writers halted already: {halted}")));
+        }
+        core.halted = Some(why.to_owned());
+        Ok(())
+    }
+
+    /// Writers go on.
+    pub fn resume_writers(&self) {
+        self.lock().halted = None;
+        self.space.notify_all();
+        self.notify();
+    }
+
     /// Stops taking writes; durable on return.
     ///
     /// # Errors
@@ -81,6 +110,7 @@ impl Group {
         }
         self.update_meta(|meta| {
             meta.demoted = true;
+            meta.split_brain = false;
             meta.durable = meta.durable.max(durable);
         })?;
         self.space.notify_all();

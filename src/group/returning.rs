@@ -21,16 +21,25 @@ use crate::log::writer::Writer;
 use crate::units::{ByteSize, Chain, Lsn};
 
 /// Hosts wait for the peers' answer this long after the start, or after the last bytes that were
-/// taken back.
-pub(super) const ASK_FOR: Duration = Duration::from_secs(5);
+/// taken back: a peer that had no route here dials again within it.
+pub(super) const ASK_FOR: Duration = Duration::from_secs(15);
 
 /// What a primary that serves nobody yet waits for.
 #[derive(Debug)]
 pub(super) struct Asking {
     /// Monotonic: then it serves who wants to be served.
     pub until: Duration,
-    /// Why it does not serve by itself at all: a peer was promoted meanwhile.
-    pub held_back: Option<String>,
+    /// A peer was promoted meanwhile: it does not serve by itself at all.
+    pub held_back: Option<HeldBack>,
+}
+
+/// What keeps a primary from serving.
+#[derive(Clone, Debug)]
+pub(super) struct HeldBack {
+    /// The number of the peer's reign.
+    counter: u64,
+    /// In words.
+    reason: String,
 }
 
 /// What may be cut off.
@@ -49,24 +58,27 @@ impl Group {
         self.lock().asking.is_some()
     }
 
-    /// Why this node does not serve although it is primary.
+    /// Why writers wait although this node is primary.
     #[must_use]
     pub fn waits_because(&self) -> Option<String> {
         let core = self.lock();
-        let held_back = &core.asking.as_ref()?.held_back;
-        Some(held_back.clone().unwrap_or_else(|| {
-            format!(
+        if core.halted.is_some() {
+            return core.halted.clone();
+        }
+        Some(match &core.asking.as_ref()?.held_back {
+            Some(held_back) => held_back.reason.clone(),
+            None => format!(
                 "has just started, and asks its peers what they hold; hosts wait for the answer \
                  for {} s at most",
                 ASK_FOR.as_secs()
-            )
-        }))
+            ),
+        })
     }
 
     /// Why this primary does not serve by itself any more: a peer was promoted meanwhile.
     #[must_use]
     pub fn held_back(&self) -> Option<String> {
-        self.lock().asking.as_ref()?.held_back.clone()
+        self.lock().asking.as_ref()?.held_back.as_ref().map(|held_back| held_back.reason.clone())
     }
 
     /// Whether a peer may still answer in time whether this node is primary.
@@ -89,12 +101,13 @@ impl Group {
             return Err(GroupError::NotPrimary { group: self.name().clone() });
         }
         let Some(asking) = &core.asking else { return Ok(()) };
-        let reason = asking.held_back.as_deref().unwrap_or("asks its peers first; try again");
+        let held_back = asking.held_back.as_ref();
+        let reason = held_back.map_or("asks its peers first; try again", |it| &it.reason);
         Err(self.refused(reason))
     }
 
     /// No peer has what this node lacks, or nobody waits any longer: it serves. Where something of
-    /// its reign was lost, a new one begins first.
+    /// its reign was lost, or another node has reigned since, a new one begins first.
     ///
     /// # Errors
     ///
@@ -105,16 +118,19 @@ impl Group {
     }
 
     pub(super) fn serve_in_turn(&self) -> Result<(), GroupError> {
-        {
+        let (above, own) = {
             let mut core = self.lock();
             self.failed_error(&core)?;
-            if core.asking.is_none() {
-                return Ok(());
-            }
+            let Some(asking) = &core.asking else { return Ok(()) };
+            let above = asking.held_back.as_ref().map(|held_back| held_back.counter);
+            let author = core.view.epochs.last().map(|epoch| epoch.author);
             core.pending = Pending::default();
-        }
-        if self.meta.lock().expect("no holder panics").meta.reign_due {
-            self.begin_epoch(self.new_epoch("recovery", 0))?;
+            (above, author == Some(self.context.node.id))
+        };
+        let due = self.meta.lock().expect("no holder panics").meta.reign_due;
+        if due || above.is_some() || !own {
+            let reason = if above.is_some() { "promote" } else { "recovery" };
+            self.begin_epoch(self.new_epoch(reason, above.unwrap_or_default() + 1))?;
             self.update_meta(|meta| meta.reign_due = false)?;
         }
         self.lock().asking = None;
@@ -124,12 +140,27 @@ impl Group {
     }
 
     /// A peer was promoted meanwhile: this node does not serve by itself any more.
-    pub fn hold_back(&self, reason: &str) {
+    /// Whoever has it serve nevertheless begins a reign above `counter`, the peer's.
+    pub fn hold_back(&self, counter: u64, reason: &str) {
         if let Some(asking) = &mut self.lock().asking {
-            asking.held_back = Some(reason.to_owned());
+            asking.held_back = Some(HeldBack { counter, reason: reason.to_owned() });
         }
         self.space.notify_all();
         self.notify();
+    }
+
+    /// Remembers, over a restart, whether this node and a peer have both served as primary: such a
+    /// node yields to an operator only, so it asks nobody when it starts.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError> {
+        let known = self.meta.lock().expect("no holder panics").meta.split_brain;
+        if known == there_is {
+            return Ok(());
+        }
+        self.update_meta(|meta| meta.split_brain = there_is)
     }
 
     /// Waits until this node serves or is not primary.
@@ -151,8 +182,8 @@ impl Group {
             if core.closed {
                 return Err(self.refused("is closed"));
             }
-            if let Some(reason) = &asking.held_back {
-                return Err(self.refused(reason.clone()));
+            if let Some(held_back) = &asking.held_back {
+                return Err(self.refused(held_back.reason.clone()));
             }
             let left = asking.until.saturating_sub(self.context.env.clock.monotonic());
             if left.is_zero() || !self.workers.running() {
@@ -203,6 +234,7 @@ impl Group {
         self.update_meta(|meta| {
             meta.demoted = true;
             meta.reign_due = false;
+            meta.split_brain = false;
             meta.durable = meta.durable.min(at);
         })?;
         core.committed = committed;

@@ -109,6 +109,10 @@ impl Group {
                 core = self.wait_for_answer(core)?;
                 continue;
             }
+            if core.halted.is_some() {
+                core = self.space.wait(core).expect("a panic under the lock ends the process");
+                continue;
+            }
             if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
                 return Ok(core);
             }

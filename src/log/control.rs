@@ -318,3 +318,57 @@ pub struct ClockRecord {
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bodies as they are in logs, with each field; a version that writes them otherwise, or loses
+    /// the fields of a later one, is another format.
+    #[test]
+    fn the_bodies_of_control_records_are_frozen() {
+        let frozen = [
+            (
+                1,
+                r#"{"id":"07070707070707070707070707070707","name":"g","segment_bytes":8388608,"format_level":1,"later":1}"#,
+            ),
+            (
+                2,
+                r#"{"counter":2,"id":"0000000000000005","author":"09090909090909090909090909090909","author_name":"a","first_lsn":4096,"reason":"promote","later":1}"#,
+            ),
+            (3, r#"{"number":1,"name":"v","size_bytes":4096,"removed":true,"later":1}"#),
+            (
+                4,
+                r#"{"node":"09090909090909090909090909090909","name":"b","mode":"async","rpo_target":"30s","removed":true,"later":1}"#,
+            ),
+            (5, r#"{"window":"1day","log_limit":10737418240,"on_full":"block","later":1}"#),
+            (
+                6,
+                r#"{"name":"j","id":"0000000000000005","repository":"main","schedule":"0 2 * * *","zone":"UTC","since":"2026-11-24T02:00:00Z","settings":{"placement":"any"},"removed":true,"later":1}"#,
+            ),
+            (
+                7,
+                r#"{"name":"m","lsn":4096,"time":"2026-11-24T02:00:00Z","consistency":"application","removed":true,"later":1}"#,
+            ),
+            (8, r#"{"before":"2026-11-24T02:00:00Z","wall":"2026-11-25T02:00:00Z","later":1}"#),
+        ];
+        for (kind, body) in frozen {
+            let control = Control::from_json(kind, body.as_bytes()).expect(body).expect("known");
+            assert_eq!(control.kind() as u32, kind);
+            assert_eq!(String::from_utf8(control.to_json()).unwrap(), body);
+        }
+        assert_eq!(Control::from_json(9, b"{}").unwrap(), None, "a later kind is no error");
+    }
+
+    #[test]
+    fn a_body_of_the_first_version_is_read_with_its_defaults() {
+        let least = [
+            (3, r#"{"number":1,"name":"v","size_bytes":4096}"#),
+            (4, r#"{"node":"09090909090909090909090909090909","name":"b"}"#),
+            (5, r#"{"window":"1d","log_limit":"10G"}"#),
+        ];
+        for (kind, body) in least {
+            assert!(Control::from_json(kind, body.as_bytes()).expect(body).is_some());
+        }
+    }
+}

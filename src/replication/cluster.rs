@@ -56,10 +56,11 @@ impl TestLog {
         self.chain_at(self.bytes.len()).unwrap_or_default()
     }
 
-    fn append(&mut self, now: Duration, new_reign: Option<(EpochId, NodeId)>) {
+    /// A new reign has its id, its author, and the number that it is to be above.
+    fn append(&mut self, now: Duration, new_reign: Option<(EpochId, NodeId, u64)>) {
         let first_lsn = self.head();
-        if let Some((id, author)) = new_reign {
-            let counter = self.reigns.last().map_or(1, |reign| reign.counter + 1);
+        if let Some((id, author, above)) = new_reign {
+            let counter = self.reigns.last().map_or(0, |reign| reign.counter).max(above) + 1;
             self.reigns.push(Reign { id, counter, first_lsn, author });
         }
         let reign = *self.reigns.last().unwrap();
@@ -122,7 +123,9 @@ struct Node {
     log: TestLog,
     primary: bool,
     recovering: bool,
-    held_back: bool,
+    /// By a reign of the peer.
+    held_back: Option<u64>,
+    split_brain: bool,
     /// Something was lost: a new reign begins before anything is appended.
     reign_due: bool,
     /// What cuts took off, each with where.
@@ -156,6 +159,7 @@ impl Node {
             return Err("it was written here; `tidelog resolve g --preview` shows it".to_owned());
         }
         (self.primary, self.recovering, self.reign_due) = (false, false, false);
+        self.split_brain = false;
         let branch = self.log.cut(at.0 as usize);
         if !branch.is_empty() {
             self.branches.push((at.0 as usize, branch));
@@ -249,7 +253,8 @@ impl World {
                 log: TestLog::default(),
                 primary: side == 0,
                 recovering: false,
-                held_back: false,
+                held_back: None,
+                split_brain: false,
                 reign_due: false,
                 branches: Vec::new(),
                 lost_power: false,
@@ -278,7 +283,7 @@ impl World {
         };
         let first = EpochId(world.entropy.next_u64());
         let now = world.now;
-        world.nodes[0].log.append(now, Some((first, node_id(0))));
+        world.nodes[0].log.append(now, Some((first, node_id(0), 0)));
         for side in 0..2 {
             world.start(side);
         }
@@ -450,15 +455,19 @@ impl World {
                 assert!(lsn <= self.nodes[side].log.head());
             }
             Output::Serve { .. } => self.serve(side),
-            Output::HoldBack { .. } => self.nodes[side].held_back = true,
+            Output::HoldBack { counter, .. } => self.nodes[side].held_back = Some(counter),
+            Output::SplitBrain { there_is, .. } => self.nodes[side].split_brain = there_is,
             Output::Yield { group, at, chain } => {
                 let input = match self.nodes[side].yield_to(at, chain, false) {
                     Ok(()) => Input::Yielded { group },
                     Err(reason) => Input::YieldRefused { group, reason },
                 };
                 let local = self.nodes[side].local();
-                self.later(side, Input::Group(Box::new(local)));
-                self.later(side, input);
+                // Two threads tell of it, so in either order.
+                let told = [Input::Group(Box::new(local)), input];
+                let [first, second] = if self.random(2) == 0 { told } else { swapped(told) };
+                self.later(side, first);
+                self.later(side, second);
             }
             Output::Retire { retired, .. } => self.nodes[side].retired = retired,
             Output::Event { code, .. } => self.nodes[side].events.push(code),
@@ -590,13 +599,16 @@ impl World {
     }
 
     fn promote(&mut self, side: usize) {
+        if self.nodes[side].up && self.nodes[side].primary {
+            return self.serve(side);
+        }
         if self.nodes[side].up && !self.nodes[side].primary && self.nodes[side].log.head().0 > 0 {
             let id = EpochId(self.entropy.next_u64());
             let now = self.now;
             let node = &mut self.nodes[side];
             node.primary = true;
             node.log.tail.clear();
-            node.log.append(now, Some((id, node_id(side))));
+            node.log.append(now, Some((id, node_id(side), 0)));
             let local = self.nodes[side].local();
             self.feed(side, Input::Group(Box::new(local)));
         }
@@ -608,8 +620,9 @@ impl World {
         let node = &mut self.nodes[side];
         if node.up && node.primary && std::mem::take(&mut node.recovering) {
             node.log.tail.clear();
-            if std::mem::take(&mut node.reign_due) {
-                node.log.append(now, Some((id, node_id(side))));
+            let above = node.held_back.take();
+            if std::mem::take(&mut node.reign_due) || above.is_some() {
+                node.log.append(now, Some((id, node_id(side), above.unwrap_or_default())));
             }
             let local = self.nodes[side].local();
             self.feed(side, Input::Group(Box::new(local)));
@@ -628,7 +641,7 @@ impl World {
 
     /// What happens once hosts have waited long enough.
     fn hosts_insist(&mut self, side: usize) {
-        if !self.nodes[side].held_back {
+        if self.nodes[side].held_back.is_none() {
             self.serve(side);
         }
     }
@@ -651,6 +664,7 @@ impl World {
     fn demote(&mut self, side: usize) {
         if self.nodes[side].up {
             self.nodes[side].recovering = false;
+            self.nodes[side].split_brain = false;
             self.nodes[side].primary = false;
             let local = self.nodes[side].local();
             self.feed(side, Input::Group(Box::new(local)));
@@ -674,7 +688,7 @@ impl World {
         node.up = true;
         node.incarnation += 2;
         node.core = new_core(now, side);
-        (node.recovering, node.held_back) = (node.primary, false);
+        (node.recovering, node.held_back) = (node.primary && !node.split_brain, None);
         node.log.tail.clear();
         self.start(side);
     }
@@ -742,6 +756,10 @@ impl World {
             self.nodes[1].log.head()
         );
     }
+}
+
+fn swapped<T>([first, second]: [T; 2]) -> [T; 2] {
+    [second, first]
 }
 
 fn new_core(now: Duration, side: usize) -> PeerCore {

@@ -11,7 +11,9 @@ use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, MemberRecord, Mode};
 use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
 
+use super::channel::Remote;
 use super::core::{Input, PeerCore};
+use super::epoch::History;
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
 use super::replica::Replica;
 use super::service::{Replication, ReplicationError, Shared};
@@ -33,6 +35,7 @@ impl Replication {
     pub(super) fn install_handlers(&self) {
         self.install_pair_handlers();
         self.install_copy_handler();
+        self.install_take_over_handler();
         let shared = Arc::downgrade(&self.shared);
         self.on_call(
             CREATE_COPY,
@@ -259,7 +262,13 @@ impl Replication {
             }
             let name = &local.name;
             let peer = core.name();
-            if core.conn().is_some() && channel.remote().is_some_and(|remote| remote.primary) {
+            // One that has come back after this node's reign began waits for this node to go on.
+            let counter = |history: &History| history.last().map(|reign| reign.counter);
+            let reigns = |remote: &Remote| {
+                let superseded = counter(&remote.history) < counter(&local.history);
+                remote.primary && !(remote.recovering && superseded)
+            };
+            if core.conn().is_some() && channel.remote().is_some_and(reigns) {
                 return Some(format!(
                     "group {name}: {peer} is connected and is its primary; `tidelog demote {name}` \
                      there first, or `tidelog promote {name} --force` here"

@@ -323,8 +323,18 @@ pub enum Output {
     HoldBack {
         /// The group.
         group: GroupId,
+        /// The peer's reign: whoever serves here nevertheless reigns above it.
+        counter: u64,
         /// Why.
         reason: String,
+    },
+    /// Remember, over a restart, that this node and a peer have both served as primary, or that it
+    /// is over: only an operator says which of them yields.
+    SplitBrain {
+        /// The group.
+        group: GroupId,
+        /// It began, or ended.
+        there_is: bool,
     },
     /// Be a secondary from `at` on, where the peer's chain is `chain`: keep what is behind it as a
     /// branch, if that may be cut without an operator. Answer with `Yielded` or `YieldRefused`.

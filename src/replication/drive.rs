@@ -58,8 +58,11 @@ impl Shared {
                 self.add_job(peer, group, Job::Retire { retired }, room);
             }
             Output::Serve { group } => self.add_job(peer, group, Job::Serve, room),
-            Output::HoldBack { group, reason } => {
-                self.add_job(peer, group, Job::HoldBack { reason }, room);
+            Output::HoldBack { group, counter, reason } => {
+                self.add_job(peer, group, Job::HoldBack { counter, reason }, room);
+            }
+            Output::SplitBrain { group, there_is } => {
+                self.add_job(peer, group, Job::SplitBrain { there_is }, room);
             }
             Output::Yield { group, at, chain } => {
                 self.add_job(peer, group, Job::Yield { peer, at, chain }, room);

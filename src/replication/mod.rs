@@ -5,9 +5,9 @@
 //! cores under tokio with `link` (sockets, TLS, frames), `worker` (a thread for each replicated
 //! group) and `rpc` (calls between nodes), within `bounds`. `pairing` and `tls` say who may talk to
 //! whom, `pair` does it over the network, `peers` keeps it. `commands` is what operators ask for,
-//! `status` what they see, `health` the verdict that backup trusts, with `check`, the re-reading of
-//! logs, and `copy`, what a peer says of its copy, behind it. `replica` is all that this room needs
-//! of a group.
+//! with `switchover` and `resolve` beside it, `status` what they see, `health` the verdict that
+//! backup trusts, with `check`, the re-reading of logs, and `copy`, what a peer says of its copy,
+//! behind it. `replica` is all that this room needs of a group.
 
 mod bounds;
 mod channel;
@@ -30,6 +30,7 @@ mod resolve;
 mod rpc;
 mod service;
 mod status;
+mod switchover;
 mod tls;
 pub mod wire;
 mod worker;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::group::{
     ControlView, DataState, Discard, Group, GroupError, Positions, ReceiveError, Registry, Role,
 };
-use crate::log::control::Control;
+use crate::log::control::{Control, EpochRecord};
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
 
 use super::core::{LocalGroup, Membership};
@@ -32,8 +32,14 @@ pub trait Replica: Send + Sync {
     fn note_committed(&self, lsn: Lsn);
     fn is_asking(&self) -> bool;
     fn serve(&self) -> Result<(), GroupError>;
-    fn hold_back(&self, reason: &str);
+    fn hold_back(&self, counter: u64, reason: &str);
+    fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError>;
     fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError>;
+    fn halt_writers(&self, why: &str) -> Result<(), GroupError>;
+    fn resume_writers(&self);
+    fn sync_now(&self) -> Result<Lsn, GroupError>;
+    fn demote(&self) -> Result<(), GroupError>;
+    fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError>;
     fn set_retired(&self, retired: bool) -> Result<(), GroupError>;
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
     fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError>;
@@ -107,11 +113,29 @@ impl Replica for Group {
     fn serve(&self) -> Result<(), GroupError> {
         Group::serve(self)
     }
-    fn hold_back(&self, reason: &str) {
-        Group::hold_back(self, reason);
+    fn hold_back(&self, counter: u64, reason: &str) {
+        Group::hold_back(self, counter, reason);
+    }
+    fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError> {
+        Group::note_split_brain(self, there_is)
     }
     fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError> {
         Group::yield_to(self, at, chain, discard)
+    }
+    fn halt_writers(&self, why: &str) -> Result<(), GroupError> {
+        Group::halt_writers(self, why)
+    }
+    fn resume_writers(&self) {
+        Group::resume_writers(self);
+    }
+    fn sync_now(&self) -> Result<Lsn, GroupError> {
+        Group::sync_now(self)
+    }
+    fn demote(&self) -> Result<(), GroupError> {
+        Group::demote(self)
+    }
+    fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError> {
+        Group::promote(self, reason)
     }
     fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
         Group::set_retired(self, retired)

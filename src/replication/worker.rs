@@ -23,7 +23,8 @@ pub(super) enum Job {
     Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
     Committed { lsn: Lsn },
     Serve,
-    HoldBack { reason: String },
+    HoldBack { counter: u64, reason: String },
+    SplitBrain { there_is: bool },
     Yield { peer: NodeId, at: Lsn, chain: Chain },
     Retire { retired: bool },
 }
@@ -111,7 +112,12 @@ fn run(
                     tracing::error!("group {}: serve: {error}", group.name());
                 }
             }
-            Job::HoldBack { reason } => group.hold_back(&reason),
+            Job::HoldBack { counter, reason } => group.hold_back(counter, &reason),
+            Job::SplitBrain { there_is } => {
+                if let Err(error) = group.note_split_brain(there_is) {
+                    tracing::error!("group {}: note a split brain: {error}", group.name());
+                }
+            }
             Job::Yield { peer, at, chain } => {
                 let group_id = group.id();
                 report(

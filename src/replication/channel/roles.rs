@@ -62,6 +62,18 @@ impl Channel {
             self.set_state(context, ReplicationState::Idle, reason);
             return;
         }
+        if let Some(mine) = self.local.history.last()
+            && remote.recovering
+            && remote.history.last().is_none_or(|theirs| theirs.counter < mine.counter)
+        {
+            let (peer, name) = (context.peer_name, &self.local.name);
+            let reason = format!(
+                "{peer} has come back as primary of an earlier reign: run `tidelog promote {name}` \
+                 here, and it follows"
+            );
+            self.set_state(context, ReplicationState::Idle, reason);
+            return;
+        }
         self.sender = None;
         self.ask(context);
     }
@@ -72,9 +84,27 @@ impl Channel {
         if self.follower.is_some() {
             return;
         }
+        let peer = context.peer_name.clone();
+        let name = self.local.name.clone();
+        if let Some(counter) = self.reigned_meanwhile(remote) {
+            context.outputs.push(Output::HoldBack {
+                group: self.local.id,
+                counter,
+                reason: format!(
+                    "{peer} was primary while this node was away, and is not any more; `tidelog \
+                     promote {name}` there goes on with what it has, `tidelog promote {name} \
+                     --force` here with what is here"
+                ),
+            });
+            let reason = format!(
+                "{peer} was primary while this node was away, and is not any more: run `tidelog \
+                 promote {name}` there, and this node follows"
+            );
+            self.set_state(context, ReplicationState::Idle, reason);
+            return;
+        }
         if compare(&self.local.history, &remote.history) == Relation::MineIsPrefix {
             let lost = remote.history.head.bytes_since(self.local.history.head);
-            let peer = context.peer_name;
             context.outputs.push(Output::Event {
                 severity: Severity::Warning,
                 code: "takes-back",
@@ -90,6 +120,14 @@ impl Channel {
         } else {
             context.outputs.push(Output::Serve { group: self.local.id });
         }
+    }
+
+    /// The peer's newest reign, where it is above this node's and another node's.
+    fn reigned_meanwhile(&self, remote: &Remote) -> Option<u64> {
+        let (mine, theirs) = (self.local.history.last(), remote.history.last()?);
+        let newer = mine.is_none_or(|mine| theirs.counter > mine.counter);
+        let foreign = mine.is_none_or(|mine| theirs.author != mine.author);
+        (newer && foreign).then_some(theirs.counter)
     }
 
     /// All that the peer had is here again.
@@ -117,10 +155,11 @@ impl Channel {
             );
             context.outputs.push(Output::HoldBack {
                 group: self.local.id,
+                counter: counter(&remote.history).unwrap_or_default(),
                 reason: format!(
                     "is about to follow {peer}, which became primary while this node was away; \
-                     `tidelog status {name}` shows the state, `tidelog promote {name}` serves here \
-                     nevertheless"
+                     `tidelog status {name}` on both shows what it waits for, `tidelog promote \
+                     {name} --force` serves here nevertheless, beside {peer}"
                 ),
             });
             self.set_state(context, ReplicationState::Idle, reason);
@@ -144,13 +183,30 @@ impl Channel {
         let (at, expected) = match relation {
             Relation::TheirsIsPrefix => (remote.history.head, Some(remote.history.chain)),
             Relation::Diverged { common, .. } => (*common, None),
-            Relation::Same | Relation::MineIsPrefix => return,
+            Relation::MineIsPrefix => (self.local.history.head, Some(self.local.history.chain)),
+            Relation::Same => return,
         };
         if at < self.local.log_start || at == Lsn::ZERO {
-            self.split_brain(context, relation);
+            self.cannot_part(context, remote, at);
             return;
         }
         self.look_up(context, at, Lookup::Part { stream: None, at, expected });
+    }
+
+    /// The log here does not tell how the peer could follow from where its history leaves this one.
+    pub(super) fn cannot_part(&mut self, context: &mut Context<'_>, remote: &Remote, at: Lsn) {
+        if !remote.recovering {
+            return;
+        }
+        let name = &self.local.name;
+        let peer = context.peer_name;
+        let reason = format!(
+            "{peer} has come back as primary with a history that leaves this one before LSN {at} or \
+             there, which the log here does not reach any more; nothing was changed: on {peer} \
+             save what is needed, `tidelog demote {name}` and `tidelog group delete {name}`, then \
+             `tidelog replicate {name} --to {peer}` here"
+        );
+        self.set_state(context, ReplicationState::Blocked, reason);
     }
 
     pub(super) fn split_brain(&mut self, context: &mut Context<'_>, relation: &Relation) {
@@ -172,6 +228,9 @@ impl Channel {
              `tidelog resolve {name} --preview` and `tidelog resolve {name} --discard-local` there"
         );
         self.set_state(context, ReplicationState::SplitBrain, text);
+        if !self.local.recovering {
+            context.outputs.push(Output::SplitBrain { group: self.local.id, there_is: true });
+        }
     }
 
     pub(super) fn ask(&mut self, context: &mut Context<'_>) {
@@ -225,7 +284,10 @@ impl Channel {
         });
         self.drop_streams();
         self.state = ReplicationState::Idle;
-        self.evaluate(context);
+        // Where the change of role is not known here yet, it is looked at when it is.
+        if !self.local.primary {
+            self.evaluate(context);
+        }
     }
 
     pub(in crate::replication) fn on_yield_refused(

@@ -145,6 +145,7 @@ impl Channel {
 
     pub(super) fn grant(&mut self, context: &mut Context<'_>, stream: u64, acked: Acked) {
         self.parted = None;
+        context.outputs.push(Output::SplitBrain { group: self.local.id, there_is: false });
         self.sender = Some(Sender { stream, cursor: acked.received, queued: 0 });
         self.mismatch = None;
         self.note_acked(context.now, acked);
@@ -202,12 +203,9 @@ impl Channel {
                     self.refuse_diverged(context, stream, at, mine, 0);
                 }
                 (_, None) => {
-                    let relation = Relation::Diverged {
-                        common: Lsn::ZERO,
-                        mine_bytes: self.local.history.head.0,
-                        theirs_bytes: at.0,
-                    };
-                    self.split_brain(context, &relation);
+                    if let Some(remote) = self.remote.clone() {
+                        self.cannot_part(context, &remote, at);
+                    }
                 }
             },
         }

@@ -142,7 +142,7 @@ fn a_secondary_that_is_ahead_or_of_another_history_is_left_alone() {
         let mut world = World::new(9);
         if foreign {
             let now = world.now;
-            world.nodes[1].log.append(now, Some((EpochId(99), node_id(1))));
+            world.nodes[1].log.append(now, Some((EpochId(99), node_id(1), 0)));
             world.nodes[1].log.append(now, None);
         } else {
             world.write(0);

@@ -140,13 +140,17 @@ fn whatever_dies_and_returns_ends_in_order_or_says_why() {
         world.run(seconds(2));
         for _ in 0..60 {
             let side = world.random(2) as usize;
-            match world.random(12) {
+            match world.random(14) {
                 0 if world.nodes[side].up => world.stop(side),
                 1 if world.nodes[side].up => world.lose_power(side),
                 2 | 3 if !world.nodes[side].up => world.restart(side),
                 4 => world.weather.partitioned = !world.weather.partitioned,
                 5 if world.random(4) == 0 && !world.nodes[1 - side].up => world.promote(side),
                 6 => world.hosts_insist(side),
+                7 if world.random(4) == 0 => world.demote(side),
+                8 if world.nodes[side].held_back.is_some() && world.random(4) == 0 => {
+                    world.promote(side);
+                }
                 _ => world.write(side),
             }
             let pause = Duration::from_millis(world.random(1500));
@@ -159,6 +163,17 @@ fn whatever_dies_and_returns_ends_in_order_or_says_why() {
             }
         }
         world.run(seconds(30));
+        // Where nobody reigns, and where one waits for the other to go on, an operator says who.
+        let nobody = world.nodes.iter().all(|node| !node.primary || node.held_back.is_some());
+        if nobody {
+            *seen.entry("nobody").or_default() += 1;
+            let newest = |side: usize| {
+                let log = &world.nodes[side].log;
+                (log.reigns.last().map(|reign| reign.counter), log.head())
+            };
+            world.promote(usize::from(newest(1) > newest(0)));
+            world.run(seconds(30));
+        }
         for side in 0..2 {
             for event in world.nodes[side].events.clone() {
                 *seen.entry(event).or_default() += 1;
@@ -194,7 +209,7 @@ fn whatever_dies_and_returns_ends_in_order_or_says_why() {
             }
         }
     }
-    for what in ["yielded", "takes-back", "branches", "split-brain", "streaming"] {
+    for what in ["yielded", "takes-back", "branches", "split-brain", "streaming", "nobody"] {
         assert!(seen.get(what).is_some_and(|count| *count > 0), "{what} never happened: {seen:?}");
     }
 }
@@ -231,4 +246,117 @@ fn a_planned_change_of_roles_loses_nothing() {
     world.write(1);
     world.run(seconds(3));
     world.assert_streaming();
+}
+
+#[test]
+fn a_primary_that_returns_to_one_that_was_promoted_and_demoted_serves_nobody_by_itself() {
+    for (seed, unsent) in [(11, 0), (12, 3)] {
+        let mut world = World::new(seed);
+        world.write(0);
+        world.run(seconds(3));
+        world.weather.partitioned = true;
+        for _ in 0..unsent {
+            world.write(0);
+        }
+        world.run(seconds(5));
+        world.stop(0);
+        world.promote(1);
+        world.write(1);
+        world.demote(1);
+        world.weather.partitioned = false;
+        world.restart(0);
+        world.run(seconds(10));
+        world.hosts_insist(0);
+        assert!(world.nodes[0].recovering, "what was answered on b is missing here");
+        assert!(world.state(0).1.contains("tidelog promote g"), "{:?}", world.state(0));
+        world.promote(1);
+        world.run(seconds(10));
+        world.assert_streaming();
+        assert_eq!(world.nodes[0].branches.len(), usize::from(unsent > 0));
+    }
+}
+
+#[test]
+fn one_that_is_promoted_although_held_back_reigns_above_the_other() {
+    let mut world = World::new(13);
+    world.write(0);
+    world.run(seconds(3));
+    world.stop(0);
+    world.run(seconds(5));
+    world.promote(1);
+    world.write(1);
+    world.stop(1);
+    world.restart(0);
+    // The new primary is gone for good, but not before it was heard.
+    world.nodes[0].held_back = Some(2);
+    world.promote(0);
+    assert_eq!(world.nodes[0].log.reigns.last().unwrap().counter, 3);
+    world.write(0);
+    world.restart(1);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert_eq!(world.nodes[1].branches.len(), 1);
+}
+
+#[test]
+fn a_restart_does_not_end_a_split_brain() {
+    let mut world = World::new(14);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.promote(1);
+    world.write(0);
+    world.write(1);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    for side in [0, 1] {
+        world.stop(side);
+        world.restart(side);
+        world.run(seconds(10));
+        assert!(world.nodes.iter().all(|node| node.primary && node.branches.is_empty()));
+        assert_eq!(world.state(side).0, ReplicationState::SplitBrain);
+    }
+    world.resolve(0);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert!(world.nodes.iter().all(|node| !node.split_brain));
+}
+
+#[test]
+fn a_promote_beside_an_idle_primary_can_be_taken_back() {
+    let mut world = World::new(15);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world.promote(1);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    world.resolve(1);
+    world.run(seconds(10));
+    world.assert_streaming();
+    assert!(world.nodes[0].primary);
+}
+
+#[test]
+fn a_primary_that_returns_from_before_the_log_waits_and_is_told_what_to_do() {
+    let mut world = World::new(16);
+    world.write(0);
+    world.run(seconds(3));
+    world.stop(0);
+    world.promote(1);
+    for _ in 0..10 {
+        world.write(1);
+    }
+    world.nodes[1].log.start = 8 * RECORD_BYTES as u64;
+    let local = world.nodes[1].local();
+    world.feed(1, Input::Group(Box::new(local)));
+    world.restart(0);
+    world.run(seconds(20));
+    world.hosts_insist(0);
+    assert!(world.nodes[0].recovering && world.nodes[0].held_back.is_some());
+    let (state, reason) = world.state(1);
+    assert_eq!(state, ReplicationState::Blocked);
+    assert!(reason.contains("tidelog group delete g"), "{reason}");
 }

@@ -1,0 +1,228 @@
+//! A planned change of roles: the primary hands a group over to its peer, and nothing is lost.
+//!
+//! Hosts' writes wait until the peer has everything durably; then this node stops being primary, and
+//! only after that the peer begins its reign, at exactly this end of the log. Whatever fails before
+//! leaves all as it was.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::events::Severity;
+use crate::group::Role;
+use crate::units::{Chain, GroupId, Lsn, Name};
+
+use super::channel::ReplicationState;
+use super::commands::run_blocking;
+use super::core::Membership;
+use super::replica::{Replica, membership_of};
+use super::rpc::PeerContext;
+use super::service::{Replication, ReplicationError, Shared};
+
+const METHOD: &str = "replication.take-over";
+/// The peer syncs its log and begins a reign.
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Hosts wait this long at most for the peer to have everything.
+const HALT_MAX: Duration = Duration::from_secs(10);
+/// Between two looks at what the peer has.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// What the peer is asked to begin its reign at.
+#[derive(Serialize, Deserialize)]
+struct TakeOver {
+    group: GroupId,
+    head: Lsn,
+    chain: Chain,
+}
+
+/// What it did. An error in its place says nothing of what it did.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TakeOverAnswer {
+    Primary,
+    /// It touched nothing.
+    Refused(String),
+}
+
+/// Hosts' writes wait while this lives.
+struct Halt(Arc<dyn Replica>);
+
+impl Drop for Halt {
+    fn drop(&mut self) {
+        self.0.resume_writers();
+    }
+}
+
+impl Replication {
+    pub(super) fn install_take_over_handler(&self) {
+        let shared = Arc::downgrade(&self.shared);
+        self.on_call(
+            METHOD,
+            Arc::new(move |peer, body: Value| {
+                let shared = shared.upgrade();
+                Box::pin(async move {
+                    let shared = shared.ok_or("this node shuts down")?;
+                    let work = move || shared.take_over(&peer, &body);
+                    tokio::task::spawn_blocking(work)
+                        .await
+                        .map_err(|_| "this node shuts down".to_owned())?
+                })
+            }),
+        );
+    }
+
+    /// Makes the peer the primary of a group, and this node a secondary; the peer's name.
+    ///
+    /// # Errors
+    ///
+    /// Where this node is not the primary, the peer does not stream, or does not have everything
+    /// within 10 s: then nothing has changed. Where the peer does not say whether it took over, this
+    /// node has stopped being primary, and the error says what to look at.
+    pub async fn switchover(&self, group_name: &str) -> Result<Name, ReplicationError> {
+        let shared = &self.shared;
+        let group = shared.groups.by_name(group_name)?;
+        if group.role() != Role::Primary {
+            return Err(ReplicationError::Refused(format!(
+                "group {group_name}: is not the primary here; `tidelog status {group_name}` shows \
+                 who is"
+            )));
+        }
+        let (peer, _) = shared.streaming_peer(&*group)?;
+        let why = format!("switchover to {peer}: writes wait until it has everything");
+        group.halt_writers(&why)?;
+        let halt = Halt(Arc::clone(&group));
+        let syncing = Arc::clone(&group);
+        run_blocking(move || syncing.sync_now().map(|_| ()).map_err(Into::into)).await?;
+        let end = group.positions();
+        let begun = shared.now();
+        while shared.streaming_peer(&*group)?.1 < end.head {
+            if shared.now().saturating_sub(begun) > HALT_MAX {
+                return Err(ReplicationError::Refused(format!(
+                    "group {group_name}: writes waited for {} s, and {peer} still did not have \
+                     everything durably; nothing was changed; `tidelog status {group_name}` shows \
+                     how far it is",
+                    HALT_MAX.as_secs()
+                )));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        let demoting = Arc::clone(&group);
+        run_blocking(move || demoting.demote().map_err(Into::into)).await?;
+        drop(halt);
+        let take_over = TakeOver { group: group.id(), head: end.head, chain: end.chain };
+        self.hand_over(&group, &peer, &take_over).await?;
+        let text = format!("group {group_name}: {peer} is its primary, from LSN {} on", end.head);
+        let name = Some(group_name);
+        shared.context.events.emit(Severity::Info, "switched-over", name, text, Value::Null);
+        Ok(peer)
+    }
+
+    /// Has the peer begin its reign; where it says that it did not, this node begins one again.
+    async fn hand_over(
+        &self,
+        group: &Arc<dyn Replica>,
+        peer: &Name,
+        take_over: &TakeOver,
+    ) -> Result<(), ReplicationError> {
+        let name = group.name();
+        let body = serde_json::to_value(take_over).expect("plain data becomes JSON");
+        let answer = self.call(peer.as_str(), METHOD, body, TAKE_OVER_TIMEOUT).await;
+        let why = match answer.map(serde_json::from_value::<TakeOverAnswer>) {
+            Ok(Ok(TakeOverAnswer::Primary)) => return Ok(()),
+            Ok(Ok(TakeOverAnswer::Refused(why))) => why,
+            Err(ReplicationError::NotConnected { reason, .. }) => reason,
+            Ok(Err(error)) => return Err(unknown(name, peer, &error.to_string())),
+            Err(error) => return Err(unknown(name, peer, &error.to_string())),
+        };
+        let promoting = Arc::clone(group);
+        run_blocking(move || {
+            promoting.promote("switchover-refused").map(|_| ()).map_err(Into::into)
+        })
+        .await?;
+        Err(ReplicationError::Refused(format!(
+            "group {name}: {peer} did not take over: {why}; this node goes on as primary"
+        )))
+    }
+}
+
+/// Nobody may go on by itself: the peer may reign already.
+fn unknown(group: &Name, peer: &Name, why: &str) -> ReplicationError {
+    ReplicationError::Refused(format!(
+        "group {group}: it is not known whether {peer} took over ({why}), and this node is no longer \
+         primary; `tidelog status {group}` on {peer} shows it; if it did not, `tidelog promote \
+         {group}` on one of the two"
+    ))
+}
+
+impl Shared {
+    /// The one peer of a group, which streams, and up to where it has everything durably.
+    fn streaming_peer(&self, group: &dyn Replica) -> Result<(Name, Lsn), ReplicationError> {
+        let name = group.name();
+        let refused = |what: String| {
+            Err(ReplicationError::Refused(format!("group {name}: {what}; nothing was changed")))
+        };
+        let cores = self.cores.lock().expect("no holder panics");
+        let members = cores.values().filter_map(|core| {
+            let channel = core.channel(group.id())?;
+            let member = matches!(channel.local().membership, Membership::Member { .. });
+            member.then_some((core, channel))
+        });
+        let mut members = members.collect::<Vec<_>>();
+        let Some((core, channel)) = members.pop() else {
+            return refused(format!(
+                "is not replicated, so there is nobody to switch over to; `tidelog replicate {name} \
+                 --to PEER` first"
+            ));
+        };
+        let peer = core.name();
+        match channel.state() {
+            (ReplicationState::Streaming | ReplicationState::CatchingUp, _, _)
+                if core.conn().is_some() =>
+            {
+                Ok((peer.clone(), channel.acked().durable))
+            }
+            (state, reason, _) => refused(format!(
+                "replication to {peer} is {}: {reason}; `tidelog status {name}` shows more",
+                state.text()
+            )),
+        }
+    }
+
+    /// Begins a reign here, where this node has exactly what the peer that asks has.
+    fn take_over(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
+        let TakeOver { group, head, chain } = serde_json::from_value(body.clone())
+            .map_err(|error| format!("a request that is not understood: {error}"))?;
+        let answer = match self.may_take_over(peer, group, head, chain) {
+            Err(why) => TakeOverAnswer::Refused(why),
+            Ok(group) => {
+                group.promote("switchover").map_err(|error| error.to_string())?;
+                TakeOverAnswer::Primary
+            }
+        };
+        Ok(serde_json::to_value(answer).expect("plain data becomes JSON"))
+    }
+
+    fn may_take_over(
+        &self,
+        peer: &PeerContext,
+        group: GroupId,
+        head: Lsn,
+        chain: Chain,
+    ) -> Result<Arc<dyn Replica>, String> {
+        let group = self.groups.by_id(group).ok_or("it has no such group")?;
+        let member = membership_of(&group.control(), self.me(), peer.node, false, false);
+        if !matches!(member, Membership::Member { .. }) {
+            return Err("it knows the asker as no member of the group".to_owned());
+        }
+        if group.role() != Role::Secondary {
+            return Err("it is primary already".to_owned());
+        }
+        let here = group.positions();
+        if (here.head, here.chain) != (head, chain) {
+            return Err(format!("its log ends at LSN {}, not as asked at {head}", here.head));
+        }
+        Ok(group)
+    }
+}
