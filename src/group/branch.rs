@@ -102,7 +102,8 @@ impl Group {
         Ok(branch)
     }
 
-    /// The branches that are kept, by where they leave the history.
+    /// The branches that are kept, by where they leave the history. One whose description cannot be
+    /// read is among them with its name, so that nothing that was kept is out of sight.
     ///
     /// # Errors
     ///
@@ -117,14 +118,26 @@ impl Group {
         let mut branches = Vec::new();
         for name in disk.list(&all).map_err(io)? {
             let text = files::load(&**disk, &all.join(&name).join(ABOUT));
-            let about = text.ok().and_then(|text| serde_json::from_slice::<Branch>(&text).ok());
-            branches.extend(about.map(|about| Branch { name, ..about }));
+            let about = text.and_then(|text| Ok(serde_json::from_slice::<Branch>(&text)?));
+            branches.push(match about {
+                Ok(about) => Branch { name, ..about },
+                Err(cause) => unreadable(name, &cause),
+            });
         }
         branches.sort_by(|one, other| {
             one.from.lsn.cmp(&other.from.lsn).then_with(|| one.cut.cmp(&other.cut))
         });
         Ok(branches)
     }
+}
+
+/// What is known of a branch that does not say what it is: its name, which tells where it begins.
+fn unreadable(name: String, cause: &io::Error) -> Branch {
+    let at = name.strip_prefix("cut-").and_then(|rest| rest.split('-').next()?.parse().ok());
+    let from = Position { lsn: Lsn(at.unwrap_or(0)), ..Position::default() };
+    let reason = format!("{ABOUT} cannot be read: {cause}");
+    // Of the two origins the one that nobody gives up lightly.
+    Branch { name, from, to: from, bytes: 0, authored: true, cut: LogTime(0), reason }
 }
 
 /// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and

@@ -684,6 +684,12 @@ impl Drop for ClientGuard {
                 clients.remove(&self.volume);
             }
         }
+        let was_last = clients.is_empty();
+        drop(clients);
+        if was_last {
+            // Somebody may wait for that: a group with clients yields to nobody.
+            self.group.notify();
+        }
     }
 }
 

@@ -46,7 +46,14 @@ impl Group {
         self.failed_error(&self.lock())?;
         self.close_expired();
         self.finish_fold()?;
-        let horizon = self.lock().timeline.horizon();
+        let horizon = {
+            let core = self.lock();
+            // What no peer has may yet leave the history: from the base nothing can be cut.
+            if core.asking.is_some() {
+                return Ok(core.timeline.horizon().lsn);
+            }
+            core.timeline.horizon()
+        };
         let facts = self.fold_facts(forced)?;
         let Some(goal) = fold_goal(&facts) else { return self.nothing_folded(&facts) };
         let from = self.lock().timeline.before_lsn(goal.target);

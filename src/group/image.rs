@@ -477,13 +477,28 @@ impl Group {
                 return self.emit(Severity::Warning, "image-lost", text, json!(null));
             }
         };
+        let mut lost = false;
         for image in kept {
             let name = image.name.clone();
-            if let Err(error) = self.build_image(image) {
+            if let Err(error) = self.reopen_image(image) {
                 let text = format!("image {name} could not be opened again: {error}");
                 self.emit(Severity::Warning, "image-lost", text, json!({"image": name}));
+                lost = true;
             }
         }
+        // What was told to be lost stays lost.
+        if lost && let Err(error) = self.keep_images() {
+            tracing::warn!("{error}");
+        }
+    }
+
+    fn reopen_image(&self, image: KeptImage) -> Result<(), GroupError> {
+        // A cut may have taken its moment away, and other records may have grown over the place.
+        let (was, found) = (image.position, self.resolve(&Point::Lsn(image.position.lsn))?);
+        if (found.epoch, found.lsn) != (was.epoch, was.lsn) {
+            return Err(self.refused(format!("LSN {} of its epoch left the history", was.lsn)));
+        }
+        self.build_image(image).map(|_| ())
     }
 }
 

@@ -130,21 +130,31 @@ impl Group {
                 return;
             }
             // A failure is latched and told by who finds it.
-            let Ok(durable) = self.sync_now() else {
+            if self.sync_now().is_err() {
                 self.fail_waiters();
                 continue;
-            };
+            }
             let now = self.context.env.clock.monotonic();
             if now.saturating_sub(marked) >= SYNC_EVERY {
                 marked = now;
-                self.mark_durable(durable);
+                self.mark_durable();
                 noted = noted || self.note_clock();
             }
         }
     }
 
     /// Writes the durable mark: what is below it is trusted after a crash, and missing is damage.
-    fn mark_durable(&self, durable: Lsn) {
+    pub(super) fn mark_durable(&self) {
+        // A cut holds the lock too: the mark never ends behind the log.
+        let _no_cut = self.sync_lock.lock().expect("no holder panics");
+        let durable = {
+            let core = self.lock();
+            // After a cut that failed the memory has an end that the disk may lack.
+            if core.failed.is_some() {
+                return;
+            }
+            core.durable
+        };
         if let Err(error) = self.update_meta(|meta| meta.durable = meta.durable.max(durable)) {
             self.fail("durable mark", &std::io::Error::other(error.to_string()));
         }

@@ -39,7 +39,11 @@ impl GroupExports {
     fn open_default(&self) -> Result<Arc<dyn Device>, Refusal> {
         let mut live = self.live();
         match live.len() {
-            1 => Ok(Arc::new(live.remove(0))),
+            1 => {
+                let only = live.remove(0);
+                may_serve(&only.group, &only.info().name)?;
+                Ok(Arc::new(only))
+            }
             0 => Err(Refusal::Unknown(
                 "export: this node serves no volume; `tidelog volume create GROUP/VOL` makes one"
                     .to_owned(),
@@ -103,29 +107,36 @@ impl Exports for GroupExports {
             let volume = find(image.volumes())?;
             return Ok(Arc::new(ImageVolume { image, volume }));
         }
-        if group.role() == Role::Primary {
-            // It may have just come back, and ask its peers whether it is still primary.
-            group
-                .wait_to_serve()
-                .map_err(|error| Refusal::Policy(format!("export `{name}`: {error}")))?;
-        }
-        if group.role() != Role::Primary {
-            let epochs = &group.control().epochs;
-            let primary = match epochs.last() {
-                Some(epoch) if epoch.author != group.node().id => {
-                    format!("connect to node `{}`, its primary", epoch.author_name)
-                }
-                _ => format!("`tidelog promote {group_name}` makes this node its primary"),
-            };
-            return Err(Refusal::Policy(format!(
-                "export `{name}`: group `{group_name}` is secondary here, on node `{}`; {primary}, \
-                 or `tidelog image open {group_name} --at now` exports the copy read-only",
-                group.node().name
-            )));
-        }
+        may_serve(&group, name)?;
         let volume = find(group.volumes())?;
         Ok(Arc::new(LiveVolume { group, volume }))
     }
+}
+
+/// Whether live volumes of a group are served here, export `name` among them.
+fn may_serve(group: &Group, name: &str) -> Result<(), Refusal> {
+    if group.role() == Role::Primary {
+        // It may have just come back, and ask its peers whether it is still primary.
+        group
+            .wait_to_serve()
+            .map_err(|error| Refusal::Policy(format!("export `{name}`: {error}")))?;
+    }
+    if group.role() == Role::Primary {
+        return Ok(());
+    }
+    let group_name = group.name();
+    let epochs = &group.control().epochs;
+    let primary = match epochs.last() {
+        Some(epoch) if epoch.author != group.node().id => {
+            format!("connect to node `{}`, its primary", epoch.author_name)
+        }
+        _ => format!("`tidelog promote {group_name}` makes this node its primary"),
+    };
+    Err(Refusal::Policy(format!(
+        "export `{name}`: group `{group_name}` is secondary here, on node `{}`; {primary}, or \
+         `tidelog image open {group_name} --at now` exports the copy read-only",
+        group.node().name
+    )))
 }
 
 /// A volume as it is now.
@@ -154,10 +165,7 @@ impl Device for LiveVolume {
 
     fn check_serving(&self) -> Result<(), GroupError> {
         // A host that was left behind by a switch of roles must not read what is old by now.
-        match self.group.role() {
-            Role::Primary => Ok(()),
-            Role::Secondary => Err(GroupError::NotPrimary { group: self.group.name().clone() }),
-        }
+        self.group.check_serving()
     }
 
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
@@ -227,5 +235,70 @@ impl ImageVolume {
             group: self.image.group().name().clone(),
             what: format!("image `{}` is read-only", self.image.name()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::Map;
+
+    use super::*;
+    use crate::events::Events;
+    use crate::group::{GroupContext, LocalLimits, NodeIdentity};
+    use crate::io::{Entropy, Env, ManualClock, MemoryDisk, SeededEntropy};
+    use crate::log::control::{Control, MemberRecord, Mode};
+    use crate::units::{LogTime, NodeId};
+
+    fn start(disk: &Arc<MemoryDisk>) -> Arc<Registry> {
+        let entropy = Arc::new(SeededEntropy::new(1));
+        let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
+        let context = GroupContext {
+            node: NodeIdentity { id: NodeId(entropy.next_id()), name: "a".parse().unwrap() },
+            env: Env { disk: disk.clone(), clock, entropy },
+            limits: LocalLimits::default(),
+            events: Events::in_memory(),
+        };
+        Registry::open(context, Path::new("/data/groups")).unwrap()
+    }
+
+    #[test]
+    fn a_primary_that_was_left_behind_serves_its_volume_by_no_name() {
+        let disk = Arc::new(MemoryDisk::new());
+        let registry = start(&disk);
+        let group = registry.create("g".parse().unwrap(), Some(64 << 10)).unwrap();
+        group.create_volume("v".parse().unwrap(), 1 << 20).unwrap();
+        let peer = MemberRecord {
+            node: NodeId([9; 16]),
+            name: "b".parse().unwrap(),
+            mode: Mode::default(),
+            rpo_target: None,
+            removed: false,
+            other: Map::new(),
+        };
+        group.append_control(Control::Member(peer)).unwrap();
+        registry.close();
+        let registry = start(&disk);
+        let group = registry.by_name("g").unwrap();
+        group.hold_back(2, "is about to follow `b`");
+        let exports = GroupExports::new(Arc::clone(&registry));
+        for name in ["", "g/v"] {
+            match exports.open(name) {
+                Err(Refusal::Policy(text)) => {
+                    assert!(text.contains("export `g/v`"), "{text}");
+                    assert!(text.contains("is about to follow `b`"), "{text}");
+                }
+                other => panic!("`{name}`: {:?}", other.err()),
+            }
+        }
+        // One that came past the handshake all the same reads nothing.
+        let [live] = &exports.live()[..] else { panic!("one volume") };
+        let error = live.check_serving().unwrap_err();
+        assert!(error.to_string().contains("is about to follow `b`"), "{error}");
+        group.promote("promote").unwrap();
+        live.check_serving().unwrap();
+        assert_eq!(exports.open("").ok().unwrap().info().name, "g/v");
+        registry.close();
     }
 }

@@ -118,3 +118,63 @@ fn a_list_of_images_that_cannot_be_read_is_told() {
     assert!(group.images().is_empty());
     assert!(bench.event_codes().contains(&"image-lost".to_owned()));
 }
+
+/// What the file says of the images that are open, and a file that says it.
+fn kept_images(bench: &Bench) -> Vec<u8> {
+    super::super::files::load(&*bench.disk, &dir().join("images")).unwrap()
+}
+
+fn keep_again(bench: &Bench, text: &[u8]) {
+    super::super::files::store(&*bench.disk, &dir().join("images"), text).unwrap();
+}
+
+#[test]
+fn an_image_whose_moment_was_lost_does_not_come_back_as_another() {
+    let bench = Bench::new("a", 5);
+    bench.clock.set_boot(1);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    let kept = group.sync_now().unwrap();
+    write(&group, volume, 0, &[5; 4096]);
+    let image = group.open_image(&Point::Now, Some(name("late")), "test", None).unwrap();
+    let lost = image.position().lsn;
+    drop((image, group));
+    let text = kept_images(&bench);
+    let after = (0..100).map(|seed| bench.after_crash(seed)).find(|after| {
+        after.clock.set_boot(2);
+        after.open().1.cut.is_some_and(|(from, _)| from == kept)
+    });
+    let after = after.expect("one crash takes the write");
+    assert!(after.event_codes().contains(&"image-lost".to_owned()));
+    assert_eq!(kept_images(&after), b"[]", "what is lost stays lost");
+    // Another history grows over the place, with one request of four records there.
+    let (group, _) = after.open();
+    let begin = group.positions().head;
+    let end = write(&group, volume, 0, &[7; 60_000]);
+    assert!(begin < lost && lost < end, "{begin} {lost} {end}");
+    group.close().unwrap();
+    drop(group);
+    // As if the node had stopped before it wrote down that the image is lost.
+    keep_again(&after, &text);
+    let (group, _) = after.open();
+    assert!(group.images().is_empty(), "it would show half a request");
+    group.close().unwrap();
+}
+
+#[test]
+fn an_image_is_opened_again_only_in_the_epoch_that_it_was_opened_in() {
+    let bench = Bench::new("a", 6);
+    let group = bench.create();
+    group.create_volume(name("v"), 1 << 20).unwrap();
+    let image = group.open_image(&Point::Now, Some(name("late")), "test", None).unwrap();
+    let epoch = image.position().epoch.to_string();
+    group.close().unwrap();
+    drop((image, group));
+    let text = String::from_utf8(kept_images(&bench)).unwrap();
+    assert!(text.contains(&epoch), "{text}");
+    keep_again(&bench, text.replace(&epoch, "00000000000000aa").as_bytes());
+    assert!(bench.open().0.images().is_empty());
+    assert!(bench.event_codes().contains(&"image-lost".to_owned()));
+    keep_again(&bench, text.as_bytes());
+    assert_eq!(bench.open().0.images().len(), 1);
+}

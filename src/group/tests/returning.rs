@@ -251,3 +251,83 @@ fn a_cut_log_goes_on_with_other_records_and_no_index_of_the_old_ones_is_believed
     let authored: Vec<bool> = branches.iter().map(|branch| branch.authored).collect();
     assert_eq!(authored, [true, false], "the second had only been received");
 }
+
+#[test]
+fn who_waits_for_the_clients_to_go_is_told_when_the_last_one_went() {
+    let bench = Bench::new("a", 7);
+    bench.clock.set_boot(1);
+    let (group, volume, (at, chain), _) = with_tail(&bench);
+    group.sync_now().unwrap();
+    let other = group.volumes()[1].number;
+    let told = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let telling = told.clone();
+    group.subscribe(Box::new(move || {
+        telling.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        true
+    }));
+    let told = || told.load(std::sync::atomic::Ordering::Relaxed);
+    let clients = [volume.number, volume.number, other].map(|number| group.client(number));
+    let refused = group.yield_to(at, chain, Discard::Authored).unwrap_err().to_string();
+    assert!(refused.contains("3 clients are connected"), "{refused}");
+    let [one, two, three] = clients;
+    let before = told();
+    drop((one, three));
+    assert_eq!(told(), before, "one is left");
+    drop(two);
+    assert_eq!(told(), before + 1);
+    group.yield_to(at, chain, Discard::Authored).unwrap();
+}
+
+#[test]
+fn a_branch_whose_description_cannot_be_read_is_shown_and_can_be_removed() {
+    let bench = Bench::new("a", 8);
+    bench.clock.set_boot(1);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    group.yield_to(at, chain, Discard::Authored).unwrap();
+    let [good] = &group.branches().unwrap()[..] else { panic!("one branch") };
+    let about = dir().join("branches").join(&good.name).join("branch.json");
+    for (text, what) in [(&b"{\"name\": \"cut\"}"[..], "missing field"), (b"\0\0", "expected")] {
+        let file = bench.disk.open(&about, OpenMode::Create).unwrap();
+        file.set_len(text.len() as u64).unwrap();
+        file.write_at(&[std::io::IoSlice::new(text)], 0).unwrap();
+        let [shown] = &group.branches().unwrap()[..] else { panic!("{what}: not shown") };
+        assert_eq!((&shown.name, shown.from.lsn), (&good.name, at));
+        let reason = &shown.reason;
+        assert!(reason.contains("branch.json cannot be read") && reason.contains(what), "{reason}");
+    }
+    bench.disk.remove(&about).unwrap();
+    assert_eq!(group.branches().unwrap().len(), 1);
+    group.remove_branch(&good.name).unwrap();
+    assert!(group.branches().unwrap().is_empty());
+}
+
+#[test]
+fn the_durable_mark_never_ends_behind_a_cut_log() {
+    let bench = Bench::new("a", 7);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    group.close().unwrap();
+    let (group, _) = bench.open();
+    // The thread that syncs has synced, and comes to write down the mark behind the cut.
+    group.sync_now().unwrap();
+    group.yield_to(at, chain, Discard::Received).unwrap();
+    group.mark_durable();
+    assert_eq!(group.meta.lock().unwrap().meta.durable, at);
+    drop(group);
+    let (group, _) = bench.open();
+    assert_eq!(group.data_state().0, DataState::Consistent);
+    assert!(!bench.event_codes().contains(&"log-damaged".to_owned()));
+}
+
+#[test]
+fn a_primary_that_asks_starts_no_fold_that_it_could_not_yield_behind() {
+    let bench = Bench::new("a", 8);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    set_policy(&group, 0, 64 << 20);
+    group.close().unwrap();
+    let (group, _) = bench.open();
+    assert!(group.is_asking());
+    bench.pass(10);
+    let horizon = group.positions().horizon;
+    assert_eq!(group.fold_now().unwrap(), horizon);
+    group.yield_to(at, chain, Discard::Received).unwrap();
+}
