@@ -97,8 +97,8 @@ impl Group {
         })?;
         let all = self.dir.join("branches");
         let disk = &self.context.env.disk;
-        let removed = disk.remove_dir(&all.join(&branch.name)).and_then(|()| disk.sync_dir(&all));
-        removed.map_err(|cause| self.io(format!("remove branch {name}"), &cause))?;
+        files::discard(&**disk, &all.join(&branch.name))
+            .map_err(|cause| self.io(format!("remove branch {name}"), &cause))?;
         Ok(branch)
     }
 
@@ -116,7 +116,8 @@ impl Group {
             return Ok(Vec::new());
         }
         let mut branches = Vec::new();
-        for name in disk.list(&all).map_err(io)? {
+        let names = disk.list(&all).map_err(io)?;
+        for name in names.into_iter().filter(|name| !files::is_discarded(name)) {
             let text = files::load(&**disk, &all.join(&name).join(ABOUT));
             let about = text.and_then(|text| Ok(serde_json::from_slice::<Branch>(&text)?));
             branches.push(match about {
@@ -138,6 +139,17 @@ fn unreadable(name: String, cause: &io::Error) -> Branch {
     let reason = format!("{ABOUT} cannot be read: {cause}");
     // Of the two origins the one that nobody gives up lightly.
     Branch { name, from, to: from, bytes: 0, authored: true, cut: LogTime(0), reason }
+}
+
+/// Removes the branches that were given up, and not removed to the end.
+pub(super) fn remove_discarded(disk: &dyn Disk, group_dir: &Path) {
+    let all = group_dir.join("branches");
+    let names = if disk.exists(&all) { disk.list(&all).unwrap_or_default() } else { Vec::new() };
+    for name in names.into_iter().filter(|name| files::is_discarded(name)) {
+        if let Err(cause) = files::discard(disk, &all.join(&name)) {
+            tracing::warn!("{}: branch {name} could not be removed: {cause}", all.display());
+        }
+    }
 }
 
 /// Makes `at` the end of the log: what is kept above `trusted` is written to fresh files and

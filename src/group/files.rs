@@ -1,4 +1,4 @@
-//! Small files that are replaced as a whole.
+//! Small files that are replaced as a whole, and directories that go as a whole.
 
 use std::io::{self, IoSlice};
 use std::path::Path;
@@ -7,6 +7,9 @@ use crate::io::{Disk, OpenMode};
 
 /// Bytes of such a file at most.
 const BYTES_MAX: u64 = 16 << 20;
+
+/// What the name of a directory ends with while it is being removed.
+const DISCARDED: &str = ".deleted";
 
 /// Replaces a file by a new one with these bytes; after a crash it is the old or the new one.
 pub(super) fn store(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -29,4 +32,26 @@ pub(super) fn load(disk: &dyn Disk, path: &Path) -> io::Result<Vec<u8>> {
     let mut buffer = vec![0; bytes as usize];
     file.read_at(&mut buffer, 0)?;
     Ok(buffer)
+}
+
+/// Whether a directory of this name is one that was not removed to the end.
+pub(super) fn is_discarded(name: &str) -> bool {
+    name.ends_with(DISCARDED)
+}
+
+/// Removes a directory. It gets another name first, so that after a crash it is there as a whole or
+/// never again; a start removes what is left.
+pub(super) fn discard(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(path);
+    let named = path.extension().is_some();
+    let gone = if named { path.to_owned() } else { path.with_extension(&DISCARDED[1..]) };
+    if !named {
+        if disk.exists(&gone) {
+            disk.remove_dir(&gone)?;
+        }
+        disk.rename(path, &gone)?;
+        disk.sync_dir(dir)?;
+    }
+    disk.remove_dir(&gone)?;
+    disk.sync_dir(dir)
 }

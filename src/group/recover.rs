@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::branch::{Branch, Keeping, settle};
+use super::branch::{Branch, Keeping, remove_discarded, settle};
 use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
 use super::indexing::indexed;
@@ -77,6 +77,8 @@ impl Group {
         let before = meta.meta.clone();
         let name = before.name.clone();
         let io = |what: &str, cause: &io::Error| GroupError::io(&name, what, cause);
+        // Before anything else, since it may be what makes room.
+        remove_discarded(&*disk, dir);
         let segments = Segments::open(disk.clone(), &dir.join("log"), before.segment_bytes)
             .map_err(|cause| io("open log", &cause))?;
         let segments = Arc::new(segments);

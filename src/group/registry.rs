@@ -1,13 +1,13 @@
 //! The groups of a node.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, RwLock};
 
 use serde_json::json;
 
 use super::engine::{Group, Listener, NewGroup};
+use super::files::{discard, is_discarded};
 use super::meta::{META, UNFINISHED_META};
 use super::recover::Recovery;
 use super::{GroupContext, GroupError};
@@ -15,9 +15,6 @@ use crate::events::Severity;
 use crate::io::Disk;
 use crate::log::segment::SEGMENT_BYTES_DEFAULT;
 use crate::units::{GroupId, Name};
-
-/// What the name of a group's directory ends with while it is being deleted.
-const DELETED: &str = ".deleted";
 
 /// The groups of a node.
 pub struct Registry {
@@ -49,7 +46,7 @@ impl Registry {
         let mut recoveries = Vec::new();
         for id in disk.list(dir).map_err(io)? {
             let path = dir.join(&id);
-            if id.ends_with(DELETED) || is_unfinished(&*disk, &path, &id) {
+            if is_discarded(&id) || is_unfinished(&*disk, &path, &id) {
                 if let Err(cause) = discard(&*disk, &path) {
                     tracing::warn!(
                         "{}: what is left could not be removed: {cause}",
@@ -242,21 +239,4 @@ fn is_unfinished(disk: &dyn Disk, path: &Path, id: &str) -> bool {
         && !disk.exists(&path.join(META))
         && (disk.exists(&path.join(UNFINISHED_META))
             || disk.list(path).is_ok_and(|names| names.is_empty()))
-}
-
-/// Removes a group's directory. It gets another name first, so that after a crash it is there as a
-/// whole or never again.
-fn discard(disk: &dyn Disk, path: &Path) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(path);
-    let named = path.extension().is_some();
-    let gone = if named { path.to_owned() } else { path.with_extension(&DELETED[1..]) };
-    if !named {
-        if disk.exists(&gone) {
-            disk.remove_dir(&gone)?;
-        }
-        disk.rename(path, &gone)?;
-        disk.sync_dir(dir)?;
-    }
-    disk.remove_dir(&gone)?;
-    disk.sync_dir(dir)
 }

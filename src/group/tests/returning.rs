@@ -331,3 +331,39 @@ fn a_primary_that_asks_starts_no_fold_that_it_could_not_yield_behind() {
     assert_eq!(group.fold_now().unwrap(), horizon);
     group.yield_to(at, chain, Discard::Received).unwrap();
 }
+
+#[test]
+fn a_branch_that_is_given_up_is_there_as_a_whole_or_never_again_at_every_crash() {
+    let bench = Bench::new("a", 9);
+    let (group, _, (at, chain), _) = with_tail(&bench);
+    let end = group.positions().head;
+    let mut tail = vec![0; end.bytes_since(at) as usize];
+    group.read_log(at, &mut tail).unwrap();
+    group.close().unwrap();
+    let (group, _) = bench.open();
+    group.yield_to(at, chain, Discard::Received).unwrap();
+    let name = group.branches().unwrap()[0].name.clone();
+    bench.disk.record();
+    group.remove_branch(&name).unwrap();
+    let stopped = bench.disk.take_recorded();
+    assert!(stopped.len() > 4, "{} boundaries", stopped.len());
+    assert!(group.branches().unwrap().is_empty());
+    let mut found = [0; 2];
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        for seed in 0..4 {
+            let what = format!("boundary {boundary}, seed {seed}");
+            let disk = Arc::new(disk.crash(seed + 100 * boundary as u64));
+            let after = Bench { disk, ..bench.after_crash(0) };
+            let (group, _) = after.open();
+            let branches = group.branches().unwrap();
+            found[branches.len()] += 1;
+            if branches.is_empty() {
+                let left = after.disk.list(&dir().join("branches")).unwrap();
+                assert!(left.is_empty(), "{what}: {left:?}");
+            } else {
+                is_kept(&after, at, &tail).unwrap_or_else(|lost| panic!("{what}: {lost}"));
+            }
+        }
+    }
+    assert!(found[0] > 0 && found[1] > 0, "{found:?}");
+}
