@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
-use crate::group::{DataState, Group, Role};
+use crate::group::{DataState, Group, GroupError, Role};
 use crate::log::control::{Control, OnFull, PolicyRecord};
 use crate::units::{ByteSize, LogTime, Name, Span};
 
@@ -247,16 +247,55 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
 
 pub(super) fn demote(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
-    if group.role() == Role::Secondary {
-        return done(format!("group {}: is a secondary here already", group.name()));
-    }
+    done(demoted(&group)?)
+}
+
+fn demoted(group: &Group) -> Result<String, GroupError> {
+    let was = group.role();
+    // Also where it is one already: a demote that failed half-way is taken up again.
     group.demote()?;
-    done(format!("group {}: is a secondary here now", group.name()))
+    let since = if was == Role::Secondary { "already" } else { "now" };
+    Ok(format!("group {}: is a secondary here {since}", group.name()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
     use super::*;
+    use crate::events::Events;
+    use crate::group::{GroupContext, LocalLimits, NewGroup, NodeIdentity};
+    use crate::io::{Disk, Env, Fault, ManualClock, MemoryDisk, SeededEntropy};
+    use crate::units::{GroupId, NodeId};
+
+    #[test]
+    fn a_demote_that_was_not_written_down_is_not_called_done() {
+        let disk = Arc::new(MemoryDisk::new());
+        disk.create_dir(Path::new("/groups")).unwrap();
+        let context = GroupContext {
+            env: Env {
+                disk: disk.clone(),
+                clock: Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000))),
+                entropy: Arc::new(SeededEntropy::new(1)),
+            },
+            node: NodeIdentity { id: NodeId([1; 16]), name: "a".parse().unwrap() },
+            limits: LocalLimits::default(),
+            events: Events::in_memory(),
+        };
+        let (dir, id) = (Path::new("/groups/g"), GroupId([7; 16]));
+        let new = NewGroup { id, name: "g".parse().unwrap(), segment_bytes: 64 << 10 };
+        let group = Group::create(context.clone(), dir, new).unwrap();
+        group.sync_now().unwrap();
+        disk.inject(Fault::Error { operation: disk.operations() });
+        demoted(&group).unwrap_err();
+        assert_eq!(group.role(), Role::Secondary, "it takes no writes either");
+        // Again: now it is written, and a restart knows it.
+        assert!(demoted(&group).unwrap().contains("is a secondary here"));
+        assert!(demoted(&group).unwrap().contains("already"));
+        drop(group);
+        assert_eq!(Group::open(context, dir).unwrap().0.role(), Role::Secondary);
+    }
 
     #[test]
     fn policy_changes_keep_what_they_do_not_name() {
