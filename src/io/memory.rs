@@ -104,9 +104,23 @@ enum Node {
 /// A change of names that is not synced yet: applied as a whole or not at all.
 #[derive(Clone, Debug)]
 enum NameChange {
-    Link { path: PathBuf, node: Node },
-    Unlink { path: PathBuf },
-    Rename { from: PathBuf, to: PathBuf, node: Node },
+    Link {
+        path: PathBuf,
+        node: Node,
+    },
+    Unlink {
+        path: PathBuf,
+    },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+        node: Node,
+    },
+    /// What lies below moves with the directory's own name.
+    RenameDir {
+        from: PathBuf,
+        to: PathBuf,
+    },
 }
 
 impl NameChange {
@@ -115,7 +129,7 @@ impl NameChange {
             NameChange::Link { path, .. } | NameChange::Unlink { path } => {
                 path.parent() == Some(dir)
             }
-            NameChange::Rename { from, to, .. } => {
+            NameChange::Rename { from, to, .. } | NameChange::RenameDir { from, to } => {
                 from.parent() == Some(dir) || to.parent() == Some(dir)
             }
         }
@@ -132,6 +146,14 @@ impl NameChange {
             NameChange::Rename { from, to, node } => {
                 names.remove(from);
                 names.insert(to.clone(), *node);
+            }
+            NameChange::RenameDir { from, to } => {
+                let moved = names.extract_if(.., |name, _| name.starts_with(from));
+                for (name, node) in moved.collect::<Vec<_>>() {
+                    // Joining nothing would put a slash behind it.
+                    let below = name.strip_prefix(from).expect("it starts with it");
+                    names.insert(to.components().chain(below.components()).collect(), node);
+                }
             }
         }
     }
@@ -760,24 +782,7 @@ impl MemoryDisk {
             return Err(io::ErrorKind::DirectoryNotEmpty.into());
         }
         state.begin("rename")?;
-        let moved: Vec<(PathBuf, Node)> = state
-            .names
-            .iter()
-            .filter(|(name, _)| name.starts_with(from))
-            .map(|(name, node)| (name.clone(), *node))
-            .collect();
-        for (name, node) in moved {
-            let below = name.strip_prefix(from).expect("it starts with it");
-            let target = if below.as_os_str().is_empty() { to.to_owned() } else { to.join(below) };
-            let change = NameChange::Rename { from: name.clone(), to: target.clone(), node };
-            change.apply(&mut state.names);
-            if name == from {
-                state.name_changes.push(change);
-            } else {
-                // What lies below moves with the directory's own name, on the disk too.
-                state.name_changes.push(NameChange::Rename { from: name, to: target, node });
-            }
-        }
+        state.change_names(NameChange::RenameDir { from: from.to_owned(), to: to.to_owned() });
         Ok(())
     }
 }

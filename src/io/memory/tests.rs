@@ -148,3 +148,28 @@ fn a_cut_file_shows_zeros_where_it_grows_again() {
     file.sync().unwrap();
     assert_eq!(bytes_of(&disk.crash(1), "/f").unwrap(), expected);
 }
+
+#[test]
+fn a_directory_moves_with_all_that_is_below_or_not_at_all() {
+    let disk = MemoryDisk::new();
+    let (old, new) = (Path::new("/old"), Path::new("/new"));
+    disk.create_dir(old).unwrap();
+    for name in ["a", "b", "c"] {
+        disk.open(&old.join(name), OpenMode::Create).unwrap();
+    }
+    disk.sync_dir(old).unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    disk.rename(old, new).unwrap();
+    let mut seen = [0; 2];
+    for seed in 0..40 {
+        let after = disk.crash(seed);
+        let moved = after.exists(new);
+        seen[usize::from(moved)] += 1;
+        assert_ne!(moved, after.exists(old), "seed {seed}");
+        let names = after.list(if moved { new } else { old }).unwrap();
+        assert_eq!(names, ["a", "b", "c"], "seed {seed}");
+    }
+    assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
+    disk.sync_dir(Path::new("/")).unwrap();
+    assert_eq!(disk.crash(1).list(new).unwrap(), ["a", "b", "c"]);
+}
