@@ -245,6 +245,7 @@ impl Group {
             failed: false,
             reign_due: false,
             split_brain: false,
+            yielding: false,
             boot: context.env.clock.boot(),
         };
         // Durable before anything else: a start knows by it what was not made to the end.

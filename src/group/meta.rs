@@ -8,7 +8,7 @@
 //! | ---: | ---: | --- | --- |
 //! | 0 | 8 | `magic` | `TIDEMETA` |
 //! | 8 | 4 | `version` | 2 |
-//! | 12 | 4 | `flags` | 1 clean, 2 demoted, 4 retired, 8 failed, 16 reign due, 32 split brain |
+//! | 12 | 4 | `flags` | from 1: clean, demoted, retired, failed, reign due, split brain, yielding |
 //! | 16 | 8 | `sequence` | grows by one with every write |
 //! | 24 | 16 | `group` | the group's id |
 //! | 40 | 8 | `segment_bytes` | bytes of a segment |
@@ -49,6 +49,7 @@ const RETIRED: u32 = 4;
 const FAILED: u32 = 8;
 const REIGN_DUE: u32 = 16;
 const SPLIT_BRAIN: u32 = 32;
+const YIELDING: u32 = 64;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,8 @@ pub(super) struct Meta {
     pub reign_due: bool,
     /// This node and a peer have both served as primary, and no operator has said who yields.
     pub split_brain: bool,
+    /// What is behind `durable` is leaving the log, for a peer's reign that goes on without it.
+    pub yielding: bool,
     /// The machine's boot in which the log was opened last, where that could be told.
     pub boot: Option<u64>,
 }
@@ -124,6 +127,7 @@ impl Meta {
             (self.failed, FAILED),
             (self.reign_due, REIGN_DUE),
             (self.split_brain, SPLIT_BRAIN),
+            (self.yielding, YIELDING),
         ];
         let mut raw = RawSlot {
             magic: MAGIC,
@@ -168,6 +172,7 @@ impl Meta {
             failed: flags & FAILED != 0,
             reign_due: flags & REIGN_DUE != 0,
             split_brain: flags & SPLIT_BRAIN != 0,
+            yielding: flags & YIELDING != 0,
             boot: Some(raw.boot.get()).filter(|boot| *boot != 0),
         };
         Some((raw.sequence.get(), meta))
@@ -241,8 +246,8 @@ mod tests {
             "544944454d455441",
             // version
             "02000000",
-            // flags: clean, demoted, failed, reign due, split brain
-            "3b000000",
+            // flags: clean, demoted, failed, reign due, split brain, yielding
+            "7b000000",
             // sequence
             "0900000000000000",
             // group
@@ -265,7 +270,7 @@ mod tests {
             // boot
             "0102030405060708",
             // checksum
-            "2d33c7cf14906a2f",
+            "0712726dee98a800",
         ))
         .unwrap();
         let meta = Meta {
@@ -282,6 +287,7 @@ mod tests {
             failed: true,
             reign_due: true,
             split_brain: true,
+            yielding: true,
             boot: Some(0x0807_0605_0403_0201),
         };
         assert_eq!(hex::encode(meta.encode(9)), hex::encode(&golden));

@@ -17,7 +17,7 @@ use super::engine::{Group, beginning, checkpoint};
 use super::indexing::indexed;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
-use super::returning::{ASK_FOR, Asking};
+use super::returning::{ASK_FOR, Asking, YIELDED, authored_behind};
 use super::timeline::{Checkpoint, Timeline};
 use super::{GroupContext, GroupError, Role};
 use crate::base::{BaseVolume, ControlState, ControlStateError};
@@ -98,8 +98,11 @@ impl Group {
         // Records tell what was durable at their author. That is here only where they are our own.
         let own =
             |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
-        let mut found = scan(&segments, &horizon, before.durable, own)
-            .map_err(|cause| io("read log", &cause))?;
+        let scan_to = |end| {
+            let found = scan(&segments, &horizon, before.durable, end, own);
+            found.map_err(|cause| io("read log", &cause))
+        };
+        let mut found = scan_to(if before.yielding { before.durable } else { Lsn::MAX })?;
         let primary = own(&found.content);
         let proven = |durable: Lsn| if primary { durable } else { Lsn::ZERO };
         let decision = decide(&RecoveryFacts {
@@ -127,21 +130,28 @@ impl Group {
         let lost = match decision {
             RecoveryDecision::Keep => false,
             RecoveryDecision::Cut { whole_records_behind, .. } => {
-                whole_records_behind || !same_boot
+                !before.yielding && (whole_records_behind || !same_boot)
             }
             RecoveryDecision::Damage { .. } => true,
         };
         let mut kept = None;
         if unclean && !stopped {
             let last_seen = found.remains.last_end.unwrap_or(found.chain_end);
+            let (authored, reason) = if before.yielding {
+                let whole = scan_to(Lsn::MAX)?;
+                let epochs = whole.content.table.view(Vec::new()).epochs;
+                (authored_behind(&epochs, context.node.id, at, whole.chain_end), YIELDED)
+            } else {
+                (primary, "an unclean stop tore the log before it")
+            };
             let branch = Branch {
                 name: String::new(),
                 from: end.position(),
                 to: Position { lsn: last_seen, ..end.position() },
                 bytes: last_seen.bytes_since(at),
-                authored: primary,
+                authored,
                 cut: context.env.clock.wall(),
-                reason: "an unclean stop tore the log before it".to_owned(),
+                reason: reason.to_owned(),
             };
             let mut keeping = Keeping::new(dir, branch);
             settle(&segments, before.durable.min(at), at, found.chain_end, &mut keeping)
@@ -161,6 +171,7 @@ impl Group {
             meta.boot = boot;
             if !stopped {
                 meta.durable = at;
+                meta.yielding = false;
                 meta.failed = false;
                 meta.reign_due |= primary && lost;
             }
@@ -269,11 +280,12 @@ fn author_of(content: &Content) -> Option<NodeId> {
     content.table.view(Vec::new()).epochs.last().map(|epoch| epoch.author)
 }
 
-/// Follows the log from the horizon on. Requests are applied when they are whole.
+/// Follows the log from the horizon on, to `end` at most. Requests are applied when they are whole.
 fn scan(
     segments: &Segments,
     horizon: &ControlState,
     mark: Lsn,
+    end: Lsn,
     own: impl Fn(&Content) -> bool,
 ) -> io::Result<Found> {
     let start = checkpoint(horizon);
@@ -290,6 +302,10 @@ fn scan(
     let mut scanner = Scanner::new(segments, start.lsn, start.chain);
     loop {
         let at = scanner.at();
+        if at >= end {
+            found.remains = remains_behind(segments, at)?;
+            break;
+        }
         if at.segment_offset(segment_bytes) == 0
             && at.advance(segment_bytes) <= mark
             && let Some((records, chain)) = indexed(segments, at, scanner.chain())

@@ -15,14 +15,17 @@ use super::engine::{Core, Group};
 use super::image::replay;
 use super::receive::Pending;
 use super::timeline::follow;
-use super::{GroupError, Role};
+use super::{EpochRecord, GroupError, Role};
 use crate::events::Severity;
 use crate::log::writer::Writer;
-use crate::units::{ByteSize, Chain, Lsn};
+use crate::units::{ByteSize, Chain, Lsn, NodeId};
 
 /// Hosts wait for the peers' answer this long after the start, or after the last bytes that were
 /// taken back: a peer that had no route here dials again within it.
 pub(super) const ASK_FOR: Duration = Duration::from_secs(15);
+
+/// Why a branch was cut off by who yields.
+pub(super) const YIELDED: &str = "a peer's reign goes on without it";
 
 /// What a primary that serves nobody yet waits for.
 #[derive(Debug)]
@@ -198,8 +201,8 @@ impl Group {
     }
 
     /// Goes on as a secondary from `at`, the end of a request where the chain is `chain`: what is
-    /// behind it leaves the log and is kept as a branch. Durable on return. A crash in between
-    /// leaves a secondary with some of what is behind, which yields again.
+    /// behind it leaves the log and is kept as a branch. Durable on return. A crash leaves it
+    /// undone, or the next start finishes it.
     ///
     /// # Errors
     ///
@@ -226,17 +229,22 @@ impl Group {
             )));
         }
         let head = core.writer.head();
-        let authored = authored_behind(self, &core, at);
+        let authored = authored_behind(&core.view.epochs, self.context.node.id, at, head);
         let committed = if core.role == Role::Primary { at } else { core.committed.min(at) };
-        core.role = Role::Secondary;
-        core.asking = None;
-        core.pending = Pending::default();
-        self.update_meta(|meta| {
+        let noted = self.update_meta(|meta| {
             meta.demoted = true;
             meta.reign_due = false;
             meta.split_brain = false;
-            meta.durable = meta.durable.min(at);
-        })?;
+            meta.durable = at;
+            meta.yielding = head > at;
+        });
+        // Whether the next start finds that or not: what it would cut off may not grow meanwhile.
+        if let Err(error) = noted {
+            return Err(self.give_up_cut(core, &std::io::Error::other(error.to_string())));
+        }
+        core.role = Role::Secondary;
+        core.asking = None;
+        core.pending = Pending::default();
         core.committed = committed;
         let kept = if head > at {
             let end = core.timeline.end().position();
@@ -247,7 +255,7 @@ impl Group {
                 bytes: end.lsn.bytes_since(at),
                 authored,
                 cut: self.context.env.clock.wall(),
-                reason: "a peer's reign goes on without it".to_owned(),
+                reason: YIELDED.to_owned(),
             };
             let mut keeping = Keeping::new(&self.dir, branch);
             let rebuilt = settle(&self.segments, at, at, head, &mut keeping)
@@ -255,16 +263,15 @@ impl Group {
                 .and_then(|writer| {
                     let content = replay(&self.segments, &core.horizon, at);
                     Ok((writer, content.map_err(|cause| std::io::Error::other(cause.to_string()))?))
+                })
+                .and_then(|rebuilt| {
+                    let done = self.update_meta(|meta| meta.yielding = false);
+                    done.map_err(|error| std::io::Error::other(error.to_string()))?;
+                    Ok(rebuilt)
                 });
             let (writer, content) = match rebuilt {
                 Ok(rebuilt) => rebuilt,
-                // The memory still has the old end: it is read anew at the next start.
-                Err(cause) => {
-                    let error = self.fail_locked(&mut core, "cut the log", &cause);
-                    drop(core);
-                    self.report();
-                    return Err(error);
-                }
+                Err(cause) => return Err(self.give_up_cut(core, &cause)),
             };
             let kept = keeping.kept();
             let name = kept.as_ref().map_or("", |branch| &branch.name);
@@ -286,6 +293,14 @@ impl Group {
         self.space.notify_all();
         self.notify();
         Ok(())
+    }
+
+    /// The memory still has the old end: the next start reads anew what is there, and cuts it.
+    fn give_up_cut(&self, mut core: MutexGuard<'_, Core>, cause: &std::io::Error) -> GroupError {
+        let error = self.fail_locked(&mut core, "cut the log", cause);
+        drop(core);
+        self.report();
+        error
     }
 
     fn check_yield(&self, core: &Core, at: Lsn, discard: Discard) -> Result<(), GroupError> {
@@ -323,7 +338,7 @@ impl Group {
             )));
         }
         let may_cut = core.asking.is_some() || discard == Discard::Authored;
-        if !may_cut && authored_behind(self, core, at) {
+        if !may_cut && authored_behind(&core.view.epochs, self.context.node.id, at, head) {
             return Err(self.refused(format!(
                 "{} behind LSN {at} were written here and are not in the peer's history; `tidelog \
                  resolve {name} --preview` shows them, `tidelog resolve {name} --discard-local` \
@@ -352,12 +367,10 @@ impl Group {
     }
 }
 
-/// Whether records behind `at` were written by this node as primary.
-fn authored_behind(group: &Group, core: &Core, at: Lsn) -> bool {
-    let head = core.writer.head();
-    let epochs = &core.view.epochs;
+/// Whether records between `at` and `head` were written by this node as primary.
+pub(super) fn authored_behind(epochs: &[EpochRecord], me: NodeId, at: Lsn, head: Lsn) -> bool {
     epochs.iter().enumerate().any(|(index, epoch)| {
         let end = epochs.get(index + 1).map_or(head, |next| next.first_lsn);
-        epoch.author == group.context.node.id && end > at && head > at
+        epoch.author == me && end > at && head > at
     })
 }
