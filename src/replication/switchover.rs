@@ -1,8 +1,8 @@
 //! A planned change of roles: the primary hands a group over to its peer, and nothing is lost.
 //!
-//! Hosts' writes wait until the peer has everything durably; then this node stops being primary, and
-//! only after that the peer begins its reign, at exactly this end of the log. Whatever fails before
-//! leaves all as it was.
+//! Hosts' writes wait until the peer has everything durably; then this node stops being primary,
+//! and only after that the peer begins its reign, at exactly this end of the log. Whatever fails
+//! before leaves all as it was.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,8 +78,8 @@ impl Replication {
     /// # Errors
     ///
     /// Where this node is not the primary, the peer does not stream, or does not have everything
-    /// within 10 s: then nothing has changed. Where the peer does not say whether it took over, this
-    /// node has stopped being primary, and the error says what to look at.
+    /// within 10 s: then nothing has changed. Where the peer does not say whether it took over,
+    /// this node has stopped being primary, and the error says what to look at.
     pub async fn switchover(&self, group_name: &str) -> Result<Name, ReplicationError> {
         let shared = &self.shared;
         let group = shared.groups.by_name(group_name)?;
