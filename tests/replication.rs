@@ -722,11 +722,17 @@ async fn two_primaries_that_both_wrote_stop_and_keep_what_they_have() {
         assert_eq!((now.head, now.chain), (before.head, before.chain));
         assert!(!node.replication.backup_capable(&node.group(), None).is_yes());
     }
-    // A restart of one of them: it has served nobody since, and the other reigns newer.
+    // A restart decides nothing: both have served, so an operator says who yields.
     let mut pair = pair;
     let dir = pair.a.stop();
     pair.a = Node::start(&dir, "a", Some(pair.to_a.address));
     pair.to_a.lead_to(&pair.a);
+    wait_for("the split brain", || {
+        pair.a.status().filter(|status| status.replication_state == "split-brain")
+    });
+    assert_eq!(pair.a.group().positions().head, heads[0].head);
+    wait_for("the place where they part", || pair.a.replication.parting("g").ok());
+    pair.a.replication.resolve("g").await.unwrap();
     pair.wait_equal();
     let branches = pair.a.group().branches().unwrap();
     assert_eq!((branches.len(), branches[0].to.lsn), (1, heads[0].head));
