@@ -148,9 +148,11 @@ impl NameChange {
                 names.insert(to.clone(), *node);
             }
             NameChange::RenameDir { from, to } => {
-                let moved = names.extract_if(.., |name, _| name.starts_with(from));
-                for (name, node) in moved.collect::<Vec<_>>() {
-                    // Joining nothing would put a slash behind it.
+                let moved: Vec<PathBuf> =
+                    names.keys().filter(|name| name.starts_with(from)).cloned().collect();
+                for name in moved {
+                    let node = names.remove(&name).expect("it was found");
+                    // Joined part by part, since joining nothing leaves a slash at the end.
                     let below = name.strip_prefix(from).expect("it starts with it");
                     names.insert(to.components().chain(below.components()).collect(), node);
                 }
