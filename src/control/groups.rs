@@ -241,6 +241,14 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
             format!("the new reign begins at LSN {end}, and leaves out what it lacks: {refusal}"),
             json!({ "from_lsn": end }),
         );
+    } else {
+        context.events.emit(
+            Severity::Info,
+            "promoted",
+            Some(group.name().as_str()),
+            format!("the new reign begins at LSN {end}"),
+            json!({ "from_lsn": end }),
+        );
     }
     done(format!("group {}: is the primary here now", group.name()))
 }

@@ -189,6 +189,14 @@ fn refused_point(group: &Group, at: &str, error: GroupError) -> Problem {
         lsn => group.resolve_point(&Point::Lsn(lsn)),
     };
     let Ok(first) = first else { return error.into() };
+    if at.strip_prefix("lsn:").and_then(|lsn| lsn.parse().ok()) > Some(positions.request_end.0) {
+        let detail = format!(
+            "group {name}: point {at}: is yet to come: the log ends at lsn:{}; `tidelog image open \
+             {name} --at now` opens that",
+            positions.request_end
+        );
+        return Problem::new(409, "not-covered", detail);
+    }
     let detail = format!(
         "group {name}: point {at}: is not covered: the log reaches from lsn:{}, {} to lsn:{}, {}; \
          `tidelog image open {name} --at lsn:{}` opens the earliest",

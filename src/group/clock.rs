@@ -6,9 +6,10 @@
 //! behind is waited for at half speed.
 //!
 //! Across a restart within one boot of the machine the boot's clock has measured the time between,
-//! by what an earlier process noted ([`Noted`]). Across a boot nothing has: there the wall clock is
-//! believed with the first record, a `clock` record before it says how far, and windows do not
-//! count that ([`window_start`]).
+//! by what an earlier process noted ([`Noted`]). Across a boot nothing has, nor on a copy, which may
+//! have received a record long after it was written: there the wall clock is believed with the
+//! first record, a `clock` record before it says how far, and windows do not count that
+//! ([`window_start`]).
 
 use std::path::Path;
 use std::time::Duration;
@@ -133,10 +134,11 @@ impl LogClock {
         self.last = self.last.min(time);
     }
 
-    /// A record of another author arrived.
+    /// A record of another author arrived, who knows when after it was written: whoever goes on
+    /// after it believes the wall clock.
     pub(super) fn follow(&mut self, time: LogTime, monotonic: Duration) {
         (self.last, self.at) = (self.last.max(time), monotonic);
-        self.between = Between::Nothing;
+        self.between = Between::Unknown;
     }
 }
 
@@ -185,8 +187,8 @@ impl Jump {
             (
                 Severity::Info,
                 "clock-unmeasured",
-                "the machine was started, so that the time since the last record is what its wall \
-                 clock says: windows do not count it",
+                "the time since the last record was not measured here, since the machine was started or \
+                 another node wrote it, so it is what the wall clock says: windows do not count it",
             )
         } else {
             (
@@ -224,6 +226,22 @@ mod tests {
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_copy_that_received_its_records_late_is_not_behind_once_it_goes_on() {
+        let start = LogTime(1_000_000_000_000_000_000);
+        let mut clock = LogClock::after_restart(LogTime(0), None, Duration::ZERO);
+        clock.follow(start, HOUR);
+        let (wall, now) = (start.after(HOUR + SLACK * 3), HOUR + SLACK * 3);
+        assert!(clock.tick_epoch(wall, now) < wall, "nothing comes before the record of a reign");
+        let (time, jump) = clock.tick(wall, now);
+        assert_eq!(time, wall);
+        assert!(jump.expect("told").believed);
+        // Where they came as they were written nothing is to be told.
+        clock.follow(time, now);
+        let (time, jump) = clock.tick(wall.after(SLACK), now + SLACK);
+        assert_eq!((time, jump), (wall.after(SLACK), None));
+    }
 
     #[test]
     fn a_wall_clock_a_day_ahead_for_a_minute_moves_log_time_by_at_most_two() {

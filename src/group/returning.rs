@@ -340,10 +340,11 @@ impl Group {
         let may_cut = core.asking.is_some() || discard == Discard::Authored;
         if !may_cut && authored_behind(&core.view.epochs, self.context.node.id, at, head) {
             return Err(self.refused(format!(
-                "{} behind LSN {at} were written here and are not in the peer's history; `tidelog \
-                 resolve {name} --preview` shows them, `tidelog resolve {name} --discard-local` \
-                 keeps them as a branch and follows the peer",
-                ByteSize(head.bytes_since(at))
+                "{} behind LSN {at} were written by {node} and are not in its peer's history; on \
+                 {node}, `tidelog resolve {name} --preview` shows them, `tidelog resolve {name} \
+                 --discard-local` keeps them as a branch and follows the peer",
+                ByteSize(head.bytes_since(at)),
+                node = self.context.node.name
             )));
         }
         Ok(())

@@ -473,6 +473,10 @@ impl Channel {
         if self.sender.is_some() {
             self.send_progress(context);
         }
+        // Who decides which side yields sees what each has by now.
+        if self.state == ReplicationState::SplitBrain {
+            self.announce(context);
+        }
         self.check_rpo(context);
     }
 

@@ -270,8 +270,9 @@ impl Replication {
             };
             if core.conn().is_some() && channel.remote().is_some_and(reigns) {
                 return Some(format!(
-                    "group {name}: {peer} is connected and is its primary; `tidelog demote {name}` \
-                     there first, or `tidelog promote {name} --force` here"
+                    "group {name}: {peer} is connected and is its primary; `tidelog switchover \
+                     {name}` changes sides and loses nothing; if {peer} has just died, try again in \
+                     a moment; `tidelog promote {name} --force` reigns beside it"
                 ));
             }
             if let Some(parted) = channel.parted() {
@@ -407,8 +408,8 @@ impl Shared {
             None => {
                 if self.groups.by_name(body.name.as_str()).is_ok() {
                     return Err(format!(
-                        "a group with the name `{}` is there already; rename or delete one of the \
-                         two",
+                        "another group with the name `{}` is there already; `tidelog group delete {0}` \
+                         on one of the two nodes, if it is not needed",
                         body.name
                     ));
                 }
