@@ -289,7 +289,7 @@ impl Inner {
         let image = self.image(task, role, stop)?;
         let result =
             self.snapshot_of(task, repository, role, decision, run, stop, progress, &image);
-        if let Err(error) = task.group.close_image(image.name()) {
+        if let Err(error) = task.group.close_this_image(&image) {
             tracing::warn!("image {}: {}", image.name(), text(&error));
         }
         result

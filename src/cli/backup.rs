@@ -237,12 +237,14 @@ async fn run(session: &Session, job: &Member) -> Result<()> {
     let path = job_path(&job.group, &job.name);
     let answer: Value = session.client.call("POST", &format!("{path}/run"), None).await?;
     let started: RunStarted = serde_json::from_value(answer.clone())?;
+    let fails = started.decision.decision == RunVerdict::Fail;
     if session.json {
         output::print_json(&answer)?;
-    } else {
+    } else if !fails {
         output::print(&show_started(&started))?;
     }
-    if started.decision.decision == RunVerdict::Fail {
+    // The error has every reason; nothing says them twice.
+    if fails {
         bail!("{}", failed(&started, "fail", &started.decision.reasons));
     }
     if session.json {

@@ -6,8 +6,8 @@
 //! behind is waited for at half speed.
 //!
 //! Across a restart within one boot of the machine the boot's clock has measured the time between,
-//! by what an earlier process noted ([`Noted`]). Across a boot nothing has, nor on a copy, which may
-//! have received a record long after it was written: there the wall clock is believed with the
+//! by what an earlier process noted ([`Noted`]). Across a boot nothing has, nor on a copy, which
+//! may have received a record long after it was written: there the wall clock is believed with the
 //! first record, a `clock` record before it says how far, and windows do not count that
 //! ([`window_start`]).
 

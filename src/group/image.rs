@@ -405,9 +405,27 @@ impl Group {
     ///
     /// Where there is none of that name.
     pub fn close_image(&self, name: &Name) -> Result<(), GroupError> {
+        self.close_image_if(name, |_| true)
+    }
+
+    /// Closes this very image: another that has got its name since stays open.
+    ///
+    /// # Errors
+    ///
+    /// Where it is closed already; what the disk says.
+    pub fn close_this_image(&self, image: &Arc<Image>) -> Result<(), GroupError> {
+        self.close_image_if(&image.name, |open| Arc::ptr_eq(open, image))
+    }
+
+    fn close_image_if(
+        &self,
+        name: &Name,
+        meant: impl Fn(&Arc<Image>) -> bool,
+    ) -> Result<(), GroupError> {
         let closed = {
             let mut core = self.lock();
-            let closed = core.images.remove(name);
+            let there = core.images.get(name).is_some_and(meant);
+            let closed = if there { core.images.remove(name) } else { None };
             // Who still reads it is told: from now on a fold may pass its moment.
             if let Some(closed) = &closed {
                 closed.break_hold("the image was closed");
@@ -429,7 +447,7 @@ impl Group {
         let now = self.context.env.clock.wall();
         let over = |image: &Arc<Image>| image.expires.is_some_and(|expires| expires <= now);
         for image in self.images().into_iter().filter(over) {
-            if self.close_image(&image.name).is_ok() {
+            if self.close_this_image(&image).is_ok() {
                 let text = format!("image {} of {} has expired", image.name, image.owner);
                 self.emit(Severity::Info, "image-expired", text, json!({"image": image.name}));
             }

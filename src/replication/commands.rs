@@ -271,8 +271,8 @@ impl Replication {
             if core.conn().is_some() && channel.remote().is_some_and(reigns) {
                 return Some(format!(
                     "group {name}: {peer} is connected and is its primary; `tidelog switchover \
-                     {name}` changes sides and loses nothing; if {peer} has just died, try again in \
-                     a moment; `tidelog promote {name} --force` reigns beside it"
+                     {name}` changes sides and loses nothing; if {peer} has just died, try again \
+                     in a moment; `tidelog promote {name} --force` reigns beside it"
                 ));
             }
             if let Some(parted) = channel.parted() {

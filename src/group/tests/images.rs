@@ -178,3 +178,20 @@ fn an_image_is_opened_again_only_in_the_epoch_that_it_was_opened_in() {
     keep_again(&bench, text.as_bytes());
     assert_eq!(bench.open().0.images().len(), 1);
 }
+
+/// A backup that hung past its image's expiry closed, at its end, the image of the next backup.
+#[test]
+fn who_closes_an_image_late_does_not_close_another_that_has_its_name() {
+    let bench = Bench::new("a", 31);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    write(&group, volume.number, 0, &[1; 4096]);
+    let first = group.open_image(&Point::Now, None, "test", None).unwrap();
+    group.close_image(first.name()).unwrap();
+    let second = group.open_image(&Point::Now, None, "test", None).unwrap();
+    assert_eq!(first.name(), second.name());
+    group.close_this_image(&first).unwrap_err();
+    assert_eq!(read(&*second, volume.number, 0, 4096), [1; 4096]);
+    group.close_this_image(&second).unwrap();
+    assert!(group.images().is_empty());
+}
