@@ -233,23 +233,16 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
     }
     let end = group.positions().request_end;
     group.promote("promote")?;
-    if let Some(refusal) = refusal {
-        context.events.emit(
-            Severity::Warning,
-            "promoted-by-force",
-            Some(group.name().as_str()),
-            format!("the new reign begins at LSN {end}, and leaves out what it lacks: {refusal}"),
-            json!({ "from_lsn": end }),
-        );
-    } else {
-        context.events.emit(
-            Severity::Info,
-            "promoted",
-            Some(group.name().as_str()),
-            format!("the new reign begins at LSN {end}"),
-            json!({ "from_lsn": end }),
-        );
-    }
+    let mut text = format!("the new reign begins at LSN {end}");
+    let (severity, code) = match refusal {
+        Some(refusal) => {
+            text = format!("{text}, and leaves out what it lacks: {refusal}");
+            (Severity::Warning, "promoted-by-force")
+        }
+        None => (Severity::Info, "promoted"),
+    };
+    let name = Some(group.name().as_str());
+    context.events.emit(severity, code, name, text, json!({ "from_lsn": end }));
     done(format!("group {}: is the primary here now", group.name()))
 }
 

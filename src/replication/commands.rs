@@ -12,12 +12,13 @@ use crate::log::control::{Control, MemberRecord, Mode};
 use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
 
 use super::channel::Remote;
+use super::copy;
 use super::core::{Input, PeerCore};
-use super::epoch::History;
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
 use super::replica::Replica;
 use super::service::{Replication, ReplicationError, Shared};
 use super::status::{PeerStatus, secondary_lag};
+use super::switchover;
 
 const CREATE_COPY: &str = "replication.create-copy";
 const CREATE_COPY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -34,22 +35,9 @@ pub struct ReplicateOptions {
 impl Replication {
     pub(super) fn install_handlers(&self) {
         self.install_pair_handlers();
-        self.install_copy_handler();
-        self.install_take_over_handler();
-        let shared = Arc::downgrade(&self.shared);
-        self.on_call(
-            CREATE_COPY,
-            Arc::new(move |peer, body: Value| {
-                let shared = shared.upgrade();
-                Box::pin(async move {
-                    let shared = shared.ok_or("this node shuts down")?;
-                    let work = move || shared.create_copy(&peer, &body);
-                    tokio::task::spawn_blocking(work)
-                        .await
-                        .map_err(|_| "this node shuts down".to_owned())?
-                })
-            }),
-        );
+        self.on_blocking_call(CREATE_COPY, Shared::create_copy);
+        self.on_blocking_call(copy::METHOD, Shared::report_copies);
+        self.on_blocking_call(switchover::METHOD, Shared::take_over);
     }
 
     /// Makes a copy of a group on a peer and keeps it up to date from now on. Again for the same
@@ -263,9 +251,8 @@ impl Replication {
             let name = &local.name;
             let peer = core.name();
             // One that has come back after this node's reign began waits for this node to go on.
-            let counter = |history: &History| history.last().map(|reign| reign.counter);
             let reigns = |remote: &Remote| {
-                let superseded = counter(&remote.history) < counter(&local.history);
+                let superseded = remote.history.counter() < local.history.counter();
                 remote.primary && !(remote.recovering && superseded)
             };
             if core.conn().is_some() && channel.remote().is_some_and(reigns) {

@@ -18,9 +18,9 @@ use super::core::Membership;
 use super::health::LogCheck;
 use super::replica::membership_of;
 use super::rpc::PeerContext;
-use super::service::{Replication, Shared};
+use super::service::Shared;
 
-const METHOD: &str = "replication.copies";
+pub(super) const METHOD: &str = "replication.copies";
 
 /// What a node says of its copy of a group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,25 +50,6 @@ impl CopyReport {
             damaged: self.damaged.clone(),
             age: age.saturating_add(since),
         }
-    }
-}
-
-impl Replication {
-    pub(super) fn install_copy_handler(&self) {
-        let shared = Arc::downgrade(&self.shared);
-        self.on_call(
-            METHOD,
-            Arc::new(move |peer, body: Value| {
-                let shared = shared.upgrade();
-                Box::pin(async move {
-                    let shared = shared.ok_or("this node shuts down")?;
-                    let work = move || shared.report_copies(&peer, &body);
-                    tokio::task::spawn_blocking(work)
-                        .await
-                        .map_err(|_| "this node shuts down".to_owned())?
-                })
-            }),
-        );
     }
 }
 
@@ -149,7 +130,7 @@ impl Shared {
     }
 
     /// Answers a primary. Groups that are none of its business are left out.
-    fn report_copies(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
+    pub(super) fn report_copies(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
         #[derive(Deserialize)]
         struct Body {
             groups: Vec<GroupId>,

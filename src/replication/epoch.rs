@@ -119,6 +119,12 @@ impl History {
     pub fn last(&self) -> Option<&Reign> {
         self.reigns.last()
     }
+
+    /// Its number; none where nobody has reigned.
+    #[must_use]
+    pub fn counter(&self) -> Option<u64> {
+        self.last().map(|reign| reign.counter)
+    }
 }
 
 /// Compares two histories by epochs and heads.

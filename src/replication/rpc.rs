@@ -45,6 +45,28 @@ impl Replication {
         handlers.insert(method.to_owned(), handler);
     }
 
+    /// The same for what waits for a disk or a lock: `handler` runs on a thread that may.
+    pub(super) fn on_blocking_call(
+        &self,
+        method: &str,
+        handler: fn(&Shared, &PeerContext, &Value) -> Result<Value, String>,
+    ) {
+        let shared = Arc::downgrade(&self.shared);
+        self.on_call(
+            method,
+            Arc::new(move |peer, body| {
+                let shared = shared.upgrade();
+                Box::pin(async move {
+                    let shared = shared.ok_or("this node shuts down")?;
+                    let work = move || handler(&shared, &peer, &body);
+                    tokio::task::spawn_blocking(work)
+                        .await
+                        .map_err(|_| "this node shuts down".to_owned())?
+                })
+            }),
+        );
+    }
+
     /// Calls a method on a peer and waits for its answer.
     ///
     /// # Errors

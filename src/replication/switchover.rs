@@ -21,7 +21,7 @@ use super::replica::{Replica, membership_of};
 use super::rpc::PeerContext;
 use super::service::{Replication, ReplicationError, Shared};
 
-const METHOD: &str = "replication.take-over";
+pub(super) const METHOD: &str = "replication.take-over";
 /// The peer syncs its log and begins a reign.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Hosts wait this long at most for the peer to have everything.
@@ -56,23 +56,6 @@ impl Drop for Halt {
 }
 
 impl Replication {
-    pub(super) fn install_take_over_handler(&self) {
-        let shared = Arc::downgrade(&self.shared);
-        self.on_call(
-            METHOD,
-            Arc::new(move |peer, body: Value| {
-                let shared = shared.upgrade();
-                Box::pin(async move {
-                    let shared = shared.ok_or("this node shuts down")?;
-                    let work = move || shared.take_over(&peer, &body);
-                    tokio::task::spawn_blocking(work)
-                        .await
-                        .map_err(|_| "this node shuts down".to_owned())?
-                })
-            }),
-        );
-    }
-
     /// Makes the peer the primary of a group, and this node a secondary; the peer's name.
     ///
     /// # Errors
@@ -191,7 +174,7 @@ impl Shared {
     }
 
     /// Begins a reign here, where this node has exactly what the peer that asks has.
-    fn take_over(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
+    pub(super) fn take_over(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
         let TakeOver { group, head, chain } = serde_json::from_value(body.clone())
             .map_err(|error| format!("a request that is not understood: {error}"))?;
         let answer = match self.may_take_over(peer, group, head, chain) {

@@ -62,10 +62,7 @@ impl Channel {
             self.set_state(context, ReplicationState::Idle, reason);
             return;
         }
-        if let Some(mine) = self.local.history.last()
-            && remote.recovering
-            && remote.history.last().is_none_or(|theirs| theirs.counter < mine.counter)
-        {
+        if remote.recovering && remote.history.counter() < self.local.history.counter() {
             let (peer, name) = (context.peer_name, &self.local.name);
             let reason = format!(
                 "{peer} has come back as primary of an earlier reign: run `tidelog promote {name}` \
@@ -143,9 +140,8 @@ impl Channel {
     /// serve none does.
     fn two_primaries(&mut self, context: &mut Context<'_>, remote: &Remote) {
         let mine = &self.local.history;
-        let counter = |history: &History| history.last().map(|reign| reign.counter);
-        let mine_is_newer = counter(mine) > counter(&remote.history);
-        let theirs_is_newer = counter(mine) < counter(&remote.history);
+        let mine_is_newer = mine.counter() > remote.history.counter();
+        let theirs_is_newer = mine.counter() < remote.history.counter();
         let relation = compare(mine, &remote.history);
         let peer = context.peer_name.clone();
         let name = self.local.name.clone();
@@ -155,7 +151,7 @@ impl Channel {
             );
             context.outputs.push(Output::HoldBack {
                 group: self.local.id,
-                counter: counter(&remote.history).unwrap_or_default(),
+                counter: remote.history.counter().unwrap_or_default(),
                 reason: format!(
                     "is about to follow {peer}, which became primary while this node was away; \
                      `tidelog status {name}` on both shows what it waits for, `tidelog promote \
@@ -263,9 +259,8 @@ impl Channel {
     pub(super) fn on_may_follow(&mut self, context: &mut Context<'_>, at: Lsn, chain: Chain) {
         self.parted = Some(Parted { at, chain });
         let peer_is_primary = self.remote.as_ref().is_some_and(|remote| remote.primary);
-        let counter = |history: &History| history.last().map(|reign| reign.counter);
-        let theirs = self.remote.as_ref().and_then(|remote| counter(&remote.history));
-        let reigned_after = self.local.recovering && counter(&self.local.history) < theirs;
+        let theirs = self.remote.as_ref().and_then(|remote| remote.history.counter());
+        let reigned_after = self.local.recovering && self.local.history.counter() < theirs;
         if peer_is_primary && (reigned_after || !self.local.primary) {
             context.outputs.push(Output::Yield { group: self.local.id, at, chain });
         }

@@ -2,6 +2,16 @@
 
 use super::*;
 
+/// Both have the first write, and neither reaches the other any more.
+fn cut_off(seed: u64) -> World {
+    let mut world = World::new(seed);
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    world
+}
+
 #[test]
 fn after_a_failover_the_old_primary_follows_if_it_lacks_nothing() {
     let mut world = World::new(3);
@@ -23,11 +33,7 @@ fn after_a_failover_the_old_primary_follows_if_it_lacks_nothing() {
 
 #[test]
 fn a_primary_that_returns_with_more_keeps_it_as_a_branch_and_follows() {
-    let mut world = World::new(4);
-    world.write(0);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
+    let mut world = cut_off(4);
     world.write(0);
     let log = world.nodes[0].log.bytes.clone();
     world.stop(0);
@@ -47,11 +53,7 @@ fn a_primary_that_returns_with_more_keeps_it_as_a_branch_and_follows() {
 
 #[test]
 fn two_that_served_are_a_split_brain_until_an_operator_resolves_it() {
-    let mut world = World::new(4);
-    world.write(0);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
+    let mut world = cut_off(4);
     world.write(0);
     world.promote(1);
     world.write(1);
@@ -216,11 +218,7 @@ fn whatever_dies_and_returns_ends_in_order_or_says_why() {
 
 #[test]
 fn a_running_primary_never_follows_even_a_newer_reign() {
-    let mut world = World::new(6);
-    world.write(0);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
+    let mut world = cut_off(6);
     world.promote(1);
     world.weather.partitioned = false;
     world.run(seconds(10));
@@ -300,11 +298,7 @@ fn one_that_is_promoted_although_held_back_reigns_above_the_other() {
 
 #[test]
 fn a_restart_does_not_end_a_split_brain() {
-    let mut world = World::new(14);
-    world.write(0);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
+    let mut world = cut_off(14);
     world.promote(1);
     world.write(0);
     world.write(1);
@@ -325,11 +319,7 @@ fn a_restart_does_not_end_a_split_brain() {
 
 #[test]
 fn a_promote_beside_an_idle_primary_can_be_taken_back() {
-    let mut world = World::new(15);
-    world.write(0);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
+    let mut world = cut_off(15);
     world.promote(1);
     world.weather.partitioned = false;
     world.run(seconds(10));
