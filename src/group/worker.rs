@@ -1,7 +1,8 @@
 //! The threads of a group: one syncs, one folds, one prepares segments and starts write-back.
 //!
 //! None of them is needed for correctness: a group without threads is driven by `sync_now` and
-//! `fold_now`, and makes its segments when it needs them.
+//! `fold_now`, and makes its segments when it needs them. The simulation has none, and drives the
+//! rounds of these threads one by one.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -137,10 +138,16 @@ impl Group {
             let now = self.context.env.clock.monotonic();
             if now.saturating_sub(marked) >= SYNC_EVERY {
                 marked = now;
-                self.mark_durable();
-                noted = noted || self.note_clock();
+                noted = self.mark_round(noted);
             }
         }
+    }
+
+    /// What the thread that syncs does besides, once a second: whether the clock is noted now.
+    #[doc(hidden)]
+    pub fn mark_round(&self, noted: bool) -> bool {
+        self.mark_durable();
+        noted || self.note_clock()
     }
 
     /// Writes the durable mark: what is below it is trusted after a crash, and missing is damage.
@@ -167,34 +174,40 @@ impl Group {
             if self.stopping() {
                 return;
             }
-            self.close_expired();
-            let pressed = {
-                let core = self.lock();
-                // That was told, and its writers have been too.
-                if core.failed.is_some() {
-                    continue;
-                }
-                self.log_bytes(&core) >= self.log_limit(&core) / 10 * 8
-            };
-            // Only what is durable is folded: where space is short that is not waited for.
-            let synced = if pressed { self.sync_now().map(|_| ()) } else { Ok(()) };
-            let result = synced.and_then(|()| self.fold(false));
-            self.lock().fold_failure = result.as_ref().err().map(ToString::to_string);
-            self.space.notify_all();
-            match result {
-                Ok(_) => told = None,
-                Err(error) => {
-                    // Told once: it is tried again with every round.
-                    let text = error.to_string();
-                    if told.as_ref() != Some(&text) {
-                        self.emit(
-                            Severity::Error,
-                            "fold-failed",
-                            format!("the log could not be folded: {text}"),
-                            serde_json::Value::Null,
-                        );
-                        told = Some(text);
-                    }
+            self.fold_round(&mut told);
+        }
+    }
+
+    /// One round of the thread that folds. `told` is the failure that was told last.
+    #[doc(hidden)]
+    pub fn fold_round(&self, told: &mut Option<String>) {
+        self.close_expired();
+        let pressed = {
+            let core = self.lock();
+            // That was told, and its writers have been too.
+            if core.failed.is_some() {
+                return;
+            }
+            self.log_bytes(&core) >= self.log_limit(&core) / 10 * 8
+        };
+        // Only what is durable is folded: where space is short that is not waited for.
+        let synced = if pressed { self.sync_now().map(|_| ()) } else { Ok(()) };
+        let result = synced.and_then(|()| self.fold(false));
+        self.lock().fold_failure = result.as_ref().err().map(ToString::to_string);
+        self.space.notify_all();
+        match result {
+            Ok(_) => *told = None,
+            Err(error) => {
+                // Told once: it is tried again with every round.
+                let text = error.to_string();
+                if told.as_ref() != Some(&text) {
+                    self.emit(
+                        Severity::Error,
+                        "fold-failed",
+                        format!("the log could not be folded: {text}"),
+                        serde_json::Value::Null,
+                    );
+                    *told = Some(text);
                 }
             }
         }
@@ -207,18 +220,24 @@ impl Group {
             if self.stopping() {
                 return;
             }
-            let head = self.lock().writer.head();
-            // The next one is ready before the present one is half full. Where the disk is full,
-            // the append that needs it says so.
-            let next = head.segment_number(self.segment_bytes()) + 1;
-            if self.segments.get(next).is_none() && self.segments.ensure(next).is_ok() {
-                self.lock().log_used_bytes = self.segments.used_bytes();
-            }
-            self.look_at_disk();
-            self.start_writeback(written_back, head);
-            written_back = head;
-            self.write_indices();
+            written_back = self.prepare_round(written_back);
         }
+    }
+
+    /// One round of the thread that prepares: up to where write-back was asked for.
+    #[doc(hidden)]
+    pub fn prepare_round(&self, written_back: Lsn) -> Lsn {
+        let head = self.lock().writer.head();
+        // The next one is ready before the present one is half full. Where the disk is full, the
+        // append that needs it says so.
+        let next = head.segment_number(self.segment_bytes()) + 1;
+        if self.segments.get(next).is_none() && self.segments.ensure(next).is_ok() {
+            self.lock().log_used_bytes = self.segments.used_bytes();
+        }
+        self.look_at_disk();
+        self.start_writeback(written_back, head);
+        self.write_indices();
+        head
     }
 
     /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.

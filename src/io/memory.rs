@@ -496,6 +496,12 @@ impl MemoryDisk {
         state.off = false;
     }
 
+    /// Whether [`Fault::PowerOff`] has not struck yet.
+    #[must_use]
+    pub fn has_power(&self) -> bool {
+        !self.lock().off
+    }
+
     /// How many operations that change something or sync were begun.
     #[must_use]
     pub fn operations(&self) -> u64 {

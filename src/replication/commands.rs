@@ -242,49 +242,57 @@ impl Replication {
     #[must_use]
     pub fn promote_refusal(&self, group: GroupId) -> Option<String> {
         let cores = self.shared.cores.lock().expect("no holder panics");
-        for core in cores.values() {
-            let Some(channel) = core.channel(group) else { continue };
-            let local = channel.local();
-            if local.primary {
-                continue;
-            }
-            let name = &local.name;
-            let peer = core.name();
-            // One that has come back after this node's reign began waits for this node to go on.
-            let reigns = |remote: &Remote| {
-                let superseded = remote.history.counter() < local.history.counter();
-                remote.primary && !(remote.recovering && superseded)
-            };
-            if core.conn().is_some() && channel.remote().is_some_and(reigns) {
+        refusal_to_promote(cores.values(), group)
+    }
+}
+
+/// The same, by the cores of all peers.
+pub fn refusal_to_promote<'a>(
+    cores: impl Iterator<Item = &'a PeerCore>,
+    group: GroupId,
+) -> Option<String> {
+    for core in cores {
+        let Some(channel) = core.channel(group) else { continue };
+        let local = channel.local();
+        if local.primary {
+            continue;
+        }
+        let name = &local.name;
+        let peer = core.name();
+        // One that has come back after this node's reign began waits for this node to go on.
+        let reigns = |remote: &Remote| {
+            let superseded = remote.history.counter() < local.history.counter();
+            remote.primary && !(remote.recovering && superseded)
+        };
+        if core.conn().is_some() && channel.remote().is_some_and(reigns) {
+            return Some(format!(
+                "group {name}: {peer} is connected and is its primary; `tidelog switchover \
+                 {name}` changes sides and loses nothing; if {peer} has just died, try again \
+                 in a moment; `tidelog promote {name} --force` reigns beside it"
+            ));
+        }
+        if let Some(parted) = channel.parted() {
+            let own = local.history.head.bytes_since(parted.at);
+            return Some(format!(
+                "group {name}: the last {} here are not in the history of {peer}, which goes \
+                 on from LSN {}; `tidelog resolve {name} --preview` shows both sides, `tidelog \
+                 promote {name} --force` reigns beside it",
+                ByteSize(own),
+                parted.at
+            ));
+        }
+        if let Some(told) = channel.told() {
+            let behind = told.head.bytes_since(local.history.head);
+            if behind > 0 {
                 return Some(format!(
-                    "group {name}: {peer} is connected and is its primary; `tidelog switchover \
-                     {name}` changes sides and loses nothing; if {peer} has just died, try again \
-                     in a moment; `tidelog promote {name} --force` reigns beside it"
+                    "group {name}: this node lacks {} that {peer} had when it was last heard; \
+                     reconnect it, or lose them with `tidelog promote {name} --force`",
+                    ByteSize(behind)
                 ));
-            }
-            if let Some(parted) = channel.parted() {
-                let own = local.history.head.bytes_since(parted.at);
-                return Some(format!(
-                    "group {name}: the last {} here are not in the history of {peer}, which goes \
-                     on from LSN {}; `tidelog resolve {name} --preview` shows both sides, `tidelog \
-                     promote {name} --force` reigns beside it",
-                    ByteSize(own),
-                    parted.at
-                ));
-            }
-            if let Some(told) = channel.told() {
-                let behind = told.head.bytes_since(local.history.head);
-                if behind > 0 {
-                    return Some(format!(
-                        "group {name}: this node lacks {} that {peer} had when it was last heard; \
-                         reconnect it, or lose them with `tidelog promote {name} --force`",
-                        ByteSize(behind)
-                    ));
-                }
             }
         }
-        None
     }
+    None
 }
 
 pub(super) async fn run_blocking(

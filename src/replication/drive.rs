@@ -20,6 +20,13 @@ impl Shared {
     /// Does what a core says. What it has a group's thread do keeps the room of the message that it
     /// comes from; bytes of a log have a bound of their own there, the window.
     fn perform(self: &Arc<Self>, peer: NodeId, output: Output, room: Option<Room>) {
+        let output = match Job::of(peer, output) {
+            Ok((group, job)) => {
+                let room = room.filter(|_| !matches!(job, Job::Append { .. }));
+                return self.add_job(peer, group, job, room);
+            }
+            Err(output) => output,
+        };
         match output {
             Output::Dial => {
                 tokio::spawn(link::dial(Arc::clone(self), peer));
@@ -42,35 +49,11 @@ impl Shared {
                     conn.send_range(Range { group, stream, from, to });
                 }
             }
-            Output::Prepare { group, stream } => {
-                self.add_job(peer, group, Job::Prepare { peer, stream }, room);
-            }
-            Output::LookupChain { group, lsn, ticket } => {
-                self.add_job(peer, group, Job::LookupChain { peer, lsn, ticket }, room);
-            }
-            Output::Append { group, stream, position, bytes } => {
-                self.add_job(peer, group, Job::Append { peer, stream, position, bytes }, None);
-            }
-            Output::Committed { group, lsn } => {
-                self.add_job(peer, group, Job::Committed { lsn }, room);
-            }
-            Output::Retire { group, retired } => {
-                self.add_job(peer, group, Job::Retire { retired }, room);
-            }
-            Output::Serve { group } => self.add_job(peer, group, Job::Serve, room),
-            Output::HoldBack { group, counter, reason } => {
-                self.add_job(peer, group, Job::HoldBack { counter, reason }, room);
-            }
-            Output::SplitBrain { group, there_is } => {
-                self.add_job(peer, group, Job::SplitBrain { there_is }, room);
-            }
-            Output::Yield { group, at, chain } => {
-                self.add_job(peer, group, Job::Yield { peer, at, chain }, room);
-            }
             Output::Event { severity, code, group, text } => {
                 let group = group.as_ref().map(|name| name.as_str());
                 self.context.events.emit(severity, code, group, text, Value::Null);
             }
+            touching => unreachable!("{touching:?} touches a log"),
         }
     }
 

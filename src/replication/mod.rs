@@ -29,6 +29,8 @@ mod replica;
 mod resolve;
 mod rpc;
 mod service;
+#[doc(hidden)]
+pub mod simulation;
 mod status;
 mod switchover;
 mod tls;

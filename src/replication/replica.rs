@@ -206,12 +206,7 @@ pub(super) fn membership_of(
 }
 
 /// All that the core needs to know of a group in view of a peer.
-pub(super) fn local_group(
-    group: &dyn Replica,
-    me: NodeId,
-    peer: NodeId,
-    asked_for: bool,
-) -> LocalGroup {
+pub fn local_group(group: &dyn Replica, me: NodeId, peer: NodeId, asked_for: bool) -> LocalGroup {
     let positions = group.positions();
     let control = group.control();
     let primary = group.role() == Role::Primary;

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::events::Severity;
 use crate::group::Role;
-use crate::units::{Chain, GroupId, Lsn, Name};
+use crate::units::{Chain, GroupId, Lsn, Name, NodeId};
 
 use super::channel::ReplicationState;
 use super::commands::run_blocking;
@@ -177,7 +177,11 @@ impl Shared {
     pub(super) fn take_over(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
         let TakeOver { group, head, chain } = serde_json::from_value(body.clone())
             .map_err(|error| format!("a request that is not understood: {error}"))?;
-        let answer = match self.may_take_over(peer, group, head, chain) {
+        let replica = self.groups.by_id(group).ok_or_else(|| "it has no such group".to_owned());
+        let may = replica.and_then(|replica| {
+            may_take_over(&*replica, self.me(), peer.node, head, chain).map(|()| replica)
+        });
+        let answer = match may {
             Err(why) => TakeOverAnswer::Refused(why),
             Ok(group) => {
                 group.promote("switchover").map_err(|error| error.to_string())?;
@@ -186,26 +190,30 @@ impl Shared {
         };
         Ok(serde_json::to_value(answer).expect("plain data becomes JSON"))
     }
+}
 
-    fn may_take_over(
-        &self,
-        peer: &PeerContext,
-        group: GroupId,
-        head: Lsn,
-        chain: Chain,
-    ) -> Result<Arc<dyn Replica>, String> {
-        let group = self.groups.by_id(group).ok_or("it has no such group")?;
-        let member = membership_of(&group.control(), self.me(), peer.node, false, false);
-        if !matches!(member, Membership::Member { .. }) {
-            return Err("it knows the asker as no member of the group".to_owned());
-        }
-        if group.role() != Role::Secondary {
-            return Err("it is primary already".to_owned());
-        }
-        let here = group.positions();
-        if (here.head, here.chain) != (head, chain) {
-            return Err(format!("its log ends at LSN {}, not as asked at {head}", here.head));
-        }
-        Ok(group)
+/// Whether this node, `me`, has exactly what the peer that asks has, and may follow it as primary.
+///
+/// # Errors
+///
+/// Why not.
+pub fn may_take_over(
+    group: &dyn Replica,
+    me: NodeId,
+    peer: NodeId,
+    head: Lsn,
+    chain: Chain,
+) -> Result<(), String> {
+    let member = membership_of(&group.control(), me, peer, false, false);
+    if !matches!(member, Membership::Member { .. }) {
+        return Err("it knows the asker as no member of the group".to_owned());
     }
+    if group.role() != Role::Secondary {
+        return Err("it is primary already".to_owned());
+    }
+    let here = group.positions();
+    if (here.head, here.chain) != (head, chain) {
+        return Err(format!("its log ends at LSN {}, not as asked at {head}", here.head));
+    }
+    Ok(())
 }

@@ -6,10 +6,10 @@ use std::sync::{Arc, mpsc};
 use bytes::Bytes;
 
 use crate::group::Discard;
-use crate::units::{Chain, Lsn, NodeId};
+use crate::units::{Chain, GroupId, Lsn, NodeId};
 
 use super::bounds::Room;
-use super::core::{Appended, Input};
+use super::core::{Appended, Input, Output};
 use super::replica::{Replica, history_of};
 
 /// Appended bytes after which a result is told though more bytes wait.
@@ -17,7 +17,8 @@ const REPORT_BYTES: u64 = 1 << 20;
 
 /// What a group's thread does.
 #[derive(Debug)]
-pub(super) enum Job {
+#[expect(missing_docs, reason = "each is the core's output of the same name")]
+pub enum Job {
     Prepare { peer: NodeId, stream: u64 },
     LookupChain { peer: NodeId, lsn: Lsn, ticket: u64 },
     Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
@@ -27,6 +28,38 @@ pub(super) enum Job {
     SplitBrain { there_is: bool },
     Yield { peer: NodeId, at: Lsn, chain: Chain },
     Retire { retired: bool },
+}
+
+impl Job {
+    /// What an output has the group's thread do; the output itself where it touches no log.
+    ///
+    /// # Errors
+    ///
+    /// Those outputs, for the shell.
+    pub fn of(peer: NodeId, output: Output) -> Result<(GroupId, Job), Output> {
+        Ok(match output {
+            Output::Prepare { group, stream } => (group, Job::Prepare { peer, stream }),
+            Output::LookupChain { group, lsn, ticket } => {
+                (group, Job::LookupChain { peer, lsn, ticket })
+            }
+            Output::Append { group, stream, position, bytes } => {
+                (group, Job::Append { peer, stream, position, bytes })
+            }
+            Output::Committed { group, lsn } => (group, Job::Committed { lsn }),
+            Output::Retire { group, retired } => (group, Job::Retire { retired }),
+            Output::Serve { group } => (group, Job::Serve),
+            Output::HoldBack { group, counter, reason } => {
+                (group, Job::HoldBack { counter, reason })
+            }
+            Output::SplitBrain { group, there_is } => (group, Job::SplitBrain { there_is }),
+            Output::Yield { group, at, chain } => (group, Job::Yield { peer, at, chain }),
+            Output::Dial
+            | Output::Close { .. }
+            | Output::Send { .. }
+            | Output::SendLog { .. }
+            | Output::Event { .. } => return Err(output),
+        })
+    }
 }
 
 /// A running thread; it ends when this is dropped and all its jobs are done.
@@ -61,77 +94,88 @@ fn run(
 ) {
     let mut next = None;
     while let Some((job, _room)) = next.take().or_else(|| waiting.recv().ok()) {
-        match job {
-            Job::Prepare { peer, stream } => {
-                group.reset_received();
-                let positions = group.positions();
-                report(
-                    peer,
-                    Input::Prepared {
-                        group: group.id(),
-                        stream,
-                        history: history_of(group, &positions),
-                        durable: positions.durable.min(positions.head),
-                        requests: positions.requests,
-                    },
-                );
+        let more = |peer, stream| match waiting.try_recv().ok()? {
+            (Job::Append { peer: p, stream: s, position, bytes }, _)
+                if (p, s) == (peer, stream) =>
+            {
+                Some((position, bytes))
             }
-            Job::LookupChain { peer, lsn, ticket } => {
-                let chain = group.chain_at(lsn);
-                report(peer, Input::ChainFound { group: group.id(), ticket, chain });
+            other => {
+                next = Some(other);
+                None
             }
-            Job::Append { peer, stream, position, bytes } => {
-                let mut appended = bytes.len() as u64;
-                let mut result = append(group, position, &bytes);
-                // What waits behind it goes along before anybody is told.
-                while result.is_ok() && appended < REPORT_BYTES {
-                    match waiting.try_recv() {
-                        Ok((Job::Append { peer: p, stream: s, position, bytes }, _))
-                            if p == peer && s == stream =>
-                        {
-                            appended += bytes.len() as u64;
-                            result = append(group, position, &bytes);
-                        }
-                        Ok(other) => {
-                            next = Some(other);
-                            break;
-                        }
-                        Err(_) => break,
-                    }
-                }
-                report(peer, appended_input(group, stream, result));
+        };
+        if let Some((peer, input)) = perform(group, job, more) {
+            report(peer, input);
+        }
+    }
+}
+
+/// Does one job; what is to be told of it, and which core. `more` gives the bytes that wait behind
+/// those of an append, if they continue the same stream.
+pub fn perform(
+    group: &dyn Replica,
+    job: Job,
+    mut more: impl FnMut(NodeId, u64) -> Option<(Lsn, Bytes)>,
+) -> Option<(NodeId, Input)> {
+    match job {
+        Job::Prepare { peer, stream } => {
+            group.reset_received();
+            let positions = group.positions();
+            let input = Input::Prepared {
+                group: group.id(),
+                stream,
+                history: history_of(group, &positions),
+                durable: positions.durable.min(positions.head),
+                requests: positions.requests,
+            };
+            return Some((peer, input));
+        }
+        Job::LookupChain { peer, lsn, ticket } => {
+            let chain = group.chain_at(lsn);
+            return Some((peer, Input::ChainFound { group: group.id(), ticket, chain }));
+        }
+        Job::Append { peer, stream, position, bytes } => {
+            let mut appended = bytes.len() as u64;
+            let mut result = append(group, position, &bytes);
+            // What waits behind it goes along before anybody is told.
+            while result.is_ok() && appended < REPORT_BYTES {
+                let Some((position, bytes)) = more(peer, stream) else { break };
+                appended += bytes.len() as u64;
+                result = append(group, position, &bytes);
             }
-            Job::Committed { lsn } => group.note_committed(lsn),
-            Job::Retire { retired } => {
-                if let Err(error) = group.set_retired(retired) {
-                    tracing::error!("group {}: mark as retired: {error}", group.name());
-                }
+            return Some((peer, appended_input(group, stream, result)));
+        }
+        Job::Yield { peer, at, chain } => {
+            let yielded = group.yield_to(at, chain, Discard::Received);
+            let group = group.id();
+            return Some((
+                peer,
+                match yielded {
+                    Ok(()) => Input::Yielded { group },
+                    Err(error) => Input::YieldRefused { group, reason: error.to_string() },
+                },
+            ));
+        }
+        Job::Committed { lsn } => group.note_committed(lsn),
+        Job::Retire { retired } => {
+            if let Err(error) = group.set_retired(retired) {
+                tracing::error!("group {}: mark as retired: {error}", group.name());
             }
-            Job::Serve => {
-                if let Err(error) = group.serve() {
-                    tracing::error!("group {}: serve: {error}", group.name());
-                }
+        }
+        Job::Serve => {
+            if let Err(error) = group.serve() {
+                tracing::error!("group {}: serve: {error}", group.name());
             }
-            Job::HoldBack { counter, reason } => group.hold_back(counter, &reason),
-            Job::SplitBrain { there_is } => {
-                if let Err(error) = group.note_split_brain(there_is) {
-                    tracing::error!("group {}: note a split brain: {error}", group.name());
-                }
-            }
-            Job::Yield { peer, at, chain } => {
-                let group_id = group.id();
-                report(
-                    peer,
-                    match group.yield_to(at, chain, Discard::Received) {
-                        Ok(()) => Input::Yielded { group: group_id },
-                        Err(error) => {
-                            Input::YieldRefused { group: group_id, reason: error.to_string() }
-                        }
-                    },
-                );
+        }
+        Job::HoldBack { counter, reason } => group.hold_back(counter, &reason),
+        Job::SplitBrain { there_is } => {
+            if let Err(error) = group.note_split_brain(there_is) {
+                tracing::error!("group {}: note a split brain: {error}", group.name());
             }
         }
     }
+    None
 }
 
 fn append(group: &dyn Replica, position: Lsn, bytes: &[u8]) -> Result<(), String> {
