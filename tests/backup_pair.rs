@@ -19,7 +19,7 @@ use tidelog::group::{
     Group, GroupContext, LocalLimits, NodeIdentity, Op, Read, Registry, Request, Role, View,
 };
 use tidelog::io::{Env, ManualClock};
-use tidelog::log::control::{Control, MemberRecord, Mode};
+use tidelog::log::control::{Control, MemberRecord, Mode, OnLoss};
 use tidelog::replication::BoxFuture;
 use tidelog::units::{LogTime, Name, NodeId, Span};
 
@@ -246,6 +246,7 @@ impl Pair {
             node: node_id("b"),
             name: name("b"),
             mode: Mode::Async,
+            on_loss: OnLoss::default(),
             rpo_target: None,
             removed: false,
             other: Map::new(),

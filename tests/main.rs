@@ -10,6 +10,7 @@ mod failover;
 mod fuzz;
 mod fuzz_bodies;
 mod kill;
+mod modes;
 mod nbd;
 mod replication;
 mod serve;

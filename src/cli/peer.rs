@@ -46,6 +46,9 @@ pub struct ReplicateArguments {
     /// When a write is answered
     #[arg(long, value_enum, conflicts_with = "stop")]
     mode: Option<ModeArgument>,
+    /// What hosts do while the peer is away, where the mode has them wait for it
+    #[arg(long, value_enum, conflicts_with = "stop")]
+    on_loss: Option<OnLossArgument>,
     /// The age that the copy may have before it counts as behind
     #[arg(long, value_name = "DURATION", conflicts_with = "stop")]
     rpo: Option<Span>,
@@ -58,6 +61,18 @@ pub struct ReplicateArguments {
 enum ModeArgument {
     /// When it is in the local log
     Async,
+    /// When the peer holds it in memory too
+    Receive,
+    /// As `receive`; and a flush when it is durable on the peer too
+    Sync,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OnLossArgument {
+    /// They go on, and status says that the group is degraded
+    Continue,
+    /// They wait
+    Block,
 }
 
 /// Pause replication of a group
@@ -147,9 +162,11 @@ pub async fn replicate(session: &Session, arguments: &ReplicateArguments) -> Res
         return session.ask("DELETE", &path, None, show).await;
     }
     let mode = arguments.mode.and_then(|mode| mode.to_possible_value());
+    let on_loss = arguments.on_loss.and_then(|on_loss| on_loss.to_possible_value());
     let body = json!({
         "peer": arguments.to,
         "mode": mode.map(|mode| mode.get_name().to_owned()),
+        "on_loss": on_loss.map(|on_loss| on_loss.get_name().to_owned()),
         "rpo": arguments.rpo,
     });
     session.ask("POST", &path, Some(body), show).await?;

@@ -134,6 +134,11 @@ fn show_peer(peer: &PeerStatus) -> String {
         let since = peer.replication_state_since.map_or_else(String::new, output::age);
         lines.push(format!("          {}: {reason} ({since})", peer.replication_state));
     }
+    if let Some(reason) = &peer.degraded_reason {
+        let since = peer.degraded_since.map_or_else(String::new, output::age);
+        let what = if peer.degraded { "degraded: hosts do not wait for it" } else { "hosts wait" };
+        lines.push(format!("          {what}: {reason} ({since})"));
+    }
     if peer.replication_state == "catching-up" && output::is_terminal() {
         let done = peer.durable_lsn.0;
         lines.push(format!("          {}", output::bar(done, done + peer.behind_bytes)));

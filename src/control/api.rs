@@ -172,6 +172,9 @@ pub struct MemberInfo {
     pub name: Name,
     /// When a write is answered.
     pub mode: crate::log::control::Mode,
+    /// What hosts do without it, where the mode has them wait for it.
+    #[serde(default)]
+    pub on_loss: crate::log::control::OnLoss,
     /// The age that its copy may have.
     pub rpo_target_seconds: Option<f64>,
 }

@@ -120,6 +120,7 @@ fn group_info(group: &Group) -> GroupInfo {
                 node: member.node,
                 name: member.name.clone(),
                 mode: member.mode,
+                on_loss: member.on_loss,
                 rpo_target_seconds: member.rpo_target.map(|target| target.0.as_secs_f64()),
             })
             .collect(),

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::log::control::Mode;
+use crate::log::control::{Mode, OnLoss};
 use crate::replication::{ReplicateOptions, ReplicationError};
 use crate::units::{ByteSize, Name, Span};
 
@@ -69,10 +69,13 @@ pub(super) fn replicate(context: Arc<Context>, call: Call) -> AnswerFuture {
     Box::pin(async move {
         let group = context.group(call.path("group"))?.name().clone();
         let peer: Name = call.required("peer")?;
-        let mode: Mode = call.field("mode")?.unwrap_or_default();
+        let mode: Option<Mode> = call.field("mode")?;
+        let on_loss: Option<OnLoss> = call.field("on_loss")?;
         let rpo_target: Option<Span> = call.field("rpo")?;
-        wait_for_link(&context, peer.as_str()).await;
-        let options = ReplicateOptions { mode, rpo_target };
+        if !context.replication.is_replicated_to(group.as_str(), peer.as_str()) {
+            wait_for_link(&context, peer.as_str()).await;
+        }
+        let options = ReplicateOptions { mode, on_loss, rpo_target };
         context.replication.replicate(group.as_str(), peer.as_str(), options).await?;
         done(format!("group {group}: is replicated to {peer}"))
     })

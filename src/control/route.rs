@@ -288,7 +288,8 @@ pub static ROUTES: &[Route] = &[
     )
     .body(&[
         parameter("peer", "string", "the peer's name"),
-        parameter("mode", "string", "async: a write is answered when it is in the local log"),
+        parameter("mode", "string", "when a write is answered: async, receive or sync"),
+        parameter("on_loss", "string", "what hosts do while such a peer is away: continue, block"),
         parameter("rpo", "string", "the age that the copy may have: a duration"),
     ])
     .on_primary(),

@@ -17,8 +17,9 @@ use super::content::Content;
 use super::image::Image;
 use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
 use super::receive::Pending;
+use super::required::{Floors, Required};
 use super::returning::Asking;
-use super::sync::Waiter;
+use super::sync::Waiting;
 use super::timeline::{Checkpoint, Timeline};
 use super::worker::Workers;
 use super::{
@@ -72,7 +73,9 @@ pub struct Group {
     pub(super) sync_lock: Mutex<()>,
     /// Mirror of `core.durable`, for waiters.
     pub(super) durable: AtomicU64,
-    pub(super) waiters: Mutex<Vec<Waiter>>,
+    pub(super) waiters: Mutex<Waiting>,
+    /// Up to where the peers have the log that answers wait for.
+    pub(super) floors: Arc<Floors>,
     pub(super) waiters_changed: Condvar,
     /// Signalled with `core` when the log got shorter, or the group failed or closed.
     pub(super) space: Condvar,
@@ -114,6 +117,8 @@ pub(super) struct Core {
     pub closed: bool,
     pub images: BTreeMap<Name, Arc<Image>>,
     pub pending: Pending,
+    /// The peers that answers wait for.
+    pub required: Required,
     /// Bytes of log and index on disk, as known after the last change.
     pub log_used_bytes: u64,
     /// Why the last fold failed, where it did: writers of a full log are told, not held.
@@ -166,6 +171,7 @@ impl Core {
     pub(super) fn refresh_view(&mut self) {
         let volumes = self.content.volumes.values().map(|known| known.volume.clone()).collect();
         self.view = Arc::new(self.content.table.view(volumes));
+        self.required.set_members(&self.view.members, self.clock.last());
     }
 
     /// What is committed: durable on the primary, as far as this node has it.
@@ -305,6 +311,7 @@ impl Group {
             closed: false,
             images: BTreeMap::new(),
             pending: Pending::default(),
+            required: Required::new(context.node.id),
             log_used_bytes: segments.used_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
@@ -312,6 +319,7 @@ impl Group {
             disk_limit_bytes: u64::MAX,
         };
         core.refresh_view();
+        let floors = core.required.floors();
         Arc::new_cyclic(|me| Group {
             me: me.clone(),
             dir: dir.to_owned(),
@@ -328,6 +336,7 @@ impl Group {
             sync_lock: Mutex::default(),
             durable: AtomicU64::new(head.0),
             waiters: Mutex::default(),
+            floors,
             waiters_changed: Condvar::new(),
             space: Condvar::new(),
             workers: Workers::default(),

@@ -302,6 +302,7 @@ mod recover;
 mod recovery_decision;
 mod registry;
 mod reign;
+mod required;
 mod returning;
 mod sync;
 mod timeline;
@@ -313,6 +314,7 @@ pub use engine::{ClientGuard, Group, NewGroup};
 pub use image::Image;
 pub use recover::Recovery;
 pub use registry::Registry;
+pub use required::RequiredPeer;
 pub use returning::Discard;
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 use super::engine::Group;
 use super::returning::ASK_FOR;
 use super::{ReceiveError, Role};
+use crate::log::control::{MemberRecord, Mode};
 use crate::log::record::{Header, Kind, RecordError, flags};
 use crate::log::segment::fits;
 use crate::units::{Chain, Lsn};
@@ -87,6 +88,7 @@ impl Group {
         let complete = pending.complete();
         let mut from = 0;
         let mut first = 0;
+        let mut sync_wanted = false;
         // Control records shape what later records are checked against: each ends a part.
         while first < complete {
             let control = Kind::Control as u8;
@@ -118,6 +120,7 @@ impl Group {
                 return Err(wrong(at, error.to_string()));
             }
             for (place, header) in part {
+                sync_wanted |= wants_sync(header);
                 core.apply(header, payload_of(&pending.bytes, *place, header), &mut freed);
                 core.committed = core.committed.max(header.durable);
             }
@@ -134,13 +137,26 @@ impl Group {
         core.pending = pending;
         self.appended(&mut core, head);
         let new_head = core.writer.head();
+        let me = self.context.node.id;
+        let in_sync = |member: &&MemberRecord| member.node == me && member.mode == Mode::Sync;
+        // The primary's host waits for this.
+        let hurry = sync_wanted && core.view.members.iter().any(|member| in_sync(&member));
         drop(core);
         drop(freed);
+        if hurry {
+            self.hurry_sync(new_head);
+        }
         if new_head > head {
             self.notify();
         }
         Ok(new_head)
     }
+}
+
+/// Whether a host may wait for this record to be durable.
+fn wants_sync(header: &Header) -> bool {
+    header.flags & flags::FUA != 0
+        || matches!(header.known_kind(), Some(Kind::FlushMark | Kind::Control))
 }
 
 fn payload_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {

@@ -108,6 +108,7 @@ impl Group {
             let mut core = self.lock();
             core.committed = core.committed.max(durable);
         }
+        self.fail_held();
         self.update_meta(|meta| {
             meta.demoted = true;
             meta.split_brain = false;

@@ -68,8 +68,22 @@ impl Group {
         if core.halted.is_some() {
             return core.halted.clone();
         }
-        Some(match &core.asking.as_ref()?.held_back {
+        let Some(asking) = &core.asking else {
+            let (peer, why) = core.required.blocked_by()?;
+            let (group, name) = (self.name(), &peer.name);
+            let away = format!(
+                "hosts wait for {name}, which must hold what they write: {why}; `tidelog \
+                 replicate {group} --to {name} --on-loss continue` lets them go on without it"
+            );
+            return (core.role == Role::Primary).then_some(away);
+        };
+        Some(match &asking.held_back {
             Some(held_back) => held_back.reason.clone(),
+            None if core.required.blocks() => {
+                "has just started, and asks its peers what they hold; hosts wait for the answer of \
+                 those that must hold what they write"
+                    .to_owned()
+            }
             None => format!(
                 "has just started, and asks its peers what they hold; hosts wait for the answer \
                  for {} s at most",
@@ -189,7 +203,10 @@ impl Group {
                 return Err(self.refused(held_back.reason.clone()));
             }
             let left = asking.until.saturating_sub(self.context.env.clock.monotonic());
-            if left.is_zero() || !self.workers.running() {
+            if core.required.blocks() {
+                // Whoever may hold what this node has lost is asked, however long that takes.
+                core = self.space.wait(core).expect("a panic under the lock ends the process");
+            } else if left.is_zero() || !self.workers.running() {
                 drop(core);
                 self.serve()?;
                 core = self.lock();

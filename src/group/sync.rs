@@ -1,38 +1,110 @@
-//! Durability: one sync for all that wait, completed by position.
+//! Answers that come later: one sync for all that wait, completed by position, and the peers that
+//! must hold the bytes too.
 
 use std::sync::atomic::Ordering;
 
 use super::engine::{Core, Group};
-use super::{Done, GroupError, Role};
-use crate::units::Lsn;
+use super::required::Floors;
+use super::{Done, GroupError, RequiredPeer, Role};
+use crate::units::{Lsn, NodeId};
 
-/// Somebody who waits for a position to be durable.
-pub(super) struct Waiter {
+/// What somebody waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    /// Durable here.
+    Sync,
+    /// Held by the peers that a write waits for.
+    Held,
+    /// Durable here, and held by the peers that a flush waits for.
+    Flush,
+}
+
+/// Somebody who waits for a position.
+struct Waiter {
     lsn: Lsn,
+    wish: Wish,
     done: Done,
 }
 
+impl Waiter {
+    /// Whether a sync up to `durable` is all that was missing here.
+    fn is_durable(&self, durable: Lsn) -> bool {
+        self.wish == Wish::Held || self.lsn <= durable
+    }
+
+    fn is_held(&self, floors: &Floors) -> bool {
+        self.wish == Wish::Sync || floors.allow(self.lsn, self.wish == Wish::Flush)
+    }
+}
+
+/// Who waits for what.
+#[derive(Default)]
+pub(super) struct Waiting {
+    /// For the next sync here.
+    here: Vec<Waiter>,
+    /// For peers; durable here already where that matters.
+    peers: Vec<Waiter>,
+}
+
+impl Waiting {
+    /// Whether nobody waits for a sync.
+    pub(super) fn is_idle(&self) -> bool {
+        self.here.is_empty()
+    }
+}
+
 impl Group {
-    /// Calls `done` when everything up to `lsn` is durable here: at once, or from the thread that
-    /// syncs.
+    /// Calls `done` when everything up to `lsn` is durable here, and held by the peers that a flush
+    /// waits for: at once, or from another thread.
     pub fn when_durable(&self, lsn: Lsn, done: Done) {
+        self.wait_for(Waiter { lsn, wish: Wish::Flush, done });
+    }
+
+    /// Has everything up to `lsn` made durable here soon.
+    pub(super) fn hurry_sync(&self, lsn: Lsn) {
+        self.wait_for(Waiter { lsn, wish: Wish::Sync, done: Box::new(|_| {}) });
+    }
+
+    /// Whether a write that ends at `lsn` may be answered: all peers that it waits for hold it.
+    #[must_use]
+    pub fn is_held(&self, lsn: Lsn) -> bool {
+        self.floors.allow(lsn, false)
+    }
+
+    /// Calls `done` when [`Group::is_held`] is true of `lsn`: at once, or from another thread.
+    pub fn when_held(&self, lsn: Lsn, done: Done) {
+        self.wait_for(Waiter { lsn, wish: Wish::Held, done });
+    }
+
+    fn wait_for(&self, waiter: Waiter) {
         let failed = self.lock().failed.is_some();
         let mut waiters = self.waiters.lock().expect("no holder panics");
-        if self.durable.load(Ordering::Acquire) >= lsn.0 {
+        let here = waiter.is_durable(Lsn(self.durable.load(Ordering::Acquire)));
+        if here && waiter.is_held(&self.floors) {
             drop(waiters);
-            return done(Ok(()));
+            return (waiter.done)(Ok(()));
         }
         if failed {
             drop(waiters);
             let result = self.failed_error(&self.lock());
-            return done(result);
+            return (waiter.done)(result);
         }
-        waiters.push(Waiter { lsn, done });
+        if here {
+            waiters.peers.push(waiter);
+        } else {
+            waiters.here.push(waiter);
+        }
         drop(waiters);
         self.waiters_changed.notify_one();
-        // A failure that came between the look and the push has already emptied the list.
-        if self.lock().failed.is_some() {
+        // What came between the look and the push has already emptied the list.
+        let (failed, primary) = {
+            let core = self.lock();
+            (core.failed.is_some(), core.role == Role::Primary)
+        };
+        if failed {
             self.fail_waiters();
+        } else if !primary {
+            self.fail_held();
         }
     }
 
@@ -72,12 +144,52 @@ impl Group {
 
     fn complete_waiters(&self, durable: Lsn) {
         let mut waiters = self.waiters.lock().expect("no holder panics");
-        let (done, rest) =
-            std::mem::take(&mut *waiters).into_iter().partition(|waiter| waiter.lsn <= durable);
-        *waiters = rest;
+        let Waiting { here, peers } = &mut *waiters;
+        peers.extend(here.extract_if(.., |waiter| waiter.is_durable(durable)));
+        let done: Vec<Waiter> =
+            peers.extract_if(.., |waiter| waiter.is_held(&self.floors)).collect();
         drop(waiters);
         for waiter in done {
             (waiter.done)(Ok(()));
+        }
+    }
+
+    /// A peer holds so much, as it said to this node.
+    pub fn note_peer_holds(&self, peer: NodeId, received: Lsn, durable: Lsn) {
+        {
+            let mut core = self.lock();
+            let head = core.writer.head();
+            let report = core.required.holds(peer, received, durable, head);
+            core.unreported.extend(report);
+        }
+        self.complete_waiters(Lsn(self.durable.load(Ordering::Acquire)));
+        self.report();
+    }
+
+    /// A peer is lost, or its disk stands still.
+    pub fn note_peer_lost(&self, peer: NodeId, reason: &str) {
+        {
+            let mut core = self.lock();
+            let now = self.context.env.clock.wall();
+            let report = core.required.lost(peer, reason, now);
+            core.unreported.extend(report);
+        }
+        self.complete_waiters(Lsn(self.durable.load(Ordering::Acquire)));
+        self.report();
+    }
+
+    /// What answers wait for besides the local log, by peer.
+    #[must_use]
+    pub fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)> {
+        let core = self.lock();
+        core.required.peers().iter().map(|(node, peer)| (*node, peer.clone())).collect()
+    }
+
+    /// This node is primary no more: what its peers were to hold is answered by nobody.
+    pub(super) fn fail_held(&self) {
+        let failed = std::mem::take(&mut self.waiters.lock().expect("no holder panics").peers);
+        for waiter in failed {
+            (waiter.done)(Err(GroupError::NotPrimary { group: self.name().clone() }));
         }
     }
 
@@ -88,7 +200,7 @@ impl Group {
         };
         // Not held over the calls: who is told may wait for something else at once.
         let failed = std::mem::take(&mut *self.waiters.lock().expect("no holder panics"));
-        for waiter in failed {
+        for waiter in failed.here.into_iter().chain(failed.peers) {
             (waiter.done)(Err(error.clone()));
         }
     }

@@ -123,7 +123,7 @@ impl Group {
                 let _waited = self
                     .waiters_changed
                     .wait_timeout_while(waiters, SYNC_EVERY, |waiters| {
-                        waiters.is_empty() && !self.stopping()
+                        waiters.is_idle() && !self.stopping()
                     })
                     .expect("no holder panics");
             }

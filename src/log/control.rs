@@ -184,6 +184,27 @@ pub enum Mode {
     /// When it is in the local log.
     #[default]
     Async,
+    /// When the peer holds it in memory too.
+    Receive,
+    /// As `Receive`; and a flush is answered when it is durable on the peer too.
+    Sync,
+}
+
+/// What hosts do without a peer that an answer waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnLoss {
+    /// They go on, and the state says degraded.
+    #[default]
+    Continue,
+    /// They wait.
+    Block,
+}
+
+impl OnLoss {
+    fn is_default(&self) -> bool {
+        *self == OnLoss::default()
+    }
 }
 
 /// A node that holds the group.
@@ -196,6 +217,9 @@ pub struct MemberRecord {
     /// When a write is answered.
     #[serde(default)]
     pub mode: Mode,
+    /// What hosts do without it, where the mode has them wait for it.
+    #[serde(default, skip_serializing_if = "OnLoss::is_default")]
+    pub on_loss: OnLoss,
     /// The age of the copy that its owner wants at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rpo_target: Option<Span>,
@@ -339,7 +363,7 @@ mod tests {
             (3, r#"{"number":1,"name":"v","size_bytes":4096,"removed":true,"later":1}"#),
             (
                 4,
-                r#"{"node":"09090909090909090909090909090909","name":"b","mode":"async","rpo_target":"30s","removed":true,"later":1}"#,
+                r#"{"node":"09090909090909090909090909090909","name":"b","mode":"sync","on_loss":"block","rpo_target":"30s","removed":true,"later":1}"#,
             ),
             (5, r#"{"window":"1day","log_limit":10737418240,"on_full":"block","later":1}"#),
             (

@@ -77,6 +77,14 @@ pub trait Device: Send + Sync {
     }
     /// As [`crate::group::Group::append`]. Never called on a read-only export.
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>>;
+    /// As [`crate::group::Group::is_held`]: whether a write that ends at `lsn` may be answered.
+    fn is_held(&self, _lsn: Lsn) -> bool {
+        true
+    }
+    /// As [`crate::group::Group::when_held`]. Only called where that is not so.
+    fn when_held(&self, _lsn: Lsn, done: Done) {
+        done(Ok(()));
+    }
     /// As [`crate::group::Group::when_durable`]. Never called on a read-only export.
     fn when_durable(&self, lsn: Lsn, done: Done);
     /// As [`crate::group::View::read`].

@@ -172,6 +172,14 @@ impl Device for LiveVolume {
         self.group.append(requests)
     }
 
+    fn is_held(&self, lsn: Lsn) -> bool {
+        self.group.is_held(lsn)
+    }
+
+    fn when_held(&self, lsn: Lsn, done: Done) {
+        self.group.when_held(lsn, done);
+    }
+
     fn when_durable(&self, lsn: Lsn, done: Done) {
         self.group.when_durable(lsn, done);
     }
@@ -248,7 +256,7 @@ mod tests {
     use crate::events::Events;
     use crate::group::{GroupContext, LocalLimits, NodeIdentity};
     use crate::io::{Entropy, Env, ManualClock, MemoryDisk, SeededEntropy};
-    use crate::log::control::{Control, MemberRecord, Mode};
+    use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
     use crate::units::{LogTime, NodeId};
 
     fn start(disk: &Arc<MemoryDisk>) -> Arc<Registry> {
@@ -273,6 +281,7 @@ mod tests {
             node: NodeId([9; 16]),
             name: "b".parse().unwrap(),
             mode: Mode::default(),
+            on_loss: OnLoss::default(),
             rpo_target: None,
             removed: false,
             other: Map::new(),

@@ -22,7 +22,7 @@ use super::sender::{Sender, Turn};
 use super::server::Shared;
 use super::socket::Socket;
 use super::wire::{self, Errno, RequestHeader, SimpleReply};
-use crate::group::{GroupError, Op, Read, Request};
+use crate::group::{Done, GroupError, Op, Read, Request};
 use crate::units::{Lsn, VolumeNumber};
 
 /// Bytes read at once at most; larger reads are answered in pieces of this size.
@@ -71,6 +71,20 @@ struct Fetch {
     cookie: u64,
     offset: u64,
     length: usize,
+}
+
+/// Requests of a batch that are answered together, later.
+#[derive(Default)]
+struct Late {
+    cookies: Vec<u64>,
+    lsn: Lsn,
+}
+
+impl Late {
+    fn add(&mut self, cookie: u64, lsn: Lsn) {
+        self.cookies.push(cookie);
+        self.lsn = self.lsn.max(lsn);
+    }
 }
 
 /// What follows a batch.
@@ -308,14 +322,11 @@ impl<'a> Session<'a> {
         asked: impl Iterator<Item = (u64, bool)>,
         results: Vec<Result<Lsn, GroupError>>,
     ) {
-        let mut late = Vec::new();
-        let mut durable_at = Lsn::ZERO;
+        let (mut durable_at, mut held_at) = (Late::default(), Late::default());
         for ((cookie, durable), result) in asked.zip(results) {
             match result {
-                Ok(lsn) if durable => {
-                    late.push(cookie);
-                    durable_at = durable_at.max(lsn);
-                }
+                Ok(lsn) if durable => durable_at.add(cookie, lsn),
+                Ok(lsn) if !self.device.is_held(lsn) => held_at.add(cookie, lsn),
                 Ok(_) => put_success(&mut self.replies, cookie),
                 Err(error) => {
                     self.shared.counters.errors.add(1);
@@ -324,14 +335,26 @@ impl<'a> Session<'a> {
                 }
             }
         }
-        if late.is_empty() {
-            return;
+        // One wait for all of a batch: they would share a sync in any case.
+        let Late { cookies, lsn } = held_at;
+        if let Some(done) = self.promise(cookies) {
+            self.device.when_held(lsn, done);
         }
-        // One wait for all of the batch: they would share a sync in any case.
+        let Late { cookies, lsn } = durable_at;
+        if let Some(done) = self.promise(cookies) {
+            self.device.when_durable(lsn, done);
+        }
+    }
+
+    /// Promises to answer later; what does it, where there is anything to answer.
+    fn promise(&self, late: Vec<u64>) -> Option<Done> {
+        if late.is_empty() {
+            return None;
+        }
         self.sender.promise(late.len());
         let sender = Arc::clone(&self.sender);
         let structured = self.rules.structured_replies;
-        let done = move |result: Result<(), GroupError>| {
+        Some(Box::new(move |result: Result<(), GroupError>| {
             let mut replies = Vec::with_capacity(late.len() * SimpleReply::BYTES);
             for &cookie in &late {
                 match &result {
@@ -343,8 +366,7 @@ impl<'a> Session<'a> {
                 }
             }
             sender.complete(late.len(), &replies);
-        };
-        self.device.when_durable(durable_at, Box::new(done));
+        }))
     }
 
     /// CACHE and BLOCK_STATUS.

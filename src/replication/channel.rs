@@ -14,8 +14,10 @@
 //! reason and the next command.
 
 mod following;
+mod required;
 mod roles;
 mod sending;
+mod state;
 mod trouble;
 
 use std::time::Duration;
@@ -30,43 +32,12 @@ use super::epoch::{History, Relation};
 use super::lag::Marks;
 use super::wire::{Message, StopCode};
 
+pub use self::state::ReplicationState;
 use self::trouble::Trouble;
 
 /// Log frames of a stream that wait in the shell at most; the next is cut when one was sent, so
 /// that what was appended meanwhile goes along.
 const FRAMES_QUEUED_MAX: u32 = 2;
-
-/// What replication of a group with a peer is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReplicationState {
-    /// Nothing to do, or nobody to do it with.
-    Idle,
-    /// The secondary has, or had a moment ago, all there is.
-    Streaming,
-    /// The secondary gets what it missed.
-    CatchingUp,
-    /// Stopped by command, for now.
-    Paused,
-    /// It cannot go on by itself.
-    Blocked,
-    /// Both were primary, and each has what the other lacks.
-    SplitBrain,
-}
-
-impl ReplicationState {
-    /// As status shows it.
-    #[must_use]
-    pub fn text(self) -> &'static str {
-        match self {
-            ReplicationState::Idle => "idle",
-            ReplicationState::Streaming => "streaming",
-            ReplicationState::CatchingUp => "catching-up",
-            ReplicationState::Paused => "paused",
-            ReplicationState::Blocked => "blocked",
-            ReplicationState::SplitBrain => "split-brain",
-        }
-    }
-}
 
 /// What a handler needs besides its channel.
 pub(super) struct Context<'a> {
@@ -205,6 +176,8 @@ pub struct Channel {
     parted: Option<Parted>,
     /// A disk error ended the last stream; it is tried again.
     trouble: Option<Trouble>,
+    /// What the group was told of a peer that hosts wait for.
+    required: required::Told,
     /// The peer is no member any more; the stream goes on to here, so that it learns of that.
     ending: Option<Lsn>,
 }
@@ -253,6 +226,7 @@ impl Channel {
             lookup: None,
             rpo_alarm: false,
             trouble: None,
+            required: required::Told::default(),
             ending: None,
             offered: None,
             parted: None,
@@ -457,16 +431,17 @@ impl Channel {
         matches!(self.state, ReplicationState::Blocked | ReplicationState::SplitBrain)
     }
 
-    pub(super) fn on_link_down(&mut self, now: Duration, reason: &str) {
+    pub(super) fn on_link_down(&mut self, context: &mut Context<'_>, reason: &str) {
         self.drop_streams();
         self.remote = None;
         if !self.needs_a_hand() {
             if self.state != ReplicationState::Idle {
-                self.since = now;
+                self.since = context.now;
             }
             self.state = ReplicationState::Idle;
             self.reason = format!("link is down: {reason}");
         }
+        self.tell_required(context);
     }
 
     pub(super) fn on_heartbeat(&mut self, context: &mut Context<'_>) {

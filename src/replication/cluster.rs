@@ -5,6 +5,7 @@
 //! well again, in the tests.
 
 mod copies;
+mod required;
 mod returns;
 
 use std::cmp::Reverse;
@@ -16,6 +17,7 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::io::{Entropy, SeededEntropy};
+use crate::log::control::Mode;
 use crate::units::{Chain, EpochId, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
 
 use super::channel::ReplicationState;
@@ -137,6 +139,12 @@ struct Node {
     retired: bool,
     /// Its disk takes nothing, and gives nothing.
     broken_disk: bool,
+    /// Its disk does not answer.
+    hung_disk: bool,
+    /// What a peer that answers wait for holds, while it does.
+    peer_holds: Option<(Lsn, Lsn)>,
+    /// Why it was lost last.
+    peer_lost: Option<String>,
     /// Jobs that failed by it.
     disk_errors: u32,
     events: Vec<&'static str>,
@@ -260,9 +268,12 @@ impl World {
                 lost_power: false,
                 incarnation: side as u64 + 1,
                 up: true,
-                membership: Membership::Member { rpo_target: None },
+                membership: Membership::Member { rpo_target: None, mode: Mode::Async },
                 retired: false,
                 broken_disk: false,
+                hung_disk: false,
+                peer_holds: None,
+                peer_lost: None,
                 disk_errors: 0,
                 events: Vec::new(),
             })
@@ -433,6 +444,7 @@ impl World {
                 let chain = self.nodes[side].log.chain_at(lsn.0 as usize);
                 self.later(side, Input::ChainFound { group, ticket, chain });
             }
+            Output::Append { .. } if self.nodes[side].hung_disk => {}
             Output::Append { group, stream, position, bytes } => {
                 let node = &self.nodes[side];
                 assert!(!node.primary || node.recovering, "a primary that serves takes no bytes");
@@ -468,6 +480,13 @@ impl World {
                 let [first, second] = if self.random(2) == 0 { told } else { swapped(told) };
                 self.later(side, first);
                 self.later(side, second);
+            }
+            Output::PeerHolds { received, durable, .. } => {
+                self.nodes[side].peer_holds = Some((received, durable));
+            }
+            Output::PeerLost { reason, .. } => {
+                self.nodes[side].peer_holds = None;
+                self.nodes[side].peer_lost = Some(reason);
             }
             Output::Retire { retired, .. } => self.nodes[side].retired = retired,
             Output::Event { code, .. } => self.nodes[side].events.push(code),

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
 use crate::group::{DataState, Group, Role};
-use crate::log::control::{Control, MemberRecord, Mode};
+use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
 use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
 
 use super::channel::Remote;
@@ -23,11 +23,13 @@ use super::switchover;
 const CREATE_COPY: &str = "replication.create-copy";
 const CREATE_COPY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How a group is replicated.
+/// How a group is replicated; what is not given stays as it is.
 #[derive(Clone, Debug, Default)]
 pub struct ReplicateOptions {
     /// When a write is answered.
-    pub mode: Mode,
+    pub mode: Option<Mode>,
+    /// What hosts do without a peer that answers wait for.
+    pub on_loss: Option<OnLoss>,
     /// The age of the copy that its owner wants at most.
     pub rpo_target: Option<Span>,
 }
@@ -77,15 +79,29 @@ impl Replication {
             "name": group.name(),
             "segment_bytes": group.segment_bytes(),
         });
-        self.call(peer_name, CREATE_COPY, body, CREATE_COPY_TIMEOUT).await?;
+        // What hosts do without the peer can be changed while it is away.
+        if !self.is_replicated_to(group_name, peer_name) || shared.is_connected(peer.node) {
+            self.call(peer_name, CREATE_COPY, body, CREATE_COPY_TIMEOUT).await?;
+        }
         let work = move || -> Result<(), ReplicationError> {
             let own = shared.context.node.clone();
-            put_member(&*group, own.id, own.name, ReplicateOptions::default(), false)?;
+            // The same holds once the two have changed sides.
+            put_member(&*group, own.id, own.name, options.clone(), false)?;
             put_member(&*group, peer.node, peer.name, options, false)?;
             shared.groups_changed();
             Ok(())
         };
         run_blocking(work).await
+    }
+
+    /// Whether a group has a copy on a peer.
+    #[must_use]
+    pub fn is_replicated_to(&self, group: &str, peer: &str) -> bool {
+        let group = self.shared.groups.by_name(group);
+        group.is_ok_and(|group| {
+            let control = group.control();
+            control.members.iter().any(|member| !member.removed && member.name.as_str() == peer)
+        })
     }
 
     /// Stops replicating a group to a peer; the copy there is retired.
@@ -109,7 +125,7 @@ impl Replication {
             )));
         };
         let work = move || -> Result<(), ReplicationError> {
-            let options = ReplicateOptions { mode: member.mode, rpo_target: member.rpo_target };
+            let options = ReplicateOptions::default();
             put_member(&*group, member.node, member.name, options, true)?;
             shared.groups_changed();
             Ok(())
@@ -174,12 +190,14 @@ impl Replication {
     pub fn status_of(&self, group: GroupId) -> Vec<PeerStatus> {
         let now = self.shared.now();
         let wall = self.shared.wall();
+        let required = self.shared.replica(group).map_or_else(Vec::new, |g| g.required_peers());
         let cores = self.shared.cores.lock().expect("no holder panics");
-        cores
-            .values()
-            .filter_map(|core| core.status(now, group))
-            .map(|status| status.with_wall(now, wall))
-            .collect()
+        let status = |(node, core): (&NodeId, &PeerCore)| {
+            let status = core.status(now, group)?.with_wall(now, wall);
+            let required = required.iter().find(|(required, _)| required == node);
+            Some(status.with_required(required.map(|(_, peer)| peer)))
+        };
+        cores.iter().filter_map(status).collect()
     }
 
     /// Whether the copy of a group may be backed up now: on a secondary its own, on a primary the
@@ -317,8 +335,9 @@ fn put_member(
     let member = MemberRecord {
         node,
         name,
-        mode: options.mode,
-        rpo_target: options.rpo_target,
+        mode: options.mode.or(known.map(|known| known.mode)).unwrap_or_default(),
+        on_loss: options.on_loss.or(known.map(|known| known.on_loss)).unwrap_or_default(),
+        rpo_target: options.rpo_target.or(known.and_then(|known| known.rpo_target)),
         removed,
         other,
     };
@@ -337,7 +356,7 @@ fn copy_facts(
 ) -> Option<CopyFacts> {
     let channel = core.channel(group.id())?;
     let local = channel.local();
-    let super::core::Membership::Member { rpo_target } = local.membership else { return None };
+    let super::core::Membership::Member { rpo_target, .. } = local.membership else { return None };
     let (replication, reason, _) = channel.state();
     let (compared, mismatch) = channel.comparison();
     let own = !local.primary;

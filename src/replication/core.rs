@@ -17,6 +17,7 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::events::Severity;
+use crate::log::control::Mode;
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Span};
 
 use super::channel::{Channel, Context};
@@ -61,6 +62,8 @@ pub enum Membership {
     Member {
         /// The age of the copy that its owner wants at most.
         rpo_target: Option<Span>,
+        /// When a write is answered.
+        mode: Mode,
     },
     /// An empty copy here, made at the peer's request: its log does not say so yet.
     Pending,
@@ -296,6 +299,22 @@ pub enum Output {
         /// To be given back.
         ticket: u64,
     },
+    /// A peer that answers to hosts wait for acknowledged so much.
+    PeerHolds {
+        /// The group.
+        group: GroupId,
+        /// In memory there.
+        received: Lsn,
+        /// Durable there.
+        durable: Lsn,
+    },
+    /// A peer that answers to hosts wait for is lost.
+    PeerLost {
+        /// The group.
+        group: GroupId,
+        /// Why.
+        reason: String,
+    },
     /// Append bytes to a log; answer with `Appended` or `AppendFailed`.
     Append {
         /// To this group.
@@ -523,7 +542,9 @@ impl PeerCore {
             Link::Down { dial_at, dialling: false, .. } if self.can_dial => Some(*dial_at),
             Link::Down { .. } => None,
             Link::Up(up) => {
-                let channels = self.channels.values().filter_map(Channel::next_wake).min();
+                let lost_after = self.settings.lost_after;
+                let channels = self.channels.values();
+                let channels = channels.filter_map(|channel| channel.next_wake(lost_after)).min();
                 let own = up.heartbeat_at.min(up.heard + self.settings.lost_after);
                 Some(channels.map_or(own, |wake| wake.min(own)))
             }
@@ -568,6 +589,7 @@ impl PeerCore {
                 let mut context =
                     context(now, &self.link, &self.peer_name, &self.settings, outputs);
                 channel.on_local(&mut context, *local);
+                channel.tell_required(&mut context);
             }
             Input::GroupGone(group) => {
                 self.channels.remove(&group);
@@ -641,7 +663,9 @@ impl PeerCore {
         // A group that is not here, or is none of the peer's business: the same silence.
         let Some(channel) = self.channels.get_mut(&group) else { return };
         let mut context = context(now, &self.link, &self.peer_name, &self.settings, outputs);
-        if let Err(what) = handler(channel, &mut context)
+        let handled = handler(channel, &mut context);
+        channel.tell_required(&mut context);
+        if let Err(what) = handled
             && let Some(conn) = conn
         {
             self.protocol_error(now, conn, what, outputs);
@@ -706,6 +730,7 @@ impl PeerCore {
                 let mut context =
                     context(now, &self.link, &self.peer_name, &self.settings, outputs);
                 channel.on_tick(&mut context);
+                channel.tell_required(&mut context);
             }
         }
     }
@@ -747,7 +772,9 @@ impl PeerCore {
             // So may it with the one that is replaced.
             self.surplus.push((up.conn, now + self.settings.heartbeat));
             for channel in self.channels.values_mut() {
-                channel.on_link_down(now, "replaced by a newer connection");
+                let mut context =
+                    context(now, &self.link, &self.peer_name, &self.settings, outputs);
+                channel.on_link_down(&mut context, "replaced by a newer connection");
             }
         } else {
             outputs.push(Output::Event {
@@ -783,7 +810,8 @@ impl PeerCore {
             text: format!("peer {}: link lost: {reason}; it is dialled again", self.peer_name),
         });
         for channel in self.channels.values_mut() {
-            channel.on_link_down(now, &reason);
+            let mut context = context(now, &self.link, &self.peer_name, &self.settings, outputs);
+            channel.on_link_down(&mut context, &reason);
         }
         // At once where the link had lasted: most losses are restarts.
         let lasted = match &self.link {

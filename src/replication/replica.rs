@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use crate::group::{
-    ControlView, DataState, Discard, Group, GroupError, Positions, ReceiveError, Registry, Role,
+    ControlView, DataState, Discard, Group, GroupError, Positions, ReceiveError, Registry,
+    RequiredPeer, Role,
 };
 use crate::log::control::{Control, EpochRecord};
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
@@ -30,6 +31,9 @@ pub trait Replica: Send + Sync {
     fn received_end(&self) -> Lsn;
     fn reset_received(&self);
     fn note_committed(&self, lsn: Lsn);
+    fn note_peer_holds(&self, peer: NodeId, received: Lsn, durable: Lsn);
+    fn note_peer_lost(&self, peer: NodeId, reason: &str);
+    fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)>;
     fn is_asking(&self) -> bool;
     fn serve(&self) -> Result<(), GroupError>;
     fn hold_back(&self, counter: u64, reason: &str);
@@ -106,6 +110,15 @@ impl Replica for Group {
     }
     fn note_committed(&self, lsn: Lsn) {
         Group::note_committed(self, lsn);
+    }
+    fn note_peer_holds(&self, peer: NodeId, received: Lsn, durable: Lsn) {
+        Group::note_peer_holds(self, peer, received, durable);
+    }
+    fn note_peer_lost(&self, peer: NodeId, reason: &str) {
+        Group::note_peer_lost(self, peer, reason);
+    }
+    fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)> {
+        Group::required_peers(self)
     }
     fn is_asking(&self) -> bool {
         Group::is_asking(self)
@@ -195,9 +208,9 @@ pub(super) fn membership_of(
     let (own, theirs) = (find(me), find(peer));
     match theirs {
         Some(member) if primary || own.is_some() => {
-            // The target is a property of the copy: on the secondary it stands in its own record.
-            let rpo_target = if primary { member } else { own.unwrap_or(member) }.rpo_target;
-            Membership::Member { rpo_target }
+            // These are properties of the copy: on the secondary it stands in its own record.
+            let copy = if primary { member } else { own.unwrap_or(member) };
+            Membership::Member { rpo_target: copy.rpo_target, mode: copy.mode }
         }
         _ if asked_for && !primary => Membership::Pending,
         Some(_) => Membership::Stopped,

@@ -365,6 +365,10 @@ impl Shared {
         self.groups_changed();
     }
 
+    pub(super) fn is_connected(&self, node: NodeId) -> bool {
+        locked(&self.cores).get(&node).is_some_and(|core| core.conn().is_some())
+    }
+
     pub(super) fn has_core(&self, node: NodeId) -> bool {
         locked(&self.cores).contains_key(&node)
     }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::log::control::Mode;
+use crate::group::RequiredPeer;
+use crate::log::control::{Mode, OnLoss};
 use crate::units::{LogTime, Lsn};
 
 use super::channel::{Channel, ReplicationState};
@@ -31,6 +32,15 @@ pub struct PeerStatus {
     pub name: String,
     /// When a write is answered.
     pub mode: Mode,
+    /// Whether answers should wait for the peer by `mode`, and do not because it is away.
+    #[serde(default)]
+    pub degraded: bool,
+    /// Why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub degraded_reason: Option<String>,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub degraded_since: Option<LogTime>,
     /// `primary` or `secondary`, as the peer last announced itself.
     pub role: String,
     /// `standalone`, `connecting` or `connected`.
@@ -79,9 +89,9 @@ impl PeerStatus {
         if local.membership == Membership::Stranger {
             return None;
         }
-        let rpo_target = match local.membership {
-            Membership::Member { rpo_target } => rpo_target,
-            _ => None,
+        let (rpo_target, mode) = match local.membership {
+            Membership::Member { rpo_target, mode } => (rpo_target, mode),
+            _ => (None, Mode::Async),
         };
         let (state, reason, since) = channel.state();
         let (link_state, link_reason) = match core.link_down() {
@@ -97,7 +107,10 @@ impl PeerStatus {
         let peer_is_primary = channel.remote().map_or(!local.primary, |remote| remote.primary);
         Some(PeerStatus {
             name: core.name().to_string(),
-            mode: Mode::Async,
+            mode,
+            degraded: false,
+            degraded_reason: None,
+            degraded_since: None,
             role: if peer_is_primary { "primary" } else { "secondary" }.to_owned(),
             link_state: link_state.to_owned(),
             link_state_reason: link_reason.map(|(reason, _)| reason.to_owned()),
@@ -116,6 +129,20 @@ impl PeerStatus {
             heard_seconds: core.heard().map(|heard| now.saturating_sub(heard).as_secs_f64()),
             clock_offset_seconds: core.clock_offset().map(|offset| offset.seconds),
         })
+    }
+
+    /// Adds what the primary's answers to hosts wait for.
+    #[must_use]
+    pub(super) fn with_required(mut self, required: Option<&RequiredPeer>) -> PeerStatus {
+        if let Some(peer) = required
+            && let Some((reason, since)) = &peer.away
+            && self.role == "secondary"
+        {
+            self.degraded = peer.on_loss == OnLoss::Continue;
+            self.degraded_reason = Some(reason.clone());
+            self.degraded_since = Some(*since);
+        }
+        self
     }
 
     /// Turns monotonic times into wall-clock times.

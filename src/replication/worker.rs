@@ -23,6 +23,8 @@ pub enum Job {
     LookupChain { peer: NodeId, lsn: Lsn, ticket: u64 },
     Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
     Committed { lsn: Lsn },
+    PeerHolds { peer: NodeId, received: Lsn, durable: Lsn },
+    PeerLost { peer: NodeId, reason: String },
     Serve,
     HoldBack { counter: u64, reason: String },
     SplitBrain { there_is: bool },
@@ -46,6 +48,10 @@ impl Job {
                 (group, Job::Append { peer, stream, position, bytes })
             }
             Output::Committed { group, lsn } => (group, Job::Committed { lsn }),
+            Output::PeerHolds { group, received, durable } => {
+                (group, Job::PeerHolds { peer, received, durable })
+            }
+            Output::PeerLost { group, reason } => (group, Job::PeerLost { peer, reason }),
             Output::Retire { group, retired } => (group, Job::Retire { retired }),
             Output::Serve { group } => (group, Job::Serve),
             Output::HoldBack { group, counter, reason } => {
@@ -158,6 +164,10 @@ pub fn perform(
             ));
         }
         Job::Committed { lsn } => group.note_committed(lsn),
+        Job::PeerHolds { peer, received, durable } => {
+            group.note_peer_holds(peer, received, durable);
+        }
+        Job::PeerLost { peer, reason } => group.note_peer_lost(peer, &reason),
         Job::Retire { retired } => {
             if let Err(error) = group.set_retired(retired) {
                 tracing::error!("group {}: mark as retired: {error}", group.name());

@@ -95,11 +95,17 @@ impl Appliance {
         child.wait().unwrap();
     }
 
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let child = self.child.as_ref().expect("it runs");
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
     /// SIGTERM, and waits for a clean end.
     pub fn stop(&mut self) {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
         let mut child = self.child.take().expect("it runs");
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
         let status = child.wait().unwrap();
         assert!(status.success(), "node {}: {status}\n{}", self.node, self.log_tail());
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::io::{Fault, OpenMode};
-use crate::log::control::{MemberRecord, Mode};
+use crate::log::control::{MemberRecord, Mode, OnLoss};
 use crate::units::Chain;
 
 fn join(group: &Group, node: u8) {
@@ -10,6 +10,7 @@ fn join(group: &Group, node: u8) {
         node: NodeId([node; 16]),
         name: name("peer"),
         mode: Mode::default(),
+        on_loss: OnLoss::default(),
         rpo_target: None,
         removed: false,
         other: serde_json::Map::new(),

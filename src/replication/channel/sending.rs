@@ -356,7 +356,7 @@ impl Channel {
     }
 
     pub(super) fn check_rpo(&mut self, context: &mut Context<'_>) {
-        let Membership::Member { rpo_target: Some(target) } = self.local.membership else {
+        let Membership::Member { rpo_target: Some(target), .. } = self.local.membership else {
             self.rpo_alarm = false;
             return;
         };

@@ -73,8 +73,9 @@ impl Channel {
     }
 
     /// When [`Channel::on_tick`] is due.
-    pub(in crate::replication) fn next_wake(&self) -> Option<Duration> {
-        self.trouble?.retry_at
+    pub(in crate::replication) fn next_wake(&self, lost_after: Duration) -> Option<Duration> {
+        let retry = self.trouble.and_then(|trouble| trouble.retry_at);
+        retry.into_iter().chain(self.standing_wake(lost_after)).min()
     }
 
     pub(in crate::replication) fn on_tick(&mut self, context: &mut Context<'_>) {

@@ -199,7 +199,7 @@ fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
     assert!(world.nodes[1].log.bytes.is_empty());
     assert!(world.nodes[1].core.channel(GROUP).unwrap().remote().is_none());
 
-    world.nodes[0].membership = Membership::Member { rpo_target: None };
+    world.nodes[0].membership = Membership::Member { rpo_target: None, mode: Mode::Async };
     let local = world.nodes[0].local();
     world.feed(0, Input::Group(Box::new(local)));
     world.run(seconds(5));
@@ -341,7 +341,7 @@ fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_aga
     let told = world.nodes[1].events.iter().filter(|code| **code == "copy-retired").count();
     assert_eq!(told, 1);
 
-    set_member(&mut world, Membership::Member { rpo_target: None });
+    set_member(&mut world, Membership::Member { rpo_target: None, mode: Mode::Async });
     world.run(seconds(10));
     assert!(!world.nodes[1].retired);
     world.assert_streaming();
@@ -375,7 +375,7 @@ fn silence_is_a_lost_peer_and_an_age_that_grows() {
 fn an_exceeded_target_is_raised_once() {
     let mut world = World::new(13);
     world.nodes[0].membership =
-        Membership::Member { rpo_target: Some(crate::units::Span(seconds(5))) };
+        Membership::Member { rpo_target: Some(crate::units::Span(seconds(5))), mode: Mode::Async };
     let local = world.nodes[0].local();
     world.feed(0, Input::Group(Box::new(local)));
     world.run(seconds(5));
