@@ -14,6 +14,7 @@ mod modes;
 mod nbd;
 mod replication;
 mod serve;
+mod several;
 mod supply;
 mod support;
 mod tidy;

@@ -64,9 +64,14 @@ impl Inner {
         let member = || {
             let members =
                 control.members.iter().filter(|member| !member.removed && member.node != this.id);
-            // Of several copies the one that is linked, else the first.
+            // Of several copies one that is linked and has nothing against it, else the first.
             let mut names: Vec<Name> = members.map(|member| member.name.clone()).collect();
-            names.sort_by_key(|name| self.peers.view(group, Some(name)).link_lost.is_some());
+            if names.len() > 1 {
+                names.sort_by_cached_key(|name| {
+                    let view = self.peers.view(group, Some(name));
+                    (view.link_lost.is_some(), !view.reasons.is_empty())
+                });
+            }
             names.into_iter().next()
         };
         let other = match role {

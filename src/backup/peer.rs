@@ -82,7 +82,7 @@ impl PeerCalls for ReplicationPeers {
 
     fn view(&self, group: &Group, peer: Option<&Name>) -> ReplicationView {
         // The limit on lag is the job's, and applied by the decision.
-        let capable = self.replication.backup_capable(group, Some(Duration::MAX));
+        let capable = self.replication.backup_capable_of(group, Some(Duration::MAX), peer);
         let unknown_lag = capable.reasons.iter().any(|reason| reason.code == "lag-unknown");
         let reasons = capable
             .reasons

@@ -65,6 +65,9 @@ pub struct DemoteArguments {
 pub struct SwitchoverArguments {
     /// The group
     group: Name,
+    /// The peer that becomes primary, where there are several
+    #[arg(long, value_name = "PEER")]
+    to: Option<Name>,
 }
 
 /// End a split brain: the node that this is run on yields
@@ -131,7 +134,8 @@ pub async fn demote(session: &Session, arguments: &DemoteArguments) -> Result<()
 
 pub async fn switchover(session: &Session, arguments: &SwitchoverArguments) -> Result<()> {
     let path = format!("/v1/groups/{}/switchover", arguments.group);
-    session.ask("POST", &path, None, |done: Done| done.done).await
+    let body = arguments.to.as_ref().map(|to| json!({ "to": to }));
+    session.ask("POST", &path, body, |done: Done| done.done).await
 }
 
 pub async fn resolve(session: &Session, arguments: &ResolveArguments) -> Result<()> {

@@ -118,7 +118,8 @@ pub(super) fn parting(context: &Context, call: &Call) -> Answer {
 pub(super) fn switchover(context: Arc<Context>, call: Call) -> AnswerFuture {
     Box::pin(async move {
         let group = context.group(call.path("group"))?.name().clone();
-        let peer = context.replication.switchover(group.as_str()).await?;
+        let to: Option<Name> = call.field("to")?;
+        let peer = context.replication.switchover(group.as_str(), to.as_ref()).await?;
         let node = &context.node.name;
         done(format!("group {group}: {peer} is the primary now, and {node} follows it"))
     })

@@ -334,6 +334,7 @@ pub static ROUTES: &[Route] = &[
         "Make the peer the group's primary, losing nothing",
         Async(peers::switchover),
     )
+    .body(&[parameter("to", "string", "the peer, where there are several")])
     .on_primary(),
     route(
         "GET",

@@ -5,6 +5,7 @@
 //! synced before it is trusted: after a failed sync the page cache shows what the disk does not
 //! have.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -208,9 +209,12 @@ impl Group {
         group.take_up_fold(before.fold_target);
         if primary {
             let until = group.context.env.clock.monotonic() + ASK_FOR;
-            group.lock().asking = Some(Asking { until, held_back: None });
             let me = group.context.node.id;
-            let alone = group.control().members.iter().all(|member| member.node == me);
+            let control = group.control();
+            let nodes = control.members.iter().map(|member| member.node);
+            let unanswered: BTreeSet<_> = nodes.filter(|node| *node != me).collect();
+            let alone = unanswered.is_empty();
+            group.lock().asking = Some(Asking { until, unanswered, held_back: None });
             if (alone || before.split_brain)
                 && let Err(error) = group.serve()
             {

@@ -7,7 +7,7 @@
 //!
 //! The floors are what all of them have. They are read without the group's mutex.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -75,9 +75,9 @@ impl Required {
         &self.peers
     }
 
-    /// Whether hosts wait while some peer is away.
-    pub(super) fn blocks(&self) -> bool {
-        self.peers.values().any(|peer| peer.on_loss == OnLoss::Block)
+    /// Whether hosts wait while one of these is away.
+    pub(super) fn blocks(&self, away: &BTreeSet<NodeId>) -> bool {
+        self.peers.iter().any(|(node, peer)| peer.on_loss == OnLoss::Block && away.contains(node))
     }
 
     /// Why hosts wait in vain, where they do.
@@ -196,7 +196,7 @@ mod tests {
         let mut required = required(Mode::Async, OnLoss::Block);
         assert!(required.floors().allow(Lsn::MAX, true));
         assert!(required.lost(PEER, "gone", LogTime(6)).is_none());
-        assert!(!required.blocks());
+        assert!(!required.blocks(&BTreeSet::from([PEER])));
     }
 
     #[test]
@@ -233,7 +233,8 @@ mod tests {
     fn hosts_wait_for_a_lost_peer_where_that_was_asked_for() {
         let mut required = required(Mode::Sync, OnLoss::Block);
         let floors = required.floors();
-        assert!(required.blocks());
+        assert!(required.blocks(&BTreeSet::from([PEER])));
+        assert!(!required.blocks(&BTreeSet::new()), "it has answered");
         assert!(!floors.allow(Lsn(1), false), "nobody has said yet what it holds");
         required.holds(PEER, Lsn(8192), Lsn(8192), Lsn(8192));
         assert!(required.blocked_by().is_none());

@@ -5,6 +5,7 @@
 //! nothing is appended and no host is served, so that nothing is lost if it turns out that its
 //! reign is over. A node that serves never yields by itself.
 
+use std::collections::BTreeSet;
 use std::sync::MutexGuard;
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub(super) const YIELDED: &str = "a peer's reign goes on without it";
 pub(super) struct Asking {
     /// Monotonic: then it serves who wants to be served.
     pub until: Duration,
+    /// The peers that have not said yet that they have nothing that this node lacks.
+    pub unanswered: BTreeSet<NodeId>,
     /// A peer was promoted meanwhile: it does not serve by itself at all.
     pub held_back: Option<HeldBack>,
 }
@@ -79,7 +82,7 @@ impl Group {
         };
         Some(match &asking.held_back {
             Some(held_back) => held_back.reason.clone(),
-            None if core.required.blocks() => {
+            None if core.required.blocks(&asking.unanswered) => {
                 "has just started, and asks its peers what they hold; hosts wait for the answer of \
                  those that must hold what they write"
                     .to_owned()
@@ -156,6 +159,23 @@ impl Group {
         Ok(())
     }
 
+    /// A peer has nothing that this node lacks: once all have said so, it serves.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Group::serve`].
+    pub fn note_answer(&self, peer: NodeId) -> Result<(), GroupError> {
+        {
+            let mut core = self.lock();
+            let Some(asking) = &mut core.asking else { return Ok(()) };
+            asking.unanswered.remove(&peer);
+            if !asking.unanswered.is_empty() {
+                return Ok(());
+            }
+        }
+        self.serve()
+    }
+
     /// A peer was promoted meanwhile: this node does not serve by itself any more.
     /// Whoever has it serve nevertheless begins a reign above `counter`, the peer's.
     pub fn hold_back(&self, counter: u64, reason: &str) {
@@ -203,7 +223,7 @@ impl Group {
                 return Err(self.refused(held_back.reason.clone()));
             }
             let left = asking.until.saturating_sub(self.context.env.clock.monotonic());
-            if core.required.blocks() {
+            if core.required.blocks(&asking.unanswered) {
                 // Whoever may hold what this node has lost is asked, however long that takes.
                 core = self.space.wait(core).expect("a panic under the lock ends the process");
             } else if left.is_zero() || !self.workers.running() {

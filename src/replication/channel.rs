@@ -32,7 +32,8 @@ use super::epoch::{History, Relation};
 use super::lag::Marks;
 use super::wire::{Message, StopCode};
 
-pub use self::state::ReplicationState;
+pub use self::state::{Acked, Parted, Remote, ReplicationState, Told};
+use self::state::{Follower, Lookup, Sender};
 use self::trouble::Trouble;
 
 /// Log frames of a stream that wait in the shell at most; the next is cut when one was sent, so
@@ -56,93 +57,6 @@ impl Context<'_> {
             self.outputs.push(Output::Send { conn, message });
         }
     }
-}
-
-/// What the peer announced.
-#[derive(Clone, Debug)]
-pub struct Remote {
-    /// It is the primary.
-    pub primary: bool,
-    /// It has served nobody since its start.
-    pub recovering: bool,
-    /// Paused at its side.
-    pub paused: bool,
-    /// Its log when it announced.
-    pub history: History,
-}
-
-/// This node sends.
-#[derive(Clone, Debug)]
-struct Sender {
-    stream: u64,
-    /// Up to here frames were cut.
-    cursor: Lsn,
-    queued: u32,
-}
-
-/// What a peer acknowledged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Acked {
-    /// Bytes received and appended.
-    pub received: Lsn,
-    /// Up to which it survives power loss there.
-    pub durable: Lsn,
-    /// Requests up to its head.
-    pub requests: u64,
-}
-
-/// This node receives.
-#[derive(Clone, Debug)]
-struct Follower {
-    stream: u64,
-    /// The head that was asked with, until the stream is granted.
-    asked: Option<Lsn>,
-    /// Where the next byte from the peer belongs.
-    expected: Lsn,
-    /// Up to here everything was appended.
-    appended: Lsn,
-}
-
-/// What a primary told about itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Told {
-    /// After its last record.
-    pub head: Lsn,
-    /// Durable there.
-    pub durable: Lsn,
-    /// Requests up to its head.
-    pub requests: u64,
-    /// The age of the oldest byte that this node had not acknowledged, where it knew.
-    pub lag: Option<Duration>,
-    /// It told so at this moment of this node's monotonic clock, or later: what the peer last had
-    /// heard from here, plus how long it had held that.
-    pub at: Duration,
-}
-
-/// A chain that was asked for: what for, and of which ask of the peer.
-#[derive(Clone, Debug)]
-enum Lookup {
-    Follow {
-        stream: u64,
-        history: History,
-        acked: Acked,
-    },
-    /// What the peer is to cut back to; it asked with this stream, or comes back as primary. Where
-    /// its whole log should be a prefix, the chain at its end.
-    Part {
-        stream: Option<u64>,
-        at: Lsn,
-        expected: Option<Chain>,
-    },
-}
-
-/// Where the peer says that the histories part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parted {
-    /// The last position that both share.
-    pub at: Lsn,
-    /// The peer's chain there.
-    pub chain: Chain,
 }
 
 /// One group with one peer.
@@ -176,6 +90,8 @@ pub struct Channel {
     parted: Option<Parted>,
     /// A disk error ended the last stream; it is tried again.
     trouble: Option<Trouble>,
+    /// Whether the shell knows that this peer's stream is followed.
+    told_follows: bool,
     /// What the group was told of a peer that hosts wait for.
     required: required::Told,
     /// The peer is no member any more; the stream goes on to here, so that it learns of that.
@@ -226,6 +142,7 @@ impl Channel {
             lookup: None,
             rpo_alarm: false,
             trouble: None,
+            told_follows: false,
             required: required::Told::default(),
             ending: None,
             offered: None,
@@ -362,6 +279,19 @@ impl Channel {
             self.set_state(context, ReplicationState::Idle, "not replicated with this peer");
             return;
         }
+        // Of two that are followed at once the one whose name comes first stays.
+        let yields_to = self.local.follows.as_ref().filter(|other| *other < context.peer_name);
+        if let Some(other) = yields_to
+            && let Some(follower) = self.follower.take()
+        {
+            let reason = format!("this node follows {other}");
+            let group = self.local.id.0;
+            self.stop(context, group, follower.stream, StopCode::NotPrimary, &reason);
+        }
+        let follows_changed = before.follows != self.local.follows;
+        if follows_changed && self.follower.is_none() && self.sender.is_none() {
+            self.evaluate(context);
+        }
         if role_changed || membership_changed {
             if role_changed {
                 self.drop_streams();
@@ -441,15 +371,33 @@ impl Channel {
             self.state = ReplicationState::Idle;
             self.reason = format!("link is down: {reason}");
         }
+        self.after_input(context);
+    }
+
+    /// Tells others what has changed; called after every input.
+    pub(super) fn after_input(&mut self, context: &mut Context<'_>) {
+        if self.told_follows != self.follower.is_some() {
+            self.told_follows = self.follower.is_some();
+            context.outputs.push(Output::FollowChanged { group: self.local.id });
+        }
         self.tell_required(context);
+    }
+
+    /// Whether this peer's stream is followed, or asked for.
+    #[must_use]
+    pub fn follows(&self) -> bool {
+        self.follower.is_some()
     }
 
     pub(super) fn on_heartbeat(&mut self, context: &mut Context<'_>) {
         if self.sender.is_some() {
             self.send_progress(context);
         }
-        // Who decides which side yields sees what each has by now.
-        if self.state == ReplicationState::SplitBrain {
+        // Who decides which side yields, or which of two copies is to be promoted, sees what each
+        // has by now.
+        let both_copies =
+            !self.local.primary && self.remote.as_ref().is_some_and(|remote| !remote.primary);
+        if self.state == ReplicationState::SplitBrain || both_copies {
             self.announce(context);
         }
         self.check_rpo(context);

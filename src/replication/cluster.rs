@@ -189,6 +189,7 @@ impl Node {
             failed: false,
             retired: self.retired,
             membership: self.membership,
+            follows: None,
         }
     }
 }
@@ -481,6 +482,7 @@ impl World {
                 self.later(side, first);
                 self.later(side, second);
             }
+            Output::FollowChanged { .. } => {}
             Output::PeerHolds { received, durable, .. } => {
                 self.nodes[side].peer_holds = Some((received, durable));
             }

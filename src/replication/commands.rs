@@ -14,6 +14,7 @@ use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
 use super::channel::Remote;
 use super::copy;
 use super::core::{Input, PeerCore};
+use super::epoch::{Relation, compare};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
 use super::replica::Replica;
 use super::service::{Replication, ReplicationError, Shared};
@@ -62,16 +63,6 @@ impl Replication {
             return Err(ReplicationError::Refused(format!(
                 "group {group_name}: is not the primary here; run `tidelog replicate` on the node \
                  that is (`tidelog status {group_name}` shows it)"
-            )));
-        }
-        let other = |member: &&MemberRecord| {
-            !member.removed && member.node != shared.me() && member.node != peer.node
-        };
-        if let Some(member) = group.control().members.iter().find(other) {
-            return Err(ReplicationError::Refused(format!(
-                "group {group_name}: is replicated to {} already; a group has one peer; `tidelog \
-                 replicate {group_name} --to {} --stop` first",
-                member.name, member.name
             )));
         }
         let body = json!({
@@ -205,12 +196,17 @@ impl Replication {
     /// `rpo_target`, or else 60 s.
     #[must_use]
     pub fn backup_capable(&self, group: &Group, limit: Option<Duration>) -> BackupCapable {
-        self.backup_capable_of(group, limit)
+        self.backup_capable_of(group, limit, None)
     }
 
-    /// The same, for any replica.
+    /// The same, for any replica; on a primary of one peer's copy alone, where that is given.
     #[must_use]
-    pub fn backup_capable_of(&self, group: &dyn Replica, limit: Option<Duration>) -> BackupCapable {
+    pub fn backup_capable_of(
+        &self,
+        group: &dyn Replica,
+        limit: Option<Duration>,
+        peer: Option<&Name>,
+    ) -> BackupCapable {
         let shared = &self.shared;
         let now = shared.now();
         let (data_state, data_reason, _) = group.data_state();
@@ -220,7 +216,14 @@ impl Replication {
             let facts = |(node, core): (&NodeId, &PeerCore)| {
                 Some((*node, copy_facts(core, group, now, limit)?))
             };
-            cores.iter().filter_map(facts).collect()
+            let remote = |core: &PeerCore| Some(core.channel(group.id())?.remote()?.primary);
+            // Where this node follows one of its peers, the others say nothing of its copy.
+            let follows = cores.values().any(|core| remote(core) == Some(true));
+            let wanted = |core: &PeerCore| match group.role() {
+                Role::Primary => peer.is_none_or(|peer| peer == core.name()),
+                Role::Secondary => !follows || remote(core) == Some(true),
+            };
+            cores.iter().filter(|(_, core)| wanted(core)).filter_map(facts).collect()
         };
         let judged: Vec<BackupCapable> = facts
             .into_iter()
@@ -287,6 +290,16 @@ pub fn refusal_to_promote<'a>(
                 "group {name}: {peer} is connected and is its primary; `tidelog switchover \
                  {name}` changes sides and loses nothing; if {peer} has just died, try again \
                  in a moment; `tidelog promote {name} --force` reigns beside it"
+            ));
+        }
+        if let Some(remote) = channel.remote().filter(|remote| !remote.primary)
+            && compare(&local.history, &remote.history) == Relation::MineIsPrefix
+        {
+            let behind = remote.history.head.bytes_since(local.history.head);
+            return Some(format!(
+                "group {name}: {peer} has {} that this node lacks; `tidelog promote {name}` there, \
+                 or lose them with `tidelog promote {name} --force`",
+                ByteSize(behind)
             ));
         }
         if let Some(parted) = channel.parted() {

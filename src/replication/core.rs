@@ -100,6 +100,8 @@ pub struct LocalGroup {
     pub retired: bool,
     /// What the peer is to it.
     pub membership: Membership,
+    /// Another peer, by whose stream it follows now.
+    pub follows: Option<Name>,
 }
 
 /// What has happened.
@@ -298,6 +300,11 @@ pub enum Output {
         lsn: Lsn,
         /// To be given back.
         ticket: u64,
+    },
+    /// Whether the group follows by this peer's stream has changed: other peers' cores are to know.
+    FollowChanged {
+        /// The group.
+        group: GroupId,
     },
     /// A peer that answers to hosts wait for acknowledged so much.
     PeerHolds {
@@ -589,7 +596,7 @@ impl PeerCore {
                 let mut context =
                     context(now, &self.link, &self.peer_name, &self.settings, outputs);
                 channel.on_local(&mut context, *local);
-                channel.tell_required(&mut context);
+                channel.after_input(&mut context);
             }
             Input::GroupGone(group) => {
                 self.channels.remove(&group);
@@ -664,7 +671,7 @@ impl PeerCore {
         let Some(channel) = self.channels.get_mut(&group) else { return };
         let mut context = context(now, &self.link, &self.peer_name, &self.settings, outputs);
         let handled = handler(channel, &mut context);
-        channel.tell_required(&mut context);
+        channel.after_input(&mut context);
         if let Err(what) = handled
             && let Some(conn) = conn
         {
@@ -730,7 +737,7 @@ impl PeerCore {
                 let mut context =
                     context(now, &self.link, &self.peer_name, &self.settings, outputs);
                 channel.on_tick(&mut context);
-                channel.tell_required(&mut context);
+                channel.after_input(&mut context);
             }
         }
     }

@@ -49,6 +49,9 @@ impl Shared {
                     conn.send_range(Range { group, stream, from, to });
                 }
             }
+            Output::FollowChanged { group } => {
+                self.group_changed(group);
+            }
             Output::Event { severity, code, group, text } => {
                 let group = group.as_ref().map(|name| name.as_str());
                 self.context.events.emit(severity, code, group, text, Value::Null);

@@ -35,7 +35,7 @@ pub trait Replica: Send + Sync {
     fn note_peer_lost(&self, peer: NodeId, reason: &str);
     fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)>;
     fn is_asking(&self) -> bool;
-    fn serve(&self) -> Result<(), GroupError>;
+    fn note_answer(&self, peer: NodeId) -> Result<(), GroupError>;
     fn hold_back(&self, counter: u64, reason: &str);
     fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError>;
     fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError>;
@@ -123,8 +123,8 @@ impl Replica for Group {
     fn is_asking(&self) -> bool {
         Group::is_asking(self)
     }
-    fn serve(&self) -> Result<(), GroupError> {
-        Group::serve(self)
+    fn note_answer(&self, peer: NodeId) -> Result<(), GroupError> {
+        Group::note_answer(self, peer)
     }
     fn hold_back(&self, counter: u64, reason: &str) {
         Group::hold_back(self, counter, reason);
@@ -237,5 +237,6 @@ pub fn local_group(group: &dyn Replica, me: NodeId, peer: NodeId, asked_for: boo
         failed: data_state == DataState::Failed,
         retired: data_state == DataState::Retired,
         membership: membership_of(&control, me, peer, primary, asked_for),
+        follows: None,
     }
 }

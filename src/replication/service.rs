@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
 use crate::group::{GroupContext, GroupError};
-use crate::units::{GroupId, Incarnation, LogTime, NodeId};
+use crate::units::{GroupId, Incarnation, LogTime, Name, NodeId};
 
 use super::bounds::{ROOM_BYTES, Room};
 use super::check::{self, Pass};
@@ -389,7 +389,7 @@ impl Shared {
         !*self.shutdown.borrow()
     }
 
-    fn group_changed(&self, group: GroupId) -> bool {
+    pub(super) fn group_changed(&self, group: GroupId) -> bool {
         locked(&self.dirty).insert(group);
         self.wake.notify_one();
         !*self.shutdown.borrow()
@@ -427,12 +427,26 @@ impl Shared {
         let now = self.now();
         let mut known = Vec::new();
         let mut cores = locked(&self.cores);
+        // By whose stream each group follows; of several the first.
+        let mut followed: Vec<(&Name, GroupId)> = Vec::new();
+        for core in cores.values() {
+            followed.extend(core.groups().filter_map(|group| {
+                core.channel(group)
+                    .filter(|channel| channel.follows())
+                    .map(|_| (core.name(), group))
+            }));
+        }
+        followed.sort();
+        let followed: Vec<(Name, GroupId)> =
+            followed.into_iter().map(|(name, group)| (name.clone(), group)).collect();
         for peer in &peers {
             let Some(core) = cores.get_mut(&peer.node) else { continue };
             let mut of_core = Vec::new();
             for group in &groups {
-                let local =
+                let mut local =
                     local_group(&**group, self.me(), peer.node, peer.copies.contains(&group.id()));
+                let other = |(name, id): &&(Name, GroupId)| *id == local.id && *name != peer.name;
+                local.follows = followed.iter().find(other).map(|(name, _)| name.clone());
                 let member = matches!(local.membership, Membership::Member { .. });
                 if member && peer.copies.contains(&group.id()) {
                     known.push((peer.node, group.id()));

@@ -56,14 +56,19 @@ impl Drop for Halt {
 }
 
 impl Replication {
-    /// Makes the peer the primary of a group, and this node a secondary; the peer's name.
+    /// Makes a peer the primary of a group, and this node a secondary; the peer's name. Where the
+    /// group has one peer only, it need not be named.
     ///
     /// # Errors
     ///
     /// Where this node is not the primary, the peer does not stream, or does not have everything
     /// within 10 s: then nothing has changed. Where the peer does not say whether it took over,
     /// this node has stopped being primary, and the error says what to look at.
-    pub async fn switchover(&self, group_name: &str) -> Result<Name, ReplicationError> {
+    pub async fn switchover(
+        &self,
+        group_name: &str,
+        to: Option<&Name>,
+    ) -> Result<Name, ReplicationError> {
         let shared = &self.shared;
         let group = shared.groups.by_name(group_name)?;
         if group.role() != Role::Primary {
@@ -72,7 +77,7 @@ impl Replication {
                  who is"
             )));
         }
-        let (peer, _) = shared.streaming_peer(&*group)?;
+        let (peer, _) = shared.streaming_peer(&*group, to)?;
         let why = format!("switchover to {peer}: writes wait until it has everything");
         group.halt_writers(&why)?;
         let halt = Halt(Arc::clone(&group));
@@ -80,7 +85,7 @@ impl Replication {
         run_blocking(move || syncing.sync_now().map(|_| ()).map_err(Into::into)).await?;
         let end = group.positions();
         let begun = shared.now();
-        while shared.streaming_peer(&*group)?.1 < end.head {
+        while shared.streaming_peer(&*group, Some(&peer))?.1 < end.head {
             if shared.now().saturating_sub(begun) > HALT_MAX {
                 return Err(ReplicationError::Refused(format!(
                     "group {group_name}: writes waited for {} s, and {peer} still did not have \
@@ -140,8 +145,13 @@ fn unknown(group: &Name, peer: &Name, why: &str) -> ReplicationError {
 }
 
 impl Shared {
-    /// The one peer of a group, which streams, and up to where it has everything durably.
-    fn streaming_peer(&self, group: &dyn Replica) -> Result<(Name, Lsn), ReplicationError> {
+    /// The one peer of a group, or the one of that name, which streams, and up to where it has
+    /// everything durably.
+    fn streaming_peer(
+        &self,
+        group: &dyn Replica,
+        wanted: Option<&Name>,
+    ) -> Result<(Name, Lsn), ReplicationError> {
         let name = group.name();
         let refused = |what: String| {
             Err(ReplicationError::Refused(format!("group {name}: {what}; nothing was changed")))
@@ -152,8 +162,24 @@ impl Shared {
             let member = matches!(channel.local().membership, Membership::Member { .. });
             member.then_some((core, channel))
         });
-        let mut members = members.collect::<Vec<_>>();
-        let Some((core, channel)) = members.pop() else {
+        let members = members.collect::<Vec<_>>();
+        if wanted.is_none() && members.len() > 1 {
+            let names: Vec<&str> = members.iter().map(|(core, _)| core.name().as_str()).collect();
+            return refused(format!(
+                "is replicated to {}; `tidelog switchover {name} --to {}` names one",
+                names.join(" and "),
+                names[0]
+            ));
+        }
+        let mut members = members.iter();
+        let Some((core, channel)) =
+            members.find(|(core, _)| wanted.is_none_or(|wanted| wanted == core.name()))
+        else {
+            if let Some(wanted) = wanted {
+                return refused(format!(
+                    "is not replicated to {wanted}; `tidelog status {name}` shows its peers"
+                ));
+            }
             return refused(format!(
                 "is not replicated, so there is nobody to switch over to; `tidelog replicate {name} \
                  --to PEER` first"

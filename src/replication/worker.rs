@@ -25,7 +25,7 @@ pub enum Job {
     Committed { lsn: Lsn },
     PeerHolds { peer: NodeId, received: Lsn, durable: Lsn },
     PeerLost { peer: NodeId, reason: String },
-    Serve,
+    Serve { peer: NodeId },
     HoldBack { counter: u64, reason: String },
     SplitBrain { there_is: bool },
     Yield { peer: NodeId, at: Lsn, chain: Chain },
@@ -53,7 +53,7 @@ impl Job {
             }
             Output::PeerLost { group, reason } => (group, Job::PeerLost { peer, reason }),
             Output::Retire { group, retired } => (group, Job::Retire { retired }),
-            Output::Serve { group } => (group, Job::Serve),
+            Output::Serve { group } => (group, Job::Serve { peer }),
             Output::HoldBack { group, counter, reason } => {
                 (group, Job::HoldBack { counter, reason })
             }
@@ -63,6 +63,7 @@ impl Job {
             | Output::Close { .. }
             | Output::Send { .. }
             | Output::SendLog { .. }
+            | Output::FollowChanged { .. }
             | Output::Event { .. } => return Err(output),
         })
     }
@@ -173,8 +174,8 @@ pub fn perform(
                 tracing::error!("group {}: mark as retired: {error}", group.name());
             }
         }
-        Job::Serve => {
-            if let Err(error) = group.serve() {
+        Job::Serve { peer } => {
+            if let Err(error) = group.note_answer(peer) {
                 tracing::error!("group {}: serve: {error}", group.name());
             }
         }

@@ -47,8 +47,8 @@ impl Channel {
         (self.is_required() && !told).then_some(since + lost_after)
     }
 
-    /// Tells the group what has changed; called after every input.
-    pub(in crate::replication) fn tell_required(&mut self, context: &mut Context<'_>) {
+    /// Tells the group what has changed.
+    pub(super) fn tell_required(&mut self, context: &mut Context<'_>) {
         if !self.is_required() {
             self.required = Told::default();
             return;

@@ -42,11 +42,13 @@ impl Channel {
                 }
             }
             (false, false) => {
-                self.set_state(
-                    context,
-                    ReplicationState::Idle,
-                    format!("no primary: run `tidelog promote {name}` on one of the two"),
-                );
+                // Another peer may be followed from now on.
+                self.follower = None;
+                let reason = match &self.local.follows {
+                    Some(primary) => format!("both are copies; this one follows {primary}"),
+                    None => format!("no primary: run `tidelog promote {name}` on one of the two"),
+                };
+                self.set_state(context, ReplicationState::Idle, reason);
             }
             (true, true) => self.two_primaries(context, &remote),
         }
@@ -88,14 +90,14 @@ impl Channel {
                 group: self.local.id,
                 counter,
                 reason: format!(
-                    "{peer} was primary while this node was away, and is not any more; `tidelog \
-                     promote {name}` there goes on with what it has, `tidelog promote {name} \
-                     --force` here with what is here"
+                    "{peer} holds a reign that went on while this node was away, and is not primary; \
+                     `tidelog promote {name}` there goes on with what it has, `tidelog promote \
+                     {name} --force` here with what is here"
                 ),
             });
             let reason = format!(
-                "{peer} was primary while this node was away, and is not any more: run `tidelog \
-                 promote {name}` there, and this node follows"
+                "{peer} holds a reign that went on while this node was away, and is not primary: run \
+                 `tidelog promote {name}` there, and this node follows"
             );
             self.set_state(context, ReplicationState::Idle, reason);
             return;
@@ -236,6 +238,11 @@ impl Channel {
                 ReplicationState::Blocked,
                 "this node's disk failed; restart it once the disk is well",
             );
+            return;
+        }
+        if let Some(other) = &self.local.follows {
+            let reason = format!("this node follows {other}");
+            self.set_state(context, ReplicationState::Idle, reason);
             return;
         }
         let stream = self.next_stream;

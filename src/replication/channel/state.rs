@@ -1,4 +1,9 @@
-//! The states of replication, and their names.
+//! What a channel knows, as plain data: the state of replication, both announcements, the streams.
+
+use std::time::Duration;
+
+use crate::replication::epoch::History;
+use crate::units::{Chain, Lsn};
 
 /// What replication of a group with a peer is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,4 +35,91 @@ impl ReplicationState {
             ReplicationState::SplitBrain => "split-brain",
         }
     }
+}
+
+/// What the peer announced.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    /// It is the primary.
+    pub primary: bool,
+    /// It has served nobody since its start.
+    pub recovering: bool,
+    /// Paused at its side.
+    pub paused: bool,
+    /// Its log when it announced.
+    pub history: History,
+}
+
+/// This node sends.
+#[derive(Clone, Debug)]
+pub(super) struct Sender {
+    pub(super) stream: u64,
+    /// Up to here frames were cut.
+    pub(super) cursor: Lsn,
+    pub(super) queued: u32,
+}
+
+/// What a peer acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Acked {
+    /// Bytes received and appended.
+    pub received: Lsn,
+    /// Up to which it survives power loss there.
+    pub durable: Lsn,
+    /// Requests up to its head.
+    pub requests: u64,
+}
+
+/// This node receives.
+#[derive(Clone, Debug)]
+pub(super) struct Follower {
+    pub(super) stream: u64,
+    /// The head that was asked with, until the stream is granted.
+    pub(super) asked: Option<Lsn>,
+    /// Where the next byte from the peer belongs.
+    pub(super) expected: Lsn,
+    /// Up to here everything was appended.
+    pub(super) appended: Lsn,
+}
+
+/// What a primary told about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// After its last record.
+    pub head: Lsn,
+    /// Durable there.
+    pub durable: Lsn,
+    /// Requests up to its head.
+    pub requests: u64,
+    /// The age of the oldest byte that this node had not acknowledged, where it knew.
+    pub lag: Option<Duration>,
+    /// It told so at this moment of this node's monotonic clock, or later: what the peer last had
+    /// heard from here, plus how long it had held that.
+    pub at: Duration,
+}
+
+/// A chain that was asked for: what for, and of which ask of the peer.
+#[derive(Clone, Debug)]
+pub(super) enum Lookup {
+    Follow {
+        stream: u64,
+        history: History,
+        acked: Acked,
+    },
+    /// What the peer is to cut back to; it asked with this stream, or comes back as primary. Where
+    /// its whole log should be a prefix, the chain at its end.
+    Part {
+        stream: Option<u64>,
+        at: Lsn,
+        expected: Option<Chain>,
+    },
+}
+
+/// Where the peer says that the histories part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parted {
+    /// The last position that both share.
+    pub at: Lsn,
+    /// The peer's chain there.
+    pub chain: Chain,
 }
