@@ -1,5 +1,5 @@
 //! The image at the horizon: per volume a sparse file with its sidecar, and the group's control
-//! state there.
+//! state there; and what is kept of older positions ([`Overlay`]).
 //!
 //! [`BaseVolume`] is read by anybody and written by the folder alone, in block order. A crash in
 //! the middle of a fold leaves blocks, sums and slots of which each sector is old or new; the fold
@@ -7,10 +7,12 @@
 //! throughout: their bytes and sums are the same before and after.
 
 mod control;
+mod overlay;
 mod sidecar;
 #[cfg(test)]
 mod tests;
 mod volume;
 
 pub use control::{ControlEntry, ControlState, ControlStateError};
+pub use overlay::{Kept, Overlay};
 pub use volume::{BaseError, BaseRead, BaseVolume, read_batch};

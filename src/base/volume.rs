@@ -368,6 +368,20 @@ impl BaseVolume {
         Ok(runs)
     }
 
+    /// When the chunks `[from, to)` were born, in order: zero where nothing was ever folded in,
+    /// `None` where the slot is damaged.
+    pub fn births(&self, from: u64, to: u64) -> io::Result<Vec<Option<Lsn>>> {
+        let chunks = self.size_bytes().div_ceil(CHUNK_BYTES);
+        let mut slots = SlotReader::new(self);
+        let births = (from..to).map(|chunk| {
+            if chunk >= chunks {
+                return Ok(Some(Lsn::ZERO));
+            }
+            Ok(slots.slot(chunk)?.map(|slot| slot.birth))
+        });
+        births.collect()
+    }
+
     /// The runs of chunks, as (offset, length) in bytes, into which a record at or after `since`
     /// was folded. A chunk whose slot is damaged counts as changed.
     pub fn born_since(&self, since: Lsn) -> io::Result<Vec<(u64, u64)>> {

@@ -5,7 +5,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use tidelog::control::api::Parting;
-use tidelog::control::api::{Done, GroupInfo, Groups};
+use tidelog::control::api::{Branches, Done, GroupInfo, Groups};
 use tidelog::units::{Name, Span};
 
 use super::arguments::Assignment;
@@ -83,14 +83,19 @@ pub struct ResolveArguments {
     discard_local: bool,
 }
 
-/// Give up tails that are not part of the history
+/// List and give up tails that are not part of the history
 #[derive(Subcommand)]
 pub enum BranchCommand {
+    /// List the branches of a group; `image open GROUP --branch NAME` shows one
+    List {
+        /// The group
+        group: Name,
+    },
     /// Give up a branch: what is in it is lost
     Remove {
         /// The group
         group: Name,
-        /// The branch, as `timeline` shows it
+        /// The branch, as `branch list` shows it
         branch: String,
     },
 }
@@ -156,9 +161,17 @@ pub async fn resolve(session: &Session, arguments: &ResolveArguments) -> Result<
 }
 
 pub async fn branch(session: &Session, command: BranchCommand) -> Result<()> {
-    let BranchCommand::Remove { group, branch } = command;
-    let path = format!("/v1/groups/{group}/branches/{branch}");
-    session.ask("DELETE", &path, None, |done: Done| done.done).await
+    match command {
+        BranchCommand::List { group } => {
+            let path = format!("/v1/groups/{group}/branches");
+            let show = |branches: Branches| super::time::show_branches(&branches.branches);
+            session.ask("GET", &path, None, show).await
+        }
+        BranchCommand::Remove { group, branch } => {
+            let path = format!("/v1/groups/{group}/branches/{branch}");
+            session.ask("DELETE", &path, None, |done: Done| done.done).await
+        }
+    }
 }
 
 fn show_list(groups: Groups) -> String {

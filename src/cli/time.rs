@@ -4,8 +4,8 @@ use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use tidelog::control::api::{BookmarkInfo, Bookmarks, Done, ImageInfo, Images, Timeline};
-use tidelog::units::Name;
+use tidelog::control::api::{BookmarkInfo, Bookmarks, Branch, Done, ImageInfo, Images, Timeline};
+use tidelog::units::{ByteSize, Name};
 
 use super::arguments::ImageName;
 use super::{Session, output};
@@ -23,6 +23,9 @@ pub struct BookmarkArguments {
     /// What the moment is good for
     #[arg(long, value_enum, default_value_t = ConsistencyArgument::Crash)]
     consistency: ConsistencyArgument,
+    /// Keep it when the log no longer covers it, at the cost of the blocks that change
+    #[arg(long)]
+    pin: bool,
     #[command(subcommand)]
     command: Option<BookmarkCommand>,
 }
@@ -53,7 +56,7 @@ enum BookmarkCommand {
     },
 }
 
-/// Show how far back a group goes: window, epochs, bookmarks, holds
+/// Show how far back a group goes: window, epochs, bookmarks, and what holds and branches cost
 #[derive(Args)]
 pub struct TimelineArguments {
     /// The group
@@ -62,13 +65,23 @@ pub struct TimelineArguments {
 
 #[derive(Subcommand)]
 pub enum ImageCommand {
-    /// Open an image of a moment; it is exported read-only as GROUP/VOLUME@NAME until it is closed
+    /// Open an image of a moment or a branch; it is exported read-only as GROUP/VOLUME@NAME until
+    /// it is closed
     Open {
         /// The group
         group: Name,
         /// The moment: now, a time, -15m, lsn:N or a bookmark's name
-        #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
-        at: String,
+        #[arg(
+            long,
+            value_name = "POINT",
+            allow_hyphen_values = true,
+            required_unless_present = "branch",
+            conflicts_with = "branch"
+        )]
+        at: Option<String>,
+        /// A branch, as `branch list` shows it: the group as it was when that was cut off
+        #[arg(long)]
+        branch: Option<String>,
         /// The image's name; one is made up otherwise
         #[arg(long)]
         name: Option<Name>,
@@ -78,7 +91,7 @@ pub enum ImageCommand {
         /// Only of this group
         group: Option<Name>,
     },
-    /// Close an image and let its moment go
+    /// Close an image, and free what it costs
     Close {
         /// GROUP@NAME
         image: ImageName,
@@ -100,7 +113,7 @@ pub async fn bookmark(session: &Session, arguments: BookmarkArguments) -> Result
             let path = format!("/v1/groups/{group}/bookmarks");
             let value = arguments.consistency.to_possible_value();
             let consistency = value.map(|value| value.get_name().to_owned());
-            let body = json!({ "name": name, "consistency": consistency });
+            let body = json!({ "name": name, "consistency": consistency, "pinned": arguments.pin });
             let show = |bookmark: BookmarkInfo| {
                 let position = output::position(&bookmark.position);
                 format!("bookmark {} of group {group}: {position}", bookmark.name)
@@ -119,7 +132,12 @@ fn show_bookmarks(bookmarks: &[BookmarkInfo]) -> String {
             output::time(bookmark.position.time),
             output::age(bookmark.position.time),
             output::word(&bookmark.consistency),
-            if bookmark.covered { "yes" } else { "no" }.to_owned(),
+            match (&bookmark.pin_lost, bookmark.pinned, bookmark.covered) {
+                (Some(reason), ..) => format!("pin lost: {reason}"),
+                (None, true, _) => "pinned".to_owned(),
+                (None, false, true) => "yes".to_owned(),
+                (None, false, false) => "no".to_owned(),
+            },
         ]
     });
     output::table(
@@ -157,35 +175,47 @@ fn show_timeline(timeline: &Timeline) -> String {
     text.push_str(&format!("\n{}\n", output::table(&header, epochs.collect(), "no epochs")));
     text.push_str(&format!("\n{}\n", show_bookmarks(&timeline.bookmarks)));
     let holds = timeline.holds.iter().map(|hold| {
+        let what = match (&hold.image, &hold.bookmark, &hold.branch) {
+            (Some(image), ..) => format!("image {}@{image}", timeline.group),
+            (_, Some(bookmark), _) => format!("bookmark {bookmark}"),
+            (.., branch) => format!("branch {}", branch.as_deref().unwrap_or_default()),
+        };
         vec![
+            what,
             hold.owner.clone(),
-            format!("{}@{}", timeline.group, hold.image),
             format!("lsn:{}", hold.position.lsn),
             output::time(hold.position.time),
+            ByteSize(hold.disk_bytes).to_string(),
+            ByteSize(hold.memory_bytes).to_string(),
+            hold.lost.clone().unwrap_or_else(|| "readable".to_owned()),
         ]
     });
-    let header = ["HELD BY", "IMAGE", ">POSITION", "TIME"];
+    let header = ["HOLD", "BY", ">POSITION", "TIME", ">DISK", ">MEMORY", "STATE"];
     text.push_str(&format!("\n{}\n", output::table(&header, holds.collect(), "no holds")));
-    let branches = timeline.branches.iter().map(|branch| {
+    text.push_str(&format!("\n{}\n", show_branches(&timeline.branches)));
+    text
+}
+
+pub fn show_branches(branches: &[Branch]) -> String {
+    let rows = branches.iter().map(|branch| {
         vec![
             branch.name.clone(),
             format!("lsn:{}", branch.from.lsn),
-            tidelog::units::ByteSize(branch.bytes).to_string(),
+            ByteSize(branch.bytes).to_string(),
             if branch.authored { "written here" } else { "received" }.to_owned(),
             output::time(branch.to.time),
             branch.reason.clone(),
         ]
     });
     let header = ["BRANCH", ">FROM", ">SIZE", "ORIGIN", "TO", "REASON"];
-    text.push_str(&format!("\n{}\n", output::table(&header, branches.collect(), "no branches")));
-    text
+    output::table(&header, rows.collect(), "no branches")
 }
 
 pub async fn image(session: &Session, command: ImageCommand) -> Result<()> {
     match command {
-        ImageCommand::Open { group, at, name } => {
+        ImageCommand::Open { group, at, branch, name } => {
             let path = format!("/v1/groups/{group}/images");
-            let body = json!({ "at": at, "name": name });
+            let body = json!({ "at": at, "branch": branch, "name": name });
             let show = |image: ImageInfo| {
                 format!(
                     "image {}@{}: {}\nexports {}",

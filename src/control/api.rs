@@ -1,7 +1,7 @@
 //! The types that the control socket's server and its clients share: answers as JSON, with the
 //! names that scripts rely on.
 
-use crate::group::{Branch, DataState, Role};
+use crate::group::{DataState, Role};
 use crate::log::control::{Consistency, OnFull};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ pub use crate::backup::{
     BackupEntry, Explanation, Listing as Backups, Manifest, Outcome, Reason, RunStarted, SlotAlarm,
     Verdict as RunVerdict, Verified,
 };
+pub use crate::group::Branch;
 pub use crate::replication::{BackupCapable, Invite, Parting, PeerInfo, PeerStatus, Verdict};
 
 /// Bytes of the block size that volumes announce.
@@ -229,8 +230,14 @@ pub struct BookmarkInfo {
     pub position: Position,
     /// What the moment is good for.
     pub consistency: Consistency,
-    /// Whether the log still covers it.
+    /// Whether an image of it can be opened on this node: the log covers it, or it is kept.
     pub covered: bool,
+    /// It is kept when the log no longer covers it.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Why it is not kept on this node although it is pinned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin_lost: Option<String>,
 }
 
 /// `GET /v1/groups/GROUP/bookmarks`.
@@ -267,15 +274,39 @@ pub struct TimelineWindow {
     pub to: Position,
 }
 
-/// What needs an old moment.
+/// What needs an old moment: an image, a pinned bookmark or a branch, and what that costs this
+/// node. Those at one position share what is kept.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HoldInfo {
-    /// Whose it is.
+    /// Whose it is: who opened the image; `pin`; `branch`.
     pub owner: String,
-    /// The image that it holds.
-    pub image: Name,
-    /// Where.
+    /// The image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<Name>,
+    /// The bookmark.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bookmark: Option<Name>,
+    /// The branch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
+    /// Where; of a branch, where it leaves the history.
     pub position: Position,
+    /// Bytes of blocks that folds have kept for it; of a branch, with its own log.
+    #[serde(default)]
+    pub disk_bytes: u64,
+    /// Bytes of memory: maps, shared ones included.
+    #[serde(default)]
+    pub memory_bytes: u64,
+    /// Why it cannot be read on this node, where it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
+}
+
+/// `GET /v1/groups/GROUP/branches`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Branches {
+    /// By where they leave the history.
+    pub branches: Vec<Branch>,
 }
 
 /// `GET /v1/images`.
@@ -298,6 +329,9 @@ pub struct ImageInfo {
     pub owner: String,
     /// When.
     pub opened: LogTime,
+    /// The branch that it shows, where it shows one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
     /// Why it can no longer be read, where it cannot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,

@@ -1,12 +1,14 @@
-//! Handlers of time: bookmarks, the timeline, images.
+//! Handlers of time: bookmarks, the timeline, images, branches.
 
 use std::time::Duration;
 
-use crate::group::{Group, GroupError, Image, Point, View};
+use crate::group::{Branch, Cost, Group, GroupError, Image, Point, View};
 use crate::log::control::{BookmarkRecord, Consistency, Control};
 use crate::units::{ByteSize, EpochId, LogTime, Lsn, Name, Position};
 
-use super::api::{BookmarkInfo, Bookmarks, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow};
+use super::api::{
+    BookmarkInfo, Bookmarks, Branches, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow,
+};
 use super::context::Context;
 use super::groups::{answer, done, epochs};
 use super::problem::Problem;
@@ -51,23 +53,32 @@ fn epoch_at(group: &Group, lsn: Lsn) -> EpochId {
     before.or(control.epochs.first()).map(|epoch| epoch.id).unwrap_or_default()
 }
 
+fn bookmark_position(group: &Group, bookmark: &BookmarkRecord) -> Position {
+    let lsn = bookmark.lsn;
+    Position { epoch: epoch_at(group, lsn), lsn, time: bookmark.time }
+}
+
 fn bookmark_info(group: &Group, bookmark: &BookmarkRecord) -> BookmarkInfo {
+    let lsn = bookmark.lsn;
     BookmarkInfo {
         name: bookmark.name.clone(),
-        position: Position {
-            epoch: epoch_at(group, bookmark.lsn),
-            lsn: bookmark.lsn,
-            time: bookmark.time,
-        },
+        position: bookmark_position(group, bookmark),
         consistency: bookmark.consistency,
-        covered: bookmark.lsn >= group.positions().horizon,
+        covered: lsn >= group.positions().horizon || group.is_kept(lsn),
+        pinned: bookmark.pinned,
+        pin_lost: bookmark.pinned.then(|| group.cost_at(lsn).err()).flatten(),
     }
 }
 
 pub(super) fn bookmark(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     let consistency: Consistency = call.field("consistency")?.unwrap_or_default();
-    let record = group.create_bookmark(call.required("name")?, consistency)?;
+    let (name, pinned) = (call.required("name")?, call.field("pinned")?.unwrap_or(false));
+    let record = if pinned {
+        group.pin_bookmark(name, consistency)?
+    } else {
+        group.create_bookmark(name, consistency)?
+    };
     answer(bookmark_info(&group, &record))
 }
 
@@ -109,19 +120,51 @@ pub(super) fn timeline(context: &Context, call: &Call) -> Answer {
         lsn: positions.request_end,
         time: positions.time,
     };
-    let hold = |image: std::sync::Arc<Image>| HoldInfo {
-        owner: image.owner().to_owned(),
-        image: image.name().clone(),
-        position: image.position(),
-    };
+    let branches = group.branches()?;
     answer(Timeline {
         group: group.name().clone(),
         window: TimelineWindow { from, to },
         epochs: epochs(&group),
         bookmarks: all_bookmarks(&group),
-        holds: group.images().into_iter().map(hold).collect(),
-        branches: group.branches()?,
+        holds: holds(&group, &branches),
+        branches,
     })
+}
+
+/// Everything that needs an old moment, with what it costs.
+fn holds(group: &Group, branches: &[Branch]) -> Vec<HoldInfo> {
+    let hold = |owner: &str, position: Position, cost: Result<Cost, String>| HoldInfo {
+        owner: owner.to_owned(),
+        image: None,
+        bookmark: None,
+        branch: None,
+        position,
+        disk_bytes: cost.as_ref().map_or(0, |cost| cost.disk_bytes),
+        memory_bytes: cost.as_ref().map_or(0, |cost| cost.memory_bytes),
+        lost: cost.err(),
+    };
+    let mut holds = Vec::new();
+    for image in group.images() {
+        let cost = image.broken().map_or_else(|| Ok(image.cost()), Err);
+        let found = hold(image.owner(), image.position(), cost);
+        holds.push(HoldInfo { image: Some(image.name().clone()), ..found });
+    }
+    for bookmark in group.control().bookmarks.iter().filter(|bookmark| bookmark.pinned) {
+        let position = bookmark_position(group, bookmark);
+        let found = hold("pin", position, group.cost_at(bookmark.lsn));
+        holds.push(HoldInfo { bookmark: Some(bookmark.name.clone()), ..found });
+    }
+    for branch in branches {
+        let found = hold("branch", branch.from, group.cost_at(branch.from.lsn));
+        let disk_bytes = found.disk_bytes + branch.bytes;
+        holds.push(HoldInfo { branch: Some(branch.name.clone()), disk_bytes, ..found });
+    }
+    holds
+}
+
+pub(super) fn branches(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    answer(Branches { branches: group.branches()? })
 }
 
 pub(super) fn remove_branch(context: &Context, call: &Call) -> Answer {
@@ -140,6 +183,7 @@ fn image_info(image: &Image) -> ImageInfo {
         position: image.position(),
         owner: image.owner().to_owned(),
         opened: image.opened(),
+        branch: image.branch().map(str::to_owned),
         broken: image.broken(),
         exports: image.volumes().into_iter().map(export).collect(),
     }
@@ -155,6 +199,13 @@ pub(super) fn list(context: &Context, call: &Call) -> Answer {
 
 pub(super) fn open(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
+    if let Some(branch) = call.field::<String>("branch")? {
+        if call.field::<String>("at")?.is_some() {
+            return Err(Problem::invalid("image: got both at and branch, expected one of them"));
+        }
+        let image = group.open_branch_image(&branch, call.field("name")?, &call.user)?;
+        return answer(image_info(&image));
+    }
     let at: String = call.required("at")?;
     let now = context.env.clock.wall();
     let point = parse_point(&at, now)?;

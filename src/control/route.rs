@@ -352,6 +352,13 @@ pub static ROUTES: &[Route] = &[
     )
     .body(&[parameter("discard_local", "boolean", "must be true: this node's side yields")]),
     route(
+        "GET",
+        "/v1/groups/{group}/branches",
+        "branch list",
+        "List the tails that are not part of the history",
+        Blocking(images::branches),
+    ),
+    route(
         "DELETE",
         "/v1/groups/{group}/branches/{branch}",
         "branch remove",
@@ -368,6 +375,7 @@ pub static ROUTES: &[Route] = &[
     .body(&[
         parameter("name", "string", "its name"),
         parameter("consistency", "string", "crash, filesystem or application"),
+        parameter("pinned", "boolean", "keep it when the log no longer covers it"),
     ])
     .on_primary(),
     route(
@@ -389,7 +397,7 @@ pub static ROUTES: &[Route] = &[
         "GET",
         "/v1/groups/{group}/timeline",
         "timeline",
-        "Show window, epochs, bookmarks and holds",
+        "Show window, epochs, bookmarks, and what holds and branches cost",
         Blocking(images::timeline),
     ),
     route("GET", "/v1/images", "image list", "List the opened images", Blocking(images::list))
@@ -398,11 +406,12 @@ pub static ROUTES: &[Route] = &[
         "POST",
         "/v1/groups/{group}/images",
         "image open",
-        "Open an image of a moment, and export it read-only",
+        "Open an image of a moment or a branch, and export it read-only",
         Blocking(images::open),
     )
     .body(&[
-        parameter("at", "string", "now, a time, -15m, lsn:N or a bookmark"),
+        parameter("at", "string", "now, a time, -15m, lsn:N or a bookmark; or else branch"),
+        parameter("branch", "string", "a branch's name"),
         parameter("name", "string", "its name; one is made up otherwise"),
     ]),
     route(

@@ -423,6 +423,28 @@ impl Group {
         name: Name,
         consistency: Consistency,
     ) -> Result<BookmarkRecord, GroupError> {
+        self.add_bookmark(name, consistency, false)
+    }
+
+    /// The same, and each node keeps the moment readable when its log no longer covers it.
+    ///
+    /// # Errors
+    ///
+    /// Where the name is taken.
+    pub fn pin_bookmark(
+        &self,
+        name: Name,
+        consistency: Consistency,
+    ) -> Result<BookmarkRecord, GroupError> {
+        self.add_bookmark(name, consistency, true)
+    }
+
+    fn add_bookmark(
+        &self,
+        name: Name,
+        consistency: Consistency,
+        pinned: bool,
+    ) -> Result<BookmarkRecord, GroupError> {
         let mut made = None;
         self.append_control_with(|core| {
             if core.view.bookmarks.iter().any(|known| known.name == name) {
@@ -439,6 +461,7 @@ impl Group {
                 lsn: end.lsn,
                 time: end.time,
                 consistency,
+                pinned,
                 removed: false,
                 other: Map::new(),
             };

@@ -9,12 +9,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::content::Content;
 use super::engine::Group;
+use super::timeline::Checkpoint;
 use super::{GroupError, files};
 use crate::io::{Disk, DiskFile, OpenMode};
-use crate::log::reader::remains;
+use crate::log::reader::{ScanEnd, Scanner, remains};
+use crate::log::record::Kind;
 use crate::log::segment::{Segments, segment_name};
-use crate::units::{LogTime, Lsn, Position};
+use crate::units::{Chain, LogTime, Lsn, Position};
 
 const ABOUT: &str = "branch.json";
 
@@ -35,6 +38,16 @@ pub struct Branch {
     pub cut: LogTime,
     /// Why.
     pub reason: String,
+}
+
+/// A branch's own part of its image.
+pub(super) struct BranchLog {
+    /// The branch's name.
+    pub name: String,
+    /// Where its records begin: before that the group's own log counts.
+    pub from: Lsn,
+    /// The segments that were kept.
+    pub segments: Segments,
 }
 
 /// A branch that is made when the first thing has to be kept.
@@ -89,17 +102,100 @@ impl Group {
     pub fn remove_branch(&self, name: &str) -> Result<Branch, GroupError> {
         let branches = self.branches()?;
         let branch = branches.into_iter().find(|branch| branch.name == name);
-        let branch = branch.ok_or_else(|| {
-            let group = self.name();
-            self.refused(format!(
-                "branch `{name}` does not exist; `tidelog timeline {group}` shows those that do"
-            ))
-        })?;
+        let branch = branch.ok_or_else(|| self.no_branch(name))?;
+        let group = self.name();
+        let images = self.images();
+        if let Some(open) = images.iter().find(|image| image.branch() == Some(name)) {
+            return Err(self.refused(format!(
+                "branch `{name}` is shown by an image; `tidelog image close {group}@{}` closes it",
+                open.name()
+            )));
+        }
         let all = self.dir.join("branches");
         let disk = &self.context.env.disk;
         files::discard(&**disk, &all.join(&branch.name))
             .map_err(|cause| self.io(format!("remove branch {name}"), &cause))?;
+        self.sweep_soon();
         Ok(branch)
+    }
+
+    fn no_branch(&self, name: &str) -> GroupError {
+        let group = self.name();
+        self.refused(format!(
+            "branch `{name}` does not exist; `tidelog branch list {group}` shows those that do"
+        ))
+    }
+
+    /// A branch that says what it is.
+    pub(super) fn branch(&self, name: &str) -> Result<Branch, GroupError> {
+        let disk = &self.context.env.disk;
+        // Its name comes from outside, and is no path.
+        if !self.branches()?.iter().any(|branch| branch.name == name) {
+            return Err(self.no_branch(name));
+        }
+        let path = self.dir.join("branches").join(name).join(ABOUT);
+        let text = files::load(&**disk, &path);
+        let about = text.and_then(|text| Ok(serde_json::from_slice::<Branch>(&text)?));
+        about
+            .map(|about| Branch { name: name.to_owned(), ..about })
+            .map_err(|cause| self.io(format!("read {}", path.display()), &cause))
+    }
+
+    /// Applies a branch's own whole requests to the content where it leaves the history, behind a
+    /// record with checksum `chain`; where they end. The tail of a log that was torn may have less
+    /// of them than was seen of it.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says; a record that must be understood and is not.
+    pub(super) fn follow_branch(
+        &self,
+        branch: &Branch,
+        chain: Chain,
+        content: &mut Content,
+    ) -> Result<(BranchLog, Position), GroupError> {
+        let io = |cause| self.io(format!("read branch {}", branch.name), &cause);
+        let dir = self.dir.join("branches").join(&branch.name);
+        let disk = self.context.env.disk.clone();
+        let segments = Segments::open(disk, &dir, self.segment_bytes()).map_err(io)?;
+        let mut end = branch.from;
+        let mut freed = Vec::new();
+        let mut request = Vec::new();
+        let mut scanner = Scanner::new(&segments, branch.from.lsn, chain);
+        while scanner.at() < branch.to.lsn {
+            let header = match scanner.next(true) {
+                Ok(header) => header,
+                Err(ScanEnd::Io(cause)) => return Err(io(cause)),
+                Err(ScanEnd::Chain) if scanner.at() == branch.from.lsn => {
+                    return Err(self.refused(format!(
+                        "branch {} does not continue the history here: the log was cut again \
+                         before lsn:{}",
+                        branch.name, branch.from.lsn
+                    )));
+                }
+                Err(_) => break,
+            };
+            let control = header.kind == Kind::Control as u8;
+            let payload = if control { scanner.payload().to_vec() } else { Vec::new() };
+            let last = header.is_last_of_request();
+            request.push((header, payload));
+            if last {
+                for (header, payload) in request.drain(..) {
+                    content.apply(&header, &payload, &mut freed);
+                    end = Checkpoint::behind(&header).position();
+                }
+                freed.clear();
+            }
+        }
+        if let Some(barrier) = content.barrier {
+            return Err(self.refused(format!(
+                "branch {} has a record at {barrier} that must be understood, and this version \
+                 does not; upgrade the node",
+                branch.name
+            )));
+        }
+        let name = branch.name.clone();
+        Ok((BranchLog { name, from: branch.from.lsn, segments }, end))
     }
 
     /// The branches that are kept, by where they leave the history. One whose description cannot be

@@ -248,7 +248,9 @@ impl ControlTable {
             Some(Control::Clock(_)) => false,
             Some(Control::Job(record)) => !record.removed,
             Some(Control::Member(record)) => !record.removed,
-            Some(Control::Bookmark(record)) => !record.removed && record.lsn >= target,
+            Some(Control::Bookmark(record)) => {
+                !record.removed && (record.pinned || record.lsn >= target)
+            }
             Some(
                 Control::Group(_) | Control::Epoch(_) | Control::Volume(_) | Control::Policy(_),
             )

@@ -16,6 +16,7 @@ use super::clock::{self, LogClock};
 use super::content::Content;
 use super::image::Image;
 use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
+use super::moment::Moment;
 use super::receive::Pending;
 use super::required::{Floors, Required};
 use super::returning::Asking;
@@ -103,7 +104,7 @@ pub(super) struct Core {
     pub unflushed: bool,
     /// The control state at the horizon.
     pub horizon: Arc<ControlState>,
-    /// No image and no hold goes below this: a fold up to here may have begun.
+    /// No image goes below this but at a moment that is kept: a fold up to here may have begun.
     pub fold_target: Lsn,
     pub role: Role,
     /// This node is primary, and has served nobody since its start.
@@ -116,6 +117,10 @@ pub(super) struct Core {
     pub retired: Option<LogTime>,
     pub closed: bool,
     pub images: BTreeMap<Name, Arc<Image>>,
+    /// The images that were open before the start are among them, or lost for good.
+    pub images_known: bool,
+    /// What somebody needs of what folds have passed or are passing.
+    pub moments: BTreeMap<Lsn, Arc<Moment>>,
     pub pending: Pending,
     /// The peers that answers wait for.
     pub required: Required,
@@ -266,7 +271,10 @@ impl Group {
         let writer = Writer::open(segments.clone(), Lsn::ZERO, genesis(new.id), 0).map_err(io)?;
         let content = Content::at_horizon(&horizon);
         let timeline = Timeline::new(checkpoint(&horizon), new.segment_bytes);
-        Ok(Group::assemble(context, dir, meta, segments, writer, content, timeline, horizon))
+        let group =
+            Group::assemble(context, dir, meta, segments, writer, content, timeline, horizon);
+        group.lock().images_known = true;
+        Ok(group)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all parts, once")]
@@ -310,6 +318,8 @@ impl Group {
             retired: meta.meta.retired.then(|| context.env.clock.wall()),
             closed: false,
             images: BTreeMap::new(),
+            images_known: false,
+            moments: BTreeMap::new(),
             pending: Pending::default(),
             required: Required::new(context.node.id),
             log_used_bytes: segments.used_bytes(),

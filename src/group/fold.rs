@@ -5,6 +5,9 @@
 //! leaves a base of which some blocks are newer than the horizon, every one of them also in the
 //! log: nothing shows them but the log's own version, and the next start finishes the fold. So does
 //! the next attempt after an error, before anything else is folded.
+//!
+//! Before the target is durable, what it changes for older moments that somebody needs is kept
+//! apart (`keep.rs`): whoever is at one reads that, else the base.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -15,16 +18,14 @@ use super::GroupError;
 use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
-use super::fold_plan::{
-    FoldFacts, FoldGoal, FoldStep, fold_goal, fold_steps, obsolete, written_at,
-};
+use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
 use super::image::replay;
 use super::read::Fetch;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::log::record::crc32;
-use crate::units::{BLOCK_BYTES, Lsn, VolumeNumber};
+use crate::units::{BLOCK_BYTES, Lsn};
 
 /// Bytes that are fetched and written at a time.
 const BATCH_BYTES: usize = 1 << 20;
@@ -32,7 +33,7 @@ const BATCH_BYTES: usize = 1 << 20;
 const FORGET_CHUNKS: usize = 256;
 
 impl Group {
-    /// Folds up to the target that policy, holds and limits allow; the new horizon.
+    /// Folds up to the target that policy and limits allow; the new horizon.
     ///
     /// # Errors
     ///
@@ -45,6 +46,7 @@ impl Group {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
         self.failed_error(&self.lock())?;
         self.close_expired();
+        self.sweep_moments()?;
         self.finish_fold()?;
         let horizon = {
             let core = self.lock();
@@ -65,7 +67,7 @@ impl Group {
             target =
                 self.follow_to(horizon, |header| first.replace(false) && header.end() <= reach)?;
         }
-        if target.lsn <= horizon.lsn || !self.claim(&target, goal) {
+        if target.lsn <= horizon.lsn {
             return self.nothing_folded(&facts);
         }
         self.fold_to(target)
@@ -94,13 +96,11 @@ impl Group {
         };
         let window_end = self.follow_to(from, |header| header.time <= oldest)?.lsn;
         let core = self.lock();
-        let holds = core.images.values().filter(|image| image.broken().is_none());
         Ok(FoldFacts {
             horizon: core.timeline.horizon().lsn,
             head: core.writer.head(),
             durable: core.durable,
             committed: core.committed(),
-            lowest_hold: holds.map(|image| image.position().lsn).min(),
             barrier: core.content.barrier,
             window_end,
             log_limit_bytes: self.log_limit(&core),
@@ -118,37 +118,6 @@ impl Group {
             group: self.name().clone(),
             what: format!("log behind {}: {cause}", from.lsn),
         })
-    }
-
-    /// Takes everything below the target away from who might open an image there. Not where an
-    /// image was opened meanwhile that needs it.
-    fn claim(&self, target: &Checkpoint, goal: FoldGoal) -> bool {
-        let broken: Vec<_> = {
-            let mut core = self.lock();
-            let below: Vec<_> = core
-                .images
-                .values()
-                .filter(|image| image.broken().is_none() && image.position().lsn < target.lsn)
-                .cloned()
-                .collect();
-            if !below.is_empty() && !goal.break_holds {
-                return false;
-            }
-            for image in &below {
-                image.break_hold("the log reached its limit, and this image was in the way");
-            }
-            core.fold_target = core.fold_target.max(target.lsn);
-            below
-        };
-        for image in broken {
-            let text = format!(
-                "image {} of {} was given up: the log reached its limit",
-                image.name(),
-                image.owner()
-            );
-            self.emit(Severity::Warning, "hold-broken", text, json!({ "image": image.name() }));
-        }
-        true
     }
 
     /// At the start: a fold up to `target` had begun. Its target is as good as the horizon for
@@ -183,18 +152,19 @@ impl Group {
         self.fold_to(found).map(|_| ())
     }
 
-    /// Folds up to the end of a request, which nothing needs the past of.
+    /// Folds up to the end of a request.
     fn fold_to(&self, target: Checkpoint) -> Result<Lsn, GroupError> {
-        let folded = self.write_base(&target);
-        self.lock().unfinished_fold = folded.is_err().then_some(target.lsn);
-        let gone = folded?;
-        self.update_meta(|meta| meta.horizon = target.lsn)?;
-        for number in gone {
-            let base = self.bases.write().expect("no holder panics").remove(&number);
-            if let Some(base) = base {
-                base.remove().map_err(|cause| self.io("remove base", &cause))?;
+        let folded = loop {
+            match self.write_base(&target) {
+                Err(GroupError::NoSpace { .. }) if self.make_room() => {}
+                folded => break folded,
             }
-        }
+        };
+        let begun = self.has_begun(target.lsn);
+        self.lock().unfinished_fold = (folded.is_err() && begun).then_some(target.lsn);
+        folded?;
+        self.update_meta(|meta| meta.horizon = target.lsn)?;
+        self.sweep_moments()?;
         self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
         self.segments.collect().map_err(|cause| self.io("recycle segments", &cause))?;
         self.lock().log_used_bytes = self.segments.used_bytes();
@@ -203,18 +173,29 @@ impl Group {
         Ok(target.lsn)
     }
 
-    /// Makes the base the image at `target`, and moves the horizon there; the volumes whose base is
-    /// no longer needed.
-    fn write_base(&self, target: &Checkpoint) -> Result<Vec<VolumeNumber>, GroupError> {
+    /// Whether a fold up to there may have written to the base.
+    fn has_begun(&self, target: Lsn) -> bool {
+        self.meta.lock().expect("no holder panics").meta.fold_target >= target
+    }
+
+    /// Makes the base the image at `target`, and moves the horizon there.
+    fn write_base(&self, target: &Checkpoint) -> Result<(), GroupError> {
+        let begun = self.has_begun(target.lsn);
+        let moments = self.claim(target.lsn, begun);
+        let old = self.lock().horizon.clone();
+        let content = if begun {
+            // What was needed was kept before the base was touched.
+            replay(&self.segments, &old, target.lsn).map_err(|cause| {
+                let what = format!("log up to {}: {cause}", target.lsn);
+                GroupError::Damaged { group: self.name().clone(), what }
+            })?
+        } else {
+            self.keep_moments(&old, target.lsn, &moments)?
+        };
         // What is folded was durable: should the log end before it at the next start, it is damage.
         self.update_meta(|meta| {
             meta.fold_target = meta.fold_target.max(target.lsn);
             meta.durable = meta.durable.max(target.lsn);
-        })?;
-        let old = self.lock().horizon.clone();
-        let content = replay(&self.segments, &old, target.lsn).map_err(|cause| {
-            let what = format!("log up to {}: {cause}", target.lsn);
-            GroupError::Damaged { group: self.name().clone(), what }
         })?;
         for known in content.volumes.values() {
             self.fold_volume(known)?;
@@ -229,12 +210,9 @@ impl Group {
         state
             .store(&**disk, &self.dir.join("base"))
             .map_err(|cause| self.io("write control state", &cause))?;
-        let gone = obsolete(self.bases.read().expect("no holder panics").keys(), |number| {
-            content.volumes.contains_key(number)
-        });
         drop(content);
         self.move_horizon(state);
-        Ok(gone)
+        Ok(())
     }
 
     /// The base is complete up to here: maps forget what it has.

@@ -1,6 +1,5 @@
-//! Decides up to where to fold, and in which steps; touches nothing.
+//! Decides up to where to fold, in which steps, and what that changes; touches nothing.
 
-use super::VolumeNumber;
 use crate::extent_map::{Piece, Source};
 use crate::units::{BLOCK_BYTES, Lsn};
 
@@ -15,8 +14,6 @@ pub(super) struct FoldFacts {
     pub durable: Lsn,
     /// Up to where the primary is durable: what it could lose is not folded anywhere.
     pub committed: Lsn,
-    /// The lowest position that an image needs.
-    pub lowest_hold: Option<Lsn>,
     /// The first record that had to be understood and was not.
     pub barrier: Option<Lsn>,
     /// The end of what is older than the window.
@@ -32,22 +29,19 @@ pub(super) struct FoldFacts {
 pub(super) struct FoldGoal {
     /// Up to here at most, to be rounded down to the end of a request.
     pub target: Lsn,
-    /// The limit is reached and holds are in the way: they are broken.
-    pub break_holds: bool,
     /// Space is short: should the target lie inside the very first request, all of it is folded
     /// where it ends by here. Else a long request would keep the log full for ever.
     pub first_request_to: Option<Lsn>,
 }
 
 /// Up to where to fold, if at all. The window gives way to the limit from 80 % on; nothing is
-/// folded that is not durable and committed; holds give way only where the log is full. Little is
+/// folded that is not durable and committed; who needs an old moment is in nobody's way. Little is
 /// folded only when forced, since blocks that are written again and again are then folded once.
 pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     let eighth = facts.log_limit_bytes / 8;
     let used = facts.head.bytes_since(facts.horizon);
     let soft = facts.log_limit_bytes / 10 * 8;
     let pressed = used >= soft;
-    let full = used >= facts.log_limit_bytes;
     let for_space = if pressed {
         Lsn(facts.head.0 - soft.saturating_sub(eighth).min(facts.head.0))
     } else {
@@ -55,23 +49,11 @@ pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     };
     let wanted = facts.window_end.max(for_space);
     let cap = facts.durable.min(facts.committed).min(facts.barrier.unwrap_or(Lsn::MAX));
-    let held = facts.lowest_hold.unwrap_or(Lsn::MAX);
-    let target = wanted.min(cap).min(held);
+    let target = wanted.min(cap);
     let enough = if facts.forced { 1 } else { eighth.max(1) };
-    let goal =
-        FoldGoal { target, break_holds: false, first_request_to: pressed.then_some(cap.min(held)) };
-    if target.bytes_since(facts.horizon) >= enough {
-        return Some(goal);
-    }
-    let without_holds = wanted.min(cap);
-    if full && held < wanted && without_holds.bytes_since(facts.horizon) >= enough {
-        return Some(FoldGoal {
-            target: without_holds,
-            break_holds: true,
-            first_request_to: Some(cap),
-        });
-    }
-    (pressed && target > facts.horizon).then_some(goal)
+    let goal = FoldGoal { target, first_request_to: pressed.then_some(cap) };
+    let due = target.bytes_since(facts.horizon) >= enough;
+    (due || (pressed && target > facts.horizon)).then_some(goal)
 }
 
 /// A step of a fold over one volume. Offsets and lengths are multiples of 4096 except inside parts.
@@ -168,10 +150,87 @@ pub(super) fn written_at(source: &Source) -> Lsn {
     }
 }
 
-/// Volumes whose base goes when the horizon moves.
-pub(super) fn obsolete<'a>(
-    in_base: impl Iterator<Item = &'a VolumeNumber>,
-    kept: impl Fn(&VolumeNumber) -> bool,
-) -> Vec<VolumeNumber> {
-    in_base.filter(|number| !kept(number)).copied().collect()
+/// Blocks `[from, to)` of a volume that a fold changes for whoever needs an older moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Change {
+    /// Number of the first block.
+    pub from: u64,
+    /// Number of the block behind the last.
+    pub to: u64,
+    /// They become zeros.
+    pub zeros: bool,
+}
+
+/// What of a volume of `size_bytes` was written at or behind `since`, in whole blocks, in order.
+pub(super) fn changes(
+    pieces: impl Iterator<Item = Piece>,
+    since: Lsn,
+    size_bytes: u64,
+) -> Vec<Change> {
+    let mut changes: Vec<Change> = Vec::new();
+    let changed = pieces
+        .take_while(|piece| piece.offset < size_bytes)
+        .filter(|piece| piece.source != Source::Base && written_at(&piece.source) >= since);
+    for piece in changed {
+        let zeros = matches!(piece.source, Source::Zero { .. });
+        let mut from = piece.offset / BLOCK_BYTES;
+        let to = (piece.offset + piece.length).min(size_bytes).div_ceil(BLOCK_BYTES);
+        // A block that is in two pieces is in one change; it becomes zeros where both do.
+        if let Some(last) = changes.last_mut()
+            && from < last.to
+        {
+            if last.zeros && !zeros {
+                last.to = from;
+                if last.from == last.to {
+                    changes.pop();
+                }
+            } else {
+                from = last.to;
+            }
+        }
+        match changes.last_mut() {
+            _ if from >= to => {}
+            Some(last) if last.to == from && last.zeros == zeros => last.to = to,
+            _ => changes.push(Change { from, to, zeros }),
+        }
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_fold_changes_is_whole_blocks_at_or_behind_the_moment() {
+        let log = |offset, length, at| Piece {
+            offset,
+            length,
+            source: Source::Log { piece: Lsn(at), piece_bytes: 4096, skip: 0, crc: 0 },
+        };
+        let zero = |offset, length, at| Piece {
+            offset,
+            length,
+            source: Source::Zero { since: Lsn(at), hole: true },
+        };
+        let found = |pieces: &[Piece]| changes(pieces.iter().copied(), Lsn(100), 16 << 12);
+        let change = |from, to, zeros| Change { from, to, zeros };
+        assert_eq!(found(&[log(0, 4096, 99), log(4096, 4096, 100)]), [change(1, 2, false)]);
+        assert_eq!(found(&[log(0, 4096, 100), log(4096, 4096, 200)]), [change(0, 2, false)]);
+        assert_eq!(
+            found(&[zero(512, 512, 100), zero(8192, 1 << 20, 100)]),
+            [change(0, 1, true), change(2, 16, true)]
+        );
+        // A block that is half zeros and half bytes.
+        assert_eq!(
+            found(&[zero(0, 4608, 100), log(4608, 512, 100)]),
+            [change(0, 1, true), change(1, 2, false)]
+        );
+        assert_eq!(
+            found(&[log(0, 512, 100), zero(512, 7680, 100)]),
+            [change(0, 1, false), change(1, 2, true)]
+        );
+        assert_eq!(found(&[zero(0, 512, 100), log(512, 512, 100)]), [change(0, 1, false)]);
+        assert_eq!(found(&[log(16 << 12, 4096, 100)]), []);
+    }
 }

@@ -1,26 +1,26 @@
-//! Images: a group as it was at one position, and the holds that keep it readable.
+//! Images: a group as it was at one position, or a branch of it.
 //!
-//! An image is a content of its own. Its hold keeps the horizon from passing it; folds up to it go
-//! on, and take what they fold out of its maps too, since the base then has the same blocks.
+//! An image is a content of its own. Folds take what they fold out of its maps too, since the base
+//! then has the same blocks; what a fold beyond its position changes there is kept in its moment
+//! (`moment.rs`). The image of a branch is the content where the branch leaves the history, with
+//! the branch's own records on top, which are read from its directory.
 
-use std::io;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use serde_json::json;
-
+use super::branch::BranchLog;
 use super::content::Content;
 use super::engine::{Core, Group, checkpoint};
+use super::holds::usable;
 use super::indexing::visit;
+use super::moment::Moment;
 use super::read::Lookup;
-use super::timeline::{Checkpoint, follow};
-use super::{Extent, GroupError, Point, Read, View, Volume};
+use super::reopen::KeptImage;
+use super::{Cost, Extent, GroupError, Point, Read, View, Volume};
 use crate::base::ControlState;
-use crate::events::Severity;
 use crate::log::reader::ScanEnd;
 use crate::log::segment::Segments;
-use crate::units::{LogTime, Lsn, Name, Position, VolumeNumber};
+use crate::units::{CHUNK_BYTES, Chain, LogTime, Lsn, Name, Position, VolumeNumber};
 
 /// A read-only view of a group at one LSN.
 pub struct Image {
@@ -33,17 +33,9 @@ pub struct Image {
     content: RwLock<Content>,
     volumes: Vec<Volume>,
     broken: Mutex<Option<String>>,
-}
-
-/// An image as it survives a restart.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct KeptImage {
-    name: Name,
-    owner: String,
-    position: Position,
-    opened: LogTime,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    expires: Option<LogTime>,
+    /// What folds have kept for it, from the first that passes it on.
+    moment: RwLock<Option<Arc<Moment>>>,
+    branch: Option<BranchLog>,
 }
 
 impl Image {
@@ -83,10 +75,39 @@ impl Image {
         self.expires
     }
 
-    /// Why it can no longer be read, where its hold was broken.
+    /// The branch that it shows, where it shows one.
+    #[must_use]
+    pub fn branch(&self) -> Option<&str> {
+        self.branch.as_ref().map(|branch| branch.name.as_str())
+    }
+
+    /// Why it can no longer be read, where it cannot.
     #[must_use]
     pub fn broken(&self) -> Option<String> {
-        self.broken.lock().expect("no holder panics").clone()
+        let own = self.broken.lock().expect("no holder panics").clone();
+        own.or_else(|| self.moment().and_then(|moment| moment.broken()))
+    }
+
+    /// Up to where it is made of the group's own log: its position, or where its branch begins.
+    pub(super) fn leaves_log_at(&self) -> Lsn {
+        self.branch.as_ref().map_or(self.position.lsn, |branch| branch.from)
+    }
+
+    /// What folds keep for it is in this moment from now on.
+    pub(super) fn keep_by(&self, moment: &Arc<Moment>) {
+        *self.moment.write().expect("no holder panics") = Some(moment.clone());
+    }
+
+    /// How it is written down for the next start.
+    pub(super) fn kept(&self) -> KeptImage {
+        KeptImage {
+            name: self.name.clone(),
+            owner: self.owner.clone(),
+            position: self.position,
+            opened: self.opened,
+            expires: self.expires,
+            branch: self.branch().map(str::to_owned),
+        }
     }
 
     pub(super) fn break_hold(&self, reason: &str) {
@@ -94,6 +115,8 @@ impl Image {
     }
 
     pub(super) fn forget_below(&self, target: Lsn) {
+        // A branch's own records are in no base.
+        let target = target.min(self.leaves_log_at());
         let mut content = self.content.write().expect("no holder panics");
         let freed: Vec<_> =
             content.volumes.values_mut().map(|known| known.map.forget_below(target)).collect();
@@ -101,15 +124,23 @@ impl Image {
         drop(freed);
     }
 
-    /// Bytes of memory that its maps take, shared ones included.
+    /// What it takes: its maps, shared ones included, and what folds have kept for it, which it may
+    /// share with others at its position.
     #[must_use]
-    pub fn memory_bytes(&self) -> u64 {
-        let content = self.content.read().expect("no holder panics");
-        content.volumes.values().map(|known| known.map.memory_bytes()).sum()
+    pub fn cost(&self) -> Cost {
+        let maps: Vec<_> = {
+            let content = self.content.read().expect("no holder panics");
+            content.volumes.values().map(|known| known.map.clone()).collect()
+        };
+        let kept = self.moment().map_or_else(Cost::default, |moment| moment.cost());
+        let maps: u64 = maps.iter().map(|map| map.memory_bytes()).sum();
+        Cost { memory_bytes: kept.memory_bytes + maps, ..kept }
     }
 
-    /// Ranges (offset, length) that may differ between this image and the one at `since`: what the
-    /// map has newer, and chunks of the base born later.
+    /// Ranges (offset, length) that may differ between this image and the one at `since`, an
+    /// earlier position: what the map has newer, and chunks of the base born later. The base knows
+    /// of a chunk that a fold beyond this image has changed only when it did so last; when it had
+    /// changed before the image is kept with the blocks.
     ///
     /// # Errors
     ///
@@ -126,10 +157,28 @@ impl Image {
             ranges.extend(known.map.changed_since(since));
             known.volume.size_bytes
         };
-        // The base may be folded further meanwhile, up to this image: then it has what the map had.
+        // The base may be folded further meanwhile: up to this image, and then it has what the map
+        // had; or beyond it, and then what it said before is kept before it says something else.
+        let mut born = Vec::new();
         if let Some(base) = self.group.base_of(volume) {
-            let born = base.born_since(since);
-            ranges.extend(born.map_err(|cause| self.group.io("read births", &cause))?);
+            let found = base.born_since(since);
+            born = found.map_err(|cause| self.group.io("read births", &cause))?;
+        }
+        let kept = self.moment().map(|moment| moment.births(volume)).unwrap_or_default();
+        for (chunk, birth) in &kept {
+            if *birth >= since {
+                ranges.push((chunk * CHUNK_BYTES, CHUNK_BYTES));
+            }
+        }
+        for (offset, length) in born {
+            // Chunks whose birth is kept split the run.
+            let end = offset + length;
+            let mut at = offset;
+            for chunk in kept.range(offset / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES)).map(|b| b.0) {
+                ranges.push((at, (chunk * CHUNK_BYTES).saturating_sub(at)));
+                at = (chunk + 1) * CHUNK_BYTES;
+            }
+            ranges.push((at, end.saturating_sub(at)));
         }
         self.check_hold()?;
         Ok(merge(ranges, size_bytes))
@@ -166,6 +215,14 @@ impl Lookup for Image {
     fn with_content(&self, look: &mut dyn FnMut(&Content)) {
         look(&self.content.read().expect("no holder panics"));
     }
+
+    fn moment(&self) -> Option<Arc<Moment>> {
+        self.moment.read().expect("no holder panics").clone()
+    }
+
+    fn branch(&self) -> Option<(Lsn, &Segments)> {
+        self.branch.as_ref().map(|branch| (branch.from, &branch.segments))
+    }
 }
 
 impl View for Image {
@@ -175,7 +232,7 @@ impl View for Image {
 
     fn read(&self, reads: &mut [Read<'_>]) {
         self.group.read_through(self, reads);
-        // What was read through a broken hold is not given away: the fold may have overtaken it.
+        // What was read of what is kept no more is not given away: a fold may have overtaken it.
         if let Err(error) = self.check_hold() {
             for read in reads {
                 read.result = Err(error.clone());
@@ -197,93 +254,6 @@ impl View for Image {
 }
 
 impl Group {
-    /// Where in time a point is: the end of a request, at or before it.
-    ///
-    /// # Errors
-    ///
-    /// Where the log does not cover it.
-    pub fn resolve_point(&self, point: &Point) -> Result<Position, GroupError> {
-        self.resolve(point).map(|checkpoint| checkpoint.position())
-    }
-
-    pub(super) fn resolve(&self, point: &Point) -> Result<Checkpoint, GroupError> {
-        let (wanted, until) = match point {
-            Point::Lsn(lsn) => (*lsn, LogTime(u64::MAX)),
-            Point::Time(time) => (Lsn::MAX, *time),
-            Point::Bookmark(name) => (self.bookmark_lsn(name)?, LogTime(u64::MAX)),
-            Point::Now => (Lsn::MAX, LogTime(u64::MAX)),
-        };
-        let (from, end) = {
-            let core = self.lock();
-            let (horizon, end) = (core.timeline.horizon(), core.timeline.end());
-            let from = match point {
-                Point::Now => end,
-                Point::Time(time) if *time < horizon.time => {
-                    return Err(self.not_covered(&core, &time.to_string()));
-                }
-                Point::Time(time) => core.timeline.before_time(*time),
-                Point::Lsn(lsn) if *lsn > end.lsn || *lsn < horizon.lsn => {
-                    return Err(self.not_covered(&core, &format!("lsn:{lsn}")));
-                }
-                Point::Bookmark(name) if wanted < horizon.lsn => {
-                    return Err(self.not_covered(&core, name.as_str()));
-                }
-                Point::Lsn(_) | Point::Bookmark(_) => core.timeline.before_lsn(wanted),
-            };
-            (from, end)
-        };
-        let found = follow(&self.segments, from, end.lsn, |header| {
-            header.end() <= wanted && header.time <= until
-        });
-        let core = self.lock();
-        match found {
-            Ok(found) if found.lsn >= core.fold_target.max(core.timeline.horizon().lsn) => {
-                self.check_barrier(&core, found.lsn)?;
-                if found.lsn > Lsn::ZERO {
-                    return Ok(found);
-                }
-                // Where nothing is yet, every point is before the first record.
-                if core.timeline.end().lsn == Lsn::ZERO {
-                    return Err(self.refused("has no image yet; wait until its primary sent one"));
-                }
-                Err(self.not_covered(&core, "a moment before the first record"))
-            }
-            Err(ScanEnd::Io(cause)) if core.timeline.horizon().lsn <= from.lsn => {
-                Err(self.io("read log", &cause))
-            }
-            _ => Err(self.not_covered(&core, &format!("{point:?}"))),
-        }
-    }
-
-    fn bookmark_lsn(&self, name: &Name) -> Result<Lsn, GroupError> {
-        let view = self.control();
-        let found = view.bookmarks.iter().find(|known| known.name == *name);
-        found.map(|bookmark| bookmark.lsn).ok_or_else(|| {
-            let (what, name) = ("bookmark", name.to_string());
-            GroupError::NotFound { group: self.name().clone(), what, name }
-        })
-    }
-
-    /// No image goes past a record that had to be understood and was not.
-    fn check_barrier(&self, core: &Core, lsn: Lsn) -> Result<(), GroupError> {
-        match core.content.barrier {
-            Some(barrier) if lsn > barrier => Err(self.refused(format!(
-                "the record at {barrier} must be understood, and this version does not, so that \
-                 no image goes past it; upgrade the node, or open one at lsn:{barrier}"
-            ))),
-            _ => Ok(()),
-        }
-    }
-
-    fn not_covered(&self, core: &Core, point: &str) -> GroupError {
-        GroupError::NotCovered {
-            group: self.name().clone(),
-            point: point.to_owned(),
-            from: core.fold_target.max(core.timeline.horizon().lsn),
-            to: core.timeline.end().lsn,
-        }
-    }
-
     /// Opens an image; it and its hold last until [`Group::close_image`] or `expires_after`.
     ///
     /// # Errors
@@ -296,14 +266,42 @@ impl Group {
         owner: &str,
         expires_after: Option<Duration>,
     ) -> Result<Arc<Image>, GroupError> {
-        let checkpoint = self.resolve(point)?;
+        let position = self.resolve(point)?.position();
+        self.open_kept(position, None, name, owner, expires_after)
+    }
+
+    /// Opens an image of a branch: the group as it was when the branch was cut off.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such branch, or its records cannot be read; where the moment that it
+    /// begins at is not kept here; where the name is taken.
+    pub fn open_branch_image(
+        &self,
+        branch: &str,
+        name: Option<Name>,
+        owner: &str,
+    ) -> Result<Arc<Image>, GroupError> {
+        let branch = self.branch(branch)?;
+        self.open_kept(branch.to, Some(branch.name), name, owner, None)
+    }
+
+    fn open_kept(
+        &self,
+        position: Position,
+        branch: Option<String>,
+        name: Option<Name>,
+        owner: &str,
+        expires_after: Option<Duration>,
+    ) -> Result<Arc<Image>, GroupError> {
         let opened = self.context.env.clock.wall();
         let kept = KeptImage {
             name: name.unwrap_or_else(|| self.free_image_name()),
             owner: owner.to_owned(),
-            position: checkpoint.position(),
+            position,
             opened,
             expires: expires_after.map(|after| opened.after(after)),
+            branch,
         };
         let image = self.build_image(kept)?;
         if let Err(error) = self.keep_images() {
@@ -325,55 +323,69 @@ impl Group {
     }
 
     pub(super) fn build_image(&self, kept: KeptImage) -> Result<Arc<Image>, GroupError> {
-        let lsn = kept.position.lsn;
+        let branch = kept.branch.as_ref().map(|name| self.branch(name)).transpose()?;
+        let lsn = branch.as_ref().map_or(kept.position.lsn, |branch| branch.from.lsn);
         let group = self.me.upgrade().expect("it is being used");
         loop {
             let (live, state) = {
                 let core = self.lock();
                 self.check_barrier(&core, lsn)?;
-                if lsn < core.fold_target.max(core.timeline.horizon().lsn)
-                    || lsn > core.timeline.end().lsn
-                {
-                    return Err(self.not_covered(&core, &format!("lsn:{lsn}")));
-                }
-                let live = (lsn == core.timeline.end().lsn).then(|| core.content.clone());
-                (live, core.horizon.clone())
+                self.check_covered(&core, lsn)?;
+                let live = lsn == core.timeline.end().lsn && branch.is_none();
+                let horizon = core.horizon.clone();
+                // Behind the horizon nothing but the moment itself is there.
+                let state = if lsn < horizon.position.lsn {
+                    usable(&core, lsn).and_then(|moment| moment.state())
+                } else {
+                    Some(horizon)
+                };
+                let state = state.ok_or_else(|| self.not_covered(&core, &format!("lsn:{lsn}")))?;
+                (live.then(|| core.content.clone()), state)
             };
             let content = match live {
-                Some(content) => Ok(content),
-                None => replay(&self.segments, &state, lsn),
+                Some(content) => Ok((content, Chain::default())),
+                None => replay_with_chain(&self.segments, &state, lsn),
             };
-            let mut core = self.lock();
-            let horizon = core.timeline.horizon().lsn;
-            let mut content = match content {
+            let (mut content, chain) = match content {
                 Ok(content) => content,
                 // The fold has overtaken the replay: from its new horizon again.
-                Err(_) if horizon > state.position.lsn => continue,
+                Err(_) if self.lock().timeline.horizon().lsn > state.position.lsn => continue,
                 Err(cause) => {
                     let what = format!("log up to {lsn}: {cause}");
                     return Err(GroupError::Damaged { group: self.name().clone(), what });
                 }
             };
+            let mut position = kept.position;
+            let branch = match &branch {
+                Some(branch) => {
+                    let (log, end) = self.follow_branch(branch, chain, &mut content)?;
+                    position = end;
+                    Some(log)
+                }
+                None => None,
+            };
+            let mut core = self.lock();
             if core.closed {
                 return Err(self.refused("is closed"));
             }
-            if lsn < core.fold_target.max(horizon) {
-                return Err(self.not_covered(&core, &format!("lsn:{lsn}")));
-            }
+            self.check_covered(&core, lsn)?;
+            let horizon = core.timeline.horizon().lsn;
             let mut freed = Vec::new();
             for known in content.volumes.values_mut() {
-                freed.push(known.map.forget_below(horizon));
+                freed.push(known.map.forget_below(horizon.min(lsn)));
             }
             let image = Arc::new(Image {
                 group: group.clone(),
                 name: kept.name.clone(),
                 owner: kept.owner,
-                position: kept.position,
+                position,
                 opened: kept.opened,
                 expires: kept.expires,
                 volumes: content.volumes.values().map(|known| known.volume.clone()).collect(),
                 content: RwLock::new(content),
                 broken: Mutex::default(),
+                moment: RwLock::new(core.moments.get(&lsn).cloned()),
+                branch,
             });
             match core.images.entry(kept.name) {
                 std::collections::btree_map::Entry::Occupied(taken) => {
@@ -385,6 +397,15 @@ impl Group {
             drop(core);
             return Ok(image);
         }
+    }
+
+    /// Whether a position is in the log, or kept.
+    fn check_covered(&self, core: &Core, lsn: Lsn) -> Result<(), GroupError> {
+        let floor = core.fold_target.max(core.timeline.horizon().lsn);
+        if lsn > core.timeline.end().lsn || (lsn < floor && usable(core, lsn).is_none()) {
+            return Err(self.not_covered(core, &format!("lsn:{lsn}")));
+        }
+        Ok(())
     }
 
     /// An open image.
@@ -438,85 +459,9 @@ impl Group {
         }
         drop(closed);
         self.keep_images()?;
+        self.sweep_soon();
         self.notify();
         Ok(())
-    }
-
-    /// Closes the images whose time is over.
-    pub(super) fn close_expired(&self) {
-        let now = self.context.env.clock.wall();
-        let over = |image: &Arc<Image>| image.expires.is_some_and(|expires| expires <= now);
-        for image in self.images().into_iter().filter(over) {
-            if self.close_this_image(&image).is_ok() {
-                let text = format!("image {} of {} has expired", image.name, image.owner);
-                self.emit(Severity::Info, "image-expired", text, json!({"image": image.name}));
-            }
-        }
-    }
-
-    /// Writes down which images are open, for the next start. A group that was closed has given
-    /// them up, and its file stays as it is.
-    pub(super) fn keep_images(&self) -> Result<(), GroupError> {
-        let _one_at_a_time = self.images_file.lock().expect("no holder panics");
-        let images = {
-            let core = self.lock();
-            if core.closed {
-                return Err(self.refused("is closed"));
-            }
-            core.images.clone()
-        };
-        let kept: Vec<KeptImage> = images
-            .values()
-            .filter(|image| image.broken().is_none())
-            .map(|image| KeptImage {
-                name: image.name.clone(),
-                owner: image.owner.clone(),
-                position: image.position,
-                opened: image.opened,
-                expires: image.expires,
-            })
-            .collect();
-        let disk = &self.context.env.disk;
-        let path = self.dir.join("images");
-        let text = serde_json::to_vec(&kept).expect("plain data becomes JSON");
-        super::files::store(&**disk, &path, &text).map_err(|cause| self.io("write images", &cause))
-    }
-
-    /// Opens the images that were open when the node stopped.
-    pub(super) fn reopen_images(&self) {
-        let path = self.dir.join("images");
-        let kept: Vec<KeptImage> = match super::files::load(&*self.context.env.disk, &path)
-            .and_then(|text| serde_json::from_slice(&text).map_err(io::Error::from))
-        {
-            Ok(kept) => kept,
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return,
-            Err(cause) => {
-                let text = format!("no image could be opened again: {}: {cause}", path.display());
-                return self.emit(Severity::Warning, "image-lost", text, json!(null));
-            }
-        };
-        let mut lost = false;
-        for image in kept {
-            let name = image.name.clone();
-            if let Err(error) = self.reopen_image(image) {
-                let text = format!("image {name} could not be opened again: {error}");
-                self.emit(Severity::Warning, "image-lost", text, json!({"image": name}));
-                lost = true;
-            }
-        }
-        // What was told to be lost stays lost.
-        if lost && let Err(error) = self.keep_images() {
-            tracing::warn!("{error}");
-        }
-    }
-
-    fn reopen_image(&self, image: KeptImage) -> Result<(), GroupError> {
-        // A cut may have taken its moment away, and other records may have grown over the place.
-        let (was, found) = (image.position, self.resolve(&Point::Lsn(image.position.lsn))?);
-        if (found.epoch, found.lsn) != (was.epoch, was.lsn) {
-            return Err(self.refused(format!("LSN {} of its epoch left the history", was.lsn)));
-        }
-        self.build_image(image).map(|_| ())
     }
 }
 
@@ -531,12 +476,23 @@ pub(super) fn replay(
     horizon: &ControlState,
     end: Lsn,
 ) -> Result<Content, ScanEnd> {
+    replay_with_chain(segments, horizon, end).map(|(content, _)| content)
+}
+
+/// The same, with the checksum of the record before `end`.
+fn replay_with_chain(
+    segments: &Segments,
+    horizon: &ControlState,
+    end: Lsn,
+) -> Result<(Content, Chain), ScanEnd> {
     let mut content = Content::at_horizon(horizon);
     let start = checkpoint(horizon);
+    let mut chain = start.chain;
     let mut freed = Vec::new();
     visit(segments, (start.lsn, start.chain), end, end, |header, payload| {
         content.apply(header, payload, &mut freed);
         freed.clear();
+        chain = header.checksum;
     })?;
-    Ok(content)
+    Ok((content, chain))
 }

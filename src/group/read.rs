@@ -1,17 +1,23 @@
 //! Reads: look up under the lock, fetch outside of it, check every checksum, and look again where
 //! the map changed underneath.
+//!
+//! An address says where bytes are: a position in the log, in a branch's own segments, or, from
+//! [`KEPT`] on, a slot of the moment that a view is at. What a view has in the base may be kept for
+//! it while it reads there: it looks a second time, and reads again what is kept by then. Since a
+//! fold shows what it keeps before it writes to the base, nothing newer gets out.
 
 use std::io;
 use std::sync::Arc;
 
 use super::content::Content;
 use super::engine::{Core, Group};
+use super::moment::{KEPT, Moment};
 use super::{Allocation, Extent, GroupError, Read, View, Volume};
 use crate::base::{BaseRead, BaseVolume, read_batch};
 use crate::extent_map::{Piece, Source};
-use crate::io::BatchRead;
+use crate::io::{BatchRead, DiskFile};
 use crate::log::record::crc32;
-use crate::log::segment::Segment;
+use crate::log::segment::{Segment, Segments};
 use crate::units::{BLOCK_BYTES, Lsn, SECTOR_BYTES, VolumeNumber};
 
 /// Pieces that one look at the map yields at most where a range may be of any length.
@@ -21,6 +27,16 @@ const PIECES_PER_LOOK: usize = 1024;
 pub(super) trait Lookup {
     /// Runs `look` on the content, under its lock.
     fn with_content(&self, look: &mut dyn FnMut(&Content));
+
+    /// What folds kept for it, where it is at an old position.
+    fn moment(&self) -> Option<Arc<Moment>> {
+        None
+    }
+
+    /// The segments of its own, and the position from which on they count: those of a branch.
+    fn branch(&self) -> Option<(Lsn, &Segments)> {
+        None
+    }
 }
 
 /// Why bytes could not be had.
@@ -35,14 +51,24 @@ enum Trouble {
     Io(io::Error),
 }
 
-/// A read from a segment.
+/// A read from a segment, or of a kept block.
 struct LogRead<'b> {
-    segment: Arc<Segment>,
+    file: Arc<dyn DiskFile>,
+    /// Not used again while it is read.
+    _segment: Option<Arc<Segment>>,
     offset: u64,
     lsn: Lsn,
     /// The index of the read that it belongs to.
     owner: usize,
     target: Target<'b>,
+}
+
+/// Where an address lies.
+struct At {
+    file: Arc<dyn DiskFile>,
+    /// The segment, where it is one.
+    segment: Option<Arc<Segment>>,
+    offset: u64,
 }
 
 /// A read from the base.
@@ -107,10 +133,12 @@ impl Group {
         while !open.is_empty() {
             let mut found: Vec<Result<Vec<Piece>, GroupError>> = Vec::with_capacity(open.len());
             lookup.with_content(&mut |content| {
+                let moment = lookup.moment();
                 for index in &open {
                     let read = &reads[*index];
-                    let bytes = read.buffer.len() as u64;
-                    found.push(self.look_up(content, read.volume, read.offset, bytes));
+                    let (offset, bytes) = (read.offset, read.buffer.len() as u64);
+                    let moment = moment.as_deref();
+                    found.push(self.look_up(content, moment, read.volume, offset, bytes));
                 }
             });
             let mut fetches = Vec::with_capacity(open.len());
@@ -129,10 +157,17 @@ impl Group {
                     Err(error) => read.result = Err(error),
                 }
             }
-            let troubles = self.fetch(fetches);
+            let troubles = self.fetch(lookup, fetches);
             open.clear();
+            let moment = lookup.moment();
             for ((index, pieces), trouble) in fetched.into_iter().zip(troubles) {
-                let Some(trouble) = trouble else { continue };
+                let Some(trouble) = trouble else {
+                    let volume = reads[index].volume;
+                    if is_kept_now(moment.as_deref(), volume, &pieces) {
+                        open.push(index);
+                    }
+                    continue;
+                };
                 // The same place twice, and still wrong: no fold was in the way.
                 let settled = before[index].as_ref() == Some(&pieces);
                 match trouble {
@@ -143,8 +178,7 @@ impl Group {
                     }
                     Trouble::Moved => open.push(index),
                     Trouble::Checksum(lsn) if settled => {
-                        let what = format!("log at {lsn}: payload checksum differs");
-                        reads[index].result = Err(self.damaged(what));
+                        reads[index].result = Err(self.damaged(wrong_checksum(lsn)));
                     }
                     Trouble::Base(what) if settled && gate.is_some() => {
                         reads[index].result = Err(self.damaged(what));
@@ -165,11 +199,12 @@ impl Group {
     fn look_up(
         &self,
         content: &Content,
+        moment: Option<&Moment>,
         volume: VolumeNumber,
         offset: u64,
         length: u64,
     ) -> Result<Vec<Piece>, GroupError> {
-        self.look_up_some(content, volume, offset, length, usize::MAX)
+        self.look_up_some(content, moment, volume, (offset, length), usize::MAX)
     }
 
     /// The pieces of a range of any alignment, in order, without gaps; at most `limit`, so that
@@ -177,9 +212,9 @@ impl Group {
     fn look_up_some(
         &self,
         content: &Content,
+        moment: Option<&Moment>,
         volume: VolumeNumber,
-        offset: u64,
-        length: u64,
+        (offset, length): (u64, u64),
         limit: usize,
     ) -> Result<Vec<Piece>, GroupError> {
         let known = content.volumes.get(&volume).ok_or_else(|| self.no_volume(volume))?;
@@ -195,6 +230,9 @@ impl Group {
         let begin = offset / SECTOR_BYTES * SECTOR_BYTES;
         let sectors_end = end.next_multiple_of(SECTOR_BYTES);
         known.map.lookup_some(begin, sectors_end - begin, limit, &mut pieces);
+        if let Some(moment) = moment {
+            pieces = with_kept(moment, volume, pieces, limit);
+        }
         if let Some(first) = pieces.first_mut() {
             let cut = offset - begin;
             first.offset += cut;
@@ -214,19 +252,19 @@ impl Group {
     }
 
     /// Fetches all ranges in one batch; what went wrong with each, if anything.
-    fn fetch(&self, fetches: Vec<Fetch<'_>>) -> Vec<Option<Trouble>> {
+    fn fetch(&self, lookup: &dyn Lookup, fetches: Vec<Fetch<'_>>) -> Vec<Option<Trouble>> {
         let mut troubles: Vec<Option<Trouble>> = fetches.iter().map(|_| None).collect();
         let mut log_reads: Vec<LogRead<'_>> = Vec::new();
         let mut base_reads: Vec<FromBase<'_>> = Vec::new();
         for (owner, fetch) in fetches.into_iter().enumerate() {
-            if self.plan(owner, fetch, &mut log_reads, &mut base_reads).is_none() {
+            if self.plan(lookup, owner, fetch, &mut log_reads, &mut base_reads).is_none() {
                 troubles[owner] = Some(Trouble::Moved);
             }
         }
         let mut batch: Vec<BatchRead<'_>> = log_reads
             .iter_mut()
             .map(|read| BatchRead {
-                file: &*read.segment.file,
+                file: &*read.file,
                 offset: read.offset,
                 buffer: read.target.buffer(),
                 result: Ok(()),
@@ -263,6 +301,7 @@ impl Group {
     /// other become one read. `None` where a segment is gone.
     fn plan<'b>(
         &self,
+        lookup: &dyn Lookup,
         owner: usize,
         fetch: Fetch<'b>,
         log_reads: &mut Vec<LogRead<'b>>,
@@ -287,8 +326,7 @@ impl Group {
                 }
                 Source::Log { piece: lsn, piece_bytes, skip, crc } => {
                     let number = lsn.segment_number(segment_bytes);
-                    let segment = self.segments.get(number)?;
-                    let offset = lsn.segment_offset(segment_bytes);
+                    let At { file, segment, offset } = self.at(lookup, lsn)?;
                     let target = if skip == 0 && u64::from(piece_bytes) == piece.length {
                         let mut run = vec![(piece.length as usize, crc)];
                         let mut bytes = piece.length;
@@ -312,11 +350,25 @@ impl Group {
                             crc,
                         }
                     };
-                    log_reads.push(LogRead { segment, offset, lsn, owner, target });
+                    let read = LogRead { file, _segment: segment, offset, lsn, owner, target };
+                    log_reads.push(read);
                 }
             }
         }
         Some(())
+    }
+
+    /// The file that an address is in; `None` where that is gone.
+    fn at(&self, lookup: &dyn Lookup, lsn: Lsn) -> Option<At> {
+        if lsn >= KEPT {
+            let (file, offset) = (lookup.moment()?.blocks()?, lsn.bytes_since(KEPT));
+            return Some(At { file, segment: None, offset });
+        }
+        let own = lookup.branch().filter(|(from, _)| lsn >= *from);
+        let segments = own.map_or(&*self.segments, |(_, segments)| segments);
+        let segment = segments.get(lsn.segment_number(self.segment_bytes()))?;
+        let offset = lsn.segment_offset(self.segment_bytes());
+        Some(At { file: segment.file.clone(), segment: Some(segment), offset })
     }
 
     pub(super) fn base_of(&self, volume: VolumeNumber) -> Option<Arc<BaseVolume>> {
@@ -325,12 +377,10 @@ impl Group {
 
     /// Fetches for the folder, which is alone with the base: no second look.
     pub(super) fn fetch_checked(&self, fetches: Vec<Fetch<'_>>) -> Result<(), GroupError> {
-        match self.fetch(fetches).into_iter().flatten().next() {
+        match self.fetch(self, fetches).into_iter().flatten().next() {
             None => Ok(()),
             Some(Trouble::Moved) => Err(self.damaged("a segment is missing".to_owned())),
-            Some(Trouble::Checksum(lsn)) => {
-                Err(self.damaged(format!("log at {lsn}: payload checksum differs")))
-            }
+            Some(Trouble::Checksum(lsn)) => Err(self.damaged(wrong_checksum(lsn))),
             Some(Trouble::Base(what)) => Err(self.damaged(what)),
             Some(Trouble::Io(cause)) => Err(self.io("read", &cause)),
         }
@@ -363,7 +413,7 @@ impl Group {
     ) -> Result<(Lsn, Vec<Vec<Piece>>), GroupError> {
         let places = edges
             .into_iter()
-            .map(|offset| self.look_up(&core.content, volume, offset, SECTOR_BYTES))
+            .map(|offset| self.look_up(&core.content, None, volume, offset, SECTOR_BYTES))
             .collect::<Result<_, _>>()?;
         Ok((core.timeline.horizon().lsn, places))
     }
@@ -381,10 +431,12 @@ impl Group {
         let mut at = offset;
         let mut extents: Vec<Extent> = Vec::new();
         // In steps, so that a writer never waits for more than a step's look at the map.
-        loop {
+        'look: loop {
             let mut found = Ok(Vec::new());
             lookup.with_content(&mut |content| {
-                found = self.look_up_some(content, volume, at, end - at, PIECES_PER_LOOK);
+                let (moment, range) = (lookup.moment(), (at, end - at));
+                let moment = moment.as_deref();
+                found = self.look_up_some(content, moment, volume, range, PIECES_PER_LOOK);
             });
             for piece in found? {
                 let more = match piece.source {
@@ -398,10 +450,13 @@ impl Group {
                         let (offset, length) = (piece.offset, piece.length);
                         add_extent(&mut extents, limit, Extent { offset, length, allocation })
                     }
-                    Source::Base => self
-                        .base_extents(volume, piece.offset, piece.length, limit)?
-                        .into_iter()
-                        .all(|extent| add_extent(&mut extents, limit, extent)),
+                    Source::Base => {
+                        let found = self.base_extents(volume, piece.offset, piece.length, limit)?;
+                        if is_kept_now(lookup.moment().as_deref(), volume, &[piece]) {
+                            continue 'look;
+                        }
+                        found.into_iter().all(|extent| add_extent(&mut extents, limit, extent))
+                    }
                 };
                 if !more {
                     return Ok(extents);
@@ -445,6 +500,52 @@ impl Group {
         }
         Ok(extents)
     }
+}
+
+/// Puts what is kept in the place of what the map has in the base; at most `limit` pieces or one
+/// more, so that the answer may end early.
+fn with_kept(
+    moment: &Moment,
+    volume: VolumeNumber,
+    pieces: Vec<Piece>,
+    limit: usize,
+) -> Vec<Piece> {
+    let mut all = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        if piece.source == Source::Base {
+            let before = all.len();
+            let room = limit.saturating_sub(before).max(1);
+            moment.look_up(volume, piece.offset, piece.length, room, &mut all);
+            let end = all.last().map_or(0, |last| last.offset + last.length);
+            if end < piece.offset + piece.length {
+                return all;
+            }
+        } else {
+            all.push(piece);
+        }
+        if all.len() >= limit {
+            return all;
+        }
+    }
+    all
+}
+
+/// Whether something that was looked for in the base is kept by now: what was found there may be
+/// newer than it should.
+fn is_kept_now(moment: Option<&Moment>, volume: VolumeNumber, pieces: &[Piece]) -> bool {
+    let in_base = |piece: &&Piece| piece.source == Source::Base;
+    moment.is_some_and(|moment| {
+        let mut base = pieces.iter().filter(in_base);
+        base.any(|piece| moment.has_any(volume, piece.offset, piece.length))
+    })
+}
+
+fn wrong_checksum(address: Lsn) -> String {
+    if address >= KEPT {
+        let slot = address.bytes_since(KEPT) / BLOCK_BYTES;
+        return format!("kept blocks from slot {slot} on: checksum differs");
+    }
+    format!("log at {address}: payload checksum differs")
 }
 
 /// Adds what follows; `false` where it does not follow, or there are enough.

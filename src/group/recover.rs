@@ -15,6 +15,7 @@ use serde_json::json;
 use super::branch::{Branch, Keeping, remove_discarded, settle};
 use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
+use super::holds::{load_moments, remove_bases, volumes_of};
 use super::indexing::indexed;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
@@ -30,7 +31,7 @@ use crate::log::reader::{Remains, ScanEnd, Scanner, remains};
 use crate::log::record::{Header, Kind};
 use crate::log::segment::Segments;
 use crate::log::writer::Writer;
-use crate::units::{Incarnation, LogTime, Lsn, Name, NodeId, Position};
+use crate::units::{Incarnation, LogTime, Lsn, Name, NodeId, Position, VolumeNumber};
 
 /// What recovery found.
 #[derive(Clone, Debug, Default)]
@@ -178,7 +179,10 @@ impl Group {
             }
         })
         .map_err(|cause| io("write meta", &cause))?;
-        let bases = open_bases(&disk, &base_dir, &horizon, &found.content)
+        let base_at = before.fold_target.max(horizon.position.lsn);
+        let moments =
+            load_moments(&*disk, dir, base_at).map_err(|cause| io("read moments", &cause))?;
+        let bases = open_bases(&disk, &base_dir, &horizon, &found.content, &volumes_of(&moments))
             .map_err(|cause| io("open base", &cause))?;
         let content = std::mem::take(&mut found.content);
         let scanned_bytes = found.chain_end.bytes_since(horizon.position.lsn);
@@ -189,6 +193,7 @@ impl Group {
         {
             let mut core = group.lock();
             core.committed = found.durable;
+            core.moments = moments;
             core.role = if primary { Role::Primary } else { Role::Secondary };
         }
         let mut recovery =
@@ -222,6 +227,7 @@ impl Group {
             }
         }
         group.reopen_images();
+        group.settle_holds();
         Ok((group, recovery))
     }
 
@@ -381,21 +387,18 @@ pub(super) fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remai
 }
 
 /// Opens what is in the base, and removes what a fold could no longer remove: the files of volumes
-/// that were gone at the horizon.
+/// that were gone at the horizon. What moments need stays, and is opened too.
 fn open_bases(
     disk: &Arc<dyn Disk>,
     dir: &Path,
     horizon: &ControlState,
     content: &Content,
-) -> io::Result<std::collections::BTreeMap<crate::units::VolumeNumber, Arc<BaseVolume>>> {
+    in_moments: &[VolumeNumber],
+) -> io::Result<std::collections::BTreeMap<VolumeNumber, Arc<BaseVolume>>> {
     let mut bases = std::collections::BTreeMap::new();
     let at_horizon = Content::at_horizon(horizon);
-    for number in at_horizon.table.removed_volumes() {
-        if let Err(cause) = BaseVolume::remove_files(&**disk, dir, number) {
-            tracing::warn!("{}: files of volume {number}: {cause}", dir.display());
-        }
-    }
-    let numbers = at_horizon.volumes.keys().chain(content.volumes.keys());
+    remove_bases(&**disk, dir, &at_horizon, in_moments);
+    let numbers = at_horizon.volumes.keys().chain(content.volumes.keys()).chain(in_moments);
     for number in numbers.copied().collect::<std::collections::BTreeSet<_>>() {
         match BaseVolume::open(disk.clone(), dir, number) {
             Ok(base) => {

@@ -314,7 +314,7 @@ impl Group {
             let name = kept.as_ref().map_or("", |branch| &branch.name);
             core.cut_to(cut, writer, content);
             self.set_durable(&mut core, at);
-            for image in core.images.values().filter(|image| image.position().lsn > at) {
+            for image in core.images.values().filter(|image| image.leaves_log_at() > at) {
                 image.break_hold(&format!("its moment left the history; it is in branch {name}"));
             }
             core.log_used_bytes = self.segments.used_bytes();

@@ -245,6 +245,7 @@ impl Group {
         let Ok(space) = self.context.env.disk.space(&self.dir) else { return };
         let default = 2 * self.segment_bytes() + space.total_bytes / 100;
         let reserve = self.context.limits.disk_reserve_bytes.unwrap_or(default);
+        self.keep_reserve(space.free_bytes, reserve);
         let mut core = self.lock();
         let used = self.log_bytes(&core);
         core.disk_limit_bytes = used.saturating_add(space.free_bytes.saturating_sub(reserve));

@@ -322,6 +322,9 @@ pub struct BookmarkRecord {
     /// What the moment is good for.
     #[serde(default)]
     pub consistency: Consistency,
+    /// Each node keeps the moment readable when its log no longer covers it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
     /// The bookmark is gone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub removed: bool,

@@ -1,14 +1,17 @@
 //! Groups on a disk in memory, driven without threads.
 
 mod basic;
+mod branches;
 mod clock;
 mod failures;
 mod fold;
 mod images;
 mod model;
+mod moments;
 mod races;
 mod registry;
 mod returning;
+mod room;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
 //! What another thread does between two steps of this one, without a second thread: a disk lets it
-//! happen right behind a batch of reads.
+//! happen right before or behind a batch of reads.
 
 use std::io;
 use std::path::Path;
@@ -12,12 +12,19 @@ type Hook = Box<dyn FnOnce() + Send>;
 
 struct HookDisk {
     disk: Arc<MemoryDisk>,
+    before_reads: Mutex<Option<Hook>>,
     behind_reads: Mutex<Option<Hook>>,
 }
 
 impl HookDisk {
     fn new(disk: Arc<MemoryDisk>) -> Arc<HookDisk> {
-        Arc::new(HookDisk { disk, behind_reads: Mutex::default() })
+        let (before_reads, behind_reads) = Default::default();
+        Arc::new(HookDisk { disk, before_reads, behind_reads })
+    }
+
+    /// Runs `hook` before the next batch of reads, once.
+    fn before_next_reads(&self, hook: impl FnOnce() + Send + 'static) {
+        *self.before_reads.lock().unwrap() = Some(Box::new(hook));
     }
 
     /// Runs `hook` behind the next batch of reads, once.
@@ -26,7 +33,7 @@ impl HookDisk {
     }
 
     fn ran(&self) -> bool {
-        self.behind_reads.lock().unwrap().is_none()
+        self.before_reads.lock().unwrap().is_none() && self.behind_reads.lock().unwrap().is_none()
     }
 }
 
@@ -68,6 +75,10 @@ impl Disk for HookDisk {
     }
 
     fn read_batch(&self, reads: &mut [BatchRead<'_>]) {
+        let hook = self.before_reads.lock().unwrap().take();
+        if let Some(hook) = hook {
+            hook();
+        }
         self.disk.read_batch(reads);
         let hook = self.behind_reads.lock().unwrap().take();
         if let Some(hook) = hook {
@@ -76,11 +87,8 @@ impl Disk for HookDisk {
     }
 }
 
-/// The old sector was read from the base; meanwhile another request changed it, and was folded into
-/// the base: the place is the same, the bytes are not.
-#[test]
-fn part_of_a_sector_keeps_what_was_written_and_folded_beside_it() {
-    let bench = Bench::new("a", 5);
+/// A group on a disk with hooks, with a volume whose first block is in the base.
+fn hooked(bench: &Bench) -> (Arc<HookDisk>, Arc<Group>, VolumeNumber) {
     let disk = HookDisk::new(bench.disk.clone());
     let mut context = bench.context();
     context.env.disk = disk.clone();
@@ -88,13 +96,45 @@ fn part_of_a_sector_keeps_what_was_written_and_folded_beside_it() {
     let group = Group::create(context, &dir(), new).unwrap();
     let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
     set_policy(&group, 0, 64 << 20);
-    let fold = |bench_clock: &ManualClock, group: &Group| {
-        bench_clock.advance(Duration::from_secs(5));
-        group.sync_now().unwrap();
-        assert_eq!(group.fold_now().unwrap(), group.positions().head);
-    };
-    write(&group, volume, 0, &[1; 4096]);
+    write(&group, volume, 0, &[1; 8192]);
     fold(&bench.clock, &group);
+    (disk, group, volume)
+}
+
+fn fold(clock: &ManualClock, group: &Group) {
+    clock.advance(Duration::from_secs(5));
+    group.sync_now().unwrap();
+    assert_eq!(group.fold_now().unwrap(), group.positions().head);
+}
+
+/// The reader of an image had found the block in the base; then a fold put a newer one there.
+#[test]
+fn a_block_that_a_fold_overwrites_under_a_reader_is_read_as_it_was() {
+    let bench = Bench::new("a", 6);
+    let (disk, group, volume) = hooked(&bench);
+    // A block that the image has in parts: one in the log, the rest in the base.
+    write(&group, volume, 4096, &[2; 512]);
+    let image = group.open_image(&Point::Now, None, "test", None).unwrap();
+    for offset in [0, 4096, 8192] {
+        let (other, clock) = (group.clone(), bench.clock.clone());
+        let expected = read(&*image, volume, offset, 4096);
+        disk.before_next_reads(move || {
+            write(&other, volume, offset, &[3; 4096]);
+            fold(&clock, &other);
+        });
+        let found = read(&*image, volume, offset, 4096);
+        assert!(disk.ran());
+        assert!(found == expected, "offset {offset}: got {}", found[0]);
+        assert_eq!(read(&*group, volume, offset, 4096), [3; 4096]);
+    }
+}
+
+/// The old sector was read from the base; meanwhile another request changed it, and was folded into
+/// the base: the place is the same, the bytes are not.
+#[test]
+fn part_of_a_sector_keeps_what_was_written_and_folded_beside_it() {
+    let bench = Bench::new("a", 5);
+    let (disk, group, volume) = hooked(&bench);
     let (other, clock) = (group.clone(), bench.clock.clone());
     disk.behind_next_reads(move || {
         write(&other, volume, 0, &[2; 512]);

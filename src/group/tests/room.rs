@@ -1,0 +1,83 @@
+//! Where space is short: what of old moments goes first.
+
+use super::moments::{all, at_pin, fold, group_with_volume, image, moments_on_disk};
+use super::*;
+use crate::log::control::Consistency;
+
+#[test]
+fn where_space_ends_the_costliest_image_goes_first_and_a_branch_never() {
+    let bench = Bench::new("a", 15);
+    let (group, volume) = group_with_volume(&bench);
+    write(&group, volume, 0, &vec![1; 1 << 20]);
+    fold(&bench, &group);
+    let costly = image(&group, "costly");
+    write(&group, volume, 0, &vec![2; 256 << 10]);
+    fold(&bench, &group);
+    let cheap = image(&group, "cheap");
+    write(&group, volume, 0, &[3; 4096]);
+    group.pin_bookmark(name("pin"), Consistency::Crash).unwrap();
+    fold(&bench, &group);
+    let before = all(&*cheap, volume);
+    write(&group, volume, 0, &vec![4; 512 << 10]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    // Room for what one of them needs, when the costly one is gone.
+    let full = |spare: u64| {
+        let space = bench.disk.space(&dir()).unwrap();
+        bench.disk.set_total_bytes(space.total_bytes - space.free_bytes + spare);
+    };
+    while group.segments.drop_spares().unwrap() {}
+    full(200 << 10);
+    group.fold_now().unwrap();
+    let lost: Vec<String> = bench
+        .events
+        .since(0)
+        .into_iter()
+        .filter(|event| event.code == "image-lost" || event.code == "pin-lost")
+        .map(|event| event.text)
+        .collect();
+    assert!(lost[0].contains("image costly"), "{lost:?}");
+    assert!(costly.broken().unwrap().contains("space"));
+    assert!(try_read(&*costly, volume, 0, 4096).is_err());
+    if cheap.broken().is_none() {
+        assert!(all(&*cheap, volume) == before);
+    }
+    let order: Vec<bool> = lost.iter().map(|text| text.contains("pinned bookmark")).collect();
+    assert!(order.is_sorted(), "a pin goes only when no image is left: {lost:?}");
+    assert_eq!(all(&*group, volume)[..4096], [4; 4096]);
+}
+
+#[test]
+fn the_reserve_of_the_disk_ends_images_one_at_a_time_and_before_pins() {
+    let bench = Bench::new("a", 16);
+    let (group, volume) = group_with_volume(&bench);
+    write(&group, volume, 0, &vec![1; 1 << 20]);
+    group.pin_bookmark(name("pin"), Consistency::Crash).unwrap();
+    let first = image(&group, "first");
+    write(&group, volume, 0, &vec![2; 64 << 10]);
+    let second = image(&group, "second");
+    write(&group, volume, 0, &vec![3; 32 << 10]);
+    fold(&bench, &group);
+    let broken = || (first.broken().is_some(), second.broken().is_some());
+    group.keep_reserve(100, 100);
+    assert_eq!(broken(), (false, false), "the reserve is whole");
+    group.keep_reserve(99, 100);
+    assert_eq!(broken(), (true, false), "the one that costs more");
+    group.keep_reserve(99, 100);
+    assert_eq!(broken(), (true, true));
+    assert_eq!(read(&*at_pin(&group, "pin").unwrap(), volume, 0, 4096), [1; 4096]);
+    for open in group.images() {
+        let _ = group.close_this_image(&open);
+    }
+    group.keep_reserve(99, 100);
+    let refused = at_pin(&group, "pin").map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("short of space"), "{refused}");
+    assert!(bench.event_codes().contains(&"pin-lost".to_owned()));
+    assert_eq!(moments_on_disk(&bench.disk), Vec::<String>::new());
+    group.close().unwrap();
+    drop((first, second, group));
+    // The next start says so again, and does not make anything up.
+    let (group, _) = bench.open();
+    assert!(at_pin(&group, "pin").is_err());
+    assert!(group.cost_at(group.control().bookmarks[0].lsn).is_err());
+}
