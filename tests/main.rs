@@ -6,6 +6,7 @@ mod backup_pair;
 mod cli;
 mod control;
 mod crash;
+mod damage;
 mod failover;
 mod fuzz;
 mod fuzz_bodies;
