@@ -1,0 +1,82 @@
+//! What runs covered, and what each batch of histories must have met at least once.
+
+use std::collections::BTreeMap;
+
+/// Counters by name; events of the nodes under their codes.
+#[derive(Clone, Debug, Default)]
+pub struct Coverage {
+    counts: BTreeMap<String, u64>,
+}
+
+/// What some hundred histories always meet: a zero among these is a failure.
+pub const MUST: &[&str] = &[
+    "answers",
+    "branches",
+    "clock jumps",
+    "crashes in recovery",
+    "cuts",
+    "deaths inside an operation",
+    "demotes",
+    "disk errors set",
+    "event: branch-kept",
+    "event: data-failed",
+    "event: split-brain",
+    "event: takes-back",
+    "event: unclean-start",
+    "event: yielded",
+    "failed syncs",
+    "folds",
+    "folds beside open images",
+    "forced promotes",
+    "images opened",
+    "images read",
+    "kills",
+    "losses told",
+    "operator promotes",
+    "partitions",
+    "power losses",
+    "promotes",
+    "promotes refused",
+    "resolves",
+    "switchovers",
+    "switchovers refused",
+    "three nodes",
+    "unclean starts",
+    "writes failed",
+    "yields",
+];
+
+impl Coverage {
+    /// Counts something.
+    pub fn add(&mut self, what: &str, count: u64) {
+        if count == 0 {
+            return;
+        }
+        match self.counts.get_mut(what) {
+            Some(known) => *known += count,
+            None => drop(self.counts.insert(what.to_owned(), count)),
+        }
+    }
+
+    /// Counts an event of a node.
+    pub fn event(&mut self, code: &str) {
+        self.add(&format!("event: {code}"), 1);
+    }
+
+    /// Adds what another run covered.
+    pub fn merge(&mut self, other: &Coverage) {
+        for (what, count) in &other.counts {
+            self.add(what, *count);
+        }
+    }
+
+    /// Of what must be met, what was not.
+    pub fn zeros(&self) -> Vec<&'static str> {
+        MUST.iter().copied().filter(|what| !self.counts.contains_key(*what)).collect()
+    }
+
+    /// All of it, one a line.
+    pub fn lines(&self) -> impl Iterator<Item = String> + '_ {
+        self.counts.iter().map(|(what, count)| format!("{count:>12}  {what}"))
+    }
+}
