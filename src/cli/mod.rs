@@ -1,6 +1,7 @@
 //! The command line: one file per family of commands, each talking to the control socket alone.
 
 mod arguments;
+mod attach;
 mod backup;
 mod demo;
 mod events;
@@ -73,6 +74,8 @@ enum Command {
     #[command(subcommand)]
     Backup(backup::BackupCommand),
     Events(events::EventsArguments),
+    Attach(attach::AttachArguments),
+    Detach(attach::DetachArguments),
     Demo(demo::Args),
     Serve(serve::ServeArguments),
     CheckConfig(serve::CheckConfigArguments),
@@ -110,6 +113,8 @@ pub fn run() -> Result<()> {
     let session = Session { client: Client::new(cli.socket), json: cli.json };
     match cli.command {
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Attach(arguments) => attach::attach(arguments, session.json),
+        Command::Detach(arguments) => attach::detach(&arguments, session.json),
         Command::Serve(arguments) => serve::serve(&arguments),
         Command::CheckConfig(arguments) => serve::check_config(&arguments, session.json),
         Command::Completions(arguments) => manual::completions(&arguments),
@@ -143,6 +148,8 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Backup(command) => backup::backup(session, command).await,
         Command::Events(arguments) => events::events(session, &arguments).await,
         Command::Demo(_)
+        | Command::Attach(_)
+        | Command::Detach(_)
         | Command::Serve(_)
         | Command::CheckConfig(_)
         | Command::Completions(_)

@@ -30,7 +30,7 @@ pub struct ServeArguments {
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, ValueEnum)]
-enum LogFormat {
+pub(super) enum LogFormat {
     /// Lines for people
     Text,
     /// One JSON object a line
@@ -69,7 +69,7 @@ pub fn serve(arguments: &ServeArguments) -> Result<()> {
     result
 }
 
-fn start_logging(format: LogFormat) {
+pub(super) fn start_logging(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -104,7 +104,7 @@ async fn run(arguments: &ServeArguments, config: Config) -> Result<()> {
 }
 
 /// Tells the service manager, where there is one.
-fn notify_manager(states: &[NotifyState<'_>]) {
+pub(super) fn notify_manager(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(false, states) {
         tracing::warn!("the service manager could not be told: {error}");
     }

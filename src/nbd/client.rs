@@ -128,7 +128,7 @@ impl<S: Socket> Client<S> {
         Ok(client)
     }
 
-    fn bare(socket: S, address: &str) -> Client<S> {
+    pub(super) fn bare(socket: S, address: &str) -> Client<S> {
         Client {
             socket,
             address: address.to_owned(),
@@ -374,7 +374,7 @@ impl<S: Socket> Client<S> {
         }
     }
 
-    fn greet(&mut self) -> Result<(), ClientError> {
+    pub(super) fn greet(&mut self) -> Result<(), ClientError> {
         let mut bytes = [0; Greeting::BYTES];
         self.receive(&mut bytes)?;
         let greeting: Greeting = zerocopy::transmute!(bytes);
@@ -444,18 +444,18 @@ impl<S: Socket> Client<S> {
         }
     }
 
-    fn refused(&self, name: &str, data: &[u8]) -> ClientError {
+    pub(super) fn refused(&self, name: &str, data: &[u8]) -> ClientError {
         let text = String::from_utf8_lossy(data).into_owned();
         ClientError::Refused { name: name.to_owned(), text }
     }
 
-    fn send_option(&mut self, option: u32, data: &[u8]) -> Result<(), ClientError> {
+    pub(super) fn send_option(&mut self, option: u32, data: &[u8]) -> Result<(), ClientError> {
         let mut bytes = Vec::new();
         wire::put_option(&mut bytes, option, data);
         self.send(&bytes)
     }
 
-    fn option_reply(&mut self, option: u32) -> Result<(u32, Vec<u8>), ClientError> {
+    pub(super) fn option_reply(&mut self, option: u32) -> Result<(u32, Vec<u8>), ClientError> {
         let mut bytes = [0; OptionReplyHeader::BYTES];
         self.receive(&mut bytes)?;
         let header: OptionReplyHeader = zerocopy::transmute!(bytes);
@@ -484,7 +484,7 @@ impl<S: Socket> Client<S> {
         Ok(())
     }
 
-    fn io(&self, cause: io::Error) -> ClientError {
+    pub(super) fn io(&self, cause: io::Error) -> ClientError {
         ClientError::Io { address: self.address.clone(), cause }
     }
 }

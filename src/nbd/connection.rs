@@ -10,6 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::export::Exports;
 use super::handshake::{Agreed, Handshake, OPTION_BYTES_MAX, Step};
 use super::input::Input;
+use super::keepers::Kept;
 use super::server::Shared;
 use super::session::{End, Session};
 use super::socket::{Socket, send_all};
@@ -23,8 +24,8 @@ pub(super) fn serve(
     shared: &Shared,
     clock: &dyn Clock,
 ) {
-    match negotiate(&**socket, exports, shared, clock) {
-        Ok((agreed, input)) => {
+    match negotiate(socket, exports, shared, clock) {
+        Ok((agreed, input, _kept)) => {
             let name = agreed.info.name.clone();
             tracing::info!(export = %name, "nbd: client connected");
             let _client = agreed.device.attach();
@@ -35,6 +36,9 @@ pub(super) fn serve(
                 }
                 End::Garbage => {
                     tracing::warn!(export = %name, "nbd: client sent what is no request; closed");
+                }
+                End::NotServed => {
+                    tracing::info!(export = %name, "nbd: not served here any more; client closed");
                 }
                 End::Io(error) => {
                     tracing::info!(export = %name, %error, "nbd: client lost");
@@ -101,12 +105,13 @@ impl Socket for Deadline<'_> {
 }
 
 /// The handshake; on success also what was received beyond it.
-fn negotiate(
-    socket: &dyn Socket,
+fn negotiate<'s>(
+    connection: &Arc<dyn Socket>,
     exports: &dyn Exports,
-    shared: &Shared,
+    shared: &'s Shared,
     clock: &dyn Clock,
-) -> Result<(Agreed, Input), NoAgreement> {
+) -> Result<(Agreed, Input, Option<Kept<'s>>), NoAgreement> {
+    let socket = &**connection;
     const CUT_OFF: NoAgreement = NoAgreement::Ended("the client left during the handshake");
     let at = clock.monotonic().saturating_add(shared.limits.handshake_timeout);
     let limited = Deadline { socket, clock, at };
@@ -137,6 +142,14 @@ fn negotiate(
             }
             handshake.on_option(option, None, &mut replies)
         };
+        // Before the client knows that it may go on: nothing of its old connection comes later.
+        let kept = match &step {
+            Step::Transmit(Agreed { keeper: Some(keeper), info, .. }) => {
+                let kept = shared.counters.keepers.succeed(&info.name, *keeper, connection);
+                Some(kept.ok_or(NoAgreement::Ended("the host's old connection does not end"))?)
+            }
+            _ => None,
+        };
         send_all(socket, &replies)?;
         replies.clear();
         match step {
@@ -144,7 +157,7 @@ fn negotiate(
             Step::Close(reason) => return Err(reason.into()),
             Step::Transmit(agreed) => {
                 socket.set_receive_timeout(None)?;
-                return Ok((agreed, input));
+                return Ok((agreed, input, kept));
             }
         }
     }

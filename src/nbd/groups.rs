@@ -5,6 +5,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::export::{Device, ExportInfo, Exports, Refusal};
+use super::identity::Identity;
 use crate::group::{
     Done, Extent, Group, GroupError, Image, Read, Registry, Request, Role, View, Volume,
 };
@@ -139,6 +140,20 @@ fn may_serve(group: &Group, name: &str) -> Result<(), Refusal> {
     )))
 }
 
+/// What a host compares before it trusts another connection.
+fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
+    let control = group.control();
+    let reign = control.epochs.last();
+    Identity {
+        group_id: group.id().to_string(),
+        volume_number: volume.number.0,
+        reign: reign.map_or(0, |reign| reign.counter),
+        reign_id: reign.map_or(String::new(), |reign| reign.id.to_string()),
+        reason: reign.map_or(String::new(), |reign| reign.reason.clone()),
+        lsn: lsn.map(|lsn| lsn.0),
+    }
+}
+
 /// A volume as it is now.
 struct LiveVolume {
     group: Arc<Group>,
@@ -149,7 +164,12 @@ impl Device for LiveVolume {
     fn info(&self) -> ExportInfo {
         ExportInfo {
             name: format!("{}/{}", self.group.name(), self.volume.name),
-            description: format!("volume {} of group {}", self.volume.name, self.group.name()),
+            description: format!(
+                "volume {} of group {}; {}",
+                self.volume.name,
+                self.group.name(),
+                identity(&self.group, &self.volume, None)
+            ),
             size_bytes: self.volume.size_bytes,
             read_only: false,
         }
@@ -205,7 +225,11 @@ impl Device for ImageVolume {
         let lsn = self.image.position().lsn;
         ExportInfo {
             name: format!("{group}/{}@{}", self.volume.name, self.image.name()),
-            description: format!("volume {} of group {group} at LSN {lsn}", self.volume.name),
+            description: format!(
+                "volume {} of group {group} at LSN {lsn}; {}",
+                self.volume.name,
+                identity(self.image.group(), &self.volume, Some(lsn))
+            ),
             size_bytes: self.volume.size_bytes,
             read_only: true,
         }

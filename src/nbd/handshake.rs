@@ -11,6 +11,7 @@ use zerocopy::IntoBytes;
 use zerocopy::big_endian::{U16, U32, U64};
 
 use super::export::{Device, ExportInfo, Exports, Refusal};
+use super::keepers::KeeperId;
 use super::wire::{
     self, EXPORT_NAME_PADDING_BYTES, ExportNameReply, InfoBlockSize, InfoExport, STRING_BYTES_MAX,
     allocation, handshake_flag, info, option, option_reply, put_option_reply,
@@ -33,6 +34,8 @@ pub struct Agreed {
     pub structured_replies: bool,
     /// BLOCK_STATUS tells `base:allocation`.
     pub allocation: bool,
+    /// What the host calls itself, where it did.
+    pub keeper: Option<KeeperId>,
 }
 
 /// How the handshake goes on after an option.
@@ -52,6 +55,7 @@ pub struct Handshake<'a> {
     structured_replies: bool,
     /// The export for which `base:allocation` was selected.
     allocation_of: Option<Vec<u8>>,
+    keeper: Option<KeeperId>,
     options: u32,
 }
 
@@ -68,6 +72,7 @@ impl<'a> Handshake<'a> {
             no_zeroes,
             structured_replies: false,
             allocation_of: None,
+            keeper: None,
             options: 0,
         })
     }
@@ -105,6 +110,15 @@ impl<'a> Handshake<'a> {
                     refuse(out, option, option_reply::ERR_INVALID, "this option has no data");
                 }
             }
+            option::KEEPER => match data.try_into() {
+                Ok(keeper) => {
+                    self.keeper = Some(keeper);
+                    put_option_reply(out, option, option_reply::ACK, &[]);
+                }
+                Err(_) => {
+                    refuse(out, option, option_reply::ERR_INVALID, "a keeper has 16 bytes");
+                }
+            },
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
                 self.on_meta_context(option, data, out);
             }
@@ -248,6 +262,7 @@ impl<'a> Handshake<'a> {
             info: device.info(),
             device,
             structured_replies: self.structured_replies,
+            keeper: self.keeper,
             allocation: self.structured_replies && self.allocation_of.as_deref() == Some(name),
         }
     }

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use super::address::NbdAddress;
 use super::connection::serve;
@@ -206,7 +207,7 @@ impl Inner {
                     // Out of descriptors, most likely: give those who hold them time to end.
                     tracing::warn!(%error, address = %self.address, "nbd: accept failed");
                     let live = self.live.lock().expect("no holder panics");
-                    let pause = std::time::Duration::from_millis(100);
+                    let pause = Duration::from_millis(100);
                     drop(self.left.wait_timeout(live, pause).expect("no panic"));
                 }
             }
@@ -286,4 +287,20 @@ pub(super) fn connect(address: &NbdAddress) -> io::Result<Stream> {
             Ok(Stream::Tcp(stream))
         }
     }
+}
+
+/// Connects to an address, waiting for each of its hosts no longer than `patience`.
+pub(super) fn connect_within(address: &NbdAddress, patience: Duration) -> io::Result<Stream> {
+    let NbdAddress::Tcp(host) = address else { return connect(address) };
+    let mut failure = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for at in host.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&at, patience) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(Stream::Tcp(stream));
+            }
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
 }

@@ -76,6 +76,9 @@ pub mod option {
     pub const LIST_META_CONTEXT: u32 = 9;
     /// Select metadata contexts.
     pub const SET_META_CONTEXT: u32 = 10;
+    /// Tidelog's own: the host names itself by 16 bytes, so that its next connection to the same
+    /// export ends this one first. Other servers answer that they do not know it.
+    pub const KEEPER: u32 = 0x5449_444b;
 }
 
 /// Types of replies to options.

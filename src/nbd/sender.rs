@@ -155,6 +155,11 @@ impl Sender {
         state
     }
 
+    /// Ends the connection: what was promised will not be sent.
+    pub(super) fn abandon(&self, why: &'static str) {
+        self.fail(&io::Error::other(why));
+    }
+
     /// Ends the connection in both directions.
     fn fail(&self, error: &io::Error) {
         tracing::debug!(%error, "nbd: a reply could not be sent");

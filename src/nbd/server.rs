@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use super::keepers::Keepers;
 use super::wire::PAYLOAD_BYTES_MAX;
 
 /// Limits of a server.
@@ -72,6 +73,8 @@ pub struct NbdCounters {
     pub read_bytes: Counter,
     /// Bytes written by clients.
     pub written_bytes: Counter,
+    /// Hosts that named themselves; here, because all listeners of a node share it.
+    pub(super) keepers: Keepers,
 }
 
 /// What all connections share.

@@ -48,6 +48,8 @@ pub enum End {
     Closed,
     /// The client sent what is no request.
     Garbage,
+    /// The export is no longer served here, and the client has to go elsewhere.
+    NotServed,
     /// The socket failed.
     Io(io::Error),
 }
@@ -115,6 +117,8 @@ pub(super) struct Session<'a> {
     /// Small replies of this batch.
     replies: Vec<u8>,
     output: Box<[u8]>,
+    /// The export is no longer served here: a request stays unanswered, and the connection ends.
+    not_served: bool,
 }
 
 impl<'a> Session<'a> {
@@ -143,6 +147,7 @@ impl<'a> Session<'a> {
             others: Vec::new(),
             replies: Vec::new(),
             output: vec![0; OUTPUT_BYTES].into_boxed_slice(),
+            not_served: false,
         }
     }
 
@@ -162,6 +167,9 @@ impl<'a> Session<'a> {
     fn step(&mut self) -> Result<(), End> {
         let next = self.parse();
         self.carry_out()?;
+        if self.not_served {
+            return Err(End::NotServed);
+        }
         match next {
             Next::Parse => Ok(()),
             Next::Receive => match self.input.receive(&*self.socket)? {
@@ -254,7 +262,7 @@ impl<'a> Session<'a> {
         self.shared.counters.written_bytes.add(payload_bytes as u64);
         let cookie = header.cookie.get();
         self.answer_changes(std::iter::once((cookie, fua)), results);
-        Ok(())
+        if self.not_served { Err(End::NotServed) } else { Ok(()) }
     }
 
     /// Carries out the batch and sends its replies.
@@ -355,6 +363,12 @@ impl<'a> Session<'a> {
         let sender = Arc::clone(&self.sender);
         let structured = self.rules.structured_replies;
         Some(Box::new(move |result: Result<(), GroupError>| {
+            if let Err(error) = &result
+                && hangs_up(errno_of(error, true), structured)
+            {
+                sender.abandon("the export is no longer served here");
+                return sender.complete(late.len(), &[]);
+            }
             let mut replies = Vec::with_capacity(late.len() * SimpleReply::BYTES);
             for &cookie in &late {
                 match &result {
@@ -553,6 +567,17 @@ impl<'a> Session<'a> {
     }
 
     fn put_error(&mut self, cookie: u64, error: Errno, text: &str) {
+        if hangs_up(error, self.rules.structured_replies) {
+            self.not_served = true;
+            return;
+        }
         put_error(&mut self.replies, self.rules.structured_replies, cookie, error, text);
     }
+}
+
+/// Whether the connection ends in place of an error. A client of simple replies is a kernel: an
+/// error that only means "not here" would fail a write of its file system, where a lost connection
+/// lets whoever keeps the device go elsewhere and send the request again.
+fn hangs_up(error: Errno, structured_replies: bool) -> bool {
+    error == Errno::Eshutdown && !structured_replies
 }

@@ -1,14 +1,20 @@
 //! The server over a real group: any alignment against a model, images, roles and names.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
+
+use zerocopy::IntoBytes;
 
 use tidelog::events::Events;
 use tidelog::group::{Allocation, GroupContext, LocalLimits, NodeIdentity, Point, Registry};
 use tidelog::io::{Entropy, Env, SeededEntropy};
-use tidelog::nbd::wire::Errno;
+use tidelog::nbd::wire::{self, Errno};
 use tidelog::nbd::{
-    Client, ClientError, GroupExports, NbdAddress, NbdLimits, NbdListen, NbdServer, listen,
+    Client, ClientError, GroupExports, Identity, NbdAddress, NbdLimits, NbdListen, NbdServer,
+    listen, negotiate,
 };
 use tidelog::units::{Name, NodeId};
 
@@ -173,6 +179,43 @@ fn a_demoted_group_lets_nobody_in_and_answers_those_inside() {
     let said = rig.refusal("g/v");
     assert!(said.contains("secondary here") && said.contains("image open g --at now"), "{said}");
     assert!(Client::list(rig.server.local_addr()).unwrap().is_empty());
+}
+
+/// A kernel takes an error for a failed write of its file system; a lost connection is replaced.
+#[test]
+fn a_kernel_is_disconnected_by_a_demoted_group_and_not_answered() {
+    let rig = Rig::new();
+    let group = rig.registry.by_name("g").unwrap();
+    let patience = Duration::from_secs(30);
+    let (client, offer) = negotiate(rig.server.local_addr(), "g/v", [1; 16], patience).unwrap();
+    let identity = Identity::parse(&offer.description).unwrap();
+    assert_eq!(identity.group_id, group.id().to_string());
+    let mut socket = UnixStream::from(client.into_socket().unwrap());
+    group.demote().unwrap();
+    let request = wire::request(wire::command::READ, 0, 1, 0, 512);
+    socket.write_all(request.as_bytes()).unwrap();
+    let mut said = Vec::new();
+    socket.read_to_end(&mut said).unwrap();
+    assert_eq!(said, b"", "no reply");
+}
+
+#[test]
+fn a_host_that_connects_anew_ends_its_old_connection_and_no_other() {
+    let rig = Rig::new();
+    let patience = Duration::from_secs(30);
+    let connect = |keeper| {
+        let client = negotiate(rig.server.local_addr(), "g/v", keeper, patience).unwrap().0;
+        UnixStream::from(client.into_socket().unwrap())
+    };
+    let (mut old, mut other) = (connect([1; 16]), connect([2; 16]));
+    let mut new = connect([1; 16]);
+    assert_eq!(old.read(&mut [0]).unwrap(), 0, "the old connection has ended");
+    let request = wire::request(wire::command::READ, 0, 1, 0, 512);
+    for socket in [&mut other, &mut new] {
+        socket.write_all(request.as_bytes()).unwrap();
+        let mut reply = [0; 16 + 512];
+        socket.read_exact(&mut reply).unwrap();
+    }
 }
 
 #[test]

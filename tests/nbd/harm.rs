@@ -177,8 +177,9 @@ fn a_shutdown_answers_what_was_received_and_lets_nobody_in() {
     ended.join().unwrap();
     let rest = raw.rest();
     let flushed = wire::simple_reply(2, None).as_bytes().to_vec();
-    let refused = rest.len() > 16;
-    assert!(rest == flushed || refused, "{rest:?}");
+    // Where the flush came after the shutdown, the connection ends without a reply: an error would
+    // be a failed write to a kernel.
+    assert!(rest == flushed || rest.is_empty(), "{rest:?}");
     assert!(!rig.socket().exists(), "the socket's name is gone");
 }
 

@@ -1,0 +1,162 @@
+//! Whether what a server offers may take the place of what a device shows: pure.
+
+use tidelog::nbd::{Identity, Negotiated, wire::export_flag};
+
+/// What a device shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Bytes of the device.
+    pub size_bytes: u64,
+    /// The flags that the kernel was given.
+    pub flags: u16,
+    /// What the volume is; `None` for a server of another make.
+    pub identity: Option<Identity>,
+}
+
+impl Known {
+    /// What a server offers, as it is shown from now on.
+    pub fn of(offer: &Negotiated) -> Known {
+        Known {
+            size_bytes: offer.size_bytes,
+            flags: offer.flags,
+            identity: Identity::parse(&offer.description),
+        }
+    }
+}
+
+/// What may be done with an offer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is the same volume, and nothing that was answered is missing.
+    Same,
+    /// It is the same volume under a later reign, which may lack what the one before answered; the
+    /// text says so.
+    LaterReign(String),
+    /// It must not be shown; why.
+    Other(String),
+}
+
+/// The flags that change what the kernel sends.
+const FLAGS: u16 = export_flag::READ_ONLY
+    | export_flag::SEND_FLUSH
+    | export_flag::SEND_FUA
+    | export_flag::SEND_TRIM;
+
+/// Judges an offer.
+pub fn judge(known: &Known, offer: &Known) -> Verdict {
+    let other = |what: String| Verdict::Other(what);
+    if offer.size_bytes < known.size_bytes {
+        return other(format!(
+            "it is smaller: {} bytes where the device has {}",
+            offer.size_bytes, known.size_bytes
+        ));
+    }
+    if offer.flags & FLAGS != known.flags & FLAGS {
+        let (offered, had) = (offer.flags, known.flags);
+        return other(format!("its flags are {offered:#x} where the device has {had:#x}"));
+    }
+    match (&known.identity, &offer.identity) {
+        (None, None) => {
+            if offer.size_bytes == known.size_bytes {
+                Verdict::Same
+            } else {
+                other("its size differs, and nothing says that it is the same volume".to_owned())
+            }
+        }
+        (Some(had), Some(offered)) if had.is_same_volume(offered) => judge_reign(had, offered),
+        (_, Some(offered)) => other(format!("it is another volume ({offered})")),
+        (Some(_), None) => other("it does not say which volume it is".to_owned()),
+    }
+}
+
+fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
+    // An image does not change with the reigns.
+    if had.reign_id == offered.reign_id || had.lsn.is_some() {
+        return Verdict::Same;
+    }
+    if offered.reign <= had.reign {
+        return Verdict::Other(format!(
+            "it is of reign {} ({}) where the device has seen reign {} ({}): an older history, or \
+             one that parted",
+            offered.reign, offered.reign_id, had.reign, had.reign_id
+        ));
+    }
+    if offered.reign == had.reign + 1 && offered.reason == "switchover" {
+        return Verdict::Same;
+    }
+    Verdict::LaterReign(format!(
+        "reign {} began by {}; what reign {} had answered and not replicated or flushed is not in \
+         it",
+        offered.reign, offered.reason, had.reign
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(size_bytes: u64, reign: Option<(u64, &str, &str)>) -> Known {
+        let identity = reign.map(|(reign, id, reason)| Identity {
+            group_id: "a1".to_owned(),
+            volume_number: 1,
+            reign,
+            reign_id: id.to_owned(),
+            reason: reason.to_owned(),
+            lsn: None,
+        });
+        Known { size_bytes, flags: 0x36d, identity }
+    }
+
+    #[test]
+    fn the_same_volume_goes_on_and_a_larger_one_too() {
+        let had = known(4096, Some((2, "x", "promote")));
+        assert_eq!(judge(&had, &had), Verdict::Same);
+        assert_eq!(judge(&had, &known(8192, Some((2, "x", "promote")))), Verdict::Same);
+        let foreign = known(4096, None);
+        assert_eq!(judge(&foreign, &foreign), Verdict::Same);
+    }
+
+    #[test]
+    fn a_handed_over_reign_goes_on_and_a_promoted_one_is_told() {
+        let had = known(4096, Some((2, "x", "promote")));
+        assert_eq!(judge(&had, &known(4096, Some((3, "y", "switchover")))), Verdict::Same);
+        for (reign, reason) in [(3, "promote"), (3, "recovery"), (4, "switchover")] {
+            let verdict = judge(&had, &known(4096, Some((reign, "y", reason))));
+            assert!(matches!(verdict, Verdict::LaterReign(_)), "{reign} {reason}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn an_older_or_parted_history_is_never_shown() {
+        let had = known(4096, Some((2, "x", "promote")));
+        for (reign, id) in [(1, "w"), (2, "y")] {
+            let verdict = judge(&had, &known(4096, Some((reign, id, "switchover"))));
+            assert!(matches!(verdict, Verdict::Other(_)), "{reign} {id}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn another_volume_is_never_shown() {
+        let had = known(4096, Some((2, "x", "promote")));
+        let mut offers = vec![known(4096, None), known(2048, Some((2, "x", "promote")))];
+        let mut offer = had.clone();
+        offer.flags |= export_flag::READ_ONLY;
+        offers.push(offer);
+        for change in [
+            |identity: &mut Identity| identity.group_id = "b2".to_owned(),
+            |identity: &mut Identity| identity.volume_number = 2,
+            |identity: &mut Identity| identity.lsn = Some(4096),
+        ] {
+            let mut offer = had.clone();
+            change(offer.identity.as_mut().unwrap());
+            offers.push(offer);
+        }
+        for offer in offers {
+            let verdict = judge(&had, &offer);
+            assert!(matches!(verdict, Verdict::Other(_)), "{offer:?}: {verdict:?}");
+        }
+        let foreign = known(4096, None);
+        assert!(matches!(judge(&foreign, &known(8192, None)), Verdict::Other(_)));
+        assert!(matches!(judge(&foreign, &had), Verdict::Other(_)));
+    }
+}

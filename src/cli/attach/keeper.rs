@@ -1,0 +1,505 @@
+//! The keeper of one device: connects it, watches its link, and gives it a new socket when the old
+//! one is dead.
+//!
+//! A link dies in three ways, and each is noticed by itself: the server closes or resets it (its
+//! socket ends), the network is cut (TCP's own timeout ends the socket), the server does not answer
+//! (the kernel gives a request up, and tells so). In each case the kernel holds all requests, also
+//! those that were under way, until it is given another socket. Every few seconds the keeper asks
+//! the server what it offers: the volume may have grown, or be served elsewhere by now.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{setsockopt, sockopt};
+use sd_notify::NotifyState;
+
+use tidelog::io::{Clock, SystemClock};
+use tidelog::nbd::wire::export_flag;
+use tidelog::nbd::{KeeperId, NbdAddress, Negotiated, describe, negotiate};
+
+use super::judge::{Known, Verdict, judge};
+use super::kernel::{self, Kernel, KernelError};
+use super::netlink::Device;
+use super::state::State;
+
+/// How long a server may take for each step of a handshake.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two questions to the server.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+/// Between two rounds over all servers while none serves.
+const PAUSE: Duration = Duration::from_millis(250);
+/// How long the kernel may take to tell that a link is dead.
+const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the kernel may take to end a device.
+const DETACH_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a device is to be.
+pub struct Plan {
+    /// The N of `/dev/nbdN`.
+    pub index: u32,
+    /// GROUP/VOL, or GROUP/VOL@IMAGE.
+    pub export: String,
+    /// Where it may be served, first choice first.
+    pub servers: Vec<NbdAddress>,
+    /// After which a request or a link without an answer is given up.
+    pub timeout: Duration,
+    /// How long requests wait for another link.
+    pub dead_timeout: Duration,
+    /// Bytes of a logical block.
+    pub block_bytes: u64,
+    /// Writes are refused by the kernel.
+    pub read_only: bool,
+    /// A later reign that may lack answered writes is not taken.
+    pub strict: bool,
+    /// What this host calls itself to servers.
+    pub keeper: KeeperId,
+}
+
+/// How keeping ended.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// Someone detached the device.
+    Detached,
+    /// SIGTERM or SIGINT.
+    Stopped,
+}
+
+/// A connected server.
+struct Link {
+    server: usize,
+    socket: OwnedFd,
+    offer: Negotiated,
+    warning: Option<String>,
+}
+
+/// A device under care.
+pub struct Keeper {
+    plan: Plan,
+    kernel: Kernel,
+    clock: SystemClock,
+    signals: SignalFd,
+    known: Known,
+    socket: Option<OwnedFd>,
+    /// The kernel told that the link is dead, and has not been given another since.
+    died: bool,
+    state: State,
+}
+
+impl Keeper {
+    /// Attaches a device that is free.
+    pub fn attach(plan: Plan, mut kernel: Kernel) -> Result<Keeper> {
+        let signals = block_signals()?;
+        let link = find(&plan, 0, None)
+            .map_err(|reasons| anyhow!("volume {}: is not served: {reasons}", plan.export))?;
+        let mut known = Known::of(&link.offer);
+        if plan.read_only {
+            known.flags |= export_flag::READ_ONLY;
+        }
+        let device = Device {
+            size_bytes: Some(known.size_bytes),
+            block_bytes: Some(plan.block_bytes),
+            timeout_seconds: Some(plan.timeout.as_secs()),
+            server_flags: Some(u64::from(known.flags)),
+            dead_timeout_seconds: Some(plan.dead_timeout.as_secs()),
+            ..device_of(&plan, Some(&link.socket))
+        };
+        kernel.connect(&device).with_context(|| device_name(plan.index))?;
+        let state = State {
+            device: kernel::device_path(plan.index).display().to_string(),
+            volume: plan.export.clone(),
+            state: String::new(),
+            reason: None,
+            since: String::new(),
+            server: plan.servers[link.server].to_string(),
+            size_bytes: known.size_bytes,
+            flags: known.flags,
+            description: link.offer.description,
+            keeper: hex::encode(plan.keeper),
+            pid: std::process::id(),
+        };
+        let clock = SystemClock::new();
+        let socket = Some(link.socket);
+        let mut keeper = Keeper { plan, kernel, clock, signals, known, socket, died: false, state };
+        keeper.show("attached", None);
+        Ok(keeper)
+    }
+
+    /// Takes over a device whose keeper is gone. Its plan names the keeper as `state` does.
+    pub fn adopt(plan: Plan, kernel: Kernel, state: State) -> Result<Keeper> {
+        let offer = Negotiated {
+            size_bytes: kernel::size_bytes(plan.index).unwrap_or(state.size_bytes),
+            flags: state.flags,
+            block_bytes_min: None,
+            description: state.description.clone(),
+        };
+        let mut keeper = Keeper {
+            signals: block_signals()?,
+            known: Known::of(&offer),
+            socket: None,
+            died: false,
+            clock: SystemClock::new(),
+            state: State { pid: std::process::id(), ..state },
+            plan,
+            kernel,
+        };
+        keeper.show("reconnecting", Some("its keeper was gone, and another took over".to_owned()));
+        Ok(keeper)
+    }
+
+    /// Keeps the device until it is detached or this process is told to stop.
+    pub fn keep(mut self) -> Result<()> {
+        // What holds a file system's writes must not wait for that file system's memory.
+        let all =
+            nix::sys::mman::MlockAllFlags::MCL_CURRENT | nix::sys::mman::MlockAllFlags::MCL_FUTURE;
+        if let Err(error) = nix::sys::mman::mlockall(all) {
+            tracing::debug!(%error, "the keeper's memory could not be locked");
+        }
+        let end = self.run();
+        super::super::serve::notify_manager(&[NotifyState::Stopping]);
+        match end? {
+            End::Detached => tracing::info!(device = %self.state.device, "detached"),
+            End::Stopped => self.stop()?,
+        }
+        State::remove(self.plan.index);
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<End> {
+        if self.socket.is_none()
+            && let Some(end) = self.reconnect()?
+        {
+            return Ok(end);
+        }
+        super::super::serve::notify_manager(&[NotifyState::Ready]);
+        let mut probe_at = self.clock.monotonic() + PROBE_INTERVAL;
+        loop {
+            let left = probe_at.saturating_sub(self.clock.monotonic());
+            let end = if let Some(end) = self.wait(left)? {
+                Some(end)
+            } else if let Some(why) = self.lost() {
+                self.show("reconnecting", Some(why));
+                self.reconnect()?
+            } else if self.clock.monotonic() >= probe_at {
+                probe_at = self.clock.monotonic() + PROBE_INTERVAL;
+                self.probe()?
+            } else {
+                None
+            };
+            if end.is_some() {
+                return Ok(end.expect("it was looked at"));
+            }
+        }
+    }
+
+    /// Waits for a signal, news of the kernel, or the end of the link.
+    fn wait(&mut self, patience: Duration) -> Result<Option<End>> {
+        let hangup = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.kernel.news_fd(), PollFlags::POLLIN),
+        ];
+        if let Some(socket) = &self.socket {
+            fds.push(PollFd::new(socket.as_fd(), hangup));
+        }
+        let timeout =
+            PollTimeout::try_from(patience + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("the keeper cannot wait"),
+        }
+        Ok(self.signals.read_signal()?.map(|_| End::Stopped))
+    }
+
+    /// Why the link is lost, if it is.
+    fn lost(&mut self) -> Option<String> {
+        self.died |= self.kernel.link_died(self.plan.index);
+        if self.died {
+            return Some(format!("{} did not answer a request in time", self.state.server));
+        }
+        let socket = self.socket.as_ref()?;
+        let hangup = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
+        let mut fds = [PollFd::new(socket.as_fd(), hangup)];
+        let ended = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0);
+        ended.then(|| format!("{} closed the connection", self.state.server))
+    }
+
+    /// Tries all servers until one serves the volume, and gives the kernel its socket.
+    fn reconnect(&mut self) -> Result<Option<End>> {
+        if let Some(old) = self.socket.take() {
+            kernel::abort(old.as_fd());
+        }
+        let mut told = String::new();
+        loop {
+            if !self.kernel.is_connected(self.plan.index)? {
+                return Ok(Some(End::Detached));
+            }
+            let first = self.server_index();
+            match find(&self.plan, first, Some(&self.known)) {
+                Ok(link) => return self.hand_over(link),
+                Err(reasons) if reasons != told => {
+                    self.show("reconnecting", Some(reasons.clone()));
+                    told = reasons;
+                }
+                Err(_) => {}
+            }
+            if let Some(end) = self.wait(PAUSE)? {
+                return Ok(Some(end));
+            }
+            self.died |= self.kernel.link_died(self.plan.index);
+        }
+    }
+
+    fn hand_over(&mut self, link: Link) -> Result<Option<End>> {
+        // The kernel takes a socket only where the one before is dead, and does not say so.
+        let deadline = self.clock.monotonic() + DEATH_PATIENCE;
+        while !self.died && self.clock.monotonic() < deadline {
+            if let Some(end) = self.wait(deadline.saturating_sub(self.clock.monotonic()))? {
+                return Ok(Some(end));
+            }
+            self.died |= self.kernel.link_died(self.plan.index);
+        }
+        let size_bytes = link.offer.size_bytes;
+        let device = Device {
+            size_bytes: (size_bytes > self.known.size_bytes).then_some(size_bytes),
+            timeout_seconds: Some(self.plan.timeout.as_secs()),
+            dead_timeout_seconds: Some(self.plan.dead_timeout.as_secs()),
+            ..device_of(&self.plan, Some(&link.socket))
+        };
+        match self.kernel.reconfigure(&device) {
+            Ok(()) => {}
+            Err(KernelError::NotAttached) => return Ok(Some(End::Detached)),
+            Err(error) => return Err(error).with_context(|| device_name(self.plan.index)),
+        }
+        self.died = false;
+        self.socket = Some(link.socket);
+        self.known = Known { flags: self.known.flags, ..Known::of(&link.offer) };
+        self.state.size_bytes = size_bytes;
+        self.state.description.clone_from(&link.offer.description);
+        self.state.server = self.plan.servers[link.server].to_string();
+        if let Some(warning) = &link.warning {
+            tracing::warn!(
+                device = %self.state.device, server = %self.state.server,
+                "{warning}; check the file system when it is next unmounted"
+            );
+        }
+        self.show("attached", None);
+        Ok(None)
+    }
+
+    /// Asks the server what it offers by now, and where it does not serve the volume, the others.
+    fn probe(&mut self) -> Result<Option<End>> {
+        if !self.kernel.is_connected(self.plan.index)? {
+            return Ok(Some(End::Detached));
+        }
+        let current = self.server_index();
+        let trouble = match self.ask(current) {
+            Ok(offer) => {
+                if offer.size_bytes > self.known.size_bytes {
+                    let device = Device {
+                        size_bytes: Some(offer.size_bytes),
+                        ..device_of(&self.plan, None)
+                    };
+                    self.kernel
+                        .reconfigure(&device)
+                        .with_context(|| device_name(self.plan.index))?;
+                    tracing::info!(
+                        device = %self.state.device, bytes = offer.size_bytes,
+                        "the volume has grown"
+                    );
+                }
+                // The reign stays the one that the link began with: the next is judged by it.
+                self.known.size_bytes = self.known.size_bytes.max(offer.size_bytes);
+                self.state.size_bytes = self.known.size_bytes;
+                self.show("attached", None);
+                return Ok(None);
+            }
+            Err(trouble) => trouble,
+        };
+        let others = (0..self.plan.servers.len()).filter(|other| *other != current);
+        for other in others.collect::<Vec<_>>() {
+            if self.ask(other).is_ok() {
+                let there = self.plan.servers[other].to_string();
+                self.show("reconnecting", Some(format!("{trouble}; {there} serves the volume")));
+                self.state.server = there;
+                return self.reconnect();
+            }
+        }
+        // Requests may still be answered: the kernel and TCP tell when they are not.
+        self.show("attached", Some(trouble));
+        Ok(None)
+    }
+
+    /// What a server offers, if it may be shown.
+    fn ask(&self, server: usize) -> Result<Negotiated, String> {
+        let address = &self.plan.servers[server];
+        let offer = describe(address, &self.plan.export, PATIENCE)
+            .map_err(|error| reason(address, &error))?;
+        may_show(&self.plan, Some(&self.known), &offer)
+            .map_err(|why| format!("{address}: {why}"))?;
+        Ok(offer)
+    }
+
+    fn server_index(&self) -> usize {
+        let is_it = |server: &NbdAddress| server.to_string() == self.state.server;
+        self.plan.servers.iter().position(is_it).unwrap_or(0)
+    }
+
+    /// Shows a state to whoever asks, and logs it where it is new.
+    fn show(&mut self, state: &str, reason: Option<String>) {
+        if self.state.state != state || self.state.reason != reason {
+            if self.state.state != state {
+                self.state.since = self.clock.wall().to_string();
+            }
+            self.state.state = state.to_owned();
+            self.state.reason = reason;
+            let State { device, volume, server, .. } = &self.state;
+            let reason = self.state.reason.as_deref().unwrap_or_default();
+            if reason.is_empty() {
+                tracing::info!(%device, %volume, %server, "{state}");
+            } else {
+                tracing::warn!(%device, %volume, %server, reason, "{state}");
+            }
+            let line = format!("{state}: {volume} from {server} {reason}");
+            super::super::serve::notify_manager(&[NotifyState::Status(line.trim_end())]);
+        }
+        if let Err(error) = self.state.publish(self.plan.index) {
+            tracing::warn!(%error, "the state could not be shown to others");
+        }
+    }
+
+    /// Detaches where nobody holds the device.
+    fn stop(&mut self) -> Result<()> {
+        detach(&mut self.kernel, self.plan.index, false).map_err(|error| {
+            anyhow!(
+                "{error}; the device stays, without a keeper: `tidelog attach` takes it up again"
+            )
+        })
+    }
+}
+
+/// Ends a device, and waits until it is gone.
+pub fn detach(kernel: &mut Kernel, index: u32, force: bool) -> Result<()> {
+    let failed = || device_name(index);
+    if !kernel.is_connected(index).with_context(failed)? {
+        return Err(KernelError::NotAttached).with_context(failed);
+    }
+    if !force && kernel::is_held(index).with_context(failed)? {
+        bail!(
+            "{}: is mounted or held otherwise; unmount it first, or --force fails its requests",
+            failed()
+        );
+    }
+    kernel.disconnect(index).with_context(failed)?;
+    let clock = SystemClock::new();
+    let deadline = clock.monotonic() + DETACH_PATIENCE;
+    while !force && kernel.is_connected(index).with_context(failed)? {
+        if clock.monotonic() >= deadline {
+            bail!("{}: something still has it open; the kernel ends it after that", failed());
+        }
+        poll(&mut [], 50u16).context("cannot wait")?;
+    }
+    Ok(())
+}
+
+pub fn device_name(index: u32) -> String {
+    format!("device {}", kernel::device_path(index).display())
+}
+
+/// What names a device to the kernel, with a socket for it.
+fn device_of(plan: &Plan, socket: Option<&OwnedFd>) -> Device {
+    use std::os::fd::AsRawFd;
+    Device {
+        index: plan.index,
+        socket: socket.map(|socket| socket.as_raw_fd().cast_unsigned()),
+        backend: Some(backend_of(&plan.export)),
+        ..Device::default()
+    }
+}
+
+/// What `/sys/block/nbdN/backend` shows.
+pub fn backend_of(export: &str) -> String {
+    format!("tidelog {export}")
+}
+
+/// The first server, from `first` on, that serves the volume; else what each of them said.
+fn find(plan: &Plan, first: usize, known: Option<&Known>) -> Result<Link, String> {
+    let mut reasons = Vec::new();
+    for offset in 0..plan.servers.len() {
+        let server = (first + offset) % plan.servers.len();
+        let address = &plan.servers[server];
+        let (client, offer) = match negotiate(address, &plan.export, plan.keeper, PATIENCE) {
+            Ok(found) => found,
+            Err(error) => {
+                reasons.push(reason(address, &error));
+                continue;
+            }
+        };
+        match may_show(plan, known, &offer) {
+            Ok(warning) => match client.into_socket().and_then(|socket| watch(plan, socket)) {
+                Ok(socket) => return Ok(Link { server, socket, offer, warning }),
+                Err(error) => reasons.push(format!("{address}: {error}")),
+            },
+            Err(why) => reasons.push(format!("{address}: {why}")),
+        }
+    }
+    Err(reasons.join("; "))
+}
+
+fn reason(address: &NbdAddress, error: &tidelog::nbd::ClientError) -> String {
+    match error {
+        tidelog::nbd::ClientError::Io { cause, .. } => format!("{address}: {cause}"),
+        other => format!("{address}: {other}"),
+    }
+}
+
+/// Whether an offer may be shown, with a warning where it may lack something.
+fn may_show(
+    plan: &Plan,
+    known: Option<&Known>,
+    offer: &Negotiated,
+) -> Result<Option<String>, String> {
+    let mut offered = Known::of(offer);
+    if offer.size_bytes < plan.block_bytes {
+        return Err(format!("the volume has {} bytes, less than a block", offer.size_bytes));
+    }
+    let Some(known) = known else { return Ok(None) };
+    if plan.read_only {
+        offered.flags |= export_flag::READ_ONLY;
+    }
+    match judge(known, &offered) {
+        Verdict::Same => Ok(None),
+        Verdict::LaterReign(what) if plan.strict => Err(format!("{what}; --strict holds here")),
+        Verdict::LaterReign(what) => Ok(Some(what)),
+        Verdict::Other(why) => Err(why),
+    }
+}
+
+/// Lets TCP end a link whose other side is silent.
+fn watch(plan: &Plan, socket: OwnedFd) -> std::io::Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+    use std::os::fd::AsRawFd;
+    let address: SockaddrStorage = getsockname(socket.as_raw_fd())?;
+    if address.family() != Some(AddressFamily::Unix) {
+        let third = u32::try_from(plan.timeout.as_secs() / 3).unwrap_or(u32::MAX).max(1);
+        let whole = u32::try_from(plan.timeout.as_millis()).unwrap_or(u32::MAX);
+        setsockopt(&socket, sockopt::KeepAlive, &true)?;
+        setsockopt(&socket, sockopt::TcpKeepIdle, &third)?;
+        setsockopt(&socket, sockopt::TcpKeepInterval, &third)?;
+        setsockopt(&socket, sockopt::TcpUserTimeout, &whole)?;
+    }
+    Ok(socket)
+}
+
+/// Lets SIGTERM and SIGINT be read instead of ending the process.
+fn block_signals() -> Result<SignalFd> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGTERM);
+    mask.add(Signal::SIGINT);
+    mask.thread_block().context("signals could not be blocked")?;
+    SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+        .context("signals cannot be read")
+}

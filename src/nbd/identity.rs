@@ -1,0 +1,109 @@
+//! What an export is beyond its name, as its description tells it: `attach` compares this before it
+//! gives a running file system another connection.
+//!
+//! The description of a volume or image ends in `; ` and words `KEY=VALUE`:
+//!
+//! | key | value |
+//! | --- | --- |
+//! | `group-id` | 32 hexadecimal digits |
+//! | `volume-number` | the volume's number, never used twice in a group |
+//! | `reign` | counts the reigns of the group; a later one may lack what this one answered |
+//! | `reign-id` | 16 hexadecimal digits, random |
+//! | `reason` | why the reign began; `switchover` loses nothing |
+//! | `lsn` | of an image: its moment |
+
+use std::fmt;
+
+/// What an export is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The group.
+    pub group_id: String,
+    /// The volume.
+    pub volume_number: u32,
+    /// Counts the reigns of the group.
+    pub reign: u64,
+    /// The reign's random id.
+    pub reign_id: String,
+    /// Why the reign began.
+    pub reason: String,
+    /// An image's moment; `None` for a live volume.
+    pub lsn: Option<u64>,
+}
+
+impl Identity {
+    /// What a description tells; `None` where it is not one of Tidelog's.
+    #[must_use]
+    pub fn parse(description: &str) -> Option<Identity> {
+        let (_, words) = description.rsplit_once("; ")?;
+        let value = |key: &str| {
+            words.split(' ').filter_map(|word| word.split_once('=')).find(|(k, _)| *k == key)
+        };
+        let text = |key: &str| value(key).map(|(_, value)| value.to_owned());
+        Some(Identity {
+            group_id: text("group-id")?,
+            volume_number: text("volume-number")?.parse().ok()?,
+            reign: text("reign")?.parse().ok()?,
+            reign_id: text("reign-id")?,
+            reason: text("reason")?,
+            lsn: match text("lsn") {
+                Some(lsn) => Some(lsn.parse().ok()?),
+                None => None,
+            },
+        })
+    }
+
+    /// Whether both are the same volume, at the same moment where they are images; the reign may
+    /// differ.
+    #[must_use]
+    pub fn is_same_volume(&self, other: &Identity) -> bool {
+        (&self.group_id, self.volume_number, self.lsn)
+            == (&other.group_id, other.volume_number, other.lsn)
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Identity { group_id, volume_number, reign, reign_id, reason, lsn } = self;
+        write!(
+            f,
+            "group-id={group_id} volume-number={volume_number} reign={reign} reign-id={reign_id} \
+             reason={reason}"
+        )?;
+        match lsn {
+            Some(lsn) => write!(f, " lsn={lsn}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_reads_back_from_a_description_and_nothing_else_is_one() {
+        let mut identity = Identity {
+            group_id: "000102030405060708090a0b0c0d0e0f".to_owned(),
+            volume_number: 3,
+            reign: 7,
+            reign_id: "0011223344556677".to_owned(),
+            reason: "promote".to_owned(),
+            lsn: None,
+        };
+        let text = format!("volume v of group g; {identity}");
+        assert_eq!(
+            text,
+            "volume v of group g; group-id=000102030405060708090a0b0c0d0e0f volume-number=3 \
+             reign=7 reign-id=0011223344556677 reason=promote"
+        );
+        assert_eq!(Identity::parse(&text), Some(identity.clone()));
+        identity.lsn = Some(4096);
+        let image = format!("volume v of group g at LSN 4096; {identity}");
+        assert_eq!(Identity::parse(&image), Some(identity.clone()));
+        assert!(!identity.is_same_volume(&Identity::parse(&text).unwrap()));
+        for other in ["", "memory", "volume v of group g", "x; reign=1", "x; lsn=y reign=z"] {
+            assert_eq!(Identity::parse(other), None, "{other}");
+        }
+    }
+}
