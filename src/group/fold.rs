@@ -181,7 +181,7 @@ impl Group {
     /// Makes the base the image at `target`, and moves the horizon there.
     fn write_base(&self, target: &Checkpoint) -> Result<(), GroupError> {
         let begun = self.has_begun(target.lsn);
-        let moments = self.claim(target.lsn, begun);
+        let moments = self.claim(target.lsn, begun)?;
         let old = self.lock().horizon.clone();
         let content = if begun {
             // What was needed was kept before the base was touched.

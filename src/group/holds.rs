@@ -86,8 +86,12 @@ impl Group {
 
     /// Takes everything below the target away from who might open an image there; the moments that
     /// are needed below it, in order. Where a fold to it has `begun` before, none is new.
-    pub(super) fn claim(&self, target: Lsn, begun: bool) -> Vec<Arc<Moment>> {
-        let branches = self.branches().unwrap_or_default();
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be told which branches there are.
+    pub(super) fn claim(&self, target: Lsn, begun: bool) -> Result<Vec<Arc<Moment>>, GroupError> {
+        let branches = self.branches()?;
         let (claimed, lost) = {
             let mut core = self.lock();
             core.fold_target = core.fold_target.max(target);
@@ -105,7 +109,7 @@ impl Group {
             (claimed.collect(), lost)
         };
         self.tell_lost(lost);
-        claimed
+        Ok(claimed)
     }
 
     /// Notes what is needed below `covered` and was never kept here.
@@ -179,7 +183,8 @@ impl Group {
 
     /// Gives up one moment where that makes room; whether it did. Under `fold_lock`.
     pub(super) fn make_room(&self) -> bool {
-        let branches = self.branches().unwrap_or_default();
+        // What a branch needs is not given up because nobody knows that there is one.
+        let Ok(branches) = self.branches() else { return false };
         let candidates: Vec<(Arc<Moment>, Rank)> = {
             let core = self.lock();
             let needs = self.needs(&core, &branches);
@@ -227,6 +232,15 @@ impl Group {
     ///
     /// What the disk says.
     pub(super) fn sweep_moments(&self) -> Result<(), GroupError> {
+        let clean = {
+            let core = self.lock();
+            let bases = self.bases.read().expect("no holder panics");
+            let live = |number: &VolumeNumber| core.content.volumes.contains_key(number);
+            core.moments.is_empty() && bases.keys().all(live)
+        };
+        if clean {
+            return Ok(());
+        }
         let branches = self.branches()?;
         let (gone, unsure) = {
             let mut core = self.lock();
@@ -275,7 +289,10 @@ impl Group {
     /// At the start, once the images are open again.
     pub(super) fn settle_holds(&self) {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
-        let branches = self.branches().unwrap_or_default();
+        let branches = match self.branches() {
+            Ok(branches) => branches,
+            Err(error) => return tracing::warn!("{error}"),
+        };
         let lost = {
             let mut core = self.lock();
             let covered = core.timeline.horizon().lsn.max(core.fold_target);

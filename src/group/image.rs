@@ -402,10 +402,14 @@ impl Group {
     /// Whether a position is in the log, or kept.
     fn check_covered(&self, core: &Core, lsn: Lsn) -> Result<(), GroupError> {
         let floor = core.fold_target.max(core.timeline.horizon().lsn);
-        if lsn > core.timeline.end().lsn || (lsn < floor && usable(core, lsn).is_none()) {
-            return Err(self.not_covered(core, &format!("lsn:{lsn}")));
+        if lsn <= core.timeline.end().lsn && (lsn >= floor || usable(core, lsn).is_some()) {
+            return Ok(());
         }
-        Ok(())
+        let moment = core.moments.get(&lsn);
+        match moment.and_then(|moment| moment.broken()) {
+            Some(reason) => Err(self.not_kept(lsn, &reason)),
+            None => Err(self.not_covered(core, &format!("lsn:{lsn}"))),
+        }
     }
 
     /// An open image.

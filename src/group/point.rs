@@ -83,7 +83,7 @@ impl Group {
         }
         let Some(moment) = core.moments.get(&wanted) else { return Ok(None) };
         if let Some(reason) = moment.broken() {
-            return Err(self.refused(format!("lsn:{wanted} is not kept on this node: {reason}")));
+            return Err(self.not_kept(wanted, &reason));
         }
         Ok(moment.state().map(|state| checkpoint(&state)))
     }
@@ -106,6 +106,10 @@ impl Group {
             ))),
             _ => Ok(()),
         }
+    }
+
+    pub(super) fn not_kept(&self, lsn: Lsn, reason: &str) -> GroupError {
+        self.refused(format!("lsn:{lsn} is not kept on this node: {reason}"))
     }
 
     pub(super) fn not_covered(&self, core: &Core, point: &str) -> GroupError {

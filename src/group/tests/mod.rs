@@ -8,6 +8,7 @@ mod fold;
 mod images;
 mod model;
 mod moments;
+mod pins;
 mod races;
 mod registry;
 mod returning;
