@@ -11,12 +11,18 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tidelog::config::Config;
+use tidelog::events::Events;
+use tidelog::group::{
+    Group, GroupContext, LocalLimits, NewGroup, NodeIdentity, Op, Read as Fetch, Request, View,
+};
+use tidelog::io::{Disk, DiskFile, Env, ManualClock, MemoryDisk, OpenMode, SeededEntropy};
 use tidelog::log::control::Control;
 use tidelog::log::record::{Header, RecordError};
 use tidelog::nbd::{
     Client, NbdAddress, NbdListen, NbdServer, RamDevice, RamExports, Socket, listen,
 };
-use tidelog::units::{ByteSize, LogTime, Name, Span};
+use tidelog::node::Node;
+use tidelog::units::{ByteSize, GroupId, LogTime, Name, NodeId, Span, VolumeNumber};
 
 /// A target: its name (and that of its corpus), its body.
 pub type Target = (&'static str, fn(&[u8]));
@@ -27,7 +33,9 @@ pub const TARGETS: &[Target] = &[
     ("nbd_client", nbd_client),
     ("peer_wire", peer_wire),
     ("log_record", log_record),
+    ("log_recovery", log_recovery),
     ("control_record", control_record),
+    ("control_request", control_request),
     ("config", config),
     ("units", units),
 ];
@@ -175,4 +183,196 @@ pub fn units(bytes: &[u8]) {
     if let Ok(time) = text.parse::<LogTime>() {
         assert_eq!(time.to_string().parse::<LogTime>(), Ok(time));
     }
+}
+
+const GROUP_DIR: &str = "/data/groups/g";
+const RECOVERY_VOLUME_BYTES: usize = 32 << 10;
+
+/// A disk as a killed process left it, its files, and what the volume held behind each request.
+struct Left {
+    disk: MemoryDisk,
+    files: Vec<PathBuf>,
+    moments: Vec<Vec<u8>>,
+}
+
+fn group_context(disk: &MemoryDisk) -> GroupContext {
+    let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
+    GroupContext {
+        env: Env { disk: Arc::new(disk.clone()), clock, entropy: Arc::new(SeededEntropy::new(1)) },
+        node: NodeIdentity { id: NodeId([3; 16]), name: "n".parse().unwrap() },
+        limits: LocalLimits::default(),
+        events: Events::in_memory(),
+    }
+}
+
+/// A base, a log of which a part was synced, and metadata; made once.
+fn left() -> &'static Left {
+    static LEFT: OnceLock<Left> = OnceLock::new();
+    LEFT.get_or_init(|| {
+        let disk = MemoryDisk::new();
+        disk.create_dir(Path::new(GROUP_DIR)).unwrap();
+        let new =
+            NewGroup { id: GroupId([7; 16]), name: "g".parse().unwrap(), segment_bytes: 64 << 10 };
+        let group = Group::create(group_context(&disk), Path::new(GROUP_DIR), new).unwrap();
+        group.create_volume("v".parse().unwrap(), RECOVERY_VOLUME_BYTES as u64).unwrap();
+        let mut moments = vec![vec![0; RECOVERY_VOLUME_BYTES]];
+        for version in 1..=12u8 {
+            let (offset, data) = (usize::from(version) * 1536, vec![version; 3072]);
+            let op = Op::Write { offset: offset as u64, data: &data };
+            let request = Request { volume: VolumeNumber(1), op, fua: version % 5 == 0 };
+            group.append(&[request]).pop().unwrap().unwrap();
+            let mut contents = moments.last().unwrap().clone();
+            contents[offset..offset + data.len()].copy_from_slice(&data);
+            moments.push(contents);
+            if version == 6 {
+                group.sync_now().unwrap();
+            }
+        }
+        let disk = disk.snapshot();
+        let mut files = Vec::new();
+        list(&disk, Path::new(GROUP_DIR), &mut files);
+        Left { disk, files, moments }
+    })
+}
+
+fn list(disk: &MemoryDisk, dir: &Path, files: &mut Vec<PathBuf>) {
+    for name in disk.list(dir).unwrap() {
+        let path = dir.join(name);
+        if disk.list(&path).is_ok() {
+            list(disk, &path, files);
+        } else {
+            files.push(path);
+        }
+    }
+}
+
+/// Damage to the files of a group, then its start. The bytes are edits: file (1), what (1), offset
+/// in steps of 8 (2), length (1), and as many bytes. Even kinds write them there, 1 cuts the file
+/// there, 3 removes it, 5 mends the checksum of a record that begins there. It never panics. Where
+/// no checksum was mended, the volume shows one moment of its history, or errors in its place.
+pub fn log_recovery(mut bytes: &[u8]) {
+    let left = left();
+    let disk = left.disk.snapshot();
+    let mut mended = false;
+    while let [file, what, low, high, length, rest @ ..] = bytes {
+        let path = &left.files[usize::from(*file) % left.files.len()];
+        let offset = u64::from(u16::from_le_bytes([*low, *high])) * 8;
+        let data = &rest[..rest.len().min(usize::from(*length))];
+        bytes = &rest[data.len()..];
+        let Ok(file) = disk.open(path, OpenMode::ReadWrite) else { continue };
+        match what % 8 {
+            1 => file.set_len(offset.min(file.len().unwrap())).unwrap(),
+            3 => disk.remove(path).unwrap(),
+            5 => mended |= mend(&*file, offset),
+            _ => drop(file.write_at(&[io::IoSlice::new(data)], offset)),
+        }
+    }
+    let Ok((group, _)) = Group::open(group_context(&disk), Path::new(GROUP_DIR)) else { return };
+    let mut shown = Vec::new();
+    for sector in 0..RECOVERY_VOLUME_BYTES / 512 {
+        let mut buffer = vec![0; 512];
+        let offset = sector as u64 * 512;
+        let mut reads =
+            [Fetch { volume: VolumeNumber(1), offset, buffer: &mut buffer, result: Ok(()) }];
+        group.read(&mut reads);
+        let [read] = reads;
+        let is_read = read.result.is_ok();
+        shown.push(is_read.then_some(buffer));
+    }
+    if mended || group.control().volumes.len() != 1 {
+        return;
+    }
+    let agrees = |contents: &Vec<u8>| {
+        shown
+            .iter()
+            .zip(contents.chunks(512))
+            .all(|(shown, held)| shown.as_ref().is_none_or(|shown| shown == held))
+    };
+    let state = group.data_state().0;
+    assert!(
+        left.moments.iter().any(agrees),
+        "what is shown is no moment of the history; {state:?}"
+    );
+}
+
+/// Gives a record that begins at an offset the checksum of what it holds by now.
+fn mend(file: &dyn DiskFile, offset: u64) -> bool {
+    let mut head = vec![0; 96];
+    if file.read_at(&mut head, offset).is_err() {
+        return false;
+    }
+    let size = u32::from_le_bytes(head[8..12].try_into().unwrap()) as usize;
+    if !(96..=4096).contains(&size) {
+        return false;
+    }
+    let mut record = vec![0; size];
+    if file.read_at(&mut record, offset).is_err() {
+        return false;
+    }
+    record[88..96].fill(0);
+    let checksum = xxhash_rust::xxh3::xxh3_64(&record);
+    file.write_at(&[io::IoSlice::new(&checksum.to_le_bytes())], offset + 88).is_ok()
+}
+
+struct Asked {
+    socket: PathBuf,
+    _runtime: tokio::runtime::Runtime,
+    _node: Mutex<Node>,
+    _dir: tempfile::TempDir,
+}
+
+/// One node for the whole process: what one request does must not harm the next.
+fn node() -> &'static Asked {
+    static ASKED: OnceLock<Asked> = OnceLock::new();
+    ASKED.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("run/control.sock");
+        let text = format!(
+            "node = \"a\"\ndata_dir = \"{0}/data\"\n[control]\nsocket = \"{1}\"\n\
+             [[nbd]]\nlisten = \"unix:{0}/run/nbd.sock\"\n",
+            dir.path().display(),
+            socket.display()
+        );
+        let config = Config::parse(Path::new("tidelog.toml"), &text).unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let node = runtime.block_on(Node::start(config)).unwrap();
+        Asked { socket, _runtime: runtime, _node: Mutex::new(node), _dir: dir }
+    })
+}
+
+fn ask(socket: &Path, request: &[u8]) -> Vec<u8> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let _ = stream.write_all(request);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    answer
+}
+
+/// A request to the control socket: its first line is method and path, what follows is the body.
+/// The answer is never a bug of ours, and the next request is answered.
+pub fn control_request(bytes: &[u8]) {
+    let line_end = bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len());
+    let (line, body) = (&bytes[..line_end], bytes.get(line_end + 1..).unwrap_or(&[]));
+    // Followers of events stay for ever, and paths in a body name files of this machine.
+    if line.windows(6).any(|part| part == b"events") || body.contains(&b'/') {
+        return;
+    }
+    let control = node();
+    let mut request = line.to_vec();
+    request.extend_from_slice(
+        format!(
+            " HTTP/1.1\r\nhost: tidelog\r\nconnection: close\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        )
+        .as_bytes(),
+    );
+    request.extend_from_slice(body);
+    let answer = ask(&control.socket, &request);
+    let text = String::from_utf8_lossy(&answer);
+    assert!(!text.starts_with("HTTP/1.1 500"), "{text}");
+    let status = b"GET /v1/status HTTP/1.1\r\nhost: tidelog\r\nconnection: close\r\n\r\n";
+    let answer = ask(&control.socket, status);
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
 }

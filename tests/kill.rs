@@ -1,4 +1,5 @@
-//! `kill -9` of either appliance under load, twenty times: no answered write is lost, every image
+//! `kill -9` of either appliance under load, twenty times (`TIDELOG_KILLS=N` of them, in
+//! `scripts/soak`): no answered write is lost, every image
 //! on the secondary is a prefix, and both nodes go on by themselves.
 
 use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
@@ -6,6 +7,14 @@ use crate::support::oracle::BLOCK_BYTES;
 use crate::support::{Appliance, Setup, wait_for};
 
 const KILLS: usize = 20;
+
+fn kills() -> usize {
+    match std::env::var("TIDELOG_KILLS") {
+        Ok(text) => text.parse().expect("TIDELOG_KILLS is a number"),
+        Err(_) => KILLS,
+    }
+}
+
 /// Requests between two kills, at least.
 const REQUESTS_PER_ROUND: usize = 400;
 
@@ -58,7 +67,8 @@ fn answered_writes_survive_kill_9_of_either_node_twenty_times() {
     wait_until_streaming(&a);
 
     let load = Load::start(a.nbd_socket());
-    for round in 0..KILLS {
+    let kills = kills();
+    for round in 0..kills {
         load.wait_for_more(REQUESTS_PER_ROUND);
         let kill_primary = round % 2 == 0;
         let victim = if kill_primary { &mut a } else { &mut b };
@@ -71,12 +81,13 @@ fn answered_writes_survive_kill_9_of_either_node_twenty_times() {
         check_secondary(&b, &load, round);
     }
     let history = load.stop();
-    assert!(history.answered() > KILLS * REQUESTS_PER_ROUND);
+    assert!(history.answered() > kills * REQUESTS_PER_ROUND);
     wait_until_b_has(&a, &b);
     let live = contents(&a, "");
     hold("live on a at the end", history.faults(&live, Some(history.now())));
     b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     assert_eq!(contents(&b, "@end"), live, "b holds what a holds");
+    println!("{kills} kills, {} requests answered", history.answered());
     for node in [&a, &b] {
         assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
     }

@@ -54,7 +54,13 @@ pub(super) fn show(context: &Context, call: &Call) -> Answer {
     answer(volume_info(&group, &volume))
 }
 
+/// What the engine takes.
+const SIZE_BYTES_MAX: u64 = 1 << 60;
+
 fn checked_size(volume: &str, size_bytes: u64) -> Result<u64, Problem> {
+    if size_bytes > SIZE_BYTES_MAX {
+        return Err(Problem::invalid(format!("volume {volume}: size {size_bytes} is above 1 EiB")));
+    }
     if size_bytes == 0 || !size_bytes.is_multiple_of(BLOCK_BYTES) {
         let below = size_bytes / BLOCK_BYTES * BLOCK_BYTES;
         let above = below + BLOCK_BYTES;
@@ -63,9 +69,6 @@ fn checked_size(volume: &str, size_bytes: u64) -> Result<u64, Problem> {
             "volume {volume}: size {size_bytes} is not a multiple of {BLOCK_BYTES}; the nearest \
              is {near}"
         )));
-    }
-    if size_bytes > 1 << 62 {
-        return Err(Problem::invalid(format!("volume {volume}: size {size_bytes} is above 4 EiB")));
     }
     Ok(size_bytes)
 }

@@ -249,6 +249,14 @@ struct World {
     conversation: [usize; 2],
 }
 
+/// The seeds of a test: so many, or `TIDELOG_SEEDS` of them in `scripts/soak`.
+fn seeds(short: u64) -> u64 {
+    match std::env::var("TIDELOG_SEEDS") {
+        Ok(text) => text.parse().expect("TIDELOG_SEEDS is a number"),
+        Err(_) => short,
+    }
+}
+
 fn node_id(side: usize) -> NodeId {
     NodeId([side as u8 + 1; 16])
 }

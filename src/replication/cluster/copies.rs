@@ -22,7 +22,7 @@ fn a_copy_becomes_equal_and_stays_so() {
 
 #[test]
 fn one_link_remains_of_two_that_cross() {
-    for seed in 0..50 {
+    for seed in 0..seeds(50) {
         let mut world = World::new(seed);
         world.run(seconds(20));
         let conn = world.nodes[0].core.conn().expect("connected");
@@ -33,7 +33,7 @@ fn one_link_remains_of_two_that_cross() {
 
 #[test]
 fn everything_passes_through_bad_weather_in_order() {
-    for seed in 0..40 {
+    for seed in 0..seeds(40) {
         let mut world = World::new(seed);
         world.weather.cut_one_in = 20 + seed % 60;
         world.weather.delay_most = Duration::from_millis(1 + seed % 200);

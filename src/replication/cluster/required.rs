@@ -16,7 +16,7 @@ fn required(seed: u64) -> World {
 
 #[test]
 fn what_a_required_peer_holds_is_told_and_never_more() {
-    for seed in 0..20 {
+    for seed in 0..seeds(20) {
         let mut world = required(seed);
         world.weather.cut_one_in = 30;
         for _ in 0..200 {

@@ -137,7 +137,7 @@ fn a_tail_that_was_only_received_is_kept_as_a_branch_by_itself() {
 #[test]
 fn whatever_dies_and_returns_ends_in_order_or_says_why() {
     let mut seen = BTreeMap::<&str, u32>::new();
-    for seed in 0..300 {
+    for seed in 0..seeds(300) {
         let mut world = World::new(1000 + seed);
         world.run(seconds(2));
         for _ in 0..60 {
