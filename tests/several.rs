@@ -17,7 +17,7 @@ fn wait_until_all_follow(primary: &Appliance, others: [&Appliance; 2]) {
     for other in others {
         wait_for(&format!("{} to follow {}", other.node, primary.node), || {
             let status = other.status("g");
-            let streams = peer_of(other, &primary.node)["replication_state"] == "streaming";
+            let streams = peer_of(other, primary.node)["replication_state"] == "streaming";
             let equal = status["log"]["head_lsn"] == primary.status("g")["log"]["head_lsn"];
             (status["role"] == "secondary" && streams && equal).then_some(())
         });

@@ -189,8 +189,8 @@ impl Keeper {
             } else {
                 None
             };
-            if end.is_some() {
-                return Ok(end.expect("it was looked at"));
+            if let Some(end) = end {
+                return Ok(end);
             }
         }
     }
