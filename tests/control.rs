@@ -105,7 +105,16 @@ fn images_are_opened_listed_and_closed_at_every_kind_of_point() {
         assert!(image["position"]["epoch"].is_string() && image["position"]["time"].is_string());
     }
     assert_eq!(node.json(&["image", "list", "g"])["images"].as_array().unwrap().len(), 3);
-    assert_eq!(node.json(&["timeline", "g"])["holds"].as_array().unwrap().len(), 3);
+    node.run(&["bookmark", "g", "kept", "--pin"]);
+    let timeline = node.json(&["timeline", "g"]);
+    let holds = timeline["holds"].as_array().unwrap();
+    assert_eq!(holds.len(), 4, "three images and a pin");
+    assert!(holds.iter().all(|hold| hold["disk_bytes"] == 0), "no fold has passed any: {holds:?}");
+    assert_eq!(holds[3]["bookmark"], "kept");
+    let listed = node.json(&["bookmark", "list", "g"])["bookmarks"].clone();
+    assert_eq!((&listed[0]["pinned"], &listed[1]["pinned"]), (&false.into(), &true.into()));
+    let both = failure(&node, &["image", "open", "g", "--branch", "nope"]);
+    assert!(both.contains("tidelog branch list g"), "{both}");
     for name in ["g@i1", "g@i2", "g@i3"] {
         node.run(&["image", "close", name]);
     }

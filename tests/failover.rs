@@ -87,8 +87,25 @@ fn kill_9_of_the_primary_promote_and_its_return_end_in_order_both_ways() {
     assert_eq!(branches.len(), 1, "{branches:?}");
     let name = branches[0]["name"].as_str().unwrap();
     assert!(branches[0]["bytes"].as_u64().unwrap() > 64 * BLOCK_BYTES as u64);
+    // It is exported as any image: the tail that left the history, and under it what was common.
+    b.run(&["image", "open", "g", "--branch", name, "--name", "tail"]);
+    let mut client = tidelog::nbd::Client::connect(&address, "g/one@tail").unwrap();
+    for block in [0, 63, 64, 127] {
+        let number = if block < 64 { 1_000_000 } else { 2_000_000 } + block;
+        let mut found = vec![0; BLOCK_BYTES];
+        client.read(block * BLOCK_BYTES as u64, &mut found).unwrap();
+        assert_eq!(found, stamp(number, 0, block), "block {block}");
+    }
+    drop(client);
+    let holds = b.json(&["timeline", "g"])["holds"].clone();
+    let held = |key: &str, of: &str| {
+        holds.as_array().unwrap().iter().any(|hold| hold[key] == of && hold["lost"].is_null())
+    };
+    assert!(held("image", "tail") && held("branch", name), "{holds}");
+    assert!(!b.command(&["branch", "remove", "g", name]).status.success(), "it is shown");
+    b.run(&["image", "close", "g@tail"]);
     b.run(&["branch", "remove", "g", name]);
-    assert_eq!(b.json(&["timeline", "g"])["branches"].as_array().map(Vec::len), Some(0));
+    assert_eq!(b.json(&["branch", "list", "g"])["branches"].as_array().map(Vec::len), Some(0));
     for node in [&a, &b] {
         assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
     }
