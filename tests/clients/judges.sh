@@ -116,6 +116,9 @@ judge() {
         judged=$((judged + 1))
     done
 }
+# A judge that fails leaves its copy as it is.
+at_end 'mountpoint -q "$work/look" && umount "$work/look"'
+at_end 'losetup --list --noheadings --output NAME --associated "$work/copy" | xargs -r losetup -d'
 declare -A newest=()
 judged=0
 for round in $(seq "$rounds"); do
