@@ -64,7 +64,11 @@ impl Group {
         target: Lsn,
         moments: &[Arc<Moment>],
     ) -> Result<Content, GroupError> {
-        let states: Vec<_> = moments.iter().map(|moment| moment.state()).collect();
+        // An attempt that failed may have begun the files of one that no fold has passed: what it was
+        // is in the log all the same.
+        let passed = |moment: &Moment| moment.lsn() <= horizon.position.lsn;
+        let states: Vec<_> =
+            moments.iter().map(|moment| moment.state().filter(|_| passed(moment))).collect();
         let ahead = moments.iter().zip(&states).filter(|(_, state)| state.is_none());
         let stops: Vec<Lsn> = ahead.map(|(moment, _)| moment.lsn()).collect();
         let replayed = replay_through(&self.segments, horizon, &stops, target);

@@ -11,6 +11,11 @@ pub struct Coverage {
 /// What some hundred histories always meet: a zero among these is a failure.
 pub const MUST: &[&str] = &[
     "answers",
+    "backup runs failed",
+    "backups delegated",
+    "backups done",
+    "backups failed",
+    "backups taken over",
     "branches",
     "clock jumps",
     "crashes in recovery",
@@ -37,7 +42,10 @@ pub const MUST: &[&str] = &[
     "power losses",
     "promotes",
     "promotes refused",
+    "repository out of reach",
     "resolves",
+    "slots missed",
+    "slots proved",
     "switchovers",
     "switchovers refused",
     "three nodes",

@@ -10,7 +10,9 @@
 //! same bytes of trace.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program of its own")]
 
+mod backups;
 mod chance;
+mod checks;
 mod coverage;
 mod hosts;
 mod network;

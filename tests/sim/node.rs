@@ -13,6 +13,7 @@ use tidelog::io::{Clock, Disk, Entropy, Env, MemoryDisk, SeededEntropy};
 use tidelog::replication::simulation::{Input, Job, PeerCore, Settings};
 use tidelog::units::{LogTime, Lsn, Name, NodeId, VolumeNumber};
 
+use super::backups::Keeper;
 use super::chance::SimClock;
 use super::oracle::{Held, Place, SECTOR, SECTORS, VOLUMES};
 use super::world::{Event, World};
@@ -102,6 +103,7 @@ pub struct Node {
     pub disk_troubled: bool,
     /// What each group's image must hold after the next start.
     promises: BTreeMap<usize, Promise>,
+    pub keeper: Keeper,
 }
 
 /// The directory of a group.
@@ -156,6 +158,7 @@ impl Node {
             death: None,
             disk_troubled: false,
             promises: BTreeMap::new(),
+            keeper: Keeper::default(),
         }
     }
 
@@ -388,6 +391,7 @@ impl World {
         this.up = false;
         this.life += 1;
         this.links.clear();
+        this.keeper.forget();
         this.death = None;
         match death {
             Death::Kill => this.disk.clear_faults(),

@@ -268,8 +268,8 @@ impl Oracle {
         }
     }
 
-    /// The power of `node` failed when its cache held what is at `place`: of what it wrote, all that
-    /// no flush covered may be gone.
+    /// The power of `node` failed when its cache held what is at `place`: of what it wrote, all
+    /// that no flush covered may be gone.
     pub fn excuse(&mut self, node: usize, place: Place) {
         for index in 0..place.index {
             let line = &self.lines[place.line];

@@ -69,6 +69,10 @@ impl World {
             host.stopped = true;
         }
         self.run(Duration::from_secs(3));
+        let groups = 0..self.groups.len();
+        let calm: Vec<usize> =
+            groups.filter(|group| self.standing(*group) == Standing::Order).collect();
+        self.check_backups(&calm);
         for group in 0..self.groups.len() {
             match self.standing(group) {
                 Standing::Order => {

@@ -63,6 +63,7 @@ pub fn play(seed: u64, trace: &Rc<RefCell<Trace>>) -> Coverage {
             world.add_host(Host::new(group, fickle));
         }
     }
+    world.begin_backups();
     world.settle();
     world.run(Duration::from_secs(2));
     let steps = 20 + world.chance.below(40);
@@ -135,7 +136,7 @@ impl World {
         let members = self.groups[group].members.clone();
         let member = self.chance.of(&members);
         let up = self.nodes[node].up;
-        match self.chance.below(24) {
+        match self.chance.below(26) {
             0 | 1 if up => self.die(node, Death::Kill),
             2 | 3 if up => self.die(node, Death::Power),
             4 | 5 if up => {
@@ -183,6 +184,7 @@ impl World {
                 self.nodes[node].clock.jump(seconds * 1_000_000_000);
             }
             20 | 21 if up => self.trouble_disk(node),
+            22 | 23 => self.toggle_repository(node),
             _ => {}
         }
         for node in 0..self.nodes.len() {
@@ -331,6 +333,8 @@ impl World {
         let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("image at {lsn}: {why}"));
         oracle.places(&held).unwrap_or_else(|why| panic!("image at {lsn}: {why}"));
         self.coverage.add("images opened", 1);
+        let name = &self.nodes[node].name;
+        self.say(format_args!("{name} opens image {} at {}", image.name(), image.position().lsn));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
         copy.images.push(OpenImage { image, held });
     }

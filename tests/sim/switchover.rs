@@ -1,5 +1,5 @@
-//! A planned change of roles, step by step, as the service does it: writers are halted, the peer has
-//! everything durably, this node is demoted, the peer is asked to begin its reign.
+//! A planned change of roles, step by step, as the service does it: writers are halted, the peer
+//! has everything durably, this node is demoted, the peer is asked to begin its reign.
 
 use std::time::Duration;
 

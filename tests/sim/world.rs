@@ -11,19 +11,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tidelog::group::{DataState, View};
+use tidelog::group::DataState;
 use tidelog::replication::simulation::{
     ConnId, Input, Job, Membership, Output, local_group, perform,
 };
 use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader, Message};
 use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
 
+use super::backups::Backups;
 use super::chance::{Chance, Trace};
 use super::coverage::Coverage;
 use super::hosts::Host;
 use super::network::{Connection, Weather};
-use super::node::{Node, contents};
-use super::oracle::{Oracle, Place};
+use super::node::Node;
+use super::oracle::Oracle;
 use super::switchover::Switch;
 
 /// Something that will happen.
@@ -98,6 +99,10 @@ pub enum Event {
         batch: Vec<(u64, bool)>,
     },
     Switch(Switch),
+    /// A second of a node's scheduler.
+    Backup {
+        node: usize,
+    },
 }
 
 /// A group of the world.
@@ -107,7 +112,7 @@ pub struct WorldGroup {
     pub oracle: Oracle,
     /// The chain at each position that was the head of any node: the same position is the same
     /// bytes everywhere.
-    chains: HashMap<(EpochId, Lsn), Chain>,
+    pub chains: HashMap<(EpochId, Lsn), Chain>,
     /// A resolve was refused since the log does not reach back to where histories part.
     pub beyond: bool,
 }
@@ -131,6 +136,7 @@ pub struct World {
     pub look_one_in: u64,
     /// Hosts wait up to one of these between two turns, milliseconds.
     pub host_pauses: [u64; 4],
+    pub backups: Option<Backups>,
 }
 
 impl World {
@@ -151,6 +157,7 @@ impl World {
             window_bytes: 16 << 20,
             look_one_in: 8,
             host_pauses: [20, 200, 800, 2000],
+            backups: None,
         }
     }
 
@@ -240,6 +247,7 @@ impl World {
                 self.answer_arrives(host, (node, life), &batch);
             }
             Event::Switch(switch) => self.go_on_with_switch(switch),
+            Event::Backup { node } => self.backup_tick(node),
             // Of an earlier life.
             Event::Wake { .. }
             | Event::Look { .. }
@@ -284,21 +292,6 @@ impl World {
                     self.check_positions(node, group);
                 }
             }
-        }
-    }
-
-    /// What holds of a group's positions at every moment.
-    fn check_positions(&mut self, node: usize, group: usize) {
-        let copy = &self.nodes[node].copies[&group];
-        let at = copy.group.positions();
-        let name = &self.nodes[node].name;
-        assert!(at.durable <= at.head, "{name}: durable beyond the head: {at:?}");
-        assert!(at.committed <= at.head, "{name}: committed beyond the head: {at:?}");
-        assert!(at.horizon <= at.durable, "{name}: folded what is not durable: {at:?}");
-        if at.head > Lsn::ZERO {
-            let chains = &mut self.groups[group].chains;
-            let known = *chains.entry((at.epoch, at.head)).or_insert(at.chain);
-            assert_eq!(known, at.chain, "{name}: other bytes up to {} than elsewhere", at.head);
         }
     }
 
@@ -556,71 +549,6 @@ impl World {
             self.check_images(node, group);
             self.note_sure(node, group);
         }
-    }
-
-    /// Every image that is open shows what it showed first, or says that it is broken.
-    pub fn check_images(&mut self, node: usize, group: usize) {
-        let powered = self.nodes[node].disk.has_power();
-        let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
-        if !powered || copy.half_cut {
-            return;
-        }
-        let before = copy.images.len();
-        copy.images.retain(|open| open.image.broken().is_none());
-        let broken = before - copy.images.len();
-        let half_folded = copy.fold_failed;
-        for open in &copy.images {
-            let bytes = match contents(&*open.image as &dyn View) {
-                Err(error) if half_folded && error.contains("damaged: base of") => continue,
-                bytes => bytes.expect("an image that is not broken"),
-            };
-            let held = self.groups[group].oracle.read(&bytes).expect("an image");
-            assert!(held == open.held, "image {} changed", open.image.name());
-        }
-        self.coverage.add("images broken", broken as u64);
-    }
-
-    /// Reads the image of a group on a node, and remembers what is in its cache.
-    pub fn note_sure(&mut self, node: usize, group: usize) {
-        let Some(copy) = self.nodes[node].copies.get(&group) else { return };
-        let must = copy.sure.clone();
-        let places = self.verify(node, group, &must);
-        if !places.is_empty() {
-            self.nodes[node].copies.get_mut(&group).expect("it was read").sure = places;
-        }
-    }
-
-    /// The image of a group on a node is one prefix, and holds what it must: where it may be, or
-    /// nothing where it cannot be read now.
-    pub fn verify(&mut self, node: usize, group: usize, must: &[Place]) -> Vec<Place> {
-        let name = &self.nodes[node].name;
-        let Some(found) = self.nodes[node].group(group) else { return Vec::new() };
-        // It dies at the end of this step.
-        if !self.nodes[node].disk.has_power() || self.nodes[node].copies[&group].half_cut {
-            return Vec::new();
-        }
-        let bytes = match contents(&**found as &dyn View) {
-            Ok(bytes) => bytes,
-            // A fold that failed half-way leaves blocks that only its end makes whole.
-            Err(error)
-                if self.nodes[node].copies[&group].fold_failed
-                    && error.contains("damaged: base of") =>
-            {
-                self.coverage.add("blocks half folded", 1);
-                return Vec::new();
-            }
-            Err(error) => panic!("{name}: group {group}: {error}"),
-        };
-        self.coverage.add("images read", 1);
-        let oracle = &self.groups[group].oracle;
-        let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {why}"));
-        let places = oracle.places(&held).unwrap_or_else(|why| panic!("{name}: {why}"));
-        let holding = oracle.holding(places, must);
-        assert!(
-            !holding.is_empty(),
-            "{name}: group {group}: the image is at one of {places:?}, and must hold {must:?}"
-        );
-        holding
     }
 }
 

@@ -1,0 +1,477 @@
+//! The backups of a group: a slot each minute, the pure scheduler and its run on each node, and a
+//! repository of small objects that a node may lose sight of.
+//!
+//! The slots, the decision, the way through a slot and the claims are the library's; what its
+//! threads do around them is a tick of each node every second here.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tidelog::backup::{
+    Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Objects, Observation, Outcome,
+    PeerPhase, Placement, Reason, ReplicationFacts, Schedule, SlotResult, SlotRun, SlotStore,
+};
+use tidelog::group::{DataState, Image, Point, Role};
+use tidelog::replication::ReplicationState;
+use tidelog::units::{EpochId, LogTime, Name, Span};
+
+use super::node::contents;
+use super::oracle::Held;
+use super::world::{Event, World};
+
+const TERM: Span = Span::from_secs(6);
+
+/// The repository as one node sees it.
+pub struct Reach {
+    objects: Arc<MemoryObjects>,
+    within: AtomicBool,
+}
+
+impl Reach {
+    fn check(&self) -> io::Result<()> {
+        match self.within.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => Err(io::Error::new(io::ErrorKind::NotConnected, "out of reach")),
+        }
+    }
+}
+
+impl Objects for Reach {
+    fn create(&self, name: &str, body: &[u8]) -> io::Result<bool> {
+        self.check().and_then(|()| self.objects.create(name, body))
+    }
+    fn replace(&self, name: &str, body: &[u8]) -> io::Result<()> {
+        self.check().and_then(|()| self.objects.replace(name, body))
+    }
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        self.check().and_then(|()| self.objects.read(name))
+    }
+    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
+        self.check().and_then(|()| self.objects.list(dir))
+    }
+}
+
+/// A backup that is being made.
+struct Making {
+    number: u32,
+    counter: u64,
+    run: EpochId,
+    started: Duration,
+    renewed: Duration,
+    takes: Duration,
+    image: Arc<Image>,
+    held: Held,
+}
+
+/// A slot that is open on a node.
+struct Open {
+    run: SlotRun,
+    store: SlotStore,
+    phase: PeerPhase,
+    making: Option<Making>,
+}
+
+/// What a node knows of backups.
+#[derive(Default)]
+pub struct Keeper {
+    /// Up to where each group's slots were dealt with; kept on disk.
+    handled: BTreeMap<usize, LogTime>,
+    open: BTreeMap<(usize, LogTime), Open>,
+}
+
+impl Keeper {
+    /// The process ended: what was open is gone.
+    pub fn forget(&mut self) {
+        self.open.clear();
+    }
+}
+
+/// The backups of the world.
+pub struct Backups {
+    objects: Arc<MemoryObjects>,
+    reaches: Vec<Arc<Reach>>,
+    schedule: Schedule,
+    settings: JobSettings,
+    since: LogTime,
+    /// No run takes longer than it may.
+    calm: bool,
+    /// Runs that ended as the one that made a slot's backup.
+    done: BTreeMap<(usize, LogTime), u32>,
+}
+
+impl World {
+    /// Each group of two gets a job that is due every minute.
+    pub fn begin_backups(&mut self) {
+        let objects = Arc::new(MemoryObjects::new());
+        let reach =
+            |_| Arc::new(Reach { objects: Arc::clone(&objects), within: AtomicBool::new(true) });
+        let placement = self.chance.of(&[
+            Placement::PreferSecondary,
+            Placement::PreferSecondary,
+            Placement::PreferPrimary,
+            Placement::Any,
+        ]);
+        let settings = JobSettings {
+            placement,
+            deadline: Span::from_secs(20),
+            run_limit: Span::from_secs(15),
+            grace: Span::from_secs(5),
+            ..JobSettings::default()
+        };
+        self.backups = Some(Backups {
+            reaches: (0..self.nodes.len()).map(reach).collect(),
+            objects,
+            schedule: Schedule::parse("* * * * *", None).expect("a schedule"),
+            settings,
+            since: self.nodes[0].wall(),
+            calm: false,
+            done: BTreeMap::new(),
+        });
+        for node in 0..self.nodes.len() {
+            self.schedule(Duration::from_millis(900), Event::Backup { node });
+        }
+    }
+
+    fn job(group: usize) -> EpochId {
+        EpochId(group as u64 + 1)
+    }
+
+    /// The repository comes into a node's sight, or leaves it.
+    pub fn toggle_repository(&mut self, node: usize) {
+        let Some(backups) = &self.backups else { return };
+        let within = !backups.reaches[node].within.load(Ordering::Relaxed);
+        self.set_repository(node, within);
+    }
+
+    fn set_repository(&mut self, node: usize, within: bool) {
+        let Some(backups) = &self.backups else { return };
+        backups.reaches[node].within.store(within, Ordering::Relaxed);
+        self.coverage.add("repository out of reach", u64::from(!within));
+        self.say(format_args!("{} has the repository: {within}", self.nodes[node].name));
+    }
+
+    /// One second of a node's scheduler.
+    pub fn backup_tick(&mut self, node: usize) {
+        self.schedule(Duration::from_secs(1), Event::Backup { node });
+        if !self.nodes[node].up {
+            return;
+        }
+        for group in self.nodes[node].copies.keys().copied().collect::<Vec<_>>() {
+            if self.groups[group].members.len() == 2 {
+                self.open_slots(node, group);
+            }
+        }
+        let open: Vec<_> = self.nodes[node].keeper.open.keys().copied().collect();
+        for (group, slot) in open {
+            let Some(mut open) = self.nodes[node].keeper.open.remove(&(group, slot)) else {
+                continue;
+            };
+            if open.making.is_some() {
+                self.go_on_making(node, group, slot, &mut open);
+            } else if matches!(open.phase, PeerPhase::Deciding) {
+                self.go_on_deciding(node, group, slot, &mut open);
+            }
+            if self.nodes[node].disk.has_power() {
+                self.nodes[node].keeper.open.insert((group, slot), open);
+            }
+        }
+    }
+
+    fn open_slots(&mut self, node: usize, group: usize) {
+        let Some(backups) = &self.backups else { return };
+        let (wall, monotonic) = (self.nodes[node].wall(), self.nodes[node].monotonic());
+        let handled = self.nodes[node].keeper.handled.get(&group).copied();
+        let deadline = backups.settings.deadline.0;
+        let due = backups.schedule.due(backups.since, handled, wall, deadline);
+        let this = self.nodes[node].name.clone();
+        let keeper = &mut self.nodes[node].keeper;
+        for slot in due.missed {
+            if !keeper.open.contains_key(&(group, slot)) {
+                keeper.handled.insert(group, slot);
+                self.coverage.add("slots missed", 1);
+            }
+        }
+        let Some(slot) = due.open else { return };
+        if keeper.open.contains_key(&(group, slot)) {
+            return;
+        }
+        let deadline_at = monotonic + slot.after(deadline).since(wall);
+        let run = SlotRun::new(this, backups.settings.clone(), deadline_at);
+        let objects = backups.reaches[node].clone();
+        let store = SlotStore::new(objects, Self::job(group), slot);
+        let open = Open { run, store, phase: PeerPhase::Deciding, making: None };
+        // Slots of the job that only wait are decided now.
+        for ((other, _), waiting) in &mut keeper.open {
+            if *other == group && matches!(waiting.phase, PeerPhase::Deciding) {
+                waiting.run.next_is_due(slot);
+            }
+        }
+        keeper.open.insert((group, slot), open);
+        self.coverage.add("slots opened", 1);
+    }
+
+    fn node_facts(&self, node: usize, group: usize) -> NodeFacts {
+        let mut facts = NodeFacts::unknown(self.nodes[node].name.clone());
+        facts.cpu_percent = Some(5.0);
+        facts.memory_free_bytes = Some(8 << 30);
+        (facts.storage_free_bytes, facts.storage_total_bytes) = (Some(50 << 30), Some(100 << 30));
+        let backups = self.backups.as_ref().expect("backups are made");
+        facts.repository = Some(backups.reaches[node].check().is_ok());
+        if let Some(found) = self.nodes[node].group(group) {
+            let problem = |code: &str, text: String| Reason { code: code.to_owned(), text };
+            let (state, why, _) = found.data_state();
+            if matches!(state, DataState::Failed | DataState::None) {
+                facts.problems.push(problem("data-failed", why.unwrap_or_default()));
+            }
+            if let Some(why) = found.held_back() {
+                facts.problems.push(problem("held-back", why));
+            }
+        }
+        facts
+    }
+
+    /// What a node sees of a slot, and what its peer says.
+    fn facts(&self, node: usize, group: usize, slot: LogTime) -> (Facts, Option<PeerPhase>) {
+        let name = |text: &str| text.parse::<Name>().expect("a name");
+        let members = &self.groups[group].members;
+        let peer = members[usize::from(members[0] == node)];
+        let core = &self.nodes[node].links[&peer].core;
+        let now = self.nodes[node].monotonic();
+        let link_lost = core.link_down().map(|(since, _)| Span(now.saturating_sub(since)));
+        let answers =
+            link_lost.is_none() && self.nodes[peer].up && !self.weather(node, peer).partitioned;
+        let state = core.channel(self.groups[group].id).map(|channel| channel.state().0);
+        let healthy =
+            matches!(state, Some(ReplicationState::Streaming | ReplicationState::CatchingUp));
+        let lag = if healthy { Some(Span::from_secs(1)) } else { link_lost };
+        let (here, phase) = (self.node_facts(node, group), {
+            let open = self.nodes[peer].keeper.open.get(&(group, slot));
+            answers.then(|| open.map_or(PeerPhase::Unknown, |open| open.phase.clone()))
+        });
+        let there = match answers {
+            true => self.node_facts(peer, group),
+            false => NodeFacts::unknown(self.nodes[peer].name.clone()),
+        };
+        let role = self.nodes[node].group(group).map_or(Role::Secondary, |found| found.role());
+        let (primary, secondary) = match role {
+            Role::Primary => (here, there),
+            Role::Secondary => (there, here),
+        };
+        let facts = Facts {
+            group: name("g"),
+            job: name("minutely"),
+            slot: Some(slot),
+            role,
+            replicated: true,
+            retired: false,
+            replication: ReplicationFacts {
+                healthy,
+                reasons: Vec::new(),
+                lag,
+                link_lost,
+                age: Span::default(),
+            },
+            primary,
+            secondary,
+            active: Role::Primary,
+            deadline_passed: false,
+            next_due: None,
+            done_by: None,
+            running_on: None,
+            given_up: Vec::new(),
+            assumed: Default::default(),
+        };
+        (facts, phase)
+    }
+
+    fn go_on_deciding(&mut self, node: usize, group: usize, slot: LogTime, open: &mut Open) {
+        let Some(found) = self.nodes[node].group(group).cloned() else { return };
+        if found.awaits_answer() {
+            return;
+        }
+        let (facts, peer) = self.facts(node, group, slot);
+        let now = self.nodes[node].monotonic();
+        let view = open.store.look(now).map_err(|error| error.to_string());
+        let number = view.as_ref().map_or(0, |view| view.number);
+        let role = facts.role;
+        match open.run.step(Observation { now, facts, view, peer }) {
+            Next::Wait(_) => {}
+            Next::End(outcome, _) => {
+                let what = match outcome {
+                    Outcome::Delegated => "backups delegated",
+                    Outcome::Failed => "backups failed",
+                    _ => "backups skipped",
+                };
+                self.coverage.add(what, 1);
+                let why = format!("{outcome:?}");
+                open.phase = PeerPhase::Ended { outcome, why };
+                self.nodes[node].keeper.handled.insert(group, slot);
+            }
+            Next::Run(_) => {
+                let run = EpochId(self.chance.next());
+                let node_name = self.nodes[node].name.clone();
+                let claim = Claim { node: node_name, run, term: TERM };
+                match open.store.claim(number + 1, &claim) {
+                    Ok(true) => {}
+                    Ok(false) => return self.coverage.add("claims lost", 1),
+                    Err(error) => return open.run.failed_here(format!("claim: {error}")),
+                }
+                self.coverage.add("claims taken over", u64::from(number > 0));
+                if role == Role::Primary {
+                    let _ = found.sync_now();
+                }
+                let point = Point::Lsn(found.positions().committed);
+                let image = found.open_image(&point, None, "backup", None);
+                let bytes = image.as_ref().map(|image| contents(&**image));
+                let (Ok(image), Ok(Ok(bytes))) = (&image, &bytes) else {
+                    let _ = open.store.end(number + 1, "no image");
+                    return open.run.failed_here("no image");
+                };
+                let oracle = &self.groups[group].oracle;
+                let held = oracle.read(bytes).unwrap_or_else(|why| panic!("backup: {why}"));
+                oracle.places(&held).unwrap_or_else(|why| panic!("backup: {why}"));
+                // Too long for its limit, where not all is to be well.
+                let longest = if self.backups.as_ref().is_some_and(|it| it.calm) { 8 } else { 40 };
+                let takes = Duration::from_secs(self.chance.of(&[1, 3, 8, longest]));
+                self.say(format_args!(
+                    "{} makes the backup of group {group} for {slot}, claim {}",
+                    self.nodes[node].name,
+                    number + 1
+                ));
+                open.phase = PeerPhase::Running;
+                open.making = Some(Making {
+                    number: number + 1,
+                    counter: 0,
+                    run,
+                    started: now,
+                    renewed: now,
+                    takes,
+                    image: Arc::clone(image),
+                    held,
+                });
+            }
+        }
+    }
+
+    fn go_on_making(&mut self, node: usize, group: usize, slot: LogTime, open: &mut Open) {
+        let Some(found) = self.nodes[node].group(group).cloned() else { return };
+        let Some(mut making) = open.making.take() else { return };
+        let now = self.nodes[node].monotonic();
+        let limit = self.backups.as_ref().expect("backups are made").settings.run_limit.0;
+        let spent = now.saturating_sub(making.started);
+        let failure = if spent >= limit {
+            Some("the run is over its limit".to_owned())
+        } else {
+            making.image.broken()
+        };
+        if let Some(why) = failure {
+            self.coverage.add("backup runs failed", 1);
+            let _ = open.store.end(making.number, &why);
+            let _ = found.close_this_image(&making.image);
+            open.run.failed_here(why);
+            open.phase = PeerPhase::Deciding;
+            return;
+        }
+        if now.saturating_sub(making.renewed) >= Duration::from_secs(1) {
+            making.counter += 1;
+            making.renewed = now;
+            let _ = open.store.renew(making.number, making.counter);
+        }
+        if spent < making.takes {
+            open.making = Some(making);
+            return;
+        }
+        let at = making.image.position();
+        if let Ok(bytes) = contents(&*making.image) {
+            let held = self.groups[group].oracle.read(&bytes).expect("an image");
+            assert!(held == making.held, "a backup's image changed while it was made");
+        }
+        let _ = found.close_this_image(&making.image);
+        if !found.is_in_history(at) {
+            self.coverage.add("backups of a branch", 1);
+            let _ = open.store.end(making.number, "its image is on a branch");
+            open.run.failed_here("its image is on a branch");
+            open.phase = PeerPhase::Deciding;
+            return;
+        }
+        let result = SlotResult {
+            node: self.nodes[node].name.clone(),
+            role: found.role(),
+            run: making.run,
+            id: format!("{:?}", making.run),
+            epoch: at.epoch,
+            lsn: at.lsn,
+            time: at.time,
+            ended: self.nodes[node].wall(),
+            bytes_read: 0,
+            bytes_added: 0,
+            duration_seconds: spent.as_secs_f64(),
+            checksums: Vec::new(),
+            reasons_at_end: Vec::new(),
+        };
+        match open.store.finish(&result) {
+            Ok(None) => {
+                let backups = self.backups.as_mut().expect("backups are made");
+                let count = backups.done.entry((group, slot)).or_default();
+                *count += 1;
+                assert_eq!(*count, 1, "group {group}: two backups of slot {slot}");
+                self.coverage.add("backups done", 1);
+                self.coverage.add("backups taken over", u64::from(making.number > 1));
+                self.say(format_args!("{} has made {slot}", self.nodes[node].name));
+                open.phase = PeerPhase::Done;
+                self.nodes[node].keeper.handled.insert(group, slot);
+            }
+            Ok(Some(_)) => {
+                self.coverage.add("backups superseded", 1);
+                let outcome = Outcome::Superseded;
+                open.phase = PeerPhase::Ended { outcome, why: "superseded".to_owned() };
+                self.nodes[node].keeper.handled.insert(group, slot);
+            }
+            Err(error) => {
+                let _ = open.store.end(making.number, "result");
+                open.run.failed_here(format!("result: {error}"));
+                open.phase = PeerPhase::Deciding;
+            }
+        }
+    }
+
+    /// All is well: the next slot that a node has not dealt with gets exactly one backup.
+    pub fn check_backups(&mut self, calm: &[usize]) {
+        for node in 0..self.nodes.len() {
+            self.set_repository(node, true);
+        }
+        let Some(backups) = &mut self.backups else { return };
+        backups.calm = true;
+        let Some(backups) = &self.backups else { return };
+        let next = |world: &World, group: usize| {
+            let first = world.groups[group].members.iter().map(|node| world.nodes[*node].wall());
+            backups.schedule.next(first.max()?)
+        };
+        let wanted: Vec<(usize, LogTime)> = calm
+            .iter()
+            .filter(|group| self.groups[**group].members.len() == 2)
+            .filter_map(|group| Some((*group, next(self, *group)?)))
+            .filter(|(group, slot)| {
+                let open = |node: &usize| {
+                    let handled = self.nodes[*node].keeper.handled.get(group);
+                    handled.is_none_or(|handled| handled < slot)
+                };
+                self.groups[*group].members.iter().any(open)
+            })
+            .collect();
+        // The slot comes within a minute, and each node has its chance.
+        self.run(Duration::from_secs(60 + 20 + 2 * 15 + 20));
+        for (group, slot) in wanted {
+            let backups = self.backups.as_ref().expect("backups are made");
+            let made = backups.done.get(&(group, slot)).copied().unwrap_or_default();
+            let objects = backups.objects.clone();
+            let store = SlotStore::new(objects, Self::job(group), slot);
+            let result = store.result().expect("within reach");
+            assert_eq!(made, 1, "group {group}: slot {slot} has no backup; result: {result:?}");
+            self.coverage.add("slots proved", 1);
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What holds at every moment, and is looked at as the world goes on.
+
+use tidelog::group::View;
+use tidelog::units::Lsn;
+
+use super::node::contents;
+use super::oracle::Place;
+use super::world::World;
+
+impl World {
+    /// What holds of a group's positions at every moment.
+    pub fn check_positions(&mut self, node: usize, group: usize) {
+        let copy = &self.nodes[node].copies[&group];
+        let at = copy.group.positions();
+        let name = &self.nodes[node].name;
+        assert!(at.durable <= at.head, "{name}: durable beyond the head: {at:?}");
+        assert!(at.committed <= at.head, "{name}: committed beyond the head: {at:?}");
+        assert!(at.horizon <= at.durable, "{name}: folded what is not durable: {at:?}");
+        if at.head > Lsn::ZERO {
+            let chains = &mut self.groups[group].chains;
+            let known = *chains.entry((at.epoch, at.head)).or_insert(at.chain);
+            assert_eq!(known, at.chain, "{name}: other bytes up to {} than elsewhere", at.head);
+        }
+    }
+
+    /// Every image that is open shows what it showed first, or says that it is broken.
+    pub fn check_images(&mut self, node: usize, group: usize) {
+        let powered = self.nodes[node].disk.has_power();
+        let name = self.nodes[node].name.clone();
+        let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
+        if !powered || copy.half_cut {
+            return;
+        }
+        let before = copy.images.len();
+        copy.images.retain(|open| open.image.broken().is_none());
+        let broken = before - copy.images.len();
+        let half_folded = copy.fold_failed;
+        for open in &copy.images {
+            let bytes = match contents(&*open.image as &dyn View) {
+                Err(error) if half_folded && error.contains("damaged: base of") => continue,
+                bytes => bytes.expect("an image that is not broken"),
+            };
+            let held = self.groups[group].oracle.read(&bytes).expect("an image");
+            let differ = (0..held.len()).find(|at| held[*at] != open.held[*at]);
+            assert!(
+                differ.is_none(),
+                "{}: group {group}: image {} at {:?} changed: {:?}: {:?} instead of {:?}",
+                name,
+                open.image.name(),
+                open.image.position().lsn,
+                differ,
+                differ.map(|at| held[at]),
+                differ.map(|at| open.held[at])
+            );
+        }
+        self.coverage.add("images broken", broken as u64);
+    }
+
+    /// Reads the image of a group on a node, and remembers what is in its cache.
+    pub fn note_sure(&mut self, node: usize, group: usize) {
+        let Some(copy) = self.nodes[node].copies.get(&group) else { return };
+        let must = copy.sure.clone();
+        let places = self.verify(node, group, &must);
+        if !places.is_empty() {
+            self.nodes[node].copies.get_mut(&group).expect("it was read").sure = places;
+        }
+    }
+
+    /// The image of a group on a node is one prefix, and holds what it must: where it may be, or
+    /// nothing where it cannot be read now.
+    pub fn verify(&mut self, node: usize, group: usize, must: &[Place]) -> Vec<Place> {
+        let name = &self.nodes[node].name;
+        let Some(found) = self.nodes[node].group(group) else { return Vec::new() };
+        // It dies at the end of this step.
+        if !self.nodes[node].disk.has_power() || self.nodes[node].copies[&group].half_cut {
+            return Vec::new();
+        }
+        let bytes = match contents(&**found as &dyn View) {
+            Ok(bytes) => bytes,
+            // A fold that failed half-way leaves blocks that only its end makes whole.
+            Err(error)
+                if self.nodes[node].copies[&group].fold_failed
+                    && error.contains("damaged: base of") =>
+            {
+                self.coverage.add("blocks half folded", 1);
+                return Vec::new();
+            }
+            Err(error) => panic!("{name}: group {group}: {error}"),
+        };
+        self.coverage.add("images read", 1);
+        let oracle = &self.groups[group].oracle;
+        let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {why}"));
+        let places = oracle.places(&held).unwrap_or_else(|why| panic!("{name}: {why}"));
+        let holding = oracle.holding(places, must);
+        assert!(
+            !holding.is_empty(),
+            "{name}: group {group}: the image is at one of {places:?}, and must hold {must:?}"
+        );
+        holding
+    }
+}
