@@ -1,5 +1,5 @@
-//! The backups of a group: a slot each minute, the pure scheduler and its run on each node, and a
-//! repository of small objects that a node may lose sight of.
+//! The backups of a group: a slot every five minutes, the pure scheduler and its run on each node,
+//! and a repository of small objects that a node may lose sight of.
 //!
 //! The slots, the decision, the way through a slot and the claims are the library's; what its
 //! threads do around them is a tick of each node every second here.
@@ -80,12 +80,15 @@ pub struct Keeper {
     /// Up to where each group's slots were dealt with; kept on disk.
     handled: BTreeMap<usize, LogTime>,
     open: BTreeMap<(usize, LogTime), Open>,
+    /// Between these the schedule has nothing new for a group.
+    quiet: BTreeMap<usize, (LogTime, LogTime)>,
 }
 
 impl Keeper {
     /// The process ended: what was open is gone.
     pub fn forget(&mut self) {
         self.open.clear();
+        self.quiet.clear();
     }
 }
 
@@ -103,7 +106,7 @@ pub struct Backups {
 }
 
 impl World {
-    /// Each group of two gets a job that is due every minute.
+    /// Each group of two gets a job that is due every five minutes.
     pub fn begin_backups(&mut self) {
         let objects = Arc::new(MemoryObjects::new());
         let reach =
@@ -124,7 +127,7 @@ impl World {
         self.backups = Some(Backups {
             reaches: (0..self.nodes.len()).map(reach).collect(),
             objects,
-            schedule: Schedule::parse("* * * * *", None).expect("a schedule"),
+            schedule: Schedule::parse("*/5 * * * *", None).expect("a schedule"),
             settings,
             since: self.nodes[0].wall(),
             calm: false,
@@ -183,11 +186,18 @@ impl World {
     fn open_slots(&mut self, node: usize, group: usize) {
         let Some(backups) = &self.backups else { return };
         let (wall, monotonic) = (self.nodes[node].wall(), self.nodes[node].monotonic());
+        let quiet = self.nodes[node].keeper.quiet.get(&group);
+        if quiet.is_some_and(|(from, to)| (*from..*to).contains(&wall)) {
+            return;
+        }
         let handled = self.nodes[node].keeper.handled.get(&group).copied();
         let deadline = backups.settings.deadline.0;
         let due = backups.schedule.due(backups.since, handled, wall, deadline);
         let this = self.nodes[node].name.clone();
         let keeper = &mut self.nodes[node].keeper;
+        if let Some(next) = due.next {
+            keeper.quiet.insert(group, (wall, next));
+        }
         for slot in due.missed {
             if !keeper.open.contains_key(&(group, slot)) {
                 keeper.handled.insert(group, slot);
@@ -459,11 +469,14 @@ impl World {
                     let handled = self.nodes[*node].keeper.handled.get(group);
                     handled.is_none_or(|handled| handled < slot)
                 };
-                self.groups[*group].members.iter().any(open)
+                // Clocks that were set leave slots that one node has dealt with and another not.
+                let walls = self.groups[*group].members.iter().map(|node| self.nodes[*node].wall());
+                let walls: Vec<LogTime> = walls.collect();
+                self.groups[*group].members.iter().all(open) && walls[0] == walls[1]
             })
             .collect();
-        // The slot comes within a minute, and each node has its chance.
-        self.run(Duration::from_secs(60 + 20 + 2 * 15 + 20));
+        // The slot comes within five minutes, and each node has its chance.
+        self.run(Duration::from_secs(300 + 20 + 2 * 15 + 20));
         for (group, slot) in wanted {
             let backups = self.backups.as_ref().expect("backups are made");
             let made = backups.done.get(&(group, slot)).copied().unwrap_or_default();

@@ -51,7 +51,7 @@ impl Chance {
 }
 
 /// When the simulation begins, by the wall clock: nanoseconds since 1970.
-pub const BEGIN: u64 = 1_700_000_000_000_000_000;
+pub const BEGIN: u64 = 1_700_000_270_000_000_000;
 
 /// The clock of one node. Clones of the Arc `now` are the one simulated time of the world.
 pub struct SimClock {

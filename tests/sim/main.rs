@@ -33,7 +33,7 @@ use chance::Trace;
 use coverage::Coverage;
 
 /// Histories that a test run plays.
-const TEST_SEEDS: u64 = 300;
+const TEST_SEEDS: u64 = 200;
 /// Every so many histories are played twice.
 const TWICE_EVERY: u64 = 50;
 /// Failures after which a run ends.

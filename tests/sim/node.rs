@@ -317,6 +317,11 @@ impl World {
     fn check_start(&mut self, node: usize, group: usize) {
         let Promise { cache, before, .. } =
             self.nodes[node].promises.remove(&group).unwrap_or_default();
+        let heard = self.nodes[node].heard.lock().expect("no holder panics");
+        let half_folded = heard.iter().any(|(code, _)| code == "fold-failed");
+        drop(heard);
+        let copy = self.nodes[node].copies.get_mut(&group).expect("it was opened");
+        copy.fold_failed = half_folded;
         let places = self.verify(node, group, &cache);
         let copy = self.nodes[node].copies.get_mut(&group).expect("it was opened");
         // What recovery trusts it has made durable.

@@ -171,10 +171,13 @@ impl World {
                 return;
             }
         }
-        if serving.len() > 1 {
-            let found = self.nodes[serving[first]].group(group).expect("it runs").clone();
+        // One of two steps down; or the only one, where a copy holds what it lost: then the newest
+        // is promoted in the next round.
+        if !self.groups[group].beyond {
+            let node = serving[first % serving.len()];
+            let found = self.nodes[node].group(group).expect("it runs").clone();
             let _ = found.demote();
-            let copy = self.nodes[serving[first]].copies.get_mut(&group).expect("it runs");
+            let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
             copy.line = None;
             self.coverage.add("operator demotes", 1);
         }

@@ -328,8 +328,11 @@ impl World {
         if !self.nodes[node].disk.has_power() {
             return;
         }
+        let bytes = match contents(&*image) {
+            Err(_) if self.nodes[node].copies[&group].fold_failed => return,
+            bytes => bytes.expect("an image that was opened just now"),
+        };
         let oracle = &self.groups[group].oracle;
-        let bytes = contents(&*image).expect("an image that was opened just now");
         let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("image at {lsn}: {why}"));
         oracle.places(&held).unwrap_or_else(|why| panic!("image at {lsn}: {why}"));
         self.coverage.add("images opened", 1);
