@@ -259,8 +259,8 @@ impl World {
         }
     }
 
-    /// After each step: nodes whose disk has stopped are dead, what was noted is passed on, and what
-    /// holds at every moment is checked.
+    /// After each step: nodes whose disk has stopped are dead, what was noted is passed on, and
+    /// what holds at every moment is checked.
     pub fn settle(&mut self) {
         for node in 0..self.nodes.len() {
             if !self.nodes[node].up {
