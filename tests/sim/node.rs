@@ -71,6 +71,8 @@ pub struct Copy {
     /// A cut of its log failed: what it shows is in part on disk and in part in a branch, and the
     /// next start finishes it.
     pub half_cut: bool,
+    /// What it held when the last cut began.
+    pub cutting: Vec<Place>,
     pub answered: Answered,
     pub images: Vec<OpenImage>,
     pub fold_told: Option<String>,
@@ -215,6 +217,7 @@ impl Node {
             sure: Vec::new(),
             durable: Vec::new(),
             half_cut: false,
+            cutting: Vec::new(),
             answered: Arc::default(),
             images: Vec::new(),
             fold_told: None,
@@ -360,6 +363,12 @@ impl World {
         self.coverage.add(if death == Death::Kill { "kills" } else { "power losses" }, 1);
         let copies = std::mem::take(&mut self.nodes[node].copies);
         for (group, copy) in copies {
+            if death == Death::Power {
+                // Also where a cut was under way, of which nothing is promised.
+                for sure in copy.cutting {
+                    self.groups[group].oracle.excuse(node, sure);
+                }
+            }
             let oracle = &self.groups[group].oracle;
             let flushed = match copy.sure[..] {
                 // On a node that takes hosts' requests: elsewhere it is another disk that has them.

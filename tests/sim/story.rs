@@ -291,7 +291,8 @@ impl World {
         }
         found.sync_now().ok();
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
-        (copy.line, copy.sure, copy.durable) = (None, Vec::new(), Vec::new());
+        copy.cutting = std::mem::take(&mut copy.sure);
+        (copy.line, copy.durable) = (None, Vec::new());
         let yielded = found.yield_to(parted.at, parted.chain, Discard::Authored);
         self.say(format_args!("{} resolves: {yielded:?}", self.nodes[node].name));
         if !self.nodes[node].disk.has_power() {

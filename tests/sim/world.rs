@@ -418,7 +418,8 @@ impl World {
         let appends = matches!(job, Job::Append { .. });
         if yields {
             // What is cut off is kept, but not here.
-            (copy.sure, copy.durable) = (Vec::new(), Vec::new());
+            copy.cutting = std::mem::take(&mut copy.sure);
+            copy.durable.clear();
         }
         self.say(format_args!("{} does {}", self.nodes[node].name, short(&job)));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
