@@ -78,7 +78,6 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("src/replication/cluster.rs", "the simulated world of the core's tests, whole"),
     ("src/replication/core.rs", "the state machine's inputs, one by one"),
     ("src/replication/wire.rs", "the whole wire in one file"),
-    ("tests/backup_pair.rs", "two nodes and a link made by hand, outcome by outcome"),
     ("tests/replication.rs", "two nodes over real sockets, subject by subject"),
 ];
 

@@ -112,6 +112,7 @@ pub const REASON_CODES: &[(&str, &str)] = &[
     ("repository-differs", "the two nodes mean different repositories by the same name"),
     ("claimed", "the named node holds the slot's claim in the repository and renews it"),
     ("gave-up", "the node had its chance for this slot"),
+    ("role-changed", "the node's role changed while its backup ran; the image is in the history"),
     ("deadline-passed", "the latest start is over: nothing is waited for"),
     ("next-slot-due", "the job's next slot is due: nothing is waited for"),
 ];
@@ -315,14 +316,21 @@ fn judge_any(facts: &Facts, role: Role, judgement: &mut Judgement) {
 
 fn judge_secondary(facts: &Facts, settings: &JobSettings) -> Judgement {
     let node = &facts.secondary;
-    let name = &node.name;
-    let replication = &facts.replication;
     let mut judgement = Judgement::fit();
     judge_any(facts, Role::Secondary, &mut judgement);
     if let Some(why) = &node.unavailable {
-        let text = format!("{name} is not available: {why}");
+        let text = format!("{} is not available: {why}", node.name);
         judgement.add(Ability::Unreachable, "secondary-unavailable", text);
     }
+    judge_copy(facts, settings, &mut judgement);
+    judge_means(node, settings, &mut judgement);
+    judgement
+}
+
+/// Link, health and lag of the secondary's copy.
+fn judge_copy(facts: &Facts, settings: &JobSettings, judgement: &mut Judgement) {
+    let name = &facts.secondary.name;
+    let replication = &facts.replication;
     if let Some(lost) = replication.link_lost {
         if lost.0 < settings.grace.0 || facts.role == Role::Secondary {
             let text = format!(
@@ -360,8 +368,21 @@ fn judge_secondary(facts: &Facts, settings: &JobSettings) -> Judgement {
             judgement.add(Ability::Behind, "lag-unknown", text);
         }
     }
-    judge_means(node, settings, &mut judgement);
-    judgement
+}
+
+/// What speaks against the copy at the end of a run that a node made in this role. The image is as
+/// good as when it was opened: whoever reads the backup's history should know nevertheless.
+pub(super) fn worse_at_end(facts: &Facts, role: Role, settings: &JobSettings) -> Vec<Reason> {
+    if facts.role != role {
+        let node = &facts.node(facts.role).name;
+        let text = format!("{node} became {} while the backup ran", role_word(facts.role));
+        return vec![Reason::new("role-changed", text)];
+    }
+    let mut judgement = Judgement::fit();
+    if role == Role::Secondary && facts.replicated {
+        judge_copy(facts, settings, &mut judgement);
+    }
+    judgement.against
 }
 
 /// Memory, storage, CPU and repository of the secondary. A node that has not said how it is cannot

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::catalog::{BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome};
 use super::claim::{Claim, SlotResult, SlotStore};
-use super::decision::{Decision, Verdict};
+use super::decision::{Decision, Verdict, worse_at_end};
 use super::facts::Reason;
 use super::job::JobSettings;
 use super::reach::Reach;
@@ -401,7 +401,7 @@ impl Inner {
             bytes_added: made.stats.bytes_added,
             duration_seconds: made.stats.duration_seconds,
             checksums: made.checksums,
-            reasons_at_end: facts.replication.reasons,
+            reasons_at_end: worse_at_end(&facts, role, &task.settings),
         })
     }
 
@@ -432,13 +432,18 @@ impl Inner {
     }
 
     fn finish_done(&self, task: &Task, result: &SlotResult, decision: Decision) {
-        let text = format!(
+        let mut text = format!(
             "backup {} is done: LSN {}, {} bytes read, {} bytes added",
             &result.id[..8.min(result.id.len())],
             result.lsn,
             result.bytes_read,
             result.bytes_added
         );
+        let worse: Vec<&str> =
+            result.reasons_at_end.iter().map(|reason| reason.text.as_str()).collect();
+        if !worse.is_empty() {
+            text.push_str(&format!("; at its end: {}", worse.join("; ")));
+        }
         self.end(task, PeerPhase::Done, decision);
         self.event(Severity::Info, "backup-done", task, &text);
     }

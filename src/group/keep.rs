@@ -64,8 +64,8 @@ impl Group {
         target: Lsn,
         moments: &[Arc<Moment>],
     ) -> Result<Content, GroupError> {
-        // An attempt that failed may have begun the files of one that no fold has passed: what it was
-        // is in the log all the same.
+        // An attempt that failed may have begun the files of one that no fold has passed: what it
+        // was is in the log all the same.
         let passed = |moment: &Moment| moment.lsn() <= horizon.position.lsn;
         let states: Vec<_> =
             moments.iter().map(|moment| moment.state().filter(|_| passed(moment))).collect();

@@ -172,11 +172,7 @@ impl World {
             }
             15 => drop(self.resolve(member, group)),
             16 | 17 => self.open_or_close(member, group),
-            18 => {
-                if self.nodes[member].up {
-                    self.fold(member, group, true);
-                }
-            }
+            18 if self.nodes[member].up => self.fold(member, group, true),
             19 => {
                 let seconds = self.chance.of(&[-86_400, -5, 2, 60, 86_400]);
                 self.coverage.add("clock jumps", 1);
