@@ -111,11 +111,13 @@ impl Inner {
             }
         }
         let (state, reason, _) = group.data_state();
-        if matches!(state, DataState::Failed | DataState::None) {
+        let none = matches!(state, DataState::None | DataState::ReceivingImage);
+        if none || state == DataState::Failed {
             let why = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-            let (code, what) = match state {
-                DataState::None => ("no-image", "there is no image yet"),
-                _ => ("data-failed", "the disk under the data failed"),
+            let (code, what) = if none {
+                ("no-image", "there is no image yet")
+            } else {
+                ("data-failed", "the disk under the data failed")
             };
             facts.problems.push(Reason::new(code, format!("{}: {what}{why}", facts.name)));
         }

@@ -116,7 +116,18 @@ impl ControlState {
         disk.sync_dir(dir)
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// Reads the bytes of such a file.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlStateError::Damaged`] where they are not what was written.
+    pub fn decode(bytes: &[u8]) -> Result<ControlState, ControlStateError> {
+        decode(bytes).map_err(ControlStateError::Damaged)
+    }
+
+    /// The bytes of the file.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec(self).expect("plain data becomes JSON");
         json.push(b'\n');
         let mut content = Header { checksum: xxh3_64(&json), bytes: json.len() as u64 }.to_string();

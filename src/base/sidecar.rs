@@ -23,7 +23,7 @@
 //! | 8 | 4 | `sums_checksum` | CRC-32 of the chunk's 1024 bytes of sums |
 //! | 12 | 4 | `checksum` | CRC-32 of the twelve bytes before and of the chunk's number as 8 bytes |
 //!
-//! A slot of zeros is that of a chunk that nothing was ever folded into.
+//! A slot of zeros is that of a chunk that nothing was ever folded into, not even zeros.
 
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, VolumeNumber};
 
@@ -43,6 +43,8 @@ pub const SLOTS_BYTES: u64 = CHUNKS_PER_REGION * SLOT_BYTES as u64;
 pub const REGION_BYTES: u64 = SLOTS_BYTES + CHUNKS_PER_REGION * SUMS_BYTES as u64;
 /// CRC-32 of 4096 zeros.
 pub const ZERO_BLOCK_CRC: u32 = 0xc71c_0011;
+/// CRC-32 of the sums of a chunk of zeros, which are 1024 zeros.
+pub const ZERO_SUMS_CRC: u32 = 0xefb5_af2e;
 
 const MAGIC: [u8; 4] = *b"TLS1";
 const VERSION: u32 = 1;
@@ -149,6 +151,11 @@ impl Slot {
     /// Whether anything was ever folded into the chunk.
     pub fn is_written(&self) -> bool {
         *self != Slot::default()
+    }
+
+    /// Whether all of the chunk is zeros, as far as the slot tells.
+    pub fn is_zeros(&self) -> bool {
+        !self.is_written() || (!self.collision && self.sums_checksum == ZERO_SUMS_CRC)
     }
 
     /// Whether these are the sums that the slot was written with.

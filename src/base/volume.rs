@@ -138,6 +138,28 @@ impl BaseVolume {
         Ok(BaseVolume::of(disk, dir, number, image, sums, size_bytes))
     }
 
+    /// Moves the files of a volume from one directory to another, in the place of what is there, and
+    /// opens them; durable on return. After a crash in the middle it is called again.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn take_over(
+        disk: &Arc<dyn Disk>,
+        from: &Path,
+        to: &Path,
+        number: VolumeNumber,
+    ) -> io::Result<BaseVolume> {
+        for path in [image_path, sums_path] {
+            if disk.exists(&path(from, number)) {
+                disk.rename(&path(from, number), &path(to, number))?;
+            }
+        }
+        disk.sync_dir(to)?;
+        disk.sync_dir(from)?;
+        BaseVolume::open(disk.clone(), to, number)
+    }
+
     fn of(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -248,7 +270,8 @@ impl BaseVolume {
     }
 
     /// Makes a range of whole blocks read as zeros and gives its space back; `born` as in
-    /// [`BaseVolume::write_blocks`]. For the folder. A chunk that never held anything stays unborn.
+    /// [`BaseVolume::write_blocks`]. For the folder. A chunk that never held anything is born by it
+    /// too: what is zeros now may have been something else above the base.
     pub fn zero_blocks(&self, offset: u64, length: u64, born: Lsn) -> io::Result<()> {
         self.check_range(offset, length);
         let mut folder = self.folder();
@@ -269,17 +292,9 @@ impl BaseVolume {
                 continue;
             }
             let to = end.min(chunk_end);
-            let written = {
-                let open = self.chunk_at_unborn(&mut folder, chunk)?;
-                let blocks = position / BLOCK_BYTES..to / BLOCK_BYTES;
-                let written = open.slot.is_written();
-                for block in blocks {
-                    open.sums[sum_range(block)].fill(0);
-                }
-                written
-            };
-            if written {
-                self.chunk_at(&mut folder, chunk, born)?;
+            let open = self.chunk_at(&mut folder, chunk, born)?;
+            for block in position / BLOCK_BYTES..to / BLOCK_BYTES {
+                open.sums[sum_range(block)].fill(0);
             }
             position = to;
         }
@@ -339,7 +354,7 @@ impl BaseVolume {
             let to =
                 end.min((chunk + 1) * CHUNK_BYTES).min(size_bytes.next_multiple_of(BLOCK_BYTES));
             match slots.slot(chunk)? {
-                Some(slot) if !slot.is_written() => {
+                Some(slot) if slot.is_zeros() => {
                     if !push(position, to, false) {
                         break;
                     }
@@ -548,23 +563,17 @@ impl BaseVolume {
         self.sums.punch_hole(first, (to - from) * SUMS_BYTES as u64)?;
         let mut slots = vec![0; (to - from) as usize * SLOT_BYTES];
         self.sums.read_at(&mut slots, sidecar::slot_offset(from))?;
-        let mut changed = false;
         for (index, bytes) in slots.chunks_exact_mut(SLOT_BYTES).enumerate() {
             let chunk = from + index as u64;
             let bytes: &mut [u8; SLOT_BYTES] = bytes.try_into().expect("a slot's bytes");
             let birth = match Slot::decode(bytes, chunk) {
-                Ok(slot) if !slot.is_written() => continue,
                 Ok(slot) => slot.birth.max(born),
                 Err(_) => born,
             };
             let sums_checksum = crc32fast::hash(&[0; SUMS_BYTES]);
             *bytes = Slot { birth, collision: false, sums_checksum }.encode(chunk);
-            changed = true;
         }
-        if changed {
-            self.sums.write_at(&[IoSlice::new(&slots)], sidecar::slot_offset(from))?;
-        }
-        Ok(())
+        self.sums.write_at(&[IoSlice::new(&slots)], sidecar::slot_offset(from))
     }
 }
 

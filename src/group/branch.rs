@@ -293,6 +293,24 @@ pub(super) fn settle(
     disk.sync_dir(segments.dir())
 }
 
+/// Copies the segments that hold the log from `from` on, which stays as it is; the branch, where
+/// there are any.
+pub(super) fn keep_segments(
+    segments: &Segments,
+    from: Lsn,
+    branch: &mut Keeping,
+) -> io::Result<Option<Branch>> {
+    let disk = segments.disk();
+    let first = from.segment_number(segments.segment_bytes());
+    for number in segments.numbers().into_iter().filter(|number| *number >= first) {
+        let Some(segment) = segments.get(number) else { continue };
+        let to = branch.dir(&**disk)?.join(segment_name(number));
+        copy(segments, &*segment.file, &to, segments.segment_bytes())?;
+    }
+    branch.sync(&**disk)?;
+    Ok(branch.dir.is_some().then(|| branch.branch.clone()))
+}
+
 /// Copies the first `bytes` of a segment to a new file of a segment's length, and syncs it. Where
 /// the disk is full, spares make room.
 fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {

@@ -18,7 +18,7 @@ use crate::units::{BLOCK_BYTES, EpochId, LogTime, Lsn, Name, NodeId, SECTOR_BYTE
 /// The highest number of a volume: there is always one more.
 pub(super) const VOLUME_NUMBER_MAX: VolumeNumber = VolumeNumber(u32::MAX - 1);
 /// Bytes of a volume at most: what the map and the base count with.
-const VOLUME_BYTES_MAX: u64 = 1 << 60;
+pub(super) const VOLUME_BYTES_MAX: u64 = 1 << 60;
 
 /// Whether a volume may have so many bytes.
 pub(super) fn is_volume_size(bytes: u64) -> bool {

@@ -1,7 +1,7 @@
 //! The group itself: what it owns, what is behind its mutex, and what it tells about itself.
 //!
-//! Locks are taken in this order, and any of them alone: `turn`, `fold_lock`, `images_file`,
-//! `sync_lock`, `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own
+//! Locks are taken in this order, and any of them alone: `turn`, `fold_lock`, `staging`,
+//! `images_file`, `sync_lock`, `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own
 //! write happens inside, so that the order of the log is the order of the map.
 
 use std::collections::BTreeMap;
@@ -15,11 +15,13 @@ use serde_json::{Map, json};
 use super::clock::{self, LogClock};
 use super::content::Content;
 use super::image::Image;
+use super::merging::Merging;
 use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
 use super::moment::Moment;
 use super::receive::Pending;
 use super::required::{Floors, Required};
 use super::returning::Asking;
+use super::staging::{ImageProgress, Staging};
 use super::sync::Waiting;
 use super::timeline::{Checkpoint, Timeline};
 use super::worker::Workers;
@@ -34,7 +36,7 @@ use crate::log::record::{Header, Kind, genesis};
 use crate::log::segment::{Segments, is_segment_size};
 use crate::log::writer::Writer;
 use crate::units::{
-    Chain, EpochId, GroupId, Incarnation, LogTime, Lsn, Name, Position, VolumeNumber,
+    ByteSize, Chain, EpochId, GroupId, Incarnation, LogTime, Lsn, Name, Position, VolumeNumber,
 };
 
 /// What a group is made from.
@@ -66,6 +68,12 @@ pub struct Group {
     /// Taken for writing around each write of the folder to the base. A reader whose checksum did
     /// not hold reads again under it: it may have met the folder in the middle of a block.
     pub(super) base_gate: RwLock<()>,
+    /// What is staged of the image that is shown, until it is in the base.
+    pub(super) merging: RwLock<Option<Arc<Merging>>>,
+    /// An image that comes.
+    pub(super) staging: Mutex<Option<Staging>>,
+    /// Mirror of `meta.log_begin`: below it the log has nothing.
+    pub(super) log_begin: AtomicU64,
     /// Held while the role changes.
     pub(super) turn: Mutex<()>,
     pub(super) fold_lock: Mutex<()>,
@@ -124,6 +132,8 @@ pub(super) struct Core {
     pub pending: Pending,
     /// The peers that answers wait for.
     pub required: Required,
+    /// How far an image is that comes.
+    pub receiving: Option<ImageProgress>,
     /// Bytes of log and index on disk, as known after the last change.
     pub log_used_bytes: u64,
     /// Why the last fold failed, where it did: writers of a full log are told, not held.
@@ -257,7 +267,11 @@ impl Group {
             reign_due: false,
             split_brain: false,
             yielding: false,
+            merging: false,
+            old_log: false,
             boot: context.env.clock.boot(),
+            log_begin: Lsn::ZERO,
+            births_from: Lsn::ZERO,
         };
         // Durable before anything else: a start knows by it what was not made to the end.
         let meta = MetaFile::create(&*disk, &dir.join(UNFINISHED_META), meta).map_err(io)?;
@@ -295,6 +309,7 @@ impl Group {
             segment_bytes: meta.meta.segment_bytes,
         };
         let end = timeline.end();
+        let log_begin = AtomicU64::new(meta.meta.log_begin.0);
         let clock = &*context.env.clock;
         let up_to = clock::measured(&*context.env.disk, dir, clock);
         let clock = LogClock::after_restart(end.time, up_to, clock.monotonic());
@@ -322,6 +337,7 @@ impl Group {
             moments: BTreeMap::new(),
             pending: Pending::default(),
             required: Required::new(context.node.id),
+            receiving: None,
             log_used_bytes: segments.used_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
@@ -340,6 +356,9 @@ impl Group {
             meta: Mutex::new(meta),
             bases: RwLock::default(),
             base_gate: RwLock::default(),
+            merging: RwLock::default(),
+            staging: Mutex::default(),
+            log_begin,
             turn: Mutex::default(),
             fold_lock: Mutex::default(),
             images_file: Mutex::default(),
@@ -414,6 +433,10 @@ impl Group {
         let core = self.lock();
         if let Some((reason, since)) = &core.failed {
             (DataState::Failed, Some(reason.clone()), *since)
+        } else if let (Lsn::ZERO, Some(progress)) = (core.writer.head(), core.receiving) {
+            let (done, total) = (ByteSize(progress.done_bytes), ByteSize(progress.total_bytes));
+            let reason = format!("the first image is coming: {done} of {total}");
+            (DataState::ReceivingImage, Some(reason), LogTime(0))
         } else if core.writer.head() == Lsn::ZERO {
             (DataState::None, Some("no image has arrived yet".to_owned()), LogTime(0))
         } else if let Some(since) = core.retired {
@@ -434,6 +457,12 @@ impl Group {
         self.lock().retired = retired.then(|| self.context.env.clock.wall());
         self.notify();
         Ok(())
+    }
+
+    /// How far an image is that comes from the primary.
+    #[must_use]
+    pub fn receiving(&self) -> Option<ImageProgress> {
+        self.lock().receiving
     }
 
     /// All positions, of one moment.

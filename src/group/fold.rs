@@ -46,6 +46,7 @@ impl Group {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
         self.failed_error(&self.lock())?;
         self.close_expired();
+        self.finish_merge()?;
         self.sweep_moments()?;
         self.finish_fold()?;
         let horizon = {
@@ -150,6 +151,18 @@ impl Group {
         let from = self.lock().timeline.before_lsn(target);
         let found = self.follow_to(from, |header| header.end() <= target)?;
         self.fold_to(found).map(|_| ())
+    }
+
+    /// Folds all of the log, whatever its policy is, for who holds the lock of the folder: an image
+    /// takes the place of what the base will be.
+    pub(super) fn fold_all(&self) -> Result<(), GroupError> {
+        self.sync_now()?;
+        self.finish_fold()?;
+        let end = self.lock().timeline.end();
+        if end.lsn > self.lock().timeline.horizon().lsn {
+            self.fold_to(end)?;
+        }
+        Ok(())
     }
 
     /// Folds up to the end of a request.
@@ -266,6 +279,10 @@ impl Group {
         // An attempt that was interrupted may have changed the size, and not what goes with it.
         let resumed = self.lock().unfinished_fold.is_some();
         if resumed || base.size_bytes() != volume.size_bytes {
+            if base.size_bytes() > volume.size_bytes {
+                // With what is cut off goes the memory of when it changed.
+                self.update_meta(|meta| meta.births_from = meta.fold_target)?;
+            }
             let _gate = self.base_gate.write().expect("no holder panics");
             base.resize(volume.size_bytes).map_err(write)?;
         }

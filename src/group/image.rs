@@ -17,7 +17,7 @@ use super::moment::Moment;
 use super::read::Lookup;
 use super::reopen::KeptImage;
 use super::{Cost, Extent, GroupError, Point, Read, View, Volume};
-use crate::base::ControlState;
+use crate::base::{ControlEntry, ControlState};
 use crate::log::reader::ScanEnd;
 use crate::log::segment::Segments;
 use crate::units::{CHUNK_BYTES, Chain, LogTime, Lsn, Name, Position, VolumeNumber};
@@ -180,8 +180,20 @@ impl Image {
             }
             ranges.push((at, end.saturating_sub(at)));
         }
+        if since < self.group.births_from() {
+            ranges.push((0, size_bytes));
+        }
+        if let Some(merging) = self.group.merging() {
+            ranges.extend(merging.staged(volume));
+        }
         self.check_hold()?;
         Ok(merge(ranges, size_bytes))
+    }
+
+    /// The control records that count at the image, as a base has them there.
+    pub(super) fn control_entries(&self) -> Vec<ControlEntry> {
+        let content = self.content.read().expect("no holder panics");
+        content.table.folded(self.position.lsn)
     }
 
     fn check_hold(&self) -> Result<(), GroupError> {
@@ -195,7 +207,7 @@ impl Image {
 }
 
 /// Sorts ranges, joins those that touch, and cuts them at the volume's end.
-fn merge(mut ranges: Vec<(u64, u64)>, size_bytes: u64) -> Vec<(u64, u64)> {
+pub(super) fn merge(mut ranges: Vec<(u64, u64)>, size_bytes: u64) -> Vec<(u64, u64)> {
     ranges.sort_unstable();
     let mut merged: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
     for (offset, length) in ranges {

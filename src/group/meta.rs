@@ -8,7 +8,7 @@
 //! | ---: | ---: | --- | --- |
 //! | 0 | 8 | `magic` | `TIDEMETA` |
 //! | 8 | 4 | `version` | 2 |
-//! | 12 | 4 | `flags` | from 1: clean, demoted, retired, failed, reign due, split brain, yielding |
+//! | 12 | 4 | `flags` | bits from 1 up, in the order of the constants below |
 //! | 16 | 8 | `sequence` | grows by one with every write |
 //! | 24 | 16 | `group` | the group's id |
 //! | 40 | 8 | `segment_bytes` | bytes of a segment |
@@ -19,7 +19,9 @@
 //! | 80 | 1 | `name_bytes` | length of the name |
 //! | 81 | 63 | `name` | the group's name, zeros behind it |
 //! | 144 | 8 | `boot` | the machine's boot in which the log was opened last; 0 unknown |
-//! | 152 | 8 | `checksum` | xxh3-64 of the 152 bytes before |
+//! | 152 | 8 | `log_begin` | below it the log has nothing: the position of the last image received |
+//! | 160 | 8 | `births_from` | of what was born below it the base knows nothing |
+//! | 168 | 8 | `checksum` | xxh3-64 of the 168 bytes before |
 
 use std::io::{self, IoSlice};
 use std::mem::offset_of;
@@ -41,7 +43,7 @@ pub(super) const UNFINISHED_META: &str = "meta.new";
 const MAGIC: [u8; 8] = *b"TIDEMETA";
 const VERSION: u32 = 2;
 const SLOT_BYTES: u64 = 4096;
-const CHECKSUM_OFFSET: usize = 152;
+const CHECKSUM_OFFSET: usize = 168;
 
 const CLEAN: u32 = 1;
 const DEMOTED: u32 = 2;
@@ -50,6 +52,8 @@ const FAILED: u32 = 8;
 const REIGN_DUE: u32 = 16;
 const SPLIT_BRAIN: u32 = 32;
 const YIELDING: u32 = 64;
+const MERGING: u32 = 128;
+const OLD_LOG: u32 = 256;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,8 +86,16 @@ pub(super) struct Meta {
     pub split_brain: bool,
     /// What is behind `durable` is leaving the log, for a peer's reign that goes on without it.
     pub yielding: bool,
+    /// What is staged belongs to the image at the horizon, and is not all in the base yet.
+    pub merging: bool,
+    /// The segments are those of the log before an image was received.
+    pub old_log: bool,
     /// The machine's boot in which the log was opened last, where that could be told.
     pub boot: Option<u64>,
+    /// Below it the log has nothing, though its first segment begins there.
+    pub log_begin: Lsn,
+    /// The base does not know what changed before that.
+    pub births_from: Lsn,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -102,11 +114,13 @@ struct RawSlot {
     name_bytes: u8,
     name: [u8; 63],
     boot: U64,
+    log_begin: U64,
+    births_from: U64,
     checksum: U64,
 }
 
 const _: () = {
-    assert!(size_of::<RawSlot>() == 160);
+    assert!(size_of::<RawSlot>() == 176);
     assert!(offset_of!(RawSlot, sequence) == 16);
     assert!(offset_of!(RawSlot, group) == 24);
     assert!(offset_of!(RawSlot, fold_target) == 48);
@@ -128,6 +142,8 @@ impl Meta {
             (self.reign_due, REIGN_DUE),
             (self.split_brain, SPLIT_BRAIN),
             (self.yielding, YIELDING),
+            (self.merging, MERGING),
+            (self.old_log, OLD_LOG),
         ];
         let mut raw = RawSlot {
             magic: MAGIC,
@@ -143,6 +159,8 @@ impl Meta {
             name_bytes: self.name.as_str().len() as u8,
             name,
             boot: self.boot.unwrap_or(0).into(),
+            log_begin: self.log_begin.0.into(),
+            births_from: self.births_from.0.into(),
             checksum: 0.into(),
         };
         raw.checksum = xxh3_64(&raw.as_bytes()[..CHECKSUM_OFFSET]).into();
@@ -173,7 +191,11 @@ impl Meta {
             reign_due: flags & REIGN_DUE != 0,
             split_brain: flags & SPLIT_BRAIN != 0,
             yielding: flags & YIELDING != 0,
+            merging: flags & MERGING != 0,
+            old_log: flags & OLD_LOG != 0,
             boot: Some(raw.boot.get()).filter(|boot| *boot != 0),
+            log_begin: Lsn(raw.log_begin.get()),
+            births_from: Lsn(raw.births_from.get()),
         };
         Some((raw.sequence.get(), meta))
     }
@@ -246,8 +268,8 @@ mod tests {
             "544944454d455441",
             // version
             "02000000",
-            // flags: clean, demoted, failed, reign due, split brain, yielding
-            "7b000000",
+            // flags: clean, demoted, failed, reign due, split brain, yielding, merging
+            "fb000000",
             // sequence
             "0900000000000000",
             // group
@@ -269,8 +291,12 @@ mod tests {
             "0000000000000000000000000000000000000000000000",
             // boot
             "0102030405060708",
+            // log_begin
+            "0004000000000000",
+            // births_from
+            "0006000000000000",
             // checksum
-            "0712726dee98a800",
+            "7e52b9d55c4c2e4d",
         ))
         .unwrap();
         let meta = Meta {
@@ -288,7 +314,11 @@ mod tests {
             reign_due: true,
             split_brain: true,
             yielding: true,
+            merging: true,
+            old_log: false,
             boot: Some(0x0807_0605_0403_0201),
+            log_begin: Lsn(1024),
+            births_from: Lsn(1536),
         };
         assert_eq!(hex::encode(meta.encode(9)), hex::encode(&golden));
         assert_eq!(Meta::decode(&golden), Some((9, meta)));

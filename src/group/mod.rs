@@ -63,6 +63,8 @@ pub enum Role {
 pub enum DataState {
     /// No image yet.
     None,
+    /// No image yet, and one is coming.
+    ReceivingImage,
     /// A complete, readable, promotable image.
     Consistent,
     /// A disk error: reads go on, writes do not.
@@ -282,6 +284,8 @@ pub struct ReceiveError {
     pub what: String,
 }
 
+use content::VOLUME_BYTES_MAX;
+
 /// Called once when a wait ends; must not block.
 pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
 
@@ -297,9 +301,11 @@ mod holds;
 mod image;
 mod indexing;
 mod keep;
+mod merging;
 mod meta;
 mod moment;
 mod point;
+mod ranges;
 mod read;
 mod receive;
 mod recover;
@@ -309,6 +315,9 @@ mod reign;
 mod reopen;
 mod required;
 mod returning;
+mod shipment;
+mod staging;
+mod switch;
 mod sync;
 mod timeline;
 mod worker;
@@ -318,10 +327,13 @@ pub use branch::Branch;
 pub use engine::{ClientGuard, Group, NewGroup};
 pub use image::Image;
 pub use moment::Cost;
+pub use ranges::Place;
 pub use recover::Recovery;
 pub use registry::Registry;
 pub use required::RequiredPeer;
 pub use returning::Discard;
+pub use shipment::Shipment;
+pub use staging::{ImageOffer, ImagePart, ImageProgress, Reached, Staged};
 
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use super::content::Content;
 use super::engine::{Core, Group};
+use super::merging::Merging;
 use super::moment::{KEPT, Moment};
+use super::ranges::Cover;
 use super::{Allocation, Extent, GroupError, Read, View, Volume};
 use crate::base::{BaseRead, BaseVolume, read_batch};
 use crate::extent_map::{Piece, Source};
@@ -308,20 +310,34 @@ impl Group {
         base_reads: &mut Vec<FromBase<'b>>,
     ) -> Option<()> {
         let segment_bytes = self.segment_bytes();
+        let merging = self.partial_merge();
         let mut rest = fetch.buffer;
         let mut pieces = fetch.pieces.into_iter().peekable();
         while let Some(piece) = pieces.next() {
             match piece.source {
                 Source::Zero { .. } => take(&mut rest, piece.length).fill(0),
                 Source::Base => {
-                    let buffer = take(&mut rest, piece.length);
-                    match self.base_of(fetch.volume) {
-                        Some(base) => {
-                            let offset = piece.offset;
-                            base_reads.push(FromBase { base, offset, owner, buffer });
+                    let mut buffer = take(&mut rest, piece.length);
+                    let below = [(piece.offset, piece.length, Cover::Below)];
+                    let parts = match &merging {
+                        Some(merging) => merging.parts(fetch.volume, piece.offset, piece.length),
+                        None => below.to_vec(),
+                    };
+                    for (offset, length, cover) in parts {
+                        let buffer = take(&mut buffer, length);
+                        let staged = || merging.as_ref()?.volumes().get(&fetch.volume).cloned();
+                        let base = match cover {
+                            Cover::Zeros => None,
+                            Cover::Data => staged(),
+                            Cover::Below => self.base_of(fetch.volume),
+                        };
+                        match base {
+                            Some(base) => {
+                                base_reads.push(FromBase { base, offset, owner, buffer });
+                            }
+                            // Nothing was folded into it yet.
+                            None => buffer.fill(0),
                         }
-                        // Nothing was folded into it yet.
-                        None => buffer.fill(0),
                     }
                 }
                 Source::Log { piece: lsn, piece_bytes, skip, crc } => {
@@ -369,6 +385,11 @@ impl Group {
         let segment = segments.get(lsn.segment_number(self.segment_bytes()))?;
         let offset = lsn.segment_offset(self.segment_bytes());
         Some(At { file: segment.file.clone(), segment: Some(segment), offset })
+    }
+
+    /// What is staged above the base, as long as it is not part of it.
+    fn partial_merge(&self) -> Option<Arc<Merging>> {
+        self.merging().filter(|merging| merging.is_partial())
     }
 
     pub(super) fn base_of(&self, volume: VolumeNumber) -> Option<Arc<BaseVolume>> {
@@ -477,6 +498,17 @@ impl Group {
         limit: usize,
     ) -> Result<Vec<Extent>, GroupError> {
         let hole = |offset, length| Extent { offset, length, allocation: Allocation::Hole };
+        if let Some(merging) = self.partial_merge() {
+            let mut extents = Vec::new();
+            for (offset, length, cover) in merging.parts(volume, offset, length) {
+                let allocation =
+                    if cover == Cover::Zeros { Allocation::Hole } else { Allocation::Data };
+                if !add_extent(&mut extents, limit, Extent { offset, length, allocation }) {
+                    break;
+                }
+            }
+            return Ok(extents);
+        }
         let Some(base) = self.base_of(volume) else { return Ok(vec![hole(offset, length)]) };
         let inside = base.size_bytes().saturating_sub(offset).min(length);
         let mut extents = Vec::new();

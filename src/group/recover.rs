@@ -17,9 +17,11 @@ use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
 use super::holds::{load_moments, remove_bases, volumes_of};
 use super::indexing::indexed;
+use super::merging::finish_at_start;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
 use super::returning::{ASK_FOR, Asking, YIELDED, authored_behind};
+use super::switch::remove_merged;
 use super::timeline::{Checkpoint, Timeline};
 use super::{GroupContext, GroupError, Role};
 use crate::base::{BaseVolume, ControlState, ControlStateError};
@@ -81,6 +83,14 @@ impl Group {
         let io = |what: &str, cause: &io::Error| GroupError::io(&name, what, cause);
         // Before anything else, since it may be what makes room.
         remove_discarded(&*disk, dir);
+        let mut meta = meta;
+        if before.old_log || before.merging {
+            finish_at_start(&disk, dir, &before)
+                .map_err(|cause| io("go on from the image that was received", &cause))?;
+            meta.update(|meta| (meta.old_log, meta.merging) = (false, false))
+                .map_err(|cause| io("write meta", &cause))?;
+            remove_merged(&*disk, dir);
+        }
         let segments = Segments::open(disk.clone(), &dir.join("log"), before.segment_bytes)
             .map_err(|cause| io("open log", &cause))?;
         let segments = Arc::new(segments);
@@ -165,7 +175,6 @@ impl Group {
             .map_err(|cause| io("open segment", &cause))?;
         let writer = Writer::open(segments.clone(), at, end.chain, end.requests)
             .map_err(|cause| io("read the end of the log", &cause))?;
-        let mut meta = meta;
         let incarnation = Incarnation(context.env.entropy.next_u64());
         meta.update(|meta| {
             meta.incarnation = incarnation;
@@ -226,6 +235,7 @@ impl Group {
                 group.emit(Severity::Error, "recovery-failed", error.to_string(), json!(null));
             }
         }
+        group.take_up_staging();
         group.reopen_images();
         group.settle_holds();
         Ok((group, recovery))

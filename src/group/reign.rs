@@ -180,7 +180,8 @@ impl Group {
     #[must_use]
     pub fn log_start(&self) -> Lsn {
         let first = self.segments.numbers().first().copied().unwrap_or_default();
-        Lsn(first * self.segment_bytes())
+        let begin = self.log_begin.load(Ordering::Acquire);
+        Lsn((first * self.segment_bytes()).max(begin))
     }
 
     /// Checks all headers and checksums of `[from, to)` of the log; bytes read. `from` is the start

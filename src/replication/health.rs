@@ -115,7 +115,9 @@ fn data_reasons(state: DataState, why: Option<&str>, reasons: &mut Vec<Reason>) 
     let why = why.map(|why| format!(": {why}")).unwrap_or_default();
     match state {
         DataState::Consistent => {}
-        DataState::None => reasons.push(reason("no-image", format!("there is no image yet{why}"))),
+        DataState::None | DataState::ReceivingImage => {
+            reasons.push(reason("no-image", format!("there is no image yet{why}")));
+        }
         DataState::Failed => {
             reasons.push(reason("data-failed", format!("the disk under the data failed{why}")));
         }

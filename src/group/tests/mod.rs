@@ -11,6 +11,7 @@ mod moments;
 mod pins;
 mod races;
 mod registry;
+mod resync;
 mod returning;
 mod room;
 

@@ -1,0 +1,206 @@
+//! What was staged becomes part of the base, once an image was switched to: in the background, and
+//! again from the beginning after a crash or an error, since doing it twice is doing it once.
+//!
+//! Until it is done, reads look at what is staged before they look at the base.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+
+use super::GroupError;
+use super::content::Content;
+use super::engine::Group;
+use super::files;
+use super::meta::Meta;
+use super::moment::MOMENTS;
+use super::ranges::{Cover, Place, Ranges};
+use super::staging::{STAGING, Staging, born_in};
+use crate::base::{BaseVolume, ControlState};
+use crate::io::Disk;
+use crate::log::record::crc32;
+use crate::units::{BLOCK_BYTES, VolumeNumber};
+
+/// Bytes that are copied at a time.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// What is staged of the image that the group shows.
+pub(super) struct Merging {
+    /// The control state at the image.
+    pub control: ControlState,
+    /// What is not staged is in the base; else all of it is staged.
+    partial: bool,
+    ranges: Ranges,
+    volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
+}
+
+impl Merging {
+    /// `None` where not all of an image is staged.
+    pub(super) fn of(staging: Staging) -> Option<Merging> {
+        let Staging { state, control, ranges, volumes, .. } = staging;
+        if !state.complete {
+            return None;
+        }
+        Some(Merging { control: control?, partial: state.partial, ranges, volumes })
+    }
+
+    /// Whether what is not staged is in the base.
+    pub(super) fn is_partial(&self) -> bool {
+        self.partial
+    }
+
+    /// The files of what is staged.
+    pub(super) fn volumes(&self) -> &BTreeMap<VolumeNumber, Arc<BaseVolume>> {
+        &self.volumes
+    }
+
+    /// Where the bytes of a range of a volume are: runs of (offset, length, cover), without gaps.
+    pub(super) fn parts(
+        &self,
+        volume: VolumeNumber,
+        offset: u64,
+        length: u64,
+    ) -> Vec<(u64, u64, Cover)> {
+        self.ranges.parts(Place { volume, offset }, length)
+    }
+
+    /// Ranges of a volume that are staged, as (offset, length).
+    pub(super) fn staged(&self, volume: VolumeNumber) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.ranges.of(volume).map(|range| (range.at.offset, range.length))
+    }
+
+    /// Brings the base to the image; durable on return.
+    fn merge(
+        &self,
+        disk: &Arc<dyn Disk>,
+        group_dir: &Path,
+        bases: &RwLock<BTreeMap<VolumeNumber, Arc<BaseVolume>>>,
+        gate: &RwLock<()>,
+    ) -> io::Result<()> {
+        let base_dir = group_dir.join("base");
+        let content = Content::at_horizon(&self.control);
+        for (number, known) in &content.volumes {
+            if self.partial {
+                let size_bytes = known.volume.size_bytes;
+                self.copy(disk, &base_dir, *number, size_bytes, bases, gate)?;
+            } else {
+                let staging_dir = group_dir.join(STAGING);
+                let moved = BaseVolume::take_over(disk, &staging_dir, &base_dir, *number)?;
+                bases.write().expect("no holder panics").insert(*number, Arc::new(moved));
+            }
+        }
+        self.control.store(&**disk, &base_dir)?;
+        let gone: Vec<VolumeNumber> = {
+            let bases = bases.read().expect("no holder panics");
+            bases.keys().filter(|number| !content.volumes.contains_key(number)).copied().collect()
+        };
+        // What was kept for older moments has lost what it lay above.
+        let moments = group_dir.join(MOMENTS);
+        if disk.exists(&moments) {
+            files::discard(&**disk, &moments)?;
+        }
+        for number in gone {
+            bases.write().expect("no holder panics").remove(&number);
+            BaseVolume::remove_files(&**disk, &base_dir, number)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is staged of a volume to its base.
+    fn copy(
+        &self,
+        disk: &Arc<dyn Disk>,
+        base_dir: &Path,
+        number: VolumeNumber,
+        size_bytes: u64,
+        bases: &RwLock<BTreeMap<VolumeNumber, Arc<BaseVolume>>>,
+        gate: &RwLock<()>,
+    ) -> io::Result<()> {
+        let known = bases.read().expect("no holder panics").get(&number).cloned();
+        let opened = known
+            .map_or_else(|| BaseVolume::open(disk.clone(), base_dir, number).map(Arc::new), Ok);
+        let base = match opened {
+            Ok(base) => base,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                Arc::new(BaseVolume::create(disk.clone(), base_dir, number, size_bytes)?)
+            }
+            Err(cause) => return Err(cause),
+        };
+        bases.write().expect("no holder panics").insert(number, base.clone());
+        let born = born_in(self.control.position.lsn);
+        {
+            let _gate = gate.write().expect("no holder panics");
+            base.resize(size_bytes)?;
+        }
+        for range in self.ranges.of(number) {
+            let end = (range.at.offset + range.length).min(size_bytes);
+            let mut at = range.at.offset;
+            if range.zeros && at < end {
+                let _gate = gate.write().expect("no holder panics");
+                base.zero_blocks(at, end - at, born)?;
+                continue;
+            }
+            while at < end {
+                let mut data = vec![0; (end - at).min(COPY_BYTES) as usize];
+                let staged = self.volumes.get(&number).ok_or(io::ErrorKind::NotFound)?;
+                staged.read(at, &mut data).map_err(io::Error::other)?;
+                let crcs: Vec<u32> = data.chunks(BLOCK_BYTES as usize).map(crc32).collect();
+                let _gate = gate.write().expect("no holder panics");
+                base.write_blocks(at, &data, &crcs, born)?;
+                at += data.len() as u64;
+            }
+        }
+        base.sync()
+    }
+}
+
+/// At the start, before anything else is looked at: goes on from a switch that was written down.
+pub(super) fn finish_at_start(
+    disk: &Arc<dyn Disk>,
+    group_dir: &Path,
+    meta: &Meta,
+) -> io::Result<()> {
+    if meta.old_log {
+        drop_old_log(&**disk, &group_dir.join("log"))?;
+    }
+    if meta.merging {
+        let staging = Staging::open(disk.clone(), group_dir)?;
+        let merging = Merging::of(staging)
+            .ok_or_else(|| io::Error::other("an image that was switched to is not complete"))?;
+        merging.merge(disk, group_dir, &RwLock::default(), &RwLock::default())?;
+    }
+    Ok(())
+}
+
+/// Removes every segment, and what belongs to one.
+fn drop_old_log(disk: &dyn Disk, log_dir: &Path) -> io::Result<()> {
+    if !disk.exists(log_dir) {
+        return Ok(());
+    }
+    for name in disk.list(log_dir)? {
+        if !name.ends_with(".spare") {
+            disk.remove(&log_dir.join(name))?;
+        }
+    }
+    disk.sync_dir(log_dir)
+}
+
+impl Group {
+    /// What is staged of the image that is shown, until it is in the base.
+    pub(super) fn merging(&self) -> Option<Arc<Merging>> {
+        self.merging.read().expect("no holder panics").clone()
+    }
+
+    /// Brings what is staged into the base, where an image was switched to; for who holds the lock
+    /// of the folder.
+    pub(super) fn finish_merge(&self) -> Result<(), GroupError> {
+        let Some(merging) = self.merging() else { return Ok(()) };
+        let disk = &self.context.env.disk;
+        merging
+            .merge(disk, &self.dir, &self.bases, &self.base_gate)
+            .map_err(|cause| self.io("bring the received image into the base", &cause))?;
+        self.update_meta(|meta| meta.merging = false)?;
+        *self.merging.write().expect("no holder panics") = None;
+        Staging::remove(&**disk, &self.dir).map_err(|cause| self.io("remove staging", &cause))
+    }
+}

@@ -1,0 +1,489 @@
+//! A copy that is brought up by an image: whatever the primary did since, whatever stops it on the
+//! way, the copy shows its old image or the new one, and then follows the log.
+
+use super::*;
+use crate::io::Fault;
+use crate::log::control::Consistency;
+
+const VOLUME: u64 = 3 << 20;
+
+/// A primary with a volume of its own model, and a copy on another node.
+struct Pair {
+    here: Bench,
+    there: Bench,
+    primary: Arc<Group>,
+    copy: Arc<Group>,
+}
+
+fn b() -> Name {
+    name("b")
+}
+
+impl Pair {
+    fn new(seed: u64) -> Pair {
+        let (here, there) = (Bench::new("a", seed), Bench::new("b", seed + 1000));
+        let primary = here.create();
+        set_policy(&primary, 0, 1 << 20);
+        let copy = there.create_copy();
+        Pair { here, there, primary, copy }
+    }
+
+    fn follow(&self) {
+        follow(&self.primary, &self.copy);
+    }
+
+    fn fold(&self) {
+        self.here.pass(5);
+        self.primary.sync_now().unwrap();
+        self.primary.fold_now().unwrap();
+    }
+
+    /// The copy lies below the log: it is sent an image, as far as `parts` goes.
+    fn send(&self, parts: usize) -> bool {
+        let since = self.copy.positions().head;
+        send(&self.primary, &self.copy, (since > Lsn::ZERO).then_some(since), since, parts)
+    }
+
+    fn resync(&self) {
+        assert!(self.send(usize::MAX));
+        self.copy.switch_to_image().unwrap();
+        self.primary.end_shipment(&b());
+    }
+
+    fn check(&self, what: &str) {
+        same(&self.primary, &self.copy, what);
+    }
+
+    /// The node of the copy loses its power and starts again.
+    fn restart_copy(&mut self, seed: u64) {
+        self.there = self.there.after_crash(seed);
+        self.copy = self.there.open().0;
+    }
+}
+
+fn follow(primary: &Group, copy: &Group) {
+    let from = copy.received_end();
+    assert!(from >= primary.log_start(), "{from} is not in the log");
+    let head = primary.positions().head;
+    let mut bytes = vec![0; head.bytes_since(from) as usize];
+    primary.read_log(from, &mut bytes).unwrap();
+    for part in bytes.chunks(50_000) {
+        copy.append_received(copy.received_end(), part).unwrap();
+    }
+    copy.note_committed(primary.positions().durable);
+    copy.sync_now().unwrap();
+}
+
+fn send(primary: &Group, copy: &Group, since: Option<Lsn>, common: Lsn, parts: usize) -> bool {
+    let staged = copy.staged().unwrap();
+    let shipment = primary.ship(&b(), since, common, staged.as_ref()).unwrap();
+    let offer = shipment.offer();
+    copy.begin_image(&offer).unwrap();
+    let mut done = offer.done_bytes;
+    for _ in 0..parts {
+        let Some(part) = shipment.next().unwrap() else { return true };
+        let progress = copy.stage(part).unwrap();
+        assert!(progress.done_bytes >= done, "progress never runs backwards");
+        assert!(progress.total_bytes >= progress.done_bytes);
+        done = progress.done_bytes;
+    }
+    false
+}
+
+fn all(group: &Group) -> Vec<(Volume, Vec<u8>)> {
+    let volumes = group.volumes().into_iter();
+    volumes
+        .map(|volume| {
+            let bytes = read(group, volume.number, 0, volume.size_bytes as usize);
+            (volume, bytes)
+        })
+        .collect()
+}
+
+/// The first place where two groups differ.
+fn difference(one: &[(Volume, Vec<u8>)], other: &[(Volume, Vec<u8>)]) -> Option<String> {
+    let volumes = |all: &[(Volume, Vec<u8>)]| -> Vec<Volume> {
+        all.iter().map(|(volume, _)| volume.clone()).collect()
+    };
+    if volumes(one) != volumes(other) {
+        return Some(format!("{:?} and {:?}", volumes(one), volumes(other)));
+    }
+    one.iter().zip(other).find_map(|((volume, one), (_, other))| {
+        let at = one.iter().zip(other).position(|(one, other)| one != other)?;
+        Some(format!("{} at {at}: {} and {}", volume.name, one[at], other[at]))
+    })
+}
+
+fn same(one: &Group, other: &Group, what: &str) {
+    assert_eq!(one.positions().chain, other.positions().chain, "{what}");
+    assert_eq!(difference(&all(one), &all(other)), None, "{what}");
+    let (one, other) = (one.control(), other.control());
+    assert_eq!(one.epochs, other.epochs, "{what}");
+    assert_eq!(one.members, other.members, "{what}");
+}
+
+struct Dice(SeededEntropy);
+
+impl Dice {
+    fn below(&self, bound: u64) -> u64 {
+        self.0.next_u64() % bound
+    }
+}
+
+/// Something that a primary does.
+fn act(dice: &Dice, primary: &Group, pair: &Bench, number: u64) {
+    let volumes = primary.volumes();
+    let any = |dice: &Dice| volumes[dice.below(volumes.len() as u64) as usize].clone();
+    match dice.below(20) {
+        0 if volumes.len() < 4 => {
+            let size = (1 + dice.below(3)) << 20;
+            primary.create_volume(name(&format!("v{number}")), size).unwrap();
+        }
+        1 if volumes.len() > 1 => primary.remove_volume(&any(dice).name).unwrap(),
+        2 => {
+            let size = 4096 * (1 + dice.below(700));
+            primary.resize_volume(&any(dice).name, size).unwrap();
+        }
+        3 => {
+            primary.create_bookmark(name(&format!("m{number}")), Consistency::Crash).unwrap();
+        }
+        4 | 5 => {
+            pair.pass(5);
+            primary.sync_now().unwrap();
+            primary.fold_now().unwrap();
+        }
+        6..=9 => {
+            let volume = any(dice);
+            let offset = dice.below(volume.size_bytes / 512) * 512;
+            let length =
+                (512 * (1 + dice.below(1 << dice.below(12)))).min(volume.size_bytes - offset);
+            one(primary, volume.number, Op::Trim { offset, length }).unwrap();
+        }
+        _ => {
+            let volume = any(dice);
+            let offset = dice.below(volume.size_bytes / 512) * 512;
+            let length = (512 * (1 + dice.below(64))).min(volume.size_bytes - offset);
+            let data: Vec<u8> = (0..length).map(|at| (number * 7 + at / 512) as u8 | 1).collect();
+            write(primary, volume.number, offset, &data);
+        }
+    }
+}
+
+#[test]
+fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
+    let (mut partial, mut whole, mut resumed, mut rebased, mut crashed) = (0, 0, 0, 0, 0);
+    for seed in 0..40 {
+        let dice = Dice(SeededEntropy::new(seed));
+        let mut pair = Pair::new(seed);
+        pair.primary.create_volume(name("v"), VOLUME).unwrap();
+        let mut number = 0;
+        let mut acts = |pair: &Pair, count: u64| {
+            for _ in 0..count {
+                number += 1;
+                act(&dice, &pair.primary, &pair.here, number);
+            }
+        };
+        for round in 0..3 {
+            let what = format!("seed {seed}, round {round}");
+            acts(&pair, dice.below(40));
+            let reached = pair.copy.received_end() >= pair.primary.log_start()
+                && (pair.copy.received_end() > Lsn::ZERO || dice.below(2) == 0);
+            if reached {
+                pair.follow();
+                pair.check(&what);
+            }
+            acts(&pair, dice.below(60));
+            pair.fold();
+            let head = pair.copy.positions().head;
+            let old = all(&pair.copy);
+            if head == Lsn::ZERO {
+                whole += 1
+            } else {
+                partial += 1
+            }
+            for _ in 0..dice.below(4) {
+                if pair.send(dice.below(30) as usize) {
+                    break;
+                }
+                assert!(all(&pair.copy) == old, "{what}: the old image stays");
+                match dice.below(3) {
+                    // The link was cut: the same image is gone on with.
+                    0 => resumed += 1,
+                    // So is a later one.
+                    1 => {
+                        pair.primary.end_shipment(&b());
+                        acts(&pair, dice.below(30));
+                        rebased += 1;
+                    }
+                    _ => {
+                        pair.restart_copy(seed + round);
+                        assert!(all(&pair.copy) == old, "{what}: the old image stays");
+                        crashed += 1;
+                    }
+                }
+            }
+            if !pair.send(usize::MAX) {
+                panic!("{what}: no end");
+            }
+            assert!(all(&pair.copy) == old, "{what}: before the switch");
+            let at = pair.copy.switch_to_image().unwrap().lsn;
+            assert_eq!(pair.copy.positions().head, at, "{what}");
+            let image = pair.primary.images().into_iter().next().unwrap();
+            let check = |copy: &Group, when: &str| {
+                for volume in image.volumes() {
+                    let bytes = volume.size_bytes as usize;
+                    let there = read(copy, volume.number, 0, bytes);
+                    let here = read(&*image, volume.number, 0, bytes);
+                    assert!(there == here, "{what}: volume {} {when}", volume.number);
+                }
+                assert_eq!(copy.volumes(), image.volumes(), "{what}: {when}");
+            };
+            check(&pair.copy, "before it is in the base");
+            if dice.below(3) == 0 {
+                pair.restart_copy(seed + 77);
+                check(&pair.copy, "after a crash before it is in the base");
+            }
+            pair.there.pass(5);
+            pair.copy.fold_now().unwrap();
+            check(&pair.copy, "in the base");
+            assert!(!pair.there.disk.exists(&dir().join("staging")), "{what}");
+            for base in pair.copy.bases.read().unwrap().values() {
+                base.check(0, u64::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
+            }
+            pair.primary.end_shipment(&b());
+            pair.follow();
+            pair.check(&what);
+        }
+    }
+    let covered = [partial, whole, resumed, rebased, crashed];
+    assert!(covered.iter().all(|count| *count > 5), "{covered:?}");
+}
+
+/// A copy that lacks an image, all of it staged; what it shows, and what it is to show.
+fn staged(seed: u64, partial: bool) -> (Pair, [Vec<(Volume, Vec<u8>)>; 2]) {
+    let pair = Pair::new(seed);
+    let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
+    let gone = pair.primary.create_volume(name("w"), 1 << 20).unwrap().number;
+    write(&pair.primary, volume, 0, &[1; 20_000]);
+    write(&pair.primary, gone, 0, &[2; 9000]);
+    write(&pair.primary, volume, 2 << 20, &[3; 9000]);
+    if partial {
+        pair.follow();
+    }
+    one(&pair.primary, volume, Op::Trim { offset: 2 << 20, length: 8192 }).unwrap();
+    write(&pair.primary, volume, 8192, &[4; 40_000]);
+    pair.primary.remove_volume(&name("w")).unwrap();
+    pair.primary.create_volume(name("x"), 1 << 20).unwrap();
+    pair.fold();
+    write(&pair.primary, volume, 1 << 20, &[5; 512]);
+    pair.primary.sync_now().unwrap();
+    let old = all(&pair.copy);
+    let new = all(&pair.primary);
+    assert!(pair.send(usize::MAX));
+    (pair, [old, new])
+}
+
+#[test]
+fn a_crash_at_any_boundary_of_the_switch_shows_the_old_image_or_the_new_one() {
+    for partial in [true, false] {
+        let (pair, [old, new]) = staged(1, partial);
+        pair.there.disk.record();
+        pair.copy.switch_to_image().unwrap();
+        pair.there.pass(5);
+        pair.copy.fold_now().unwrap();
+        let stopped = pair.there.disk.take_recorded();
+        assert!(stopped.len() > 20, "{} boundaries", stopped.len());
+        let mut shown = [0, 0];
+        for (boundary, disk) in stopped.into_iter().enumerate() {
+            for seed in 0..4 {
+                let what = format!("partial {partial}, boundary {boundary}, seed {seed}");
+                let disk = Arc::new(disk.crash(seed + 100 * boundary as u64));
+                let after = Bench { disk, ..pair.there.after_crash(0) };
+                let (copy, _) = after.open();
+                let found = all(&copy);
+                if found == new {
+                    shown[1] += 1;
+                } else {
+                    assert!(found == old, "{what}: neither the old image nor the new one");
+                    shown[0] += 1;
+                    // All of it is still staged, or it is sent again.
+                    let since = copy.positions().head;
+                    let since = (since > Lsn::ZERO).then_some(since);
+                    assert!(send(
+                        &pair.primary,
+                        &copy,
+                        since,
+                        since.unwrap_or_default(),
+                        usize::MAX
+                    ));
+                    copy.switch_to_image().unwrap();
+                }
+                follow(&pair.primary, &copy);
+                same(&pair.primary, &copy, &what);
+                copy.close().unwrap();
+                drop(copy);
+                let (copy, recovery) = after.open();
+                assert_eq!(recovery.cut, None, "{what}");
+                same(&pair.primary, &copy, &what);
+            }
+        }
+        assert!(shown.iter().all(|count| *count > 0), "{shown:?}");
+    }
+}
+
+#[test]
+fn an_error_at_any_operation_of_the_switch_leaves_the_old_image_or_the_new_one() {
+    for partial in [true, false] {
+        let mut failures = 0;
+        for operation in 0.. {
+            let (pair, [old, new]) = staged(2, partial);
+            let disk = &pair.there.disk;
+            disk.inject(Fault::Error { operation: disk.operations() + operation });
+            pair.there.pass(5);
+            let done = pair
+                .copy
+                .switch_to_image()
+                .map(|_| ())
+                .and_then(|()| pair.copy.fold_now().map(|_| ()));
+            if done.is_ok() {
+                break;
+            }
+            failures += 1;
+            disk.clear_faults();
+            let what = format!("partial {partial}, operation {operation}: {}", done.unwrap_err());
+            drop(pair.copy);
+            let (copy, _) = pair.there.open();
+            let found = all(&copy);
+            let differs = difference(&found, &new);
+            assert!(found == old || differs.is_none(), "{what}: {differs:?}");
+        }
+        assert!(failures > 10, "{failures}");
+    }
+}
+
+#[test]
+fn images_of_before_the_switch_are_broken_with_the_reason() {
+    let (pair, _) = staged(3, true);
+    let image = pair.copy.open_image(&Point::Now, None, "test", None).unwrap();
+    pair.copy.switch_to_image().unwrap();
+    let error = try_read(&*image, VolumeNumber(1), 0, 512).unwrap_err().to_string();
+    assert!(error.contains("brought up by an image"), "{error}");
+}
+
+#[test]
+fn a_copy_in_the_middle_of_an_image_is_promoted_as_it_was() {
+    let (pair, [old, _]) = staged(4, true);
+    pair.copy.promote("test").unwrap();
+    assert!(all(&pair.copy) == old);
+    assert!(pair.copy.switch_to_image().is_err(), "a primary takes no image");
+    assert!(pair.copy.stage(ImagePart::End).is_err());
+    assert!(all(&pair.copy) == old);
+    pair.copy.close().unwrap();
+    assert!(all(&pair.there.open().0) == old);
+}
+
+#[test]
+fn what_is_staged_survives_the_power() {
+    let mut pair = Pair::new(5);
+    let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
+    let data: Vec<u8> = (0..VOLUME as u32).map(|at| (at / 512) as u8 | 1).collect();
+    write(&pair.primary, volume, 0, &data);
+    pair.fold();
+    assert!(!pair.send(10));
+    // The link is lost: what came is durable when it is asked for.
+    let staged = pair.copy.staged().unwrap().unwrap();
+    assert!(staged.done_bytes > 0);
+    pair.restart_copy(1);
+    assert_eq!(pair.copy.data_state().0, DataState::ReceivingImage);
+    assert_eq!(pair.copy.staged().unwrap(), Some(staged.clone()));
+    let shipment = pair.primary.ship(&b(), None, Lsn::ZERO, Some(&staged)).unwrap();
+    assert!(shipment.offer().resumed);
+    let mut again = 0;
+    while let Some(part) = shipment.next().unwrap() {
+        if let ImagePart::Data { data, .. } = part {
+            again += data.len() as u64;
+        }
+    }
+    assert_eq!(again, VOLUME - staged.done_bytes, "nothing is sent twice");
+    pair.resync();
+    pair.check("after all of it");
+}
+
+#[test]
+fn a_part_that_is_not_what_was_sent_is_refused() {
+    let pair = Pair::new(6);
+    let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
+    write(&pair.primary, volume, 0, &[7; 8192]);
+    pair.fold();
+    let shipment = pair.primary.ship(&b(), None, Lsn::ZERO, None).unwrap();
+    pair.copy.begin_image(&shipment.offer()).unwrap();
+    let mut refused = 0;
+    while let Some(part) = shipment.next().unwrap() {
+        if let ImagePart::Data { at, crcs, data } = &part {
+            let mut bytes = data.to_vec();
+            bytes[5000] ^= 1;
+            let at_odds = [
+                ImagePart::Data { at: *at, crcs: crcs.clone(), data: bytes.into() },
+                ImagePart::Data { at: *at, crcs: crcs[1..].to_vec(), data: data.clone() },
+                ImagePart::Data {
+                    at: Place { offset: VOLUME, ..*at },
+                    crcs: crcs.clone(),
+                    data: data.clone(),
+                },
+                ImagePart::Zeros { at: Place { volume: VolumeNumber(9), offset: 0 }, length: 4096 },
+                ImagePart::Zeros { at: *at, length: u64::MAX - 4095 },
+                ImagePart::Zeros { at: Place { offset: 512, ..*at }, length: 4096 },
+            ];
+            for part in at_odds {
+                pair.copy.stage(part).unwrap_err();
+                refused += 1;
+            }
+        }
+        pair.copy.stage(part).unwrap();
+    }
+    assert!(refused > 0);
+    pair.copy.switch_to_image().unwrap();
+    pair.check("in the end");
+}
+
+#[test]
+fn a_received_tail_that_is_in_nobodys_history_is_kept_as_a_branch_by_the_switch() {
+    let pair = Pair::new(7);
+    let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
+    write(&pair.primary, volume, 0, &[1; 4096]);
+    pair.follow();
+    pair.primary.sync_now().unwrap();
+    // The copy has a write that the primary loses with its power, before it began another reign.
+    let common = pair.primary.positions().head;
+    let before = pair.here.after_crash(9);
+    write(&pair.primary, volume, 0, &[2; 4096]);
+    pair.follow();
+    drop(pair.primary);
+    let (primary, _) = before.open();
+    primary.promote("test").unwrap();
+    primary.begin_epoch(primary.new_epoch("test", 9)).unwrap();
+    write(&primary, volume, 8192, &[3; 4096]);
+    before.pass(5);
+    primary.sync_now().unwrap();
+    let pair = Pair { here: before, primary, ..pair };
+    for offset in 0..64 {
+        write(&pair.primary, volume, offset * 4096, &[4; 4096]);
+    }
+    pair.fold();
+    assert!(pair.primary.log_start() > common);
+    assert!(send(&pair.primary, &pair.copy, None, common, usize::MAX));
+    pair.copy.switch_to_image().unwrap();
+    let branches = pair.copy.branches().unwrap();
+    assert_eq!(branches.len(), 1);
+    assert_eq!((branches[0].from.lsn, branches[0].authored), (common, false));
+    pair.check("it follows");
+    // What it wrote itself is nobody's to discard.
+    let own = pair.copy.positions().head;
+    pair.copy.promote("test").unwrap();
+    pair.copy.demote().unwrap();
+    let error = pair
+        .primary
+        .ship(&b(), None, own, None)
+        .and_then(|shipment| pair.copy.begin_image(&shipment.offer()));
+    assert!(error.unwrap_err().to_string().contains("were written by b"));
+}
