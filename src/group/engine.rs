@@ -21,6 +21,7 @@ use super::moment::Moment;
 use super::receive::Pending;
 use super::required::{Floors, Required};
 use super::returning::Asking;
+use super::shipment::Shipment;
 use super::staging::{ImageProgress, Staging};
 use super::sync::Waiting;
 use super::timeline::{Checkpoint, Timeline};
@@ -72,6 +73,10 @@ pub struct Group {
     pub(super) merging: RwLock<Option<Arc<Merging>>>,
     /// An image that comes.
     pub(super) staging: Mutex<Option<Staging>>,
+    /// When it was opened here, monotonic.
+    pub(super) started: Duration,
+    /// Images on their way to peers.
+    pub(super) shipments: Mutex<BTreeMap<Name, Arc<Shipment>>>,
     /// Mirror of `meta.log_begin`: below it the log has nothing.
     pub(super) log_begin: AtomicU64,
     /// Held while the role changes.
@@ -358,6 +363,8 @@ impl Group {
             base_gate: RwLock::default(),
             merging: RwLock::default(),
             staging: Mutex::default(),
+            started: context.env.clock.monotonic(),
+            shipments: Mutex::default(),
             log_begin,
             turn: Mutex::default(),
             fold_lock: Mutex::default(),

@@ -34,6 +34,7 @@ pub(super) struct KeptImage {
 impl Group {
     /// Closes the images whose time is over.
     pub(super) fn close_expired(&self) {
+        self.end_idle_shipments();
         let now = self.context.env.clock.wall();
         let over = |image: &Arc<Image>| image.expires().is_some_and(|expires| expires <= now);
         for image in self.images().into_iter().filter(over) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde_json::json;
 
 use super::engine::Group;
 use super::image::{Image, merge};
@@ -13,13 +14,16 @@ use super::ranges::Place;
 use super::staging::{ImageOffer, ImagePart, Staged};
 use super::{Allocation, Extent, GroupError, Point, Read, View};
 use crate::base::ControlState;
+use crate::events::Severity;
 use crate::log::record::crc32;
-use crate::units::{BLOCK_BYTES, Lsn, Name};
+use crate::units::{BLOCK_BYTES, Lsn, Name, Span};
 
 /// Bytes of a part at most, without its checksums.
 pub const PART_BYTES_MAX: u64 = 128 << 10;
 /// The image is closed at the latest after this time: what is not sent by then is sent by another.
 const EXPIRES_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// A peer that is away for this long finds its image closed.
+const KEPT_FOR: Duration = Duration::from_secs(15 * 60);
 /// Bytes of a volume whose allocation is looked at at a time.
 const LOOK_BYTES: u64 = 64 << 20;
 /// Runs of allocation that one look gives at most.
@@ -29,6 +33,8 @@ const RUNS_PER_LOOK: usize = 256;
 pub struct Shipment {
     image: Arc<Image>,
     offer: ImageOffer,
+    /// When a part was asked for last, monotonic.
+    used: Mutex<Duration>,
     next: Mutex<Next>,
 }
 
@@ -218,7 +224,45 @@ impl Group {
             runs: VecDeque::new(),
             ended: false,
         };
-        Ok(Arc::new(Shipment { image, offer, next: Mutex::new(next) }))
+        let used = Mutex::new(self.context.env.clock.monotonic());
+        let shipment = Arc::new(Shipment { image, offer, used, next: Mutex::new(next) });
+        let mut shipments = self.shipments.lock().expect("no holder panics");
+        shipments.insert(peer.clone(), shipment.clone());
+        Ok(shipment)
+    }
+
+    /// The next part of the image that a peer is sent; none behind its end.
+    ///
+    /// # Errors
+    ///
+    /// Where no image is sent to it, or the image cannot be read any more.
+    pub fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError> {
+        let shipment = self.shipments.lock().expect("no holder panics").get(peer).cloned();
+        let shipment = shipment.ok_or_else(|| self.refused(format!("sends no image to {peer}")))?;
+        *shipment.used.lock().expect("no holder panics") = self.context.env.clock.monotonic();
+        shipment.next()
+    }
+
+    /// Closes the images that no peer has asked for in a while.
+    pub(super) fn end_idle_shipments(&self) {
+        let now = self.context.env.clock.monotonic();
+        for peer in self.shipments() {
+            let used = {
+                let shipments = self.shipments.lock().expect("no holder panics");
+                let known = shipments.get(&peer);
+                // One of before the start counts from then on.
+                known.map_or(self.started, |known| *known.used.lock().expect("no holder panics"))
+            };
+            if now.saturating_sub(used) >= KEPT_FOR {
+                self.end_shipment(&peer);
+                let text = format!(
+                    "the image for {peer} was closed: nobody asked for more of it in {}; what came \
+                     there still counts",
+                    Span(KEPT_FOR)
+                );
+                self.emit(Severity::Info, "resync-expired", text, json!({ "peer": peer }));
+            }
+        }
     }
 
     /// The image that this peer was sent, where it is at this position.
@@ -231,6 +275,7 @@ impl Group {
 
     /// Closes the image that a peer was sent, where there is one.
     pub fn end_shipment(&self, peer: &Name) {
+        self.shipments.lock().expect("no holder panics").remove(peer);
         let owner = owner(peer);
         for image in self.images().into_iter().filter(|image| image.owner() == owner) {
             if let Err(error) = self.close_this_image(&image) {
@@ -240,8 +285,7 @@ impl Group {
     }
 
     /// The peers that an image is kept for.
-    #[must_use]
-    pub fn shipments(&self) -> Vec<Name> {
+    fn shipments(&self) -> Vec<Name> {
         let images = self.images();
         let peers = images.iter().filter_map(|image| image.owner().strip_prefix(OWNER));
         peers.filter_map(|peer| peer.parse().ok()).collect()

@@ -14,6 +14,7 @@
 //! reason and the next command.
 
 mod following;
+mod image;
 mod required;
 mod roles;
 mod sending;
@@ -25,6 +26,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::events::Severity;
+use crate::group::{ImageOffer, Staged};
 use crate::units::{ByteSize, Chain, GroupId, Lsn, Name};
 
 use super::core::{Appended, ConnId, LocalGroup, Membership, Output, Settings};
@@ -92,6 +94,17 @@ pub struct Channel {
     trouble: Option<Trouble>,
     /// Whether the shell knows that this peer's stream is followed.
     told_follows: bool,
+    /// An image is sent to the peer.
+    shipping: Option<image::Shipping>,
+    /// An image comes from the peer.
+    receiving: Option<image::Receiving>,
+    /// What the peer has of an image, as it said when it asked.
+    staged_there: Option<Staged>,
+    /// What is staged here may not be needed any more.
+    has_staged: bool,
+    /// The shell may keep an image for the peer.
+    may_be_kept: bool,
+    sent: image::Sent,
     /// What the group was told of a peer that hosts wait for.
     required: required::Told,
     /// The peer is no member any more; the stream goes on to here, so that it learns of that.
@@ -107,7 +120,9 @@ pub(super) fn group_of(message: &Message) -> Option<GroupId> {
         | Message::Stop { group, .. }
         | Message::Ack { group, .. }
         | Message::Progress { group, .. }
-        | Message::MayFollow { group, .. } => Some(GroupId(*group)),
+        | Message::MayFollow { group, .. }
+        | Message::Image { group, .. }
+        | Message::ImageAck { group, .. } => Some(GroupId(*group)),
         _ => None,
     }
 }
@@ -143,6 +158,12 @@ impl Channel {
             rpo_alarm: false,
             trouble: None,
             told_follows: false,
+            shipping: None,
+            receiving: None,
+            staged_there: None,
+            has_staged: false,
+            may_be_kept: true,
+            sent: image::Sent::default(),
             required: required::Told::default(),
             ending: None,
             offered: None,
@@ -292,6 +313,9 @@ impl Channel {
         if follows_changed && self.follower.is_none() && self.sender.is_none() {
             self.evaluate(context);
         }
+        if membership_changed && !self.active() {
+            self.end_shipment(context);
+        }
         if role_changed || membership_changed {
             if role_changed {
                 self.drop_streams();
@@ -329,10 +353,12 @@ impl Channel {
             return;
         }
         self.paused = paused;
-        if paused && let Some(sender) = self.sender.take() {
+        let sends = self.sender.take().map(|sender| sender.stream);
+        let ships = self.shipping.take().map(|shipping| shipping.stream());
+        if paused && let Some(stream) = sends.or(ships) {
             context.send(Message::Stop {
                 group: self.local.id.0,
-                stream: sender.stream,
+                stream,
                 code: StopCode::Paused,
                 reason: format!(
                     "paused on the primary; `tidelog resume {}` goes on",
@@ -406,6 +432,8 @@ impl Channel {
     fn drop_streams(&mut self) {
         self.sender = None;
         self.follower = None;
+        self.shipping = None;
+        self.receiving = None;
         self.lookup = None;
         self.offered = None;
         self.ending = None;
@@ -459,14 +487,40 @@ impl Channel {
                 self.evaluate(context);
                 Ok(())
             }
-            Message::Follow { stream, history, durable, requests, .. } => {
+            Message::Follow { stream, history, durable, requests, staged, .. } => {
                 let history = History::from_wire(&history)
                     .ok_or_else(|| format!("group {}: impossible history", self.local.name))?;
                 if durable > history.head.0 {
                     return Err(format!("group {}: durable above head", self.local.name));
                 }
+                self.staged_there = staged.as_ref().and_then(image::staged_from_wire);
                 self.on_follow(context, stream, history, Lsn(durable), requests);
                 Ok(())
+            }
+            Message::Image {
+                stream,
+                position,
+                since,
+                resumed,
+                total_bytes,
+                done_bytes,
+                common,
+                ..
+            } => {
+                let position = image::position_of(&position)
+                    .ok_or_else(|| format!("group {}: impossible image", self.local.name))?;
+                let offer = ImageOffer {
+                    position,
+                    since: since.map(Lsn),
+                    resumed,
+                    total_bytes,
+                    done_bytes,
+                    common: Lsn(common),
+                };
+                self.on_image(context, stream, offer)
+            }
+            Message::ImageAck { stream, frames, done_bytes, .. } => {
+                self.on_image_ack(context, stream, frames, done_bytes)
             }
             Message::Stream { stream, from, .. } => self.on_stream(context, stream, Lsn(from)),
             Message::Stop { stream, code, reason, .. } => {

@@ -5,6 +5,7 @@
 //! well again, in the tests.
 
 mod copies;
+mod images;
 mod required;
 mod returns;
 
@@ -132,6 +133,11 @@ struct Node {
     reign_due: bool,
     /// What cuts took off, each with where.
     branches: Vec<(usize, Vec<u8>)>,
+    /// An image that is kept for the peer, and one that comes from it.
+    shipment: Option<images::Shipment>,
+    staging: Option<images::Staging>,
+    /// Images that took the place of what was here.
+    switches: u32,
     lost_power: bool,
     incarnation: u64,
     up: bool,
@@ -274,6 +280,9 @@ impl World {
                 split_brain: false,
                 reign_due: false,
                 branches: Vec::new(),
+                shipment: None,
+                staging: None,
+                switches: 0,
                 lost_power: false,
                 incarnation: side as u64 + 1,
                 up: true,
@@ -429,6 +438,7 @@ impl World {
                 self.later(side, Input::AppendFailed { group, stream, reason });
             }
             Output::SendLog { conn, group, stream, from, to } => {
+                assert!(from.0 >= self.nodes[side].log.start, "it was folded");
                 let range = from.0 as usize..to.0 as usize;
                 let payload = self.nodes[side].log.bytes[range].to_vec();
                 let mut bytes =
@@ -437,7 +447,14 @@ impl World {
                 self.transmit(conn, side, bytes);
                 self.later(side, Input::Sent { group, stream });
             }
+            Output::Ship { .. }
+            | Output::SendPart { .. }
+            | Output::EndShipment { .. }
+            | Output::BeginImage { .. }
+            | Output::Stage { .. }
+            | Output::DropStaging { .. } => self.perform_image(side, output),
             Output::Prepare { group, stream } => {
+                let staged = self.nodes[side].staged();
                 let log = &mut self.nodes[side].log;
                 log.tail.clear();
                 let input = Input::Prepared {
@@ -446,11 +463,14 @@ impl World {
                     history: log.history(),
                     durable: Lsn(log.durable as u64),
                     requests: log.head().0 / RECORD_BYTES as u64,
+                    staged,
                 };
                 self.later(side, input);
             }
             Output::LookupChain { group, lsn, ticket } => {
-                let chain = self.nodes[side].log.chain_at(lsn.0 as usize);
+                let log = &self.nodes[side].log;
+                let there = lsn.0 >= log.start;
+                let chain = log.chain_at(lsn.0 as usize).filter(|_| there);
                 self.later(side, Input::ChainFound { group, ticket, chain });
             }
             Output::Append { .. } if self.nodes[side].hung_disk => {}
@@ -601,6 +621,13 @@ impl World {
                     conn,
                     message: Message::decode(payload).expect("an honest peer"),
                     wall: LogTime(0),
+                },
+                FrameKind::Image => Input::Part {
+                    conn,
+                    group: header.group,
+                    stream: header.stream,
+                    number: header.position.0,
+                    bytes: Bytes::copy_from_slice(payload),
                 },
                 FrameKind::Log => Input::Log {
                     conn,

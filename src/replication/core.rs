@@ -17,6 +17,7 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::events::Severity;
+use crate::group::{ImageOffer, ImageProgress, Staged};
 use crate::log::control::Mode;
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Span};
 
@@ -182,6 +183,70 @@ pub enum Input {
         durable: Lsn,
         /// Requests up to the head.
         requests: u64,
+        /// What is staged of an image.
+        staged: Option<Staged>,
+    },
+    /// Answers [`Output::Ship`].
+    Shipped {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// The image that is open now, or why there is none.
+        offer: Result<ImageOffer, String>,
+    },
+    /// Answers [`Output::SendPart`].
+    PartSent {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// It was the end of the image.
+        last: bool,
+    },
+    /// A part of an image could not be read.
+    PartFailed {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A part of an image came.
+    Part {
+        /// On this connection.
+        conn: ConnId,
+        /// Of this group.
+        group: GroupId,
+        /// In this stream.
+        stream: u64,
+        /// Its number in the stream.
+        number: u64,
+        /// The bytes.
+        bytes: Bytes,
+    },
+    /// Answers [`Output::Stage`].
+    Staged {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// How far it is.
+        progress: ImageProgress,
+        /// It was the end, and the image took the place of what was here.
+        switched: bool,
+    },
+    /// An image, or a part of it, could not be staged.
+    StageFailed {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// Why.
+        reason: String,
+        /// It will not do better by itself.
+        refused: bool,
     },
     /// Answers [`Output::LookupChain`].
     ChainFound {
@@ -291,6 +356,66 @@ pub enum Output {
         group: GroupId,
         /// To be given back.
         stream: u64,
+    },
+    /// Open the image that the peer is to be sent; answer with `Shipped`.
+    Ship {
+        /// The group.
+        group: GroupId,
+        /// The stream.
+        stream: u64,
+        /// The peer's name.
+        peer: Name,
+        /// Only what changed since here, where that is given.
+        since: Option<Lsn>,
+        /// Behind this the peer's log is not part of this history.
+        common: Lsn,
+        /// What is staged there.
+        staged: Option<Staged>,
+    },
+    /// Read the next part of the image that the peer is sent, and send it as one frame; answer with
+    /// `PartSent` or `PartFailed`.
+    SendPart {
+        /// On this connection.
+        conn: ConnId,
+        /// Of this group.
+        group: GroupId,
+        /// In this stream.
+        stream: u64,
+        /// The peer's name.
+        peer: Name,
+        /// The part's number in the stream.
+        number: u64,
+    },
+    /// No image is kept for the peer any more.
+    EndShipment {
+        /// Of this group.
+        group: GroupId,
+        /// The peer's name.
+        peer: Name,
+    },
+    /// An image will come: make ready to stage it; answer with `StageFailed` where that fails.
+    BeginImage {
+        /// Of this group.
+        group: GroupId,
+        /// In this stream.
+        stream: u64,
+        /// The image.
+        offer: ImageOffer,
+    },
+    /// Stage a part of an image, and switch to it where it is the end; answer with `Staged` or
+    /// `StageFailed`.
+    Stage {
+        /// Of this group.
+        group: GroupId,
+        /// In this stream.
+        stream: u64,
+        /// The part.
+        bytes: Bytes,
+    },
+    /// The log reaches this copy: what is staged of an image is not needed.
+    DropStaging {
+        /// Of this group.
+        group: GroupId,
     },
     /// Look up the chain at a position; answer with `ChainFound`.
     LookupChain {
@@ -607,9 +732,46 @@ impl PeerCore {
                     Ok(())
                 });
             }
-            Input::Prepared { group, stream, history, durable, requests } => {
+            Input::Prepared { group, stream, history, durable, requests, staged } => {
                 self.with_channel(now, group, outputs, |channel, context| {
-                    channel.on_prepared(context, stream, &history, durable, requests);
+                    channel.on_prepared(context, stream, &history, durable, requests, staged);
+                    Ok(())
+                });
+            }
+            Input::Shipped { group, stream, offer } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_shipped(context, stream, offer);
+                    Ok(())
+                });
+            }
+            Input::PartSent { group, stream, last } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_part_sent(context, stream, last);
+                    Ok(())
+                });
+            }
+            Input::PartFailed { group, stream, reason } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_part_failed(context, stream, &reason);
+                    Ok(())
+                });
+            }
+            Input::Part { conn, group, stream, number, bytes } => {
+                if self.heard_on(now, conn) {
+                    self.with_channel(now, group, outputs, |channel, context| {
+                        channel.on_part(context, stream, number, bytes)
+                    });
+                }
+            }
+            Input::Staged { group, stream, progress, switched } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_staged(context, stream, progress, switched);
+                    Ok(())
+                });
+            }
+            Input::StageFailed { group, stream, reason, refused } => {
+                self.with_channel(now, group, outputs, |channel, context| {
+                    channel.on_stage_failed(context, stream, &reason, refused);
                     Ok(())
                 });
             }

@@ -11,7 +11,7 @@ use crate::units::{GroupId, NodeId};
 
 use super::bounds::Room;
 use super::core::{Input, Output, PeerCore};
-use super::link::{self, Range};
+use super::link::{self, Bulk};
 use super::service::{Queued, Shared, locked};
 use super::wire::Message;
 use super::worker::{Job, Worker};
@@ -46,7 +46,12 @@ impl Shared {
             }
             Output::SendLog { conn, group, stream, from, to } => {
                 if let Some(conn) = self.conn(conn) {
-                    conn.send_range(Range { group, stream, from, to });
+                    conn.send_bulk(group, stream, Bulk::Log { from, to });
+                }
+            }
+            Output::SendPart { conn, group, stream, peer, number } => {
+                if let Some(conn) = self.conn(conn) {
+                    conn.send_bulk(group, stream, Bulk::Part { peer, number });
                 }
             }
             Output::FollowChanged { group } => {

@@ -8,20 +8,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::units::{GroupId, Lsn, NodeId};
+use crate::group::ImagePart;
+use crate::units::{GroupId, Lsn, Name, NodeId};
 
 use super::bounds::{Bodies, Calls, Handshakes, Room, room_for};
 use super::core::{ConnId, Input};
 use super::pairing::{EXPORTER_BYTES, EXPORTER_LABEL, Fingerprint};
+use super::replica::Replica;
 use super::service::Shared;
 use super::tls;
+use super::wire::part::encode_part;
 use super::wire::{
     FRAME_HEADER_BYTES, FrameHeader, FrameKind, HELLO_BYTES, Hello, Message, PAYLOAD_BYTES_MAX,
     Purpose, VERSIONS, Verdict,
@@ -38,12 +41,63 @@ const NEW_KEY: &str = "this node has a new key";
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// A log frame that waits for its turn.
-pub(super) struct Range {
-    pub(super) group: GroupId,
-    pub(super) stream: u64,
-    pub(super) from: Lsn,
-    pub(super) to: Lsn,
+/// A frame of bulk that waits for its turn.
+struct Waiting {
+    group: GroupId,
+    stream: u64,
+    bulk: Bulk,
+}
+
+/// What a frame of bulk carries.
+pub(super) enum Bulk {
+    /// A range of the log.
+    Log { from: Lsn, to: Lsn },
+    /// The next part of the image that a peer is sent, with its number in the stream.
+    Part { peer: Name, number: u64 },
+}
+
+/// A frame that is to be sent.
+struct Ready {
+    frame: Vec<u8>,
+    /// What is told once it was sent.
+    sent: Input,
+}
+
+impl Waiting {
+    /// Reads what the frame carries; what is to be told where that fails.
+    fn read(self, replica: Option<Arc<dyn Replica>>) -> Result<Ready, Input> {
+        let Waiting { group, stream, bulk } = self;
+        let gone = "the group is gone".to_owned();
+        match bulk {
+            Bulk::Log { from, to } => {
+                let bytes = to.bytes_since(from) as usize;
+                assert!(bytes <= PAYLOAD_BYTES_MAX, "the core cuts frames");
+                let failed = |reason| Input::ReadFailed { group, stream, reason };
+                let replica = replica.ok_or_else(|| failed(gone))?;
+                let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
+                frame[..FRAME_HEADER_BYTES]
+                    .copy_from_slice(&FrameHeader::log(group, stream, from, bytes).encode());
+                replica
+                    .read_log(from, &mut frame[FRAME_HEADER_BYTES..])
+                    .map_err(|error| failed(error.to_string()))?;
+                Ok(Ready { frame, sent: Input::Sent { group, stream } })
+            }
+            Bulk::Part { peer, number } => {
+                let failed = |reason| Input::PartFailed { group, stream, reason };
+                let replica = replica.ok_or_else(|| failed(gone))?;
+                let part = replica.next_part(&peer).map_err(|error| failed(error.to_string()))?;
+                let part = part.ok_or_else(|| failed("it has no more parts".to_owned()))?;
+                let last = part == ImagePart::End;
+                let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
+                encode_part(&part, &mut frame);
+                let bytes = frame.len() - FRAME_HEADER_BYTES;
+                frame[..FRAME_HEADER_BYTES]
+                    .copy_from_slice(&FrameHeader::image(group, stream, number, bytes).encode());
+                let sent = Input::PartSent { group, stream, last };
+                Ok(Ready { frame: frame.into(), sent })
+            }
+        }
+    }
 }
 
 /// How the rest of the service reaches a connection.
@@ -53,7 +107,7 @@ pub(super) struct Conn {
     pub(super) key: Fingerprint,
     messages: mpsc::UnboundedSender<Vec<u8>>,
     queued_bytes: Arc<AtomicUsize>,
-    ranges: mpsc::UnboundedSender<Range>,
+    bulk: mpsc::UnboundedSender<Waiting>,
     /// Calls of the peer that are served.
     pub(super) calls: Calls,
     close: watch::Sender<Option<String>>,
@@ -75,9 +129,9 @@ impl Conn {
         }
     }
 
-    /// Queues a log frame.
-    pub(super) fn send_range(&self, range: Range) {
-        let _ = self.ranges.send(range);
+    /// Queues a frame of bulk.
+    pub(super) fn send_bulk(&self, group: GroupId, stream: u64, bulk: Bulk) {
+        let _ = self.bulk.send(Waiting { group, stream, bulk });
     }
 
     /// Ends the connection, which shows a key that this node has no more.
@@ -302,7 +356,7 @@ fn run_connection(
     }
     let conn = shared.next_conn();
     let (messages, message_queue) = mpsc::unbounded_channel();
-    let (ranges, range_queue) = mpsc::unbounded_channel();
+    let (bulk, bulk_queue) = mpsc::unbounded_channel();
     let (close, closed) = watch::channel(None);
     let queued_bytes = Arc::new(AtomicUsize::new(0));
     let handle = Arc::new(Conn {
@@ -310,7 +364,7 @@ fn run_connection(
         key,
         messages,
         queued_bytes: Arc::clone(&queued_bytes),
-        ranges,
+        bulk,
         calls: Calls::default(),
         close,
     });
@@ -329,7 +383,7 @@ fn run_connection(
         stream: writing,
         messages: message_queue,
         queued_bytes,
-        ranges: range_queue,
+        bulk: bulk_queue,
     };
     let reader = Reader {
         shared: Arc::clone(shared),
@@ -363,7 +417,7 @@ struct Writer {
     stream: WriteHalf<Box<dyn Stream>>,
     messages: mpsc::UnboundedReceiver<Vec<u8>>,
     queued_bytes: Arc<AtomicUsize>,
-    ranges: mpsc::UnboundedReceiver<Range>,
+    bulk: mpsc::UnboundedReceiver<Waiting>,
 }
 
 impl Writer {
@@ -376,8 +430,8 @@ impl Writer {
                     Some(frame) => self.write_message(&frame).await,
                     None => return "closed".to_owned(),
                 },
-                range = self.ranges.recv() => match range {
-                    Some(range) => self.write_range(range).await,
+                waiting = self.bulk.recv() => match waiting {
+                    Some(waiting) => self.write_bulk(waiting).await,
                     None => return "closed".to_owned(),
                 },
             };
@@ -393,31 +447,19 @@ impl Writer {
         self.flush_if_idle().await
     }
 
-    async fn write_range(&mut self, range: Range) -> std::io::Result<()> {
-        let Range { group, stream, from, to } = range;
-        let bytes = to.bytes_since(from) as usize;
-        assert!(bytes <= PAYLOAD_BYTES_MAX, "the core cuts frames");
-        let found = self.shared.replica(group);
-        let read = tokio::task::spawn_blocking(move || {
-            let Some(replica) = found else { return Err("the group is gone".to_owned()) };
-            let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
-            frame[..FRAME_HEADER_BYTES]
-                .copy_from_slice(&FrameHeader::log(group, stream, from, bytes).encode());
-            replica
-                .read_log(from, &mut frame[FRAME_HEADER_BYTES..])
-                .map(|()| frame)
-                .map_err(|error| error.to_string())
-        })
-        .await
-        .unwrap_or_else(|_| Err("this node shuts down".to_owned()));
+    async fn write_bulk(&mut self, waiting: Waiting) -> std::io::Result<()> {
+        let replica = self.shared.replica(waiting.group);
+        let read = tokio::task::spawn_blocking(move || waiting.read(replica)).await;
+        // Else this node shuts down.
+        let Ok(read) = read else { return Ok(()) };
         match read {
-            Ok(frame) => {
+            Ok(Ready { frame, sent }) => {
                 self.stream.write_all(&frame).await?;
-                self.shared.input(self.peer, Input::Sent { group, stream });
+                self.shared.input(self.peer, sent);
                 self.flush_if_idle().await
             }
-            Err(reason) => {
-                self.shared.input(self.peer, Input::ReadFailed { group, stream, reason });
+            Err(failed) => {
+                self.shared.input(self.peer, failed);
                 Ok(())
             }
         }
@@ -425,7 +467,7 @@ impl Writer {
 
     /// TLS gathers small writes; they go out when nothing follows at once.
     async fn flush_if_idle(&mut self) -> std::io::Result<()> {
-        if self.messages.is_empty() && self.ranges.is_empty() {
+        if self.messages.is_empty() && self.bulk.is_empty() {
             self.stream.flush().await?;
         }
         Ok(())
@@ -472,6 +514,16 @@ impl Reader {
                     group: header.group,
                     stream: header.stream,
                     position: header.position,
+                    bytes: Bytes::from(payload),
+                };
+                self.shared.input_of_peer(peer, input, room);
+            }
+            FrameKind::Image => {
+                let input = Input::Part {
+                    conn: self.conn,
+                    group: header.group,
+                    stream: header.stream,
+                    number: header.position.0,
                     bytes: Bytes::from(payload),
                 };
                 self.shared.input_of_peer(peer, input, room);

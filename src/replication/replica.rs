@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use crate::group::{
-    ControlView, DataState, Discard, Group, GroupError, Positions, ReceiveError, Registry,
-    RequiredPeer, Role,
+    ControlView, DataState, Discard, Group, GroupError, ImageOffer, ImagePart, ImageProgress,
+    Positions, ReceiveError, Registry, RequiredPeer, Role, Staged,
 };
 use crate::log::control::{Control, EpochRecord};
-use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
+use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Position};
 
 use super::core::{LocalGroup, Membership};
 use super::epoch::History;
@@ -48,6 +48,20 @@ pub trait Replica: Send + Sync {
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
     fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError>;
     fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
+    fn ship(
+        &self,
+        peer: &Name,
+        since: Option<Lsn>,
+        common: Lsn,
+        staged: Option<&Staged>,
+    ) -> Result<ImageOffer, GroupError>;
+    fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError>;
+    fn end_shipment(&self, peer: &Name);
+    fn staged(&self) -> Result<Option<Staged>, GroupError>;
+    fn begin_image(&self, offer: &ImageOffer) -> Result<(), GroupError>;
+    fn stage(&self, part: ImagePart) -> Result<ImageProgress, GroupError>;
+    fn switch_to_image(&self) -> Result<Position, GroupError>;
+    fn drop_staging(&self) -> Result<(), GroupError>;
 }
 
 /// The groups of a node. The methods are those of [`Registry`].
@@ -66,6 +80,36 @@ pub trait Replicas: Send + Sync {
 }
 
 impl Replica for Group {
+    fn ship(
+        &self,
+        peer: &Name,
+        since: Option<Lsn>,
+        common: Lsn,
+        staged: Option<&Staged>,
+    ) -> Result<ImageOffer, GroupError> {
+        Group::ship(self, peer, since, common, staged).map(|shipment| shipment.offer())
+    }
+    fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError> {
+        Group::next_part(self, peer)
+    }
+    fn end_shipment(&self, peer: &Name) {
+        Group::end_shipment(self, peer);
+    }
+    fn staged(&self) -> Result<Option<Staged>, GroupError> {
+        Group::staged(self)
+    }
+    fn begin_image(&self, offer: &ImageOffer) -> Result<(), GroupError> {
+        Group::begin_image(self, offer)
+    }
+    fn stage(&self, part: ImagePart) -> Result<ImageProgress, GroupError> {
+        Group::stage(self, part)
+    }
+    fn switch_to_image(&self) -> Result<Position, GroupError> {
+        Group::switch_to_image(self)
+    }
+    fn drop_staging(&self) -> Result<(), GroupError> {
+        Group::drop_staging(self)
+    }
     fn id(&self) -> GroupId {
         Group::id(self)
     }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::group::RequiredPeer;
 use crate::log::control::{Mode, OnLoss};
@@ -123,7 +123,13 @@ impl PeerStatus {
             lag: view.lag,
             rpo_target_seconds: rpo_target.map(|target| target.0.as_secs_f64()),
             rpo_actual_seconds: view.rpo_actual.as_secs_f64(),
-            resync: None,
+            resync: channel.resync().map(|(lsn, progress)| {
+                json!({
+                    "lsn": lsn,
+                    "done_bytes": progress.done_bytes,
+                    "total_bytes": progress.total_bytes,
+                })
+            }),
             behind_bytes: view.behind_bytes,
             tls: true,
             heard_seconds: core.heard().map(|heard| now.saturating_sub(heard).as_secs_f64()),

@@ -31,11 +31,13 @@
 //! | 4 | 4 | `payload_bytes` | bytes behind the header |
 //! | 8 | 4 | `raw_bytes` | bytes after decoding; equal to `payload_bytes` with codec 0 |
 //! | 12 | 4 | | zero |
-//! | 16 | 16 | `group` | of a log frame: the group; else zero |
-//! | 32 | 8 | `stream` | of a log frame: the number in the secondary's `Follow`; else zero |
-//! | 40 | 8 | `position` | of a log frame: LSN of the first byte; else zero |
+//! | 16 | 16 | `group` | of a log or image frame: the group; else zero |
+//! | 32 | 8 | `stream` | of a log or image frame: the number in the secondary's `Follow`; else zero |
+//! | 40 | 8 | `position` | of a log frame: LSN of the first byte; of an image frame: its number in the
+//! stream, from 0; else zero |
 //!
-//! A **log** frame carries bytes of the log, cut anywhere. A **control** frame carries one
+//! A **log** frame carries bytes of the log, cut anywhere. An **image** frame carries one part of an
+//! image (`wire/part.rs`). A **control** frame carries one
 //! [`Message`], encoded by bincode with fixed-width integers. The order of the variants and of
 //! their fields is the format of version 1 and is frozen; a change is a new version beside it.
 //!
@@ -248,6 +250,8 @@ pub enum FrameKind {
     Control = 1,
     /// Bytes of a group's log.
     Log = 2,
+    /// A part of an image of a group.
+    Image = 3,
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -308,6 +312,13 @@ impl FrameHeader {
         FrameHeader { kind: FrameKind::Log, payload_bytes, group, stream, position }
     }
 
+    /// The header of an image frame, the `number`th of its stream.
+    #[must_use]
+    pub fn image(group: GroupId, stream: u64, number: u64, payload_bytes: usize) -> FrameHeader {
+        let payload_bytes = checked_payload(payload_bytes);
+        FrameHeader { kind: FrameKind::Image, payload_bytes, group, stream, position: Lsn(number) }
+    }
+
     /// The bytes.
     #[must_use]
     pub fn encode(&self) -> [u8; FRAME_HEADER_BYTES] {
@@ -337,6 +348,7 @@ impl FrameHeader {
         let kind = match raw.kind {
             1 => FrameKind::Control,
             2 => FrameKind::Log,
+            3 => FrameKind::Image,
             other => return Err(wrong(format!("frame: kind {other} is unknown"))),
         };
         if raw.codec != 0 {
@@ -397,6 +409,41 @@ pub struct WireHistory {
     pub chain: u64,
 }
 
+/// A position that outlives its epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct WirePosition {
+    /// The epoch's random id.
+    pub epoch: u64,
+    /// The byte position.
+    pub lsn: u64,
+    /// Log time there.
+    pub time: u64,
+}
+
+/// Up to a place, what is staged of an image is as of a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct WireReached {
+    /// The place's volume.
+    pub volume: u32,
+    /// The place in it.
+    pub offset: u64,
+    /// As of here.
+    pub at: WirePosition,
+}
+
+/// What a secondary has of an image that was not sent to the end.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct WireStaged {
+    /// The image that came last.
+    pub image: WirePosition,
+    /// The end of the log that it goes on from; none where it is all of an image.
+    pub since: Option<u64>,
+    /// What is staged, by place.
+    pub reached: Vec<WireReached>,
+    /// Bytes that are staged.
+    pub done_bytes: u64,
+}
+
 /// What ended a stream, or kept it from beginning. The numbers are on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum StopCode {
@@ -416,6 +463,8 @@ pub enum StopCode {
     Append,
     /// The primary could not read its log.
     Read,
+    /// The primary's log passed the secondary again and again; it is served after a while.
+    CannotKeepUp,
 }
 
 /// A control message of wire version 1. The order of the variants is the format.
@@ -470,6 +519,8 @@ pub enum Message {
         durable: u64,
         /// Requests up to its head.
         requests: u64,
+        /// What it has of an image, if one was coming.
+        staged: Option<WireStaged>,
     },
     /// The primary grants it.
     Stream {
@@ -591,6 +642,37 @@ pub enum Message {
         /// Why, and what to do.
         reason: String,
     },
+    /// The primary's log does not reach back to the secondary: an image comes instead, in image
+    /// frames of this stream.
+    Image {
+        /// The group.
+        group: [u8; 16],
+        /// The number asked with.
+        stream: u64,
+        /// Where the image is.
+        position: WirePosition,
+        /// It is what changed since here, the secondary's head; none where it is all of it.
+        since: Option<u64>,
+        /// What is staged there counts.
+        resumed: bool,
+        /// Bytes to come, with those that are staged there.
+        total_bytes: u64,
+        /// Bytes that are staged there.
+        done_bytes: u64,
+        /// Behind this the secondary's log is not part of the primary's history.
+        common: u64,
+    },
+    /// How much of an image is staged.
+    ImageAck {
+        /// The group.
+        group: [u8; 16],
+        /// The stream.
+        stream: u64,
+        /// Image frames that were staged.
+        frames: u64,
+        /// Bytes that are staged, those of earlier streams included.
+        done_bytes: u64,
+    },
 }
 
 fn configuration() -> impl bincode::config::Config {
@@ -674,9 +756,17 @@ fn fuzz_frames(mut bytes: &[u8]) {
         {
             assert_eq!(message.encode().as_deref(), Ok(payload));
         }
+        if header.kind == FrameKind::Image
+            && let Ok(part) = part::decode_part(&bytes::Bytes::copy_from_slice(payload))
+        {
+            let mut again = bytes::BytesMut::new();
+            part::encode_part(&part, &mut again);
+            assert_eq!(again, payload);
+        }
         bytes = rest;
     }
 }
 
+pub mod part;
 #[cfg(test)]
 mod tests;

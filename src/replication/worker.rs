@@ -5,12 +5,13 @@ use std::sync::{Arc, mpsc};
 
 use bytes::Bytes;
 
-use crate::group::Discard;
-use crate::units::{Chain, GroupId, Lsn, NodeId};
+use crate::group::{Discard, GroupError, ImageOffer, ImagePart, ImageProgress, Staged};
+use crate::units::{Chain, GroupId, Lsn, Name, NodeId};
 
 use super::bounds::Room;
 use super::core::{Appended, Input, Output};
 use super::replica::{Replica, history_of};
+use super::wire::part::decode_part;
 
 /// Appended bytes after which a result is told though more bytes wait.
 const REPORT_BYTES: u64 = 1 << 20;
@@ -19,17 +20,73 @@ const REPORT_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 #[expect(missing_docs, reason = "each is the core's output of the same name")]
 pub enum Job {
-    Prepare { peer: NodeId, stream: u64 },
-    LookupChain { peer: NodeId, lsn: Lsn, ticket: u64 },
-    Append { peer: NodeId, stream: u64, position: Lsn, bytes: Bytes },
-    Committed { lsn: Lsn },
-    PeerHolds { peer: NodeId, received: Lsn, durable: Lsn },
-    PeerLost { peer: NodeId, reason: String },
-    Serve { peer: NodeId },
-    HoldBack { counter: u64, reason: String },
-    SplitBrain { there_is: bool },
-    Yield { peer: NodeId, at: Lsn, chain: Chain },
-    Retire { retired: bool },
+    Prepare {
+        peer: NodeId,
+        stream: u64,
+    },
+    LookupChain {
+        peer: NodeId,
+        lsn: Lsn,
+        ticket: u64,
+    },
+    Append {
+        peer: NodeId,
+        stream: u64,
+        position: Lsn,
+        bytes: Bytes,
+    },
+    Committed {
+        lsn: Lsn,
+    },
+    PeerHolds {
+        peer: NodeId,
+        received: Lsn,
+        durable: Lsn,
+    },
+    PeerLost {
+        peer: NodeId,
+        reason: String,
+    },
+    Serve {
+        peer: NodeId,
+    },
+    HoldBack {
+        counter: u64,
+        reason: String,
+    },
+    SplitBrain {
+        there_is: bool,
+    },
+    Yield {
+        peer: NodeId,
+        at: Lsn,
+        chain: Chain,
+    },
+    Retire {
+        retired: bool,
+    },
+    Ship {
+        peer: NodeId,
+        stream: u64,
+        name: Name,
+        since: Option<Lsn>,
+        common: Lsn,
+        staged: Option<Staged>,
+    },
+    EndShipment {
+        name: Name,
+    },
+    BeginImage {
+        peer: NodeId,
+        stream: u64,
+        offer: ImageOffer,
+    },
+    Stage {
+        peer: NodeId,
+        stream: u64,
+        bytes: Bytes,
+    },
+    DropStaging,
 }
 
 impl Job {
@@ -59,10 +116,20 @@ impl Job {
             }
             Output::SplitBrain { group, there_is } => (group, Job::SplitBrain { there_is }),
             Output::Yield { group, at, chain } => (group, Job::Yield { peer, at, chain }),
+            Output::Ship { group, stream, peer: name, since, common, staged } => {
+                (group, Job::Ship { peer, stream, name, since, common, staged })
+            }
+            Output::EndShipment { group, peer: name } => (group, Job::EndShipment { name }),
+            Output::BeginImage { group, stream, offer } => {
+                (group, Job::BeginImage { peer, stream, offer })
+            }
+            Output::Stage { group, stream, bytes } => (group, Job::Stage { peer, stream, bytes }),
+            Output::DropStaging { group } => (group, Job::DropStaging),
             Output::Dial
             | Output::Close { .. }
             | Output::Send { .. }
             | Output::SendLog { .. }
+            | Output::SendPart { .. }
             | Output::FollowChanged { .. }
             | Output::Event { .. } => return Err(output),
         })
@@ -128,6 +195,10 @@ pub fn perform(
     match job {
         Job::Prepare { peer, stream } => {
             group.reset_received();
+            let staged = group.staged().unwrap_or_else(|error| {
+                tracing::warn!("group {}: what is staged: {error}", group.name());
+                None
+            });
             let positions = group.positions();
             let input = Input::Prepared {
                 group: group.id(),
@@ -135,6 +206,7 @@ pub fn perform(
                 history: history_of(group, &positions),
                 durable: positions.durable.min(positions.head),
                 requests: positions.requests,
+                staged,
             };
             return Some((peer, input));
         }
@@ -164,6 +236,31 @@ pub fn perform(
                 },
             ));
         }
+        Job::Ship { peer, stream, name, since, common, staged } => {
+            let offer = group.ship(&name, since, common, staged.as_ref());
+            let offer = offer.map_err(|error| error.to_string());
+            return Some((peer, Input::Shipped { group: group.id(), stream, offer }));
+        }
+        Job::BeginImage { peer, stream, offer } => {
+            if let Err(error) = group.begin_image(&offer) {
+                return Some((peer, stage_failed(group, stream, &error)));
+            }
+        }
+        Job::Stage { peer, stream, bytes } => {
+            let input = match stage(group, &bytes) {
+                Ok((progress, switched)) => {
+                    Input::Staged { group: group.id(), stream, progress, switched }
+                }
+                Err(error) => stage_failed(group, stream, &error),
+            };
+            return Some((peer, input));
+        }
+        Job::EndShipment { name } => group.end_shipment(&name),
+        Job::DropStaging => {
+            if let Err(error) = group.drop_staging() {
+                tracing::warn!("group {}: what is staged: {error}", group.name());
+            }
+        }
         Job::Committed { lsn } => group.note_committed(lsn),
         Job::PeerHolds { peer, received, durable } => {
             group.note_peer_holds(peer, received, durable);
@@ -187,6 +284,25 @@ pub fn perform(
         }
     }
     None
+}
+
+/// Stages a part, and switches to the image where it was the end.
+fn stage(group: &dyn Replica, bytes: &Bytes) -> Result<(ImageProgress, bool), GroupError> {
+    let part = decode_part(bytes).map_err(|error| GroupError::Damaged {
+        group: group.name().clone(),
+        what: error.to_string(),
+    })?;
+    let ends = part == ImagePart::End;
+    let progress = group.stage(part)?;
+    if ends {
+        group.switch_to_image()?;
+    }
+    Ok((progress, ends))
+}
+
+fn stage_failed(group: &dyn Replica, stream: u64, error: &GroupError) -> Input {
+    let refused = matches!(error, GroupError::Refused { .. });
+    Input::StageFailed { group: group.id(), stream, reason: error.to_string(), refused }
 }
 
 fn append(group: &dyn Replica, position: Lsn, bytes: &[u8]) -> Result<(), String> {

@@ -357,7 +357,7 @@ fn an_error_at_any_operation_of_the_switch_leaves_the_old_image_or_the_new_one()
             let differs = difference(&found, &new);
             assert!(found == old || differs.is_none(), "{what}: {differs:?}");
         }
-        assert!(failures > 10, "{failures}");
+        assert!(failures >= 10, "{failures}");
     }
 }
 

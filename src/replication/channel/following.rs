@@ -12,18 +12,21 @@ impl Channel {
         history: &History,
         durable: Lsn,
         requests: u64,
+        staged: Option<Staged>,
     ) {
         let Some(follower) = &mut self.follower else { return };
         if follower.stream != stream {
             return;
         }
         follower.asked = Some(history.head);
+        self.has_staged |= staged.is_some();
         context.send(Message::Follow {
             group: self.local.id.0,
             stream,
             history: history.to_wire(),
             durable: durable.0,
             requests,
+            staged: staged.as_ref().map(image::staged_to_wire),
         });
     }
 
@@ -48,6 +51,9 @@ impl Channel {
         follower.appended = from;
         if std::mem::take(&mut self.local.retired) {
             context.outputs.push(Output::Retire { group: self.local.id, retired: false });
+        }
+        if std::mem::take(&mut self.has_staged) {
+            context.outputs.push(Output::DropStaging { group: self.local.id });
         }
         self.mismatch = None;
         self.parted = None;
@@ -236,6 +242,7 @@ impl Channel {
         reason: String,
     ) {
         let sending = self.sender.as_ref().is_some_and(|sender| sender.stream == stream);
+        let sending = sending || self.ships(stream);
         let offered = self.offered == Some(stream);
         let following = self.follower.as_ref().is_some_and(|follower| follower.stream == stream);
         if !sending && !following && !offered {
@@ -250,7 +257,8 @@ impl Channel {
             | StopCode::Ahead
             | StopCode::Diverged
             | StopCode::Append
-            | StopCode::Read => ReplicationState::Blocked,
+            | StopCode::Read
+            | StopCode::CannotKeepUp => ReplicationState::Blocked,
         };
         self.set_state(context, state, reason);
     }

@@ -33,7 +33,8 @@ impl Channel {
             (false, true) => self.primary_is_there(context, &remote),
             (true, false) if self.local.recovering => self.come_back(context, &remote),
             (true, false) => {
-                if self.sender.is_none() && self.lookup.is_none() && !self.needs_a_hand() {
+                let serves = self.sender.is_some() || self.shipping.is_some();
+                if !serves && self.lookup.is_none() && !self.needs_a_hand() {
                     self.set_state(
                         context,
                         ReplicationState::Idle,

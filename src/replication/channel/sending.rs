@@ -14,6 +14,7 @@ impl Channel {
         requests: u64,
     ) {
         self.sender = None;
+        self.shipping = None;
         self.lookup = None;
         self.offered = None;
         self.remote.get_or_insert_with(|| Remote {
@@ -45,7 +46,7 @@ impl Channel {
         match compare(&self.local.history, &theirs) {
             Relation::Same | Relation::TheirsIsPrefix => {
                 if theirs.head < self.local.log_start {
-                    self.refuse_log_gone(context, stream, theirs.head);
+                    self.log_gone(context, stream, theirs.head);
                 } else if theirs.head == Lsn::ZERO {
                     self.grant(context, stream, acked);
                 } else {
@@ -63,8 +64,12 @@ impl Channel {
                 self.refuse(context, stream, StopCode::Ahead, reason);
             }
             Relation::Diverged { common, mine_bytes, theirs_bytes } => {
-                if common < self.local.log_start || common == Lsn::ZERO {
+                if common == Lsn::ZERO || !self.local.primary {
                     self.refuse_diverged(context, stream, common, mine_bytes, theirs_bytes);
+                    return;
+                }
+                if common < self.local.log_start {
+                    self.ship(context, stream, None, common);
                     return;
                 }
                 let stream = Some(stream);
@@ -91,12 +96,14 @@ impl Channel {
         }
     }
 
-    pub(super) fn refuse_log_gone(&mut self, context: &mut Context<'_>, stream: u64, head: Lsn) {
-        let name = self.local.name.clone();
+    /// The peer's log is part of this history, and ends before this log begins.
+    fn log_gone(&mut self, context: &mut Context<'_>, stream: u64, head: Lsn) {
+        if self.local.primary {
+            self.ship(context, stream, (head > Lsn::ZERO).then_some(head), head);
+            return;
+        }
         let reason = format!(
-            "the secondary ends at LSN {head}, and the primary's log begins at {}: the part \
-             between was folded; nothing was changed: `tidelog replicate {name} --stop`, delete \
-             the copy, and replicate anew",
+            "the peer ends at LSN {head}, and the log here begins at {}: the part between was folded",
             self.local.log_start
         );
         self.refuse(context, stream, StopCode::LogGone, reason);
@@ -145,6 +152,7 @@ impl Channel {
 
     pub(super) fn grant(&mut self, context: &mut Context<'_>, stream: u64, acked: Acked) {
         self.parted = None;
+        self.end_shipment(context);
         context.outputs.push(Output::SplitBrain { group: self.local.id, there_is: false });
         self.sender = Some(Sender { stream, cursor: acked.received, queued: 0 });
         self.mismatch = None;
@@ -181,7 +189,7 @@ impl Channel {
                     self.refuse_diverged(context, stream, history.head, mine, 0);
                 }
                 None if history.head < self.local.log_start => {
-                    self.refuse_log_gone(context, stream, history.head);
+                    self.log_gone(context, stream, history.head);
                 }
                 // No record of this log ends there.
                 None => {
@@ -341,6 +349,9 @@ impl Channel {
         let behind = self.local.history.head.bytes_since(self.acked.received);
         let window = context.settings.window_bytes;
         self.note_going(context, behind);
+        if behind == 0 {
+            self.keeps_up();
+        }
         if self.state == ReplicationState::CatchingUp && behind == 0 {
             self.set_state(context, ReplicationState::Streaming, "");
         } else if self.state == ReplicationState::Streaming && behind > window * 4 {

@@ -14,6 +14,10 @@ pub enum ReplicationState {
     Streaming,
     /// The secondary gets what it missed.
     CatchingUp,
+    /// The primary sends an image, since its log does not reach back to the secondary.
+    ResyncSource,
+    /// The secondary takes an image.
+    ResyncTarget,
     /// Stopped by command, for now.
     Paused,
     /// It cannot go on by itself.
@@ -30,6 +34,8 @@ impl ReplicationState {
             ReplicationState::Idle => "idle",
             ReplicationState::Streaming => "streaming",
             ReplicationState::CatchingUp => "catching-up",
+            ReplicationState::ResyncSource => "resync-source",
+            ReplicationState::ResyncTarget => "resync-target",
             ReplicationState::Paused => "paused",
             ReplicationState::Blocked => "blocked",
             ReplicationState::SplitBrain => "split-brain",

@@ -31,7 +31,7 @@ impl Channel {
 
     /// A stream ended with this code: a disk error is tried again, anything else is another matter.
     pub(super) fn note_stop(&mut self, now: Duration, code: StopCode) {
-        if !matches!(code, StopCode::Append | StopCode::Read) {
+        if !matches!(code, StopCode::Append | StopCode::Read | StopCode::CannotKeepUp) {
             self.end_trouble();
             return;
         }

@@ -84,10 +84,28 @@ fn the_log_frame_header_is_frozen() {
 }
 
 #[test]
+fn the_image_frame_header_is_frozen() {
+    let header = FrameHeader::image(GroupId([0x33; 16]), 7, 9, 0x2_0000);
+    let golden = fields(&[
+        "03",                               // kind: image
+        "00",                               // codec: none
+        "0000",                             // zero
+        "00000200",                         // payload_bytes
+        "00000200",                         // raw_bytes
+        "00000000",                         // zero
+        "33333333333333333333333333333333", // group
+        "0700000000000000",                 // stream
+        "0900000000000000",                 // number in the stream
+    ]);
+    assert_eq!(hex_of(&header.encode()), golden);
+    assert_eq!(FrameHeader::decode(&header.encode()), Ok(header));
+}
+
+#[test]
 fn wrong_frame_headers_are_refused() {
     let good = FrameHeader::log(GroupId([0x33; 16]), 7, Lsn(0x1000), 100).encode();
     // Kind, codec, payload above the limit or none, raw bytes that differ, position above 2^63.
-    for (at, value) in [(0, 0), (0, 3), (1, 1), (7, 1), (4, 0), (8, 1), (47, 0xff)] {
+    for (at, value) in [(0, 0), (0, 4), (1, 1), (7, 1), (4, 0), (8, 1), (47, 0xff)] {
         let mut bytes = good;
         bytes[at] = value;
         assert!(FrameHeader::decode(&bytes).is_err(), "byte {at} = {value}");
@@ -101,6 +119,17 @@ fn history() -> WireHistory {
     WireHistory { epochs: vec![epoch], head: 0x200, chain: 6 }
 }
 
+fn position() -> WirePosition {
+    WirePosition { epoch: 5, lsn: 0x300, time: 7 }
+}
+
+fn staged() -> WireStaged {
+    let reached = vec![WireReached { volume: 3, offset: 0x4000, at: position() }];
+    WireStaged { image: position(), since: Some(0x200), reached, done_bytes: 0x5000 }
+}
+
+/// Epoch, LSN, time.
+const POSITION: &str = "050000000000000000030000000000000700000000000000";
 const GROUP: &str = "44444444444444444444444444444444";
 const HISTORY: &str = concat!(
     "0100000000000000",                 // one epoch
@@ -168,6 +197,7 @@ fn the_messages_of_version_1_are_frozen() {
                 history: history(),
                 durable: 0x180,
                 requests: 2,
+                staged: Some(staged()),
             },
             fields(&[
                 "03000000",
@@ -176,6 +206,15 @@ fn the_messages_of_version_1_are_frozen() {
                 HISTORY,
                 "8001000000000000", // durable
                 "0200000000000000", // requests
+                "01",               // something is staged
+                POSITION,           // of the image
+                "01",               // since:
+                "0002000000000000",
+                "0100000000000000", // one place
+                "03000000",         // volume
+                "0040000000000000", // offset
+                POSITION,           // as of
+                "0050000000000000", // bytes staged
             ]),
         ),
         (
@@ -279,6 +318,39 @@ fn the_messages_of_version_1_are_frozen() {
             Message::PairRefused { reason: text("r") },
             fields(&["0e000000", "0100000000000000", "72"]),
         ),
+        (
+            Message::Image {
+                group: G,
+                stream: 9,
+                position: position(),
+                since: None,
+                resumed: true,
+                total_bytes: 0x6000,
+                done_bytes: 0x5000,
+                common: 0x200,
+            },
+            fields(&[
+                "0f000000",
+                GROUP,
+                "0900000000000000", // stream
+                POSITION,
+                "00",               // since: all of it
+                "01",               // resumed
+                "0060000000000000", // total bytes
+                "0050000000000000", // bytes staged
+                "0002000000000000", // common
+            ]),
+        ),
+        (
+            Message::ImageAck { group: G, stream: 9, frames: 4, done_bytes: 0x5000 },
+            fields(&[
+                "10000000",
+                GROUP,
+                "0900000000000000", // stream
+                "0400000000000000", // frames
+                "0050000000000000", // bytes staged
+            ]),
+        ),
     ];
     for (message, golden) in &cases {
         let bytes = message.encode().unwrap();
@@ -287,13 +359,19 @@ fn the_messages_of_version_1_are_frozen() {
     }
     let kinds: std::collections::BTreeSet<u8> =
         cases.iter().map(|(message, _)| message.encode().unwrap()[0]).collect();
-    assert_eq!(kinds.len(), 15, "every variant is pinned");
+    assert_eq!(kinds.len(), 17, "every variant is pinned");
 }
 
 #[test]
 fn a_message_cut_anywhere_or_with_more_behind_it_is_refused() {
-    let message =
-        Message::Follow { group: G, stream: 9, history: history(), durable: 1, requests: 2 };
+    let message = Message::Follow {
+        group: G,
+        stream: 9,
+        history: history(),
+        durable: 1,
+        requests: 2,
+        staged: Some(staged()),
+    };
     let bytes = message.encode().unwrap();
     for cut in 0..bytes.len() {
         assert!(Message::decode(&bytes[..cut]).is_err(), "cut at {cut}");

@@ -1,0 +1,447 @@
+//! A peer that the log no longer reaches is brought up by an image: what the primary sends, what the
+//! secondary stages, and what both say of it.
+//!
+//! The image is of one position of the primary, and of what changed since the end of the secondary's
+//! log, which stays as it is until all of it has come. Then the secondary asks for the log from
+//! there. A peer that the log has passed again each time is told that it cannot keep up, and waits
+//! longer each time.
+
+use super::*;
+use crate::group::{ImageOffer, ImageProgress, Reached, Staged};
+use crate::replication::wire::{PAYLOAD_BYTES_MAX, WirePosition, WireReached, WireStaged};
+use crate::units::{EpochId, LogTime, Position, VolumeNumber};
+
+/// Images in a row after which a peer that needs another cannot keep up.
+const IMAGES_IN_A_ROW: u32 = 2;
+/// First wait of such a peer.
+const WAIT_FIRST: Duration = Duration::from_secs(10);
+/// Longest wait.
+const WAIT_LONGEST: Duration = Duration::from_secs(600);
+/// Image frames of a stream on their way at least.
+const FRAMES_MIN: u64 = 2;
+
+/// This node sends an image.
+#[derive(Clone, Debug)]
+pub(super) struct Shipping {
+    stream: u64,
+    /// None until it is open.
+    offer: Option<ImageOffer>,
+    /// Frames that were asked for, and those of them that were sent.
+    asked: u64,
+    sent: u64,
+    /// Frames that are staged there.
+    staged: u64,
+    ended: bool,
+    progress: ImageProgress,
+}
+
+impl Shipping {
+    pub(super) fn stream(&self) -> u64 {
+        self.stream
+    }
+}
+
+/// This node takes an image.
+#[derive(Clone, Debug)]
+pub(super) struct Receiving {
+    stream: u64,
+    /// Frames that came, and those of them that are staged.
+    came: u64,
+    staged: u64,
+    position: Position,
+    progress: ImageProgress,
+}
+
+/// What a primary remembers of the images that it sent.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sent {
+    /// Where the last one was, of which all was sent.
+    at: Option<Lsn>,
+    /// Images after each of which the log had passed the peer again.
+    in_a_row: u32,
+    /// Before this, no other one is begun.
+    not_before: Option<Duration>,
+}
+
+fn frames_max(context: &Context<'_>) -> u64 {
+    (context.settings.window_bytes / PAYLOAD_BYTES_MAX as u64).max(FRAMES_MIN)
+}
+
+impl Channel {
+    /// Progress of an image, where one is on its way.
+    #[must_use]
+    pub fn resync(&self) -> Option<(Lsn, ImageProgress)> {
+        let sends = self.shipping.as_ref().and_then(|shipping| {
+            shipping.offer.map(|offer| (offer.position.lsn, shipping.progress))
+        });
+        let takes = self.receiving.as_ref();
+        sends.or_else(|| takes.map(|receiving| (receiving.position.lsn, receiving.progress)))
+    }
+
+    /// The log begins behind the peer, whose log is part of this history up to `common`.
+    pub(super) fn ship(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        since: Option<Lsn>,
+        common: Lsn,
+    ) {
+        let name = &self.local.name;
+        if self.sent.at.is_some() && self.sent.at == since {
+            self.sent.at = None;
+            self.sent.in_a_row += 1;
+            let more = self.sent.in_a_row.saturating_sub(IMAGES_IN_A_ROW);
+            if more > 0 {
+                let wait = WAIT_FIRST.saturating_mul(1 << (more - 1).min(10)).min(WAIT_LONGEST);
+                self.sent.not_before = Some(context.now + wait);
+                let text = format!(
+                    "group {name}: {} cannot keep up: the log passed it again after each of {} \
+                     images; it keeps its last image, and is sent another later: raise `log_limit` \
+                     or `window`, or look at the link",
+                    context.peer_name, self.sent.in_a_row
+                );
+                let group = Some(name.clone());
+                let (severity, code) = (Severity::Error, "cannot-keep-up");
+                context.outputs.push(Output::Event { severity, code, group, text });
+            }
+        }
+        if self.sent.not_before.is_some_and(|not_before| context.now < not_before) {
+            let reason = format!(
+                "cannot-keep-up: the primary's log passed LSN {common} again after each of {} \
+                 images; the last image stays, another one comes later: raise `log_limit` or \
+                 `window` of {name}, or look at the link",
+                self.sent.in_a_row
+            );
+            self.refuse(context, stream, StopCode::CannotKeepUp, reason);
+            return;
+        }
+        self.may_be_kept = true;
+        self.shipping = Some(Shipping {
+            stream,
+            offer: None,
+            asked: 0,
+            sent: 0,
+            staged: 0,
+            ended: false,
+            progress: ImageProgress::default(),
+        });
+        let reason = format!(
+            "{} ends at LSN {common}, and the log here begins at {}: it is brought up by an image, \
+             which is being opened",
+            context.peer_name, self.local.log_start
+        );
+        self.set_state(context, ReplicationState::ResyncSource, reason);
+        context.outputs.push(Output::Ship {
+            group: self.local.id,
+            stream,
+            peer: context.peer_name.clone(),
+            since,
+            common,
+            staged: self.staged_there.clone(),
+        });
+    }
+
+    /// Whether an image is on its way in this stream.
+    pub(super) fn ships(&self, stream: u64) -> bool {
+        self.shipping.as_ref().is_some_and(|shipping| shipping.stream == stream)
+    }
+
+    pub(in crate::replication) fn on_shipped(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        offer: Result<ImageOffer, String>,
+    ) {
+        if !self.ships(stream) {
+            return;
+        }
+        let offer = match offer {
+            Ok(offer) => offer,
+            Err(reason) => {
+                self.shipping = None;
+                let text = format!("the primary could not open an image: {reason}; it tries again");
+                self.refuse(context, stream, StopCode::Read, text);
+                return;
+            }
+        };
+        let Some(shipping) = &mut self.shipping else { return };
+        let (done_bytes, total_bytes) = (offer.done_bytes, offer.total_bytes);
+        shipping.offer = Some(offer);
+        shipping.progress = ImageProgress { done_bytes, total_bytes };
+        context.send(Message::Image {
+            group: self.local.id.0,
+            stream,
+            position: wire_position(&offer.position),
+            since: offer.since.map(|since| since.0),
+            resumed: offer.resumed,
+            total_bytes,
+            done_bytes,
+            common: offer.common.0,
+        });
+        context.outputs.push(Output::Event {
+            severity: Severity::Info,
+            code: "resync-begins",
+            group: Some(self.local.name.clone()),
+            text: format!(
+                "group {}: {} is sent the image at LSN {}: {} to go",
+                self.local.name,
+                context.peer_name,
+                offer.position.lsn,
+                ByteSize(total_bytes.saturating_sub(done_bytes))
+            ),
+        });
+        self.tell_shipping();
+        self.pump_image(context);
+    }
+
+    fn tell_shipping(&mut self) {
+        if let Some(Shipping { offer: Some(offer), progress, .. }) = &self.shipping
+            && self.state == ReplicationState::ResyncSource
+        {
+            self.reason = format!(
+                "the image at LSN {} is sent: {} of {}",
+                offer.position.lsn,
+                ByteSize(progress.done_bytes),
+                ByteSize(progress.total_bytes)
+            );
+        }
+    }
+
+    fn pump_image(&mut self, context: &mut Context<'_>) {
+        let limit = frames_max(context);
+        let Some(conn) = context.conn else { return };
+        let Some(shipping) = &mut self.shipping else { return };
+        while !shipping.ended
+            && shipping.offer.is_some()
+            && shipping.asked - shipping.sent < u64::from(FRAMES_QUEUED_MAX)
+            && shipping.asked < shipping.staged + limit
+        {
+            context.outputs.push(Output::SendPart {
+                conn,
+                group: self.local.id,
+                stream: shipping.stream,
+                peer: context.peer_name.clone(),
+                number: shipping.asked,
+            });
+            shipping.asked += 1;
+        }
+    }
+
+    pub(in crate::replication) fn on_part_sent(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        last: bool,
+    ) {
+        if let Some(shipping) = &mut self.shipping
+            && shipping.stream == stream
+        {
+            shipping.sent += 1;
+            shipping.ended |= last;
+            if last {
+                self.sent.at = shipping.offer.map(|offer| offer.position.lsn);
+            }
+            self.pump_image(context);
+        }
+    }
+
+    pub(in crate::replication) fn on_part_failed(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        reason: &str,
+    ) {
+        // Behind the end there is no part, though one was asked for.
+        if self.shipping.as_ref().is_some_and(|known| known.stream == stream && !known.ended) {
+            self.shipping = None;
+            let text = format!("the primary could not read the image: {reason}; it tries again");
+            self.refuse(context, stream, StopCode::Read, text);
+        }
+    }
+
+    pub(super) fn on_image_ack(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        frames: u64,
+        done_bytes: u64,
+    ) -> Result<(), String> {
+        let Some(shipping) = &mut self.shipping else { return Ok(()) };
+        if shipping.stream != stream {
+            return Ok(());
+        }
+        if frames > shipping.asked {
+            let name = &self.local.name;
+            return Err(format!("group {name}: has staged {frames} parts of {}", shipping.asked));
+        }
+        shipping.staged = shipping.staged.max(frames);
+        let progress = &mut shipping.progress;
+        progress.done_bytes = progress.done_bytes.max(done_bytes);
+        progress.total_bytes = progress.total_bytes.max(progress.done_bytes);
+        self.tell_shipping();
+        self.pump_image(context);
+        Ok(())
+    }
+
+    /// The peer follows the log, or is no member any more: no image is kept for it.
+    pub(super) fn end_shipment(&mut self, context: &mut Context<'_>) {
+        self.shipping = None;
+        if std::mem::take(&mut self.may_be_kept) && self.local.primary {
+            let (group, peer) = (self.local.id, context.peer_name.clone());
+            context.outputs.push(Output::EndShipment { group, peer });
+        }
+    }
+
+    /// The peer has all there is: what comes later begins anew.
+    pub(super) fn keeps_up(&mut self) {
+        self.sent = Sent::default();
+    }
+
+    pub(super) fn on_image(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        offer: ImageOffer,
+    ) -> Result<(), String> {
+        let Some(follower) = &self.follower else { return Ok(()) };
+        if follower.stream != stream || self.receiving.is_some() {
+            return Ok(());
+        }
+        let name = &self.local.name;
+        if follower.asked.is_none() || self.local.primary {
+            return Err(format!("group {name}: an image that nobody asked for"));
+        }
+        let progress =
+            ImageProgress { done_bytes: offer.done_bytes, total_bytes: offer.total_bytes };
+        let position = offer.position;
+        self.receiving = Some(Receiving { stream, came: 0, staged: 0, position, progress });
+        context.outputs.push(Output::BeginImage { group: self.local.id, stream, offer });
+        self.tell_receiving(context);
+        Ok(())
+    }
+
+    fn tell_receiving(&mut self, context: &mut Context<'_>) {
+        let Some(receiving) = &self.receiving else { return };
+        let reason = format!(
+            "the image at LSN {} comes: {} of {}; until it is whole the copy stays as it was",
+            receiving.position.lsn,
+            ByteSize(receiving.progress.done_bytes),
+            ByteSize(receiving.progress.total_bytes)
+        );
+        self.set_state(context, ReplicationState::ResyncTarget, reason);
+    }
+
+    pub(in crate::replication) fn on_part(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        number: u64,
+        bytes: Bytes,
+    ) -> Result<(), String> {
+        let limit = frames_max(context);
+        let Some(receiving) = &mut self.receiving else { return Ok(()) };
+        if receiving.stream != stream {
+            return Ok(());
+        }
+        let name = &self.local.name;
+        if number != receiving.came {
+            return Err(format!("group {name}: part {number}, expected {}", receiving.came));
+        }
+        if number >= receiving.staged + limit {
+            return Err(format!("group {name}: more parts than the window"));
+        }
+        receiving.came += 1;
+        context.outputs.push(Output::Stage { group: self.local.id, stream, bytes });
+        Ok(())
+    }
+
+    pub(in crate::replication) fn on_staged(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        progress: ImageProgress,
+        switched: bool,
+    ) {
+        let Some(receiving) = &mut self.receiving else { return };
+        if receiving.stream != stream {
+            return;
+        }
+        receiving.staged += 1;
+        receiving.progress = progress;
+        let (frames, done_bytes) = (receiving.staged, progress.done_bytes);
+        context.send(Message::ImageAck { group: self.local.id.0, stream, frames, done_bytes });
+        if switched {
+            self.drop_streams();
+            self.ask(context);
+        } else {
+            self.tell_receiving(context);
+        }
+    }
+
+    pub(in crate::replication) fn on_stage_failed(
+        &mut self,
+        context: &mut Context<'_>,
+        stream: u64,
+        reason: &str,
+        refused: bool,
+    ) {
+        if self.receiving.as_ref().is_none_or(|receiving| receiving.stream != stream) {
+            return;
+        }
+        self.receiving = None;
+        self.follower = None;
+        let (code, text) = if refused {
+            (StopCode::Diverged, format!("the image was not taken: {reason}"))
+        } else {
+            (StopCode::Append, format!("the image was not taken: {reason}; it is tried again"))
+        };
+        self.refuse(context, stream, code, text);
+    }
+}
+
+fn wire_position(position: &Position) -> WirePosition {
+    WirePosition { epoch: position.epoch.0, lsn: position.lsn.0, time: position.time.0 }
+}
+
+/// `None` where it is impossible.
+pub(super) fn position_of(wire: &WirePosition) -> Option<Position> {
+    let position =
+        Position { epoch: EpochId(wire.epoch), lsn: Lsn(wire.lsn), time: LogTime(wire.time) };
+    (wire.lsn <= Lsn::MAX.0).then_some(position)
+}
+
+/// For the wire.
+pub(super) fn staged_to_wire(staged: &Staged) -> WireStaged {
+    WireStaged {
+        image: wire_position(&staged.image),
+        since: staged.since.map(|since| since.0),
+        reached: staged
+            .reached
+            .iter()
+            .map(|reached| WireReached {
+                volume: reached.to.volume.0,
+                offset: reached.to.offset,
+                at: wire_position(&reached.at),
+            })
+            .collect(),
+        done_bytes: staged.done_bytes,
+    }
+}
+
+/// From the wire. `None` where it is impossible: positions above 2^63, places out of order.
+pub(super) fn staged_from_wire(wire: &WireStaged) -> Option<Staged> {
+    let mut reached: Vec<Reached> = Vec::new();
+    for entry in &wire.reached {
+        let to = crate::group::Place { volume: VolumeNumber(entry.volume), offset: entry.offset };
+        if reached.last().is_some_and(|last| last.to >= to) {
+            return None;
+        }
+        reached.push(Reached { to, at: position_of(&entry.at)? });
+    }
+    Some(Staged {
+        image: position_of(&wire.image)?,
+        since: wire.since.map(Lsn),
+        reached,
+        done_bytes: wire.done_bytes,
+    })
+}
