@@ -28,7 +28,8 @@ pub enum GroupCommand {
     /// Set keys of a group, on all its nodes
     ///
     /// Keys: window (how far back, a duration), log_limit (bytes of log, a size), on_full (fold or
-    /// block).
+    /// block), on_peer_behind (release: a peer that lacks what is to be folded is sent an image
+    /// later; block: nothing is folded that a peer lacks, and writers wait at the log's limit).
     Set {
         /// The group
         group: Name,
@@ -198,7 +199,7 @@ fn names(names: &[Name]) -> String {
 fn show_one(group: GroupInfo) -> String {
     let mut text = format!(
         "group      {}\nid         {}\nrole       {}\ndata       {}\nvolumes    {}\n\
-         window     {}\nlog_limit  {}\non_full    {}\nsegments   {}\n",
+         window     {}\nlog_limit  {}\non_full    {}\non_peer_behind {}\nsegments   {}\n",
         group.name,
         group.id,
         output::word(&group.role),
@@ -207,6 +208,7 @@ fn show_one(group: GroupInfo) -> String {
         group.policy.window,
         group.policy.log_limit,
         output::word(&group.policy.on_full),
+        output::word(&group.policy.on_peer_behind),
         tidelog::units::ByteSize(group.segment_bytes),
     );
     for member in &group.members {

@@ -2,7 +2,7 @@
 //! names that scripts rely on.
 
 use crate::group::{DataState, Role};
-use crate::log::control::{Consistency, OnFull};
+use crate::log::control::{Consistency, OnFull, OnPeerBehind};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -162,6 +162,9 @@ pub struct PolicyInfo {
     pub log_limit: ByteSize,
     /// What happens there.
     pub on_full: OnFull,
+    /// What happens about a peer that lacks what is to be folded.
+    #[serde(default)]
+    pub on_peer_behind: OnPeerBehind,
 }
 
 /// A node that holds a group.

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
 use crate::group::{DataState, Group, GroupError, Role};
-use crate::log::control::{Control, OnFull, PolicyRecord};
+use crate::log::control::{Control, OnFull, OnPeerBehind, PolicyRecord};
 use crate::units::{ByteSize, LogTime, Name, Span};
 
 use super::api::{
@@ -112,6 +112,7 @@ fn group_info(group: &Group) -> GroupInfo {
             window: control.policy.window,
             log_limit: control.policy.log_limit,
             on_full: control.policy.on_full,
+            on_peer_behind: control.policy.on_peer_behind,
         },
         members: control
             .members
@@ -146,7 +147,7 @@ pub(super) fn create(context: &Context, call: &Call) -> Answer {
 }
 
 /// The keys of `group set`.
-const POLICY_KEYS: [&str; 3] = ["window", "log_limit", "on_full"];
+const POLICY_KEYS: [&str; 4] = ["window", "log_limit", "on_full", "on_peer_behind"];
 
 pub(super) fn set(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
@@ -182,6 +183,13 @@ fn changed_policy(
                     "fold" => OnFull::Fold,
                     "block" => OnFull::Block,
                     _ => return Err(wrong(format!("`{text}`: expected fold or block"))),
+                };
+            }
+            "on_peer_behind" => {
+                policy.on_peer_behind = match text.as_str() {
+                    "release" => OnPeerBehind::Release,
+                    "block" => OnPeerBehind::Block,
+                    _ => return Err(wrong(format!("`{text}`: expected release or block"))),
                 };
             }
             _ => {
@@ -307,7 +315,9 @@ mod tests {
         assert_eq!(changed.window, Span::from_secs(7200));
         assert_eq!(changed.log_limit, ByteSize(1 << 30));
         assert_eq!(changed.on_full, OnFull::Fold);
-        for (key, value) in [("windw", "2h"), ("window", "2"), ("on_full", "stop")] {
+        for (key, value) in
+            [("windw", "2h"), ("window", "2"), ("on_full", "stop"), ("on_peer_behind", "wait")]
+        {
             let changes = json!({ key: value });
             let problem = changed_policy(&PolicyRecord::default(), changes.as_object().unwrap())
                 .expect_err(key);

@@ -205,6 +205,7 @@ pub static ROUTES: &[Route] = &[
             parameter("window", "string", "how far back one wants to go: a duration"),
             parameter("log_limit", "string", "bytes of log at most: a size"),
             parameter("on_full", "string", "fold (the window gets shorter) or block"),
+            parameter("on_peer_behind", "string", "release (it is sent an image) or block"),
         ])
         .on_primary(),
     route(

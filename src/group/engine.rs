@@ -18,6 +18,7 @@ use super::image::Image;
 use super::merging::Merging;
 use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
 use super::moment::Moment;
+use super::needs::{KeptFor, Needs};
 use super::receive::Pending;
 use super::required::{Floors, Required};
 use super::returning::Asking;
@@ -137,6 +138,10 @@ pub(super) struct Core {
     pub pending: Pending,
     /// The peers that answers wait for.
     pub required: Required,
+    /// Where the peers stand.
+    pub needs: Needs,
+    /// It was told for which peer writers wait.
+    pub told_kept_for: Option<KeptFor>,
     /// How far an image is that comes.
     pub receiving: Option<ImageProgress>,
     /// Bytes of log and index on disk, as known after the last change.
@@ -342,6 +347,8 @@ impl Group {
             moments: BTreeMap::new(),
             pending: Pending::default(),
             required: Required::new(context.node.id),
+            needs: Needs::default(),
+            told_kept_for: None,
             receiving: None,
             log_used_bytes: segments.used_bytes(),
             unreported: Vec::new(),
@@ -506,6 +513,16 @@ impl Group {
         let core = self.lock();
         let limit = self.log_limit(&core);
         (self.log_bytes(&core) >= limit).then(|| {
+            if let Some(kept) = self.kept_for(&core).filter(|kept| kept.blocks) {
+                return format!(
+                    "log-full: the log has reached its limit of {limit} bytes: writes wait, since it \
+                     is kept for {}, which has what is before LSN {}: bring that back, or `tidelog \
+                     group set {} on_peer_behind=release`",
+                    kept.peer,
+                    kept.from,
+                    self.name()
+                );
+            }
             let policy = match (&core.fold_failure, core.view.policy.on_full) {
                 (Some(reason), _) => &format!("writes are refused, since folding fails: {reason}"),
                 (None, OnFull::Fold) => "the window gets shorter",

@@ -78,12 +78,35 @@ impl Group {
     /// told, not held.
     fn nothing_folded(&self, facts: &FoldFacts) -> Result<Lsn, GroupError> {
         let full = facts.head.bytes_since(facts.horizon) >= facts.log_limit_bytes;
+        self.tell_kept_for(full);
         match facts.barrier {
             Some(barrier) if full => Err(self.refused(format!(
                 "the record at {barrier} must be understood, and this version does not, so that \
                  nothing behind it is folded; upgrade the node"
             ))),
             _ => Ok(facts.horizon),
+        }
+    }
+
+    /// Tells once for which peer writers of a full log wait.
+    fn tell_kept_for(&self, full: bool) {
+        let kept = {
+            let mut core = self.lock();
+            let kept = self.kept_for(&core).filter(|kept| kept.blocks && full);
+            if core.told_kept_for == kept {
+                return;
+            }
+            core.told_kept_for.clone_from(&kept);
+            kept
+        };
+        if let Some(kept) = kept {
+            let text = format!(
+                "the log is full, and writes wait: it is kept for {}, which has what is before LSN \
+                 {} (on_peer_behind=block)",
+                kept.peer, kept.from
+            );
+            let details = json!({ "peer": kept.peer, "from_lsn": kept.from });
+            self.emit(Severity::Warning, "log-kept-for-peer", text, details);
         }
     }
 
@@ -97,13 +120,20 @@ impl Group {
         };
         let window_end = self.follow_to(from, |header| header.time <= oldest)?.lsn;
         let core = self.lock();
+        let kept = self.kept_for(&core);
+        let from = |blocks| {
+            let kept = kept.as_ref().filter(|kept| kept.blocks == blocks);
+            kept.map_or(Lsn::MAX, |kept| kept.from)
+        };
         Ok(FoldFacts {
             horizon: core.timeline.horizon().lsn,
             head: core.writer.head(),
             durable: core.durable,
-            committed: core.committed(),
+            // What a peer lacks counts as what could be lost, where the log is to wait for it.
+            committed: core.committed().min(from(true)),
             barrier: core.content.barrier,
-            window_end,
+            // Unless space is short, the log is kept for a peer that follows.
+            window_end: window_end.min(from(false)),
             log_limit_bytes: self.log_limit(&core),
             forced,
         })

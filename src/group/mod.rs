@@ -304,6 +304,7 @@ mod keep;
 mod merging;
 mod meta;
 mod moment;
+mod needs;
 mod point;
 mod ranges;
 mod read;

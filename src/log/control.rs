@@ -242,6 +242,17 @@ pub enum OnFull {
     Block,
 }
 
+/// What the log does about a peer that lacks what is to be folded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnPeerBehind {
+    /// It goes on, and the peer is brought up by an image.
+    #[default]
+    Release,
+    /// It waits for the peer, and so do writers at the limit.
+    Block,
+}
+
 /// How much history the group keeps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PolicyRecord {
@@ -252,6 +263,9 @@ pub struct PolicyRecord {
     /// What happens there.
     #[serde(default)]
     pub on_full: OnFull,
+    /// What happens about a peer that is behind.
+    #[serde(default)]
+    pub on_peer_behind: OnPeerBehind,
     /// Fields of later versions.
     #[serde(flatten)]
     pub other: Map<String, Value>,
@@ -263,6 +277,7 @@ impl Default for PolicyRecord {
             window: Span::from_secs(24 * 3600),
             log_limit: ByteSize(10 << 30),
             on_full: OnFull::Fold,
+            on_peer_behind: OnPeerBehind::Release,
             other: Map::new(),
         }
     }
@@ -368,7 +383,10 @@ mod tests {
                 4,
                 r#"{"node":"09090909090909090909090909090909","name":"b","mode":"sync","on_loss":"block","rpo_target":"30s","removed":true,"later":1}"#,
             ),
-            (5, r#"{"window":"1day","log_limit":10737418240,"on_full":"block","later":1}"#),
+            (
+                5,
+                r#"{"window":"1day","log_limit":10737418240,"on_full":"block","on_peer_behind":"block","later":1}"#,
+            ),
             (
                 6,
                 r#"{"name":"j","id":"0000000000000005","repository":"main","schedule":"0 2 * * *","zone":"UTC","since":"2026-11-24T02:00:00Z","settings":{"placement":"any"},"removed":true,"later":1}"#,

@@ -105,6 +105,8 @@ pub struct Channel {
     /// The shell may keep an image for the peer.
     may_be_kept: bool,
     sent: image::Sent,
+    /// From where the group was told that the peer needs the log, and whether it follows.
+    told_needs: Option<(Lsn, bool)>,
     /// What the group was told of a peer that hosts wait for.
     required: required::Told,
     /// The peer is no member any more; the stream goes on to here, so that it learns of that.
@@ -164,6 +166,7 @@ impl Channel {
             has_staged: false,
             may_be_kept: true,
             sent: image::Sent::default(),
+            told_needs: None,
             required: required::Told::default(),
             ending: None,
             offered: None,
@@ -407,6 +410,7 @@ impl Channel {
             context.outputs.push(Output::FollowChanged { group: self.local.id });
         }
         self.tell_required(context);
+        self.tell_needs(context);
     }
 
     /// Whether this peer's stream is followed, or asked for.

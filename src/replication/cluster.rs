@@ -248,6 +248,8 @@ struct World {
     connections: BTreeMap<ConnId, Connection>,
     weather: Weather,
     lives: [u64; 2],
+    /// When each is woken next, if at all.
+    wakes: [Duration; 2],
     /// Something was done behind the nodes' backs of which they cannot know yet.
     tampered: bool,
     /// For the byte-cut test: the next connection is cut after this many bytes towards a side.
@@ -306,6 +308,7 @@ impl World {
             connections: BTreeMap::new(),
             weather: Weather { delay_most: Duration::from_millis(5), ..Weather::default() },
             lives: [0; 2],
+            wakes: [Duration::MAX; 2],
             tampered: false,
             cut_next: None,
             conversation: [0; 2],
@@ -367,6 +370,9 @@ impl World {
                 }
             }
             Event::Wake(side) => {
+                if self.wakes[side] <= self.now {
+                    self.wakes[side] = Duration::MAX;
+                }
                 if self.nodes[side].up {
                     self.feed(side, Input::Tick);
                 }
@@ -408,7 +414,10 @@ impl World {
         for output in outputs {
             self.perform(side, output);
         }
-        if let Some(wake) = self.nodes[side].core.next_wake() {
+        if let Some(wake) = self.nodes[side].core.next_wake()
+            && wake < self.wakes[side]
+        {
+            self.wakes[side] = wake;
             self.schedule(wake.saturating_sub(self.now), Event::Wake(side));
         }
     }
@@ -438,7 +447,10 @@ impl World {
                 self.later(side, Input::AppendFailed { group, stream, reason });
             }
             Output::SendLog { conn, group, stream, from, to } => {
-                assert!(from.0 >= self.nodes[side].log.start, "it was folded");
+                if from.0 < self.nodes[side].log.start {
+                    let reason = "it was folded".to_owned();
+                    return self.later(side, Input::ReadFailed { group, stream, reason });
+                }
                 let range = from.0 as usize..to.0 as usize;
                 let payload = self.nodes[side].log.bytes[range].to_vec();
                 let mut bytes =
@@ -446,6 +458,9 @@ impl World {
                 bytes.extend_from_slice(&payload);
                 self.transmit(conn, side, bytes);
                 self.later(side, Input::Sent { group, stream });
+            }
+            Output::PeerNeeds { from, .. } => {
+                assert!(from <= self.nodes[side].log.head(), "nobody needs what is not there");
             }
             Output::Ship { .. }
             | Output::SendPart { .. }

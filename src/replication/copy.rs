@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn a_state_of_a_later_version_is_no_good_state() {
         let told = json!({
-            "group": GroupId([7; 16]), "data_state": "receiving-image", "checked_to": 8,
+            "group": GroupId([7; 16]), "data_state": "half-there", "checked_to": 8,
             "check_age_seconds": 1.0, "more": true,
         });
         assert!(serde_json::from_value::<CopyReport>(told.clone()).is_err());

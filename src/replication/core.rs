@@ -357,6 +357,15 @@ pub enum Output {
         /// To be given back.
         stream: u64,
     },
+    /// The peer needs the log from here on; it follows, or has followed until now.
+    PeerNeeds {
+        /// Of this group.
+        group: GroupId,
+        /// From here on.
+        from: Lsn,
+        /// It follows, or takes an image.
+        follows: bool,
+    },
     /// Open the image that the peer is to be sent; answer with `Shipped`.
     Ship {
         /// The group.

@@ -55,6 +55,7 @@ pub trait Replica: Send + Sync {
         common: Lsn,
         staged: Option<&Staged>,
     ) -> Result<ImageOffer, GroupError>;
+    fn note_peer_needs(&self, peer: NodeId, from: Lsn, follows: bool);
     fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError>;
     fn end_shipment(&self, peer: &Name);
     fn staged(&self) -> Result<Option<Staged>, GroupError>;
@@ -88,6 +89,9 @@ impl Replica for Group {
         staged: Option<&Staged>,
     ) -> Result<ImageOffer, GroupError> {
         Group::ship(self, peer, since, common, staged).map(|shipment| shipment.offer())
+    }
+    fn note_peer_needs(&self, peer: NodeId, from: Lsn, follows: bool) {
+        Group::note_peer_needs(self, peer, from, follows);
     }
     fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError> {
         Group::next_part(self, peer)

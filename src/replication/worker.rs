@@ -76,6 +76,11 @@ pub enum Job {
     EndShipment {
         name: Name,
     },
+    PeerNeeds {
+        peer: NodeId,
+        from: Lsn,
+        follows: bool,
+    },
     BeginImage {
         peer: NodeId,
         stream: u64,
@@ -118,6 +123,9 @@ impl Job {
             Output::Yield { group, at, chain } => (group, Job::Yield { peer, at, chain }),
             Output::Ship { group, stream, peer: name, since, common, staged } => {
                 (group, Job::Ship { peer, stream, name, since, common, staged })
+            }
+            Output::PeerNeeds { group, from, follows } => {
+                (group, Job::PeerNeeds { peer, from, follows })
             }
             Output::EndShipment { group, peer: name } => (group, Job::EndShipment { name }),
             Output::BeginImage { group, stream, offer } => {
@@ -255,6 +263,7 @@ pub fn perform(
             };
             return Some((peer, input));
         }
+        Job::PeerNeeds { peer, from, follows } => group.note_peer_needs(peer, from, follows),
         Job::EndShipment { name } => group.end_shipment(&name),
         Job::DropStaging => {
             if let Err(error) = group.drop_staging() {

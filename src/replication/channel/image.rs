@@ -17,6 +17,8 @@ const IMAGES_IN_A_ROW: u32 = 2;
 const WAIT_FIRST: Duration = Duration::from_secs(10);
 /// Longest wait.
 const WAIT_LONGEST: Duration = Duration::from_secs(600);
+/// Bytes after which the group is told that a peer needs less of the log.
+const TOLD_EVERY_BYTES: u64 = 1 << 20;
 /// Image frames of a stream on their way at least.
 const FRAMES_MIN: u64 = 2;
 
@@ -289,6 +291,30 @@ impl Channel {
         if std::mem::take(&mut self.may_be_kept) && self.local.primary {
             let (group, peer) = (self.local.id, context.peer_name.clone());
             context.outputs.push(Output::EndShipment { group, peer });
+        }
+    }
+
+    /// Tells the group from where the peer needs the log: at once where that changes, after a while
+    /// where it only goes on.
+    pub(super) fn tell_needs(&mut self, context: &mut Context<'_>) {
+        if !self.local.primary || !matches!(self.local.membership, Membership::Member { .. }) {
+            self.told_needs = None;
+            return;
+        }
+        let takes = self.shipping.as_ref().and_then(|shipping| shipping.offer);
+        let follows = takes.is_some() || self.sender.is_some();
+        let from = match (takes, self.told_needs) {
+            (Some(offer), _) => offer.position.lsn,
+            (None, Some((from, _))) if !follows => from,
+            (None, None) if !follows => return,
+            (None, _) => self.acked.durable,
+        };
+        let news = self.told_needs.is_none_or(|(told, followed)| {
+            followed != follows || from < told || from.bytes_since(told) >= TOLD_EVERY_BYTES
+        });
+        if news {
+            self.told_needs = Some((from, follows));
+            context.outputs.push(Output::PeerNeeds { group: self.local.id, from, follows });
         }
     }
 

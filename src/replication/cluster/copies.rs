@@ -112,31 +112,6 @@ fn a_pause_holds_until_resumed_on_either_side() {
 }
 
 #[test]
-fn a_log_that_no_longer_reaches_stops_with_the_next_command() {
-    let mut world = World::new(8);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
-    for _ in 0..10 {
-        world.write(0);
-    }
-    world.nodes[0].log.start = 640;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
-    world.weather.partitioned = false;
-    world.run(seconds(10));
-    for side in 0..2 {
-        let (state, reason) = world.state(side);
-        assert_eq!(state, ReplicationState::Blocked);
-        assert!(
-            reason.contains("640") && reason.contains("tidelog replicate g --stop"),
-            "{reason}"
-        );
-    }
-    assert_eq!(world.nodes[1].log.bytes.len(), 64);
-}
-
-#[test]
 fn a_secondary_that_is_ahead_or_of_another_history_is_left_alone() {
     for foreign in [false, true] {
         let mut world = World::new(9);

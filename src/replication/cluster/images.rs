@@ -196,7 +196,7 @@ impl World {
 #[test]
 fn a_copy_is_always_one_prefix_though_folds_pass_it_and_everything_breaks() {
     let (mut switches, mut resumed, mut away) = (0, 0, 0);
-    for seed in 0..150 {
+    for seed in 0..60 {
         let mut world = World::new(seed);
         world.run(seconds(5));
         for _ in 0..30 {
@@ -234,13 +234,18 @@ fn a_copy_is_always_one_prefix_though_folds_pass_it_and_everything_breaks() {
             world.nodes[0].log.times = vec![world.now; primary.bytes.len() / RECORD_BYTES];
         }
         world.weather = Weather { delay_most: Duration::from_millis(5), ..Weather::default() };
-        world.run(seconds(800));
+        for _ in 0..40 {
+            if world.state(0).0 != ReplicationState::Streaming {
+                world.run(seconds(20));
+            }
+        }
+        world.run(seconds(10));
         world.assert_streaming();
         assert!(world.nodes[0].shipment.is_none(), "seed {seed}: no image is kept");
         assert!(world.nodes[1].staging.is_none(), "seed {seed}: nothing stays staged");
         switches += world.nodes[1].switches;
     }
-    assert!(switches > 100 && resumed > 10 && away > 100, "{switches}, {resumed}, {away}");
+    assert!(switches > 60 && resumed > 5 && away > 60, "{switches}, {resumed}, {away}");
 }
 
 #[test]
