@@ -138,8 +138,8 @@ impl BaseVolume {
         Ok(BaseVolume::of(disk, dir, number, image, sums, size_bytes))
     }
 
-    /// Moves the files of a volume from one directory to another, in the place of what is there, and
-    /// opens them; durable on return. After a crash in the middle it is called again.
+    /// Moves the files of a volume from one directory to another, in the place of what is there,
+    /// and opens them; durable on return. After a crash in the middle it is called again.
     ///
     /// # Errors
     ///

@@ -19,7 +19,7 @@
 //! | 80 | 1 | `name_bytes` | length of the name |
 //! | 81 | 63 | `name` | the group's name, zeros behind it |
 //! | 144 | 8 | `boot` | the machine's boot in which the log was opened last; 0 unknown |
-//! | 152 | 8 | `log_begin` | below it the log has nothing: the position of the last image received |
+//! | 152 | 8 | `log_begin` | below it the log has nothing: the last image received |
 //! | 160 | 8 | `births_from` | of what was born below it the base knows nothing |
 //! | 168 | 8 | `checksum` | xxh3-64 of the 168 bytes before |
 

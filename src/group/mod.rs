@@ -294,6 +294,7 @@ mod branch;
 mod clock;
 mod content;
 mod engine;
+mod extents;
 mod files;
 mod fold;
 mod fold_plan;

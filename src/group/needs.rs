@@ -1,7 +1,7 @@
 //! What the log is kept for besides its window: where each peer stands, as far as it is known.
 //!
-//! With `on_peer_behind=release` the log is kept for a peer that follows, until space is short: then
-//! it goes on, and the peer is brought up by an image. With `block` it is kept for every peer,
+//! With `on_peer_behind=release` the log is kept for a peer that follows, until space is short:
+//! then it goes on, and the peer is brought up by an image. With `block` it is kept for every peer,
 //! whatever comes of it, and writers wait at the limit.
 
 use std::collections::BTreeMap;

@@ -32,13 +32,12 @@
 //! | 8 | 4 | `raw_bytes` | bytes after decoding; equal to `payload_bytes` with codec 0 |
 //! | 12 | 4 | | zero |
 //! | 16 | 16 | `group` | of a log or image frame: the group; else zero |
-//! | 32 | 8 | `stream` | of a log or image frame: the number in the secondary's `Follow`; else zero |
-//! | 40 | 8 | `position` | of a log frame: LSN of the first byte; of an image frame: its number in the
-//! stream, from 0; else zero |
+//! | 32 | 8 | `stream` | of a log or image frame: the number in the `Follow`; else zero |
+//! | 40 | 8 | `position` | of a log frame: LSN of its start; of an image frame: its number |
 //!
-//! A **log** frame carries bytes of the log, cut anywhere. An **image** frame carries one part of an
-//! image (`wire/part.rs`). A **control** frame carries one
-//! [`Message`], encoded by bincode with fixed-width integers. The order of the variants and of
+//! A **log** frame carries bytes of the log, cut anywhere. An **image** frame carries one part of
+//! an image (`wire/part.rs`); those of a stream are numbered from 0. A **control** frame carries
+//! one [`Message`], encoded by bincode with fixed-width integers. The order of the variants and of
 //! their fields is the format of version 1 and is frozen; a change is a new version beside it.
 //!
 //! Versions, newest first:

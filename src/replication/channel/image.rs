@@ -1,8 +1,8 @@
-//! A peer that the log no longer reaches is brought up by an image: what the primary sends, what the
-//! secondary stages, and what both say of it.
+//! A peer that the log no longer reaches is brought up by an image: what the primary sends, what
+//! the secondary stages, and what both say of it.
 //!
-//! The image is of one position of the primary, and of what changed since the end of the secondary's
-//! log, which stays as it is until all of it has come. Then the secondary asks for the log from
+//! The image is of one position of the primary, and of what changed since the end of the
+//! secondary's log, which stays as it is until all of it has come. Then the secondary asks for the log from
 //! there. A peer that the log has passed again each time is told that it cannot keep up, and waits
 //! longer each time.
 
