@@ -274,39 +274,3 @@ fn a_new_copy_of_a_folded_log_begins_with_an_image() {
     assert_eq!(world.nodes[1].switches, 1);
     world.assert_streaming();
 }
-
-#[test]
-fn a_peer_that_the_log_passes_again_and_again_is_told_and_waits_longer_each_time() {
-    let mut world = World::new(4);
-    world.run(seconds(5));
-    let mut images = Vec::new();
-    for _ in 0..4000 {
-        for _ in 0..4 {
-            world.write(0);
-        }
-        world.nodes[0].log.durable = world.nodes[0].log.bytes.len();
-        let before = world.nodes[1].switches;
-        // All that there is, at once.
-        world.nodes[0].log.start = world.nodes[0].log.bytes.len() as u64;
-        let local = world.nodes[0].local();
-        world.feed(0, Input::Group(Box::new(local)));
-        world.cut_all();
-        world.run(Duration::from_millis(100));
-        if world.nodes[1].switches > before {
-            images.push(world.now);
-        }
-    }
-    assert!(world.nodes[0].events.contains(&"cannot-keep-up"));
-    assert!(images.len() < 40, "{} images in 400 s", images.len());
-    world.run(seconds(1500));
-    world.assert_streaming();
-}
-
-impl World {
-    fn cut_all(&mut self) {
-        let open: Vec<ConnId> = self.connections.keys().copied().collect();
-        for conn in open {
-            self.cut(conn);
-        }
-    }
-}
