@@ -14,7 +14,6 @@ mod kill;
 mod modes;
 mod nbd;
 mod replication;
-mod resync;
 mod serve;
 mod several;
 mod supply;

@@ -213,6 +213,13 @@ impl World {
                     let message = Message::decode(payload).expect("an honest peer");
                     Input::Message { conn, message, wall }
                 }
+                FrameKind::Image => Input::Part {
+                    conn,
+                    group: header.group,
+                    stream: header.stream,
+                    number: header.position.0,
+                    bytes: Bytes::copy_from_slice(payload),
+                },
                 FrameKind::Log => Input::Log {
                     conn,
                     group: header.group,

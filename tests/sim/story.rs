@@ -103,6 +103,7 @@ impl World {
             window: Span::from_secs(window),
             log_limit: ByteSize(log_limit),
             on_full: OnFull::Fold,
+            on_peer_behind: Default::default(),
             other: Map::new(),
         };
         made.append_control(Control::Policy(policy)).expect("a whole disk");

@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tidelog::group::DataState;
+use bytes::BytesMut;
+use tidelog::group::{DataState, ImagePart};
 use tidelog::replication::simulation::{
     ConnId, Input, Job, Membership, Output, local_group, perform,
 };
+use tidelog::replication::wire::part::encode_part;
 use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader, Message};
 use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
 
@@ -380,6 +382,25 @@ impl World {
                         Input::Sent { group, stream }
                     }
                     Err(error) => Input::ReadFailed { group, stream, reason: error.to_string() },
+                };
+                self.feed_later(node, peer, input);
+            }
+            Output::SendPart { conn, group, stream, peer: name, number } => {
+                let of = self.group_number(group);
+                let Some(found) = self.nodes[node].group(of) else { return };
+                let failed = |reason| Input::PartFailed { group, stream, reason };
+                let input = match found.next_part(&name) {
+                    Ok(Some(part)) => {
+                        let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
+                        encode_part(&part, &mut frame);
+                        let bytes = frame.len() - FRAME_HEADER_BYTES;
+                        let header = FrameHeader::image(group, stream, number, bytes).encode();
+                        frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
+                        self.transmit(conn, node, frame.into());
+                        Input::PartSent { group, stream, last: part == ImagePart::End }
+                    }
+                    Ok(None) => failed("it has no more parts".to_owned()),
+                    Err(error) => failed(error.to_string()),
                 };
                 self.feed_later(node, peer, input);
             }
