@@ -14,6 +14,7 @@ mod kill;
 mod modes;
 mod nbd;
 mod replication;
+mod resync;
 mod serve;
 mod several;
 mod supply;
