@@ -464,6 +464,8 @@ impl World {
             .iter()
             .filter(|group| self.groups[**group].members.len() == 2)
             .filter_map(|group| Some((*group, next(self, *group)?)))
+            // With clocks that were set back it may lie before the job was made.
+            .filter(|(_, slot)| *slot > backups.since)
             .filter(|(group, slot)| {
                 let open = |node: &usize| {
                     let handled = self.nodes[*node].keeper.handled.get(group);

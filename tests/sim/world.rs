@@ -437,6 +437,7 @@ impl World {
         };
         let yields = matches!(job, Job::Yield { .. });
         let appends = matches!(job, Job::Append { .. });
+        let stages = matches!(job, Job::Stage { .. });
         if yields {
             // What is cut off is kept, but not here.
             copy.cutting = std::mem::take(&mut copy.sure);
@@ -445,6 +446,7 @@ impl World {
         self.say(format_args!("{} does {}", self.nodes[node].name, short(&job)));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
         let found = Arc::clone(&copy.group);
+        let head = found.positions().head;
         let jobs = &mut copy.jobs;
         let told = perform(&*found, job, |peer, stream| match jobs.front() {
             Some(Job::Append { peer: p, stream: s, .. }) if (*p, *s) == (peer, stream) => {
@@ -455,6 +457,11 @@ impl World {
             }
             _ => None,
         });
+        let switched = stages && found.positions().head != head;
+        if switched {
+            // A tail that was only received may have made way for the image.
+            (copy.sure, copy.durable) = (Vec::new(), Vec::new());
+        }
         if yields {
             copy.line = None;
             copy.half_cut = copy.group.data_state().0 == DataState::Failed;
@@ -477,7 +484,7 @@ impl World {
         if !self.nodes[node].disk.has_power() {
             return;
         }
-        if yields || appends && self.chance.one_in(self.look_one_in) {
+        if yields || switched || appends && self.chance.one_in(self.look_one_in) {
             self.note_sure(node, group);
         }
         let life = self.nodes[node].life;
