@@ -1,8 +1,8 @@
 //! The group itself: what it owns, what is behind its mutex, and what it tells about itself.
 //!
 //! Locks are taken in this order, and any of them alone: `turn`, `fold_lock`, `staging`,
-//! `images_file`, `sync_lock`, `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the append's own
-//! write happens inside, so that the order of the log is the order of the map.
+//! `images_file`, `sync_lock`, `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the
+//! append's own write happens inside, so that the order of the log is the order of the map.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

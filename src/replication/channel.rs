@@ -224,7 +224,7 @@ impl Channel {
     }
 
     /// Whether the peer may learn of the group.
-    fn visible(&self) -> bool {
+    pub(super) fn visible(&self) -> bool {
         !matches!(self.local.membership, Membership::Stranger)
     }
 

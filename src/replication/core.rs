@@ -30,6 +30,8 @@ pub use self::signals::{Appended, Input, Output};
 
 /// First wait before dialling again.
 const DIAL_FIRST: Duration = Duration::from_millis(100);
+/// Announcements that are kept of groups that are not known yet, at most.
+const EARLY_MAX: usize = 1024;
 /// Longest wait before dialling again.
 const DIAL_LONGEST: Duration = Duration::from_secs(5);
 
@@ -169,6 +171,9 @@ pub struct PeerCore {
     /// Links in a row that did not last.
     short_links: u32,
     channels: BTreeMap<GroupId, Channel>,
+    /// What the peer announced on this link of groups that it has nothing to do with yet, as far as
+    /// this core knows: the news from here may be on its way.
+    early: BTreeMap<GroupId, Message>,
 }
 
 impl PeerCore {
@@ -195,6 +200,7 @@ impl PeerCore {
             surplus: Vec::new(),
             short_links: 0,
             channels: BTreeMap::new(),
+            early: BTreeMap::new(),
         }
     }
 
@@ -310,8 +316,16 @@ impl PeerCore {
                     self.channels.entry(local.id).or_insert_with(|| Channel::new(now, &local));
                 let mut context =
                     context(now, &self.link, &self.peer_name, &self.settings, outputs);
+                let id = local.id;
                 channel.on_local(&mut context, *local);
                 channel.after_input(&mut context);
+                if channel.visible()
+                    && let Some(message) = self.early.remove(&id)
+                {
+                    self.with_channel(now, id, outputs, |channel, context| {
+                        channel.on_message(context, message)
+                    });
+                }
             }
             Input::GroupGone(group) => {
                 self.channels.remove(&group);
@@ -544,6 +558,7 @@ impl PeerCore {
             });
         }
         self.heard = Some(now);
+        self.early.clear();
         self.link = Link::Up(Up {
             conn,
             since: now,
@@ -615,6 +630,10 @@ impl PeerCore {
             return;
         }
         let Some(group) = super::channel::group_of(&message) else { return };
+        let known = self.channels.get(&group).is_some_and(Channel::visible);
+        if !known && matches!(message, Message::Announce { .. }) && self.early.len() < EARLY_MAX {
+            self.early.insert(group, message.clone());
+        }
         self.with_channel(now, group, outputs, |channel, context| {
             channel.on_message(context, message)
         });

@@ -2,9 +2,9 @@
 //! the secondary stages, and what both say of it.
 //!
 //! The image is of one position of the primary, and of what changed since the end of the
-//! secondary's log, which stays as it is until all of it has come. Then the secondary asks for the log from
-//! there. A peer that the log has passed again each time is told that it cannot keep up, and waits
-//! longer each time.
+//! secondary's log, which stays as it is until all of it has come. Then the secondary asks for the
+//! log from there. A peer that the log has passed again each time is told that it cannot keep up,
+//! and waits longer each time.
 
 use super::*;
 use crate::group::{ImageOffer, ImageProgress, Reached, Staged};

@@ -377,3 +377,30 @@ fn the_same_seed_is_the_same_run() {
     assert_eq!(run(77), run(77));
     assert_ne!(run(77).0, run(78).0);
 }
+
+/// Where the link came up before the copy was known here, the primary's word was dropped, and the
+/// copy asked for nothing until the link broke.
+#[test]
+fn what_is_announced_before_the_group_is_known_here_is_not_forgotten() {
+    let mut world = World::new(14);
+    world.run(seconds(3));
+    let mut core = new_core(world.now, 1);
+    let mut outputs = Vec::new();
+    let conn = ConnId(77);
+    let input = Input::ConnUp { conn, dialled: true, incarnation: Incarnation(1) };
+    core.handle(world.now, input, &mut outputs);
+    let message = Message::Announce {
+        group: GROUP.0,
+        primary: true,
+        recovering: false,
+        paused: false,
+        stopped: false,
+        incarnation: 1,
+        history: world.nodes[0].log.history().to_wire(),
+    };
+    core.handle(world.now, Input::Message { conn, message, wall: LogTime(0) }, &mut outputs);
+    assert!(!outputs.iter().any(|output| matches!(output, Output::Prepare { .. })));
+    let local = world.nodes[1].local();
+    core.handle(world.now, Input::Group(Box::new(local)), &mut outputs);
+    assert!(outputs.iter().any(|output| matches!(output, Output::Prepare { .. })), "it asks");
+}
