@@ -76,8 +76,8 @@ mod tests {
 
     #[test]
     fn the_log_is_kept_for_those_who_follow_or_for_all_where_it_blocks() {
-        let mut control = ControlView::default();
-        control.members = [1, 2, 3, 4].map(member).to_vec();
+        let members = [1, 2, 3, 4].map(member).to_vec();
+        let mut control = ControlView { members, ..ControlView::default() };
         let me = NodeId([1; 16]);
         let mut needs = Needs::default();
         needs.peers.insert(NodeId([2; 16]), (Lsn(900), true));

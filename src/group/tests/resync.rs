@@ -259,8 +259,11 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
     assert!(covered.iter().all(|count| *count > 5), "{covered:?}");
 }
 
+/// The volumes with their contents, before and after.
+type Sides = [Vec<(Volume, Vec<u8>)>; 2];
+
 /// A copy that lacks an image, all of it staged; what it shows, and what it is to show.
-fn staged(seed: u64, partial: bool) -> (Pair, [Vec<(Volume, Vec<u8>)>; 2]) {
+fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
     let pair = Pair::new(seed);
     let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
     let gone = pair.primary.create_volume(name("w"), 1 << 20).unwrap().number;
