@@ -173,19 +173,24 @@ impl Staging {
         file.sync()?;
         files::store(&*disk, &dir.join(STATE), &serde_json::to_vec(&state)?)?;
         disk.sync_dir(group_dir)?;
-        Ok(Staging {
+        Ok(Staging::with(disk, dir, state, Ranges::default()))
+    }
+
+    /// Nothing has come yet that the last checkpoint lacks.
+    fn with(disk: Arc<dyn Disk>, dir: PathBuf, state: State, ranges: Ranges) -> Staging {
+        Staging {
             disk,
             dir,
             state,
             incoming: Vec::new(),
             control: None,
             volumes: BTreeMap::new(),
-            ranges: Ranges::default(),
+            ranges,
             unwritten: Vec::new(),
             unsynced: BTreeSet::new(),
             unsynced_bytes: 0,
             cursor: Place::default(),
-        })
+        }
     }
 
     /// Opens what an earlier run left, as of its last checkpoint; `NotFound` where there is none.
@@ -210,19 +215,7 @@ impl Staging {
             Err(_) if !state.complete => None,
             Err(error) => return Err(wrong(error.to_string())),
         };
-        let mut staging = Staging {
-            disk,
-            dir,
-            state,
-            incoming: Vec::new(),
-            control: None,
-            volumes: BTreeMap::new(),
-            ranges,
-            unwritten: Vec::new(),
-            unsynced: BTreeSet::new(),
-            unsynced_bytes: 0,
-            cursor: Place::default(),
-        };
+        let mut staging = Staging::with(disk, dir, state, ranges);
         if let Some(control) = control {
             // Of a whole image that is complete the files may have been moved already.
             if staging.state.partial || !staging.state.complete {
