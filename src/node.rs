@@ -9,7 +9,8 @@ use std::fmt::Display;
 use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,9 @@ use crate::io::{Disk, Env, OpenMode};
 use crate::nbd::{GroupExports, NbdCounters, NbdLimits, NbdListen, NbdServer, listen};
 use crate::replication::{Replication, ReplicationConfig};
 use crate::units::NodeId;
+
+/// How often a group that found no room on the disk is opened again.
+const REOPEN_EVERY: Duration = Duration::from_secs(5);
 
 /// A node that cannot be built: object, what, cause, next command.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +115,7 @@ impl Node {
         });
         answer_peers(&context);
         start_notifying(&context);
+        tokio::spawn(keep_opening(Arc::downgrade(&context.registry)));
         let control = ControlServer::start(context.clone()).await.map_err(NodeError::new)?;
         let metrics = match metrics_listen {
             Some(listen) => {
@@ -186,6 +191,18 @@ impl Node {
             format!("node {name}: stopped"),
             serde_json::Value::Null,
         );
+    }
+}
+
+/// Opens the groups that found no room on the disk once there is some, until the node ends.
+async fn keep_opening(registry: Weak<Registry>) {
+    let mut ticks = tokio::time::interval(REOPEN_EVERY);
+    loop {
+        ticks.tick().await;
+        let Some(registry) = registry.upgrade() else { return };
+        if let Err(error) = tokio::task::spawn_blocking(move || registry.open_rest()).await {
+            tracing::error!("opening the rest of the groups: {error}");
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod cli;
 mod control;
 mod crash;
 mod damage;
+mod disk;
 mod failover;
 mod fuzz;
 mod fuzz_bodies;

@@ -44,8 +44,12 @@ pub async fn status(session: &Session, arguments: &StatusArguments) -> Result<()
 
 fn show(status: &Status) -> String {
     let mut text = format!("node {}, version {}\n", status.node, status.version);
-    if status.groups.is_empty() {
+    if status.groups.is_empty() && status.unopened_groups.is_empty() {
         text.push_str("no groups; make one with `tidelog group create GROUP`\n");
+    }
+    for group in &status.unopened_groups {
+        let since = output::age(group.since);
+        text.push_str(&format!("\ngroup {}  not open: {} ({since})\n", group.id, group.reason));
     }
     for group in &status.groups {
         text.push('\n');
@@ -93,7 +97,12 @@ fn show_group(group: &GroupStatus) -> String {
         ByteSize(log.horizon_lsn.0),
     ));
     if let Some(reason) = &log.full_reason {
-        lines.push(format!("          writers are slowed: {reason}"));
+        let since = log.full_since.map_or_else(String::new, output::age);
+        lines.push(format!("          writers are slowed or refused: {reason} ({since})"));
+    }
+    if let Some(reason) = &log.fold_reason {
+        let since = log.fold_since.map_or_else(String::new, output::age);
+        lines.push(format!("          it is not folded: {reason} ({since})"));
     }
     let window = &group.protection_window;
     lines.push(format!(

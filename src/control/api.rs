@@ -26,8 +26,22 @@ pub struct Status {
     pub version: String,
     /// Its groups, by name.
     pub groups: Vec<GroupStatus>,
+    /// Groups on its disk that could not be opened.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unopened_groups: Vec<UnopenedGroup>,
     /// Slots of jobs that have no backup, or of which nobody can say.
     pub backup_alarms: Vec<SlotAlarm>,
+}
+
+/// A group that could not be opened; one that found no room on the disk is tried again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UnopenedGroup {
+    /// The name of its directory: the group's id.
+    pub id: String,
+    /// Why.
+    pub reason: String,
+    /// Since when.
+    pub since: LogTime,
 }
 
 /// One group as this node sees it.
@@ -107,9 +121,18 @@ pub struct LogStatus {
     pub used_bytes: u64,
     /// Bytes at most.
     pub limit_bytes: u64,
-    /// Why writers are slowed, where they are.
+    /// Why writers are slowed or refused, where they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_reason: Option<String>,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_since: Option<LogTime>,
+    /// Why the log is not folded, where that fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fold_reason: Option<String>,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fold_since: Option<LogTime>,
 }
 
 /// How far back one can go.

@@ -9,7 +9,7 @@ use crate::units::{ByteSize, LogTime, Name, Span};
 
 use super::api::{
     Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PolicyInfo,
-    ProtectionWindow, Status, UncleanStart, VOLUME_BLOCK_BYTES, VolumeStatus,
+    ProtectionWindow, Status, UncleanStart, UnopenedGroup, VOLUME_BLOCK_BYTES, VolumeStatus,
 };
 use super::context::Context;
 use super::problem::Problem;
@@ -31,13 +31,19 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
         node: context.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         groups: groups.iter().map(|group| group_status(context, group)).collect(),
+        unopened_groups: context
+            .registry
+            .unopened()
+            .into_iter()
+            .map(|(id, why)| UnopenedGroup { id, reason: why.reason, since: why.since })
+            .collect(),
         backup_alarms: context.scheduler.alarms(),
     })
 }
 
 /// What recovery said of a group at this start of the node.
 fn unclean_start(context: &Context, group: &Name) -> Option<UncleanStart> {
-    let (_, found) = context.registry.recoveries().iter().find(|(name, _)| name == group)?;
+    let found = context.registry.recovery(group)?;
     let ((from_lsn, to_lsn), (from, to)) = found.cut.zip(found.cut_time)?;
     Some(UncleanStart { from_lsn, to_lsn, from, to })
 }
@@ -48,6 +54,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
     let clients = group.clients();
     let (data_state, reason, since) = group.data_state();
     let good = data_state == DataState::Consistent;
+    let (full, unfolded) = (group.log_full(), group.fold_failure());
     GroupStatus {
         name: group.name().clone(),
         role: group.role(),
@@ -78,7 +85,10 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
             horizon_lsn: positions.horizon,
             used_bytes: positions.log_used_bytes,
             limit_bytes: positions.log_limit_bytes,
-            full_reason: group.log_full(),
+            full_reason: full.as_ref().map(|full| full.reason.clone()),
+            full_since: full.map(|full| full.since),
+            fold_reason: unfolded.as_ref().map(|unfolded| unfolded.reason.clone()),
+            fold_since: unfolded.map(|unfolded| unfolded.since),
         },
         protection_window: window(positions.horizon_time, positions.time),
         peers: context.replication.status(group),

@@ -28,23 +28,29 @@ pub struct FileJournal {
 
 impl FileJournal {
     /// Opens a journal, making it where it is missing; with it the events it holds, oldest first.
+    /// What is there already needs no room, so that a node starts on a full disk.
     ///
     /// # Errors
     ///
-    /// Where the file cannot be read or rewritten.
+    /// Where the file cannot be read or made.
     pub fn open(disk: Arc<dyn Disk>, path: &Path) -> std::io::Result<(FileJournal, Vec<Event>)> {
-        let mut events = Vec::new();
-        if disk.exists(path) {
-            let file = disk.open(path, OpenMode::Read)?;
-            let mut bytes = vec![0; usize::try_from(file.len()?).unwrap_or(0)];
-            file.read_at(&mut bytes, 0)?;
-            let lines = bytes.split(|byte| *byte == b'\n');
-            events.extend(lines.filter_map(|line| serde_json::from_slice::<Event>(line).ok()));
+        if !disk.exists(path) {
+            let inner = rewrite(disk.as_ref(), path, &[])?;
+            let journal = FileJournal { disk, path: path.to_owned(), inner: Mutex::new(inner) };
+            return Ok((journal, Vec::new()));
         }
+        let file = disk.open(path, OpenMode::ReadWrite)?;
+        let mut bytes = vec![0; usize::try_from(file.len()?).unwrap_or(0)];
+        file.read_at(&mut bytes, 0)?;
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        file.set_len(whole as u64)?;
+        let lines = bytes[..whole].split(|byte| *byte == b'\n');
+        let mut events: Vec<Event> =
+            lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
+        let inner = Inner { file, end_bytes: whole as u64, lines: events.len() };
         let skip = events.len().saturating_sub(RING_EVENTS);
-        let events = events.split_off(skip);
-        let inner = rewrite(disk.as_ref(), path, &events)?;
-        Ok((FileJournal { disk, path: path.to_owned(), inner: Mutex::new(inner) }, events))
+        let journal = FileJournal { disk, path: path.to_owned(), inner: Mutex::new(inner) };
+        Ok((journal, events.split_off(skip)))
     }
 }
 

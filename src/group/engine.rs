@@ -22,6 +22,7 @@ use super::needs::{KeptFor, Needs};
 use super::receive::Pending;
 use super::required::{Floors, Required};
 use super::returning::Asking;
+use super::room::Room;
 use super::shipment::Shipment;
 use super::staging::{ImageProgress, Staging};
 use super::sync::Waiting;
@@ -33,7 +34,7 @@ use super::{
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::extent_map::Freed;
-use crate::log::control::{Control, ControlKind, EpochRecord, GroupRecord, OnFull};
+use crate::log::control::{Control, ControlKind, EpochRecord, GroupRecord};
 use crate::log::record::{Header, Kind, genesis};
 use crate::log::segment::{Segments, is_segment_size};
 use crate::log::writer::Writer;
@@ -146,10 +147,8 @@ pub(super) struct Core {
     pub receiving: Option<ImageProgress>,
     /// Bytes of log and index on disk, as known after the last change.
     pub log_used_bytes: u64,
-    /// Why the last fold failed, where it did: writers of a full log are told, not held.
-    pub fold_failure: Option<String>,
-    /// Bytes that the log may take before the file system's reserve is touched.
-    pub disk_limit_bytes: u64,
+    /// What room there is for the log, and what was told of it.
+    pub room: Room,
     /// A fold up to here was interrupted by a crash or an error, and is finished before any other.
     pub unfinished_fold: Option<Lsn>,
     /// What is to be told once the mutex is free.
@@ -353,8 +352,7 @@ impl Group {
             log_used_bytes: segments.used_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
-            fold_failure: None,
-            disk_limit_bytes: u64::MAX,
+            room: Room::default(),
         };
         core.refresh_view();
         let floors = core.required.floors();
@@ -505,49 +503,6 @@ impl Group {
     #[must_use]
     pub fn control(&self) -> Arc<ControlView> {
         self.lock().view.clone()
-    }
-
-    /// Why writers are slowed, if they are.
-    #[must_use]
-    pub fn log_full(&self) -> Option<String> {
-        let core = self.lock();
-        let limit = self.log_limit(&core);
-        (self.log_bytes(&core) >= limit).then(|| {
-            if let Some(kept) = self.kept_for(&core).filter(|kept| kept.blocks) {
-                return format!(
-                    "log-full: the log has reached its limit of {limit} bytes: writes wait, since it \
-                     is kept for {}, which has what is before LSN {}: bring that back, or `tidelog \
-                     group set {} on_peer_behind=release`",
-                    kept.peer,
-                    kept.from,
-                    self.name()
-                );
-            }
-            let policy = match (&core.fold_failure, core.view.policy.on_full) {
-                (Some(reason), _) => &format!("writes are refused, since folding fails: {reason}"),
-                (None, OnFull::Fold) => "the window gets shorter",
-                (None, OnFull::Block) => "writers get the speed of folding",
-            };
-            format!("log-full: the log has reached its limit of {limit} bytes: {policy}")
-        })
-    }
-
-    /// Bytes between horizon and head: what the limit counts.
-    pub(super) fn log_bytes(&self, core: &Core) -> u64 {
-        core.writer.head().bytes_since(core.timeline.horizon().lsn)
-    }
-
-    /// The lowest of the group's limit, the node's, and what the file system has beyond its
-    /// reserve; at least four segments.
-    pub(super) fn log_limit(&self, core: &Core) -> u64 {
-        let own = self.context.limits.log_limit_bytes.unwrap_or(u64::MAX);
-        core.view
-            .policy
-            .log_limit
-            .0
-            .min(own)
-            .min(core.disk_limit_bytes)
-            .max(4 * self.segment_bytes())
     }
 
     /// The lower of the group's window and the node's.

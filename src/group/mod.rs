@@ -317,6 +317,7 @@ mod reign;
 mod reopen;
 mod required;
 mod returning;
+mod room;
 mod shipment;
 mod staging;
 mod switch;
@@ -334,6 +335,7 @@ pub use recover::Recovery;
 pub use registry::Registry;
 pub use required::RequiredPeer;
 pub use returning::Discard;
+pub use room::Shortage;
 pub use shipment::Shipment;
 pub use staging::{ImageOffer, ImagePart, ImageProgress, Reached, Staged};
 

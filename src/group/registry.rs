@@ -10,11 +10,12 @@ use super::engine::{Group, Listener, NewGroup};
 use super::files::{discard, is_discarded};
 use super::meta::{META, UNFINISHED_META};
 use super::recover::Recovery;
+use super::room::Shortage;
 use super::{GroupContext, GroupError};
 use crate::events::Severity;
 use crate::io::Disk;
 use crate::log::segment::SEGMENT_BYTES_DEFAULT;
-use crate::units::{GroupId, Name};
+use crate::units::{GroupId, LogTime, Name};
 
 /// The groups of a node.
 pub struct Registry {
@@ -24,13 +25,21 @@ pub struct Registry {
     /// One group is made or deleted at a time.
     changing: Mutex<()>,
     listeners: RwLock<Vec<Listener>>,
-    recoveries: Vec<(Name, Recovery)>,
+    recoveries: RwLock<BTreeMap<Name, Recovery>>,
+    /// Groups that could not be opened, by the name of their directory.
+    unopened: Mutex<BTreeMap<String, Unopened>>,
+}
+
+/// A group on the disk that could not be opened.
+struct Unopened {
+    error: GroupError,
+    since: LogTime,
 }
 
 impl Registry {
     /// Opens and recovers every group under `dir` (`data_dir/groups`), and starts their threads.
     /// What was not made or not deleted to the end is removed. A group that cannot be opened is
-    /// left alone, and told by an event.
+    /// left alone, and told by an event; see [`Registry::open_rest`].
     ///
     /// # Errors
     ///
@@ -42,8 +51,15 @@ impl Registry {
             GroupError::io(&name, format!("open {}", dir.display()), &cause)
         };
         disk.create_dir(dir).map_err(io)?;
-        let mut groups = BTreeMap::new();
-        let mut recoveries = Vec::new();
+        let registry = Arc::new(Registry {
+            context,
+            dir: dir.to_owned(),
+            groups: RwLock::default(),
+            changing: Mutex::default(),
+            listeners: RwLock::default(),
+            recoveries: RwLock::default(),
+            unopened: Mutex::default(),
+        });
         for id in disk.list(dir).map_err(io)? {
             let path = dir.join(&id);
             if is_discarded(&id) || is_unfinished(&*disk, &path, &id) {
@@ -58,35 +74,72 @@ impl Registry {
             if id.parse::<GroupId>().is_err() {
                 continue;
             }
-            match Group::open(context.clone(), &path) {
-                Ok((group, recovery)) => {
-                    group.start_workers();
-                    recoveries.push((group.name().clone(), recovery));
-                    groups.insert(group.name().clone(), group);
-                }
-                Err(error) => context.events.emit(
-                    Severity::Error,
-                    "group-not-opened",
-                    Some(&id),
-                    format!("{} was left as it is: {error}", path.display()),
-                    json!({ "id": id }),
-                ),
-            }
+            registry.open_one(&id);
         }
-        Ok(Arc::new(Registry {
-            context,
-            dir: dir.to_owned(),
-            groups: RwLock::new(groups),
-            changing: Mutex::default(),
-            listeners: RwLock::default(),
-            recoveries,
-        }))
+        Ok(registry)
     }
 
-    /// What recovery found, by group.
+    /// Opens and starts one group, or notes why not; whether it is open now.
+    fn open_one(&self, id: &str) -> bool {
+        let path = self.dir.join(id);
+        let error = match Group::open(self.context.clone(), &path) {
+            Ok((group, recovery)) => {
+                group.start_workers();
+                let name = group.name().clone();
+                self.recoveries.write().expect("no holder panics").insert(name.clone(), recovery);
+                self.groups.write().expect("no holder panics").insert(name, group);
+                return true;
+            }
+            Err(error) => error,
+        };
+        let mut unopened = self.unopened.lock().expect("no holder panics");
+        if let Some(known) = unopened.get_mut(id) {
+            known.error = error;
+            return false;
+        }
+        let text = format!("{} was left as it is: {error}", path.display());
+        let since = self.context.env.clock.wall();
+        unopened.insert(id.to_owned(), Unopened { error, since });
+        drop(unopened);
+        let details = json!({ "id": id });
+        self.context.events.emit(Severity::Error, "group-not-opened", Some(id), text, details);
+        false
+    }
+
+    /// Tries again to open the groups that found no room on the disk.
+    pub fn open_rest(&self) {
+        let _one_at_a_time = self.changing.lock().expect("no holder panics");
+        let is_due = |(id, unopened): (&String, &Unopened)| {
+            matches!(unopened.error, GroupError::NoSpace { .. }).then(|| id.clone())
+        };
+        let due: Vec<String> = {
+            let unopened = self.unopened.lock().expect("no holder panics");
+            unopened.iter().filter_map(is_due).collect()
+        };
+        for id in due.into_iter().filter(|id| self.open_one(id)) {
+            self.unopened.lock().expect("no holder panics").remove(&id);
+            let text = format!("{} is open now: the disk has room", self.dir.join(&id).display());
+            let details = json!({ "id": id });
+            self.context.events.emit(Severity::Info, "group-opened", Some(&id), text, details);
+            self.notify();
+        }
+    }
+
+    /// The groups that could not be opened: the names of their directories, and why.
     #[must_use]
-    pub fn recoveries(&self) -> &[(Name, Recovery)] {
-        &self.recoveries
+    pub fn unopened(&self) -> Vec<(String, Shortage)> {
+        let unopened = self.unopened.lock().expect("no holder panics");
+        let told = unopened.iter().map(|(id, unopened)| {
+            let reason = unopened.error.to_string();
+            (id.clone(), Shortage { reason, since: unopened.since })
+        });
+        told.collect()
+    }
+
+    /// What recovery found of a group at this start of the node.
+    #[must_use]
+    pub fn recovery(&self, group: &Name) -> Option<Recovery> {
+        self.recoveries.read().expect("no holder panics").get(group).cloned()
     }
 
     /// All groups, by name.

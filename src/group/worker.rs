@@ -188,12 +188,12 @@ impl Group {
             if core.failed.is_some() {
                 return;
             }
-            self.log_bytes(&core) >= self.log_limit(&core) / 10 * 8
+            self.is_pressed(&core)
         };
         // Only what is durable is folded: where space is short that is not waited for.
         let synced = if pressed { self.sync_now().map(|_| ()) } else { Ok(()) };
         let result = synced.and_then(|()| self.fold(false));
-        self.lock().fold_failure = result.as_ref().err().map(ToString::to_string);
+        self.note_fold(result.as_ref().err());
         self.space.notify_all();
         match result {
             Ok(_) => *told = None,
@@ -235,20 +235,10 @@ impl Group {
             self.lock().log_used_bytes = self.segments.used_bytes();
         }
         self.look_at_disk();
+        self.look_at_room();
         self.start_writeback(written_back, head);
         self.write_indices();
         head
-    }
-
-    /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.
-    fn look_at_disk(&self) {
-        let Ok(space) = self.context.env.disk.space(&self.dir) else { return };
-        let default = 2 * self.segment_bytes() + space.total_bytes / 100;
-        let reserve = self.context.limits.disk_reserve_bytes.unwrap_or(default);
-        self.keep_reserve(space.free_bytes, reserve);
-        let mut core = self.lock();
-        let used = self.log_bytes(&core);
-        core.disk_limit_bytes = used.saturating_add(space.free_bytes.saturating_sub(reserve));
     }
 
     /// Has the kernel begin to write what was appended, so that the next sync finds little to do.
@@ -281,7 +271,7 @@ impl Group {
             self.workers.asked_at.store(head.0, Ordering::Relaxed);
             self.workers.prepare.ring();
         }
-        if self.log_bytes(core) >= self.log_limit(core) / 10 * 8 {
+        if self.is_pressed(core) {
             self.workers.fold.ring();
         }
     }

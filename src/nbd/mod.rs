@@ -40,3 +40,4 @@ pub use negotiate::{Negotiated, describe, negotiate};
 pub use ram::{RamDevice, RamExports};
 pub use server::{Counter, NbdCounters, NbdLimits};
 pub use socket::{Socket, Stream};
+pub use wire::Errno;

@@ -22,12 +22,22 @@ pub struct Setup {
     pub advertise: Option<String>,
     /// Lines added to its configuration.
     pub more: String,
+    /// Where its data is, if not in its directory.
+    pub data_dir: Option<PathBuf>,
+    /// Added to the environment of its process.
+    pub environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Setup {
     /// A node that advertises its own address.
     pub fn new(node: &'static str) -> Setup {
-        Setup { node, advertise: None, more: String::new() }
+        Setup {
+            node,
+            advertise: None,
+            more: String::new(),
+            data_dir: None,
+            environment: Vec::new(),
+        }
     }
 }
 
@@ -39,6 +49,7 @@ pub struct Appliance {
     pub dir: PathBuf,
     /// HOST:PORT on which it listens for peers.
     pub peer_address: String,
+    environment: Vec<(&'static str, PathBuf)>,
     child: Option<Child>,
 }
 
@@ -50,18 +61,21 @@ impl Appliance {
         let peer_address = free_address();
         let advertise = setup.advertise.unwrap_or_else(|| peer_address.clone());
         let shown = dir.display();
-        let Setup { node, more, .. } = setup;
+        let Setup { node, more, environment, .. } = setup;
+        let data = setup.data_dir.unwrap_or_else(|| dir.join("data"));
         fs::write(dir.join("password"), "a password of the tests\n").unwrap();
         let configuration = format!(
             "node = \"{node}\"\n\
-             data_dir = \"{shown}/data\"\n\
+             data_dir = \"{}\"\n\
              {more}\n\
              [control]\nsocket = \"{shown}/run/control.sock\"\n\
              [[nbd]]\nlisten = \"unix:{shown}/run/nbd.sock\"\n\
-             [peer]\nlisten = \"{peer_address}\"\nadvertise = \"{advertise}\"\n"
+             [peer]\nlisten = \"{peer_address}\"\nadvertise = \"{advertise}\"\n",
+            data.display()
         );
         fs::write(dir.join("tidelog.toml"), configuration).unwrap();
-        let mut appliance = Appliance { node, dir: dir.to_owned(), peer_address, child: None };
+        let dir = dir.to_owned();
+        let mut appliance = Appliance { node, dir, peer_address, environment, child: None };
         appliance.restart();
         appliance
     }
@@ -73,6 +87,7 @@ impl Appliance {
         let child = Command::new(env!("CARGO_BIN_EXE_tidelog"))
             .args(["serve", "--config"])
             .arg(self.dir.join("tidelog.toml"))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log.unwrap())

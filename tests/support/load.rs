@@ -22,6 +22,8 @@ const WRITERS: u64 = 4;
 const STRIPE_BLOCKS: u64 = VOLUME_BLOCKS / WRITERS;
 /// A writer rests after each request: the log of the whole test stays in hundreds of megabytes.
 const REST: Duration = Duration::from_millis(2);
+/// And longer where it was refused.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// The writers.
 pub struct Load {
@@ -81,7 +83,7 @@ fn write(writer: u64, address: &NbdAddress, history: &Mutex<History>, stop: &Ato
             match connected {
                 Ok(connected) => clients = connected,
                 Err(_) => {
-                    pause(Duration::from_millis(20));
+                    pause(RETRY);
                     continue;
                 }
             }
@@ -102,7 +104,10 @@ fn write(writer: u64, address: &NbdAddress, history: &Mutex<History>, stop: &Ato
         };
         match written {
             Ok(()) => history.lock().unwrap().answer(id),
-            Err(_) => clients.clear(),
+            Err(_) => {
+                clients.clear();
+                pause(RETRY);
+            }
         }
         pause(REST);
     }

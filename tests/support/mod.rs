@@ -1,6 +1,7 @@
 //! What tests of whole appliances share: the real binary as a process, its command line, waiting.
 
 mod appliance;
+pub mod faulty;
 pub mod load;
 pub mod oracle;
 

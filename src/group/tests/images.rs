@@ -78,8 +78,8 @@ fn a_full_log_that_cannot_be_folded_refuses_writers_and_says_why() {
         }
     }
     assert!(told.contains("must be understood"), "{told}");
-    group.lock().fold_failure = Some(told);
-    assert!(group.log_full().unwrap().contains("must be understood"));
+    group.lock().room.fold_failure = Some((told, LogTime(0)));
+    assert!(group.log_full().unwrap().reason.contains("must be understood"));
 }
 
 #[test]

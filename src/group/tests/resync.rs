@@ -519,7 +519,7 @@ fn a_log_that_blocks_is_folded_no_further_than_its_peer_has_and_says_so() {
         write(&group, volume, offset * 4096, &[1; 4096]);
     }
     assert_eq!(fold(), Lsn::ZERO, "where the peer stands is not known yet");
-    let full = group.log_full().unwrap();
+    let full = group.log_full().unwrap().reason;
     assert!(full.contains("kept for b") && full.contains("on_peer_behind=release"), "{full}");
     assert!(bench.event_codes().contains(&"log-kept-for-peer".to_owned()));
     let has = Lsn(100_000);

@@ -1,0 +1,159 @@
+//! The room that a log has: its limit, what the disk leaves it, and what is told where there is
+//! none.
+
+use std::io;
+
+use serde_json::json;
+
+use super::engine::{Core, Report};
+use super::{Group, GroupError};
+use crate::events::Severity;
+use crate::log::control::OnFull;
+use crate::units::LogTime;
+
+/// Why writers are slowed or refused, and since when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Why.
+    pub reason: String,
+    /// Since when, by the clock of this node.
+    pub since: LogTime,
+}
+
+/// What is known of the room for a log.
+#[derive(Default)]
+pub(super) struct Room {
+    /// Why the last fold failed, where it did, and since when folds fail: writers of a full log are
+    /// told, not held.
+    pub fold_failure: Option<(String, LogTime)>,
+    /// Bytes that the log may take before the file system's reserve is touched; none is not known.
+    disk_limit_bytes: Option<u64>,
+    /// What the disk said to the last append, where it had no room for it.
+    refused: Option<String>,
+    /// Since when the log is full. It ends when the log is under pressure no more, so that one that
+    /// is filled as fast as it is folded is one shortage.
+    full_since: Option<LogTime>,
+}
+
+impl Group {
+    /// Why writers are slowed or refused for want of room, if they are.
+    #[must_use]
+    pub fn log_full(&self) -> Option<Shortage> {
+        let core = self.lock();
+        let reason = self.why_full(&core)?;
+        let since = core.room.full_since.unwrap_or_else(|| self.context.env.clock.wall());
+        Some(Shortage { reason, since })
+    }
+
+    /// Why the log is not folded, where that fails, and since when.
+    #[must_use]
+    pub fn fold_failure(&self) -> Option<Shortage> {
+        let core = self.lock();
+        let (reason, since) = core.room.fold_failure.clone()?;
+        Some(Shortage { reason, since })
+    }
+
+    fn why_full(&self, core: &Core) -> Option<String> {
+        if let Some(refused) = &core.room.refused {
+            return Some(format!("log-full: the disk has no room for the log: {refused}"));
+        }
+        let limit = self.log_limit(core);
+        if self.log_bytes(core) < limit {
+            return None;
+        }
+        if let Some(kept) = self.kept_for(core).filter(|kept| kept.blocks) {
+            return Some(format!(
+                "log-full: the log has reached its limit of {limit} bytes: writes wait, since it is \
+                 kept for {}, which has what is before LSN {}: bring that back, or `tidelog group \
+                 set {} on_peer_behind=release`",
+                kept.peer,
+                kept.from,
+                self.name()
+            ));
+        }
+        let policy = match (&core.room.fold_failure, core.view.policy.on_full) {
+            (Some((reason, _)), _) => &format!("writes are refused, since folding fails: {reason}"),
+            (None, OnFull::Fold) => "the window gets shorter",
+            (None, OnFull::Block) => "writers get the speed of folding",
+        };
+        Some(format!("log-full: the log has reached its limit of {limit} bytes: {policy}"))
+    }
+
+    /// Bytes between horizon and head: what the limit counts.
+    pub(super) fn log_bytes(&self, core: &Core) -> u64 {
+        core.writer.head().bytes_since(core.timeline.horizon().lsn)
+    }
+
+    /// The lowest of the group's limit, the node's, and what the file system has beyond its
+    /// reserve; at least four segments.
+    pub(super) fn log_limit(&self, core: &Core) -> u64 {
+        let own = self.context.limits.log_limit_bytes.unwrap_or(u64::MAX);
+        core.view
+            .policy
+            .log_limit
+            .0
+            .min(own)
+            .min(core.room.disk_limit_bytes.unwrap_or(u64::MAX))
+            .max(4 * self.segment_bytes())
+    }
+
+    /// Whether the log is so near its limit that folding cannot wait for the window.
+    pub(super) fn is_pressed(&self, core: &Core) -> bool {
+        self.log_bytes(core) >= self.log_limit(core) / 10 * 8
+    }
+
+    /// Notes how the last fold ended.
+    pub(super) fn note_fold(&self, failure: Option<&GroupError>) {
+        let now = self.context.env.clock.wall();
+        let mut core = self.lock();
+        let since = core.room.fold_failure.take().map_or(now, |(_, since)| since);
+        core.room.fold_failure = failure.map(|error| (error.to_string(), since));
+    }
+
+    /// Notes what the disk said to an append: a full disk is the writer's to bear.
+    pub(super) fn note_append(&self, core: &mut Core, refusal: Option<&io::Error>) {
+        core.room.refused = refusal.map(ToString::to_string);
+    }
+
+    /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.
+    pub(super) fn look_at_disk(&self) {
+        let Ok(space) = self.context.env.disk.space(&self.dir) else { return };
+        let default = 2 * self.segment_bytes() + space.total_bytes / 100;
+        let reserve = self.context.limits.disk_reserve_bytes.unwrap_or(default);
+        self.keep_reserve(space.free_bytes, reserve);
+        let beyond = space.free_bytes.saturating_sub(reserve);
+        let mut core = self.lock();
+        let limit = self.log_bytes(&core).saturating_add(beyond);
+        core.room.disk_limit_bytes = Some(limit);
+        if beyond > 0 {
+            // Whoever was refused may try again.
+            core.room.refused = None;
+        }
+    }
+
+    /// Tells when the log gets full, and when it has room again.
+    pub(super) fn look_at_room(&self) {
+        let now = self.context.env.clock.wall();
+        let mut core = self.lock();
+        let reason = self.why_full(&core);
+        match (reason, core.room.full_since) {
+            (Some(text), None) => {
+                core.room.full_since = Some(now);
+                let details = json!(null);
+                let code = "log-full";
+                core.unreported.push(Report { severity: Severity::Warning, code, text, details });
+            }
+            (None, Some(since)) if !self.is_pressed(&core) => {
+                core.room.full_since = None;
+                let seconds = now.since(since).as_secs();
+                let text = format!("the log has room again, after {seconds} s");
+                let details = json!({ "seconds": seconds });
+                let code = "log-has-room";
+                core.unreported.push(Report { severity: Severity::Info, code, text, details });
+            }
+            _ => return,
+        }
+        drop(core);
+        self.report();
+    }
+}

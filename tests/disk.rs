@@ -1,0 +1,426 @@
+//! Disks that are full or fail under living appliances: the right error to the host, nothing
+//! answered lost, status that says so, and a way back. Needs a C compiler, and root for the first.
+
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno as Code;
+use serde_json::Value;
+use tidelog::nbd::{Client, ClientError, Errno, NbdAddress};
+
+use crate::support::faulty::{Call, Faults, SmallDisk};
+use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
+use crate::support::oracle::BLOCK_BYTES;
+use crate::support::{Appliance, Setup, pause, wait_for};
+
+/// Bytes of the volume that makes a log long.
+const LARGE_BYTES: u64 = 192 << 20;
+/// Bytes that no log of these tests can hold without being folded.
+const OUTRUN_BYTES: u64 = 288 << 20;
+/// How long hosts may get no answer before status has to say why.
+const STALL: Duration = Duration::from_secs(2);
+
+fn make_group(a: &Appliance) {
+    a.run(&["group", "create", "g"]);
+    a.run(&["group", "set", "g", "log_limit=256M"]);
+    for volume in VOLUMES {
+        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
+        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
+    }
+    a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
+}
+
+fn client(node: &Appliance, volume: &str) -> Client {
+    Client::connect(&NbdAddress::Unix(node.nbd_socket()), &format!("g/{volume}")).unwrap()
+}
+
+/// Writes a mebibyte after the other, until one is refused or all are written.
+fn write_until_refused(node: &Appliance, bytes: u64) -> Result<(), Errno> {
+    let mut client = client(node, "large");
+    for part in 0..bytes >> 20 {
+        let data: Vec<u8> =
+            (0..1u64 << 17).flat_map(|word| (word * (part + 1)).to_le_bytes()).collect();
+        match client.write((part << 20) % LARGE_BYTES, &data) {
+            Ok(()) => {}
+            Err(ClientError::Request { errno, .. }) => return Err(errno),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    client.flush().map_err(|error| match error {
+        ClientError::Request { errno, .. } => errno,
+        error => panic!("{error}"),
+    })
+}
+
+/// One small write with its flush.
+fn write_one(node: &Appliance) -> Result<(), Errno> {
+    let mut client = client(node, "large");
+    let wrote = client.write(0, &[7; 4096]).and_then(|()| client.flush());
+    wrote.map_err(|error| match error {
+        ClientError::Request { errno, .. } => errno,
+        error => panic!("{error}"),
+    })
+}
+
+fn wait_for_status(node: &Appliance, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+    wait_for(what, || {
+        let status = node.status("g");
+        holds(&status).then_some(status)
+    })
+}
+
+fn events(node: &Appliance, code: &str) -> Vec<String> {
+    let events = node.json(&["events"]);
+    let events = events["events"].as_array().cloned().unwrap_or_default();
+    let of_code = events.iter().filter(|event| event["code"] == code);
+    of_code.map(|event| event["text"].as_str().unwrap().to_owned()).collect()
+}
+
+/// Everything that was answered is in the live volumes.
+fn check(node: &Appliance, load: &Load, what: &str) {
+    let answered_by = load.history.lock().unwrap().now();
+    let held = contents(node, "");
+    hold(what, load.history.lock().unwrap().faults_of_live(&held, answered_by));
+}
+
+fn faulty(dir: &Path, node: &'static str, faults: &Faults) -> Appliance {
+    let setup = Setup { environment: faults.environment(), ..Setup::new(node) };
+    Appliance::start(&dir.join(node), setup)
+}
+
+#[test]
+fn a_full_disk_refuses_writes_and_takes_them_again_when_it_has_room_also_after_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::new(dir.path(), 700);
+    let mut a = Appliance::start(
+        &dir.path().join("a"),
+        Setup {
+            data_dir: Some(disk.root.join("data")),
+            more: "[limits]\ndisk_reserve = \"1M\"\n".to_owned(),
+            ..Setup::new("a")
+        },
+    );
+    make_group(&a);
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(500);
+    disk.fill();
+    let refused = wait_for("a write to be refused", || write_until_refused(&a, 64 << 20).err());
+    assert_eq!(refused, Errno::Enospc);
+    let status = wait_for_status(&a, "status to say so", |status| {
+        status["log"]["full_reason"].as_str().is_some_and(|reason| reason.starts_with("log-full"))
+    });
+    assert_eq!(status["data_state"], "consistent", "{status}");
+    assert!(status["log"]["full_since"].is_string(), "{status}");
+    wait_for("an event to say so", || (!events(&a, "log-full").is_empty()).then_some(()));
+    check(&a, &load, "while the disk is full");
+
+    // Torn ends of the log cannot be cut without room, so the group may have to wait for it.
+    a.kill();
+    a.restart();
+    let status = a.json(&["status"]);
+    let waiting = status["unopened_groups"].as_array().map_or(0, Vec::len);
+    assert_eq!(status["groups"].as_array().unwrap().len() + waiting, 1, "{status}");
+    if waiting == 1 {
+        let reason = &status["unopened_groups"][0]["reason"];
+        assert!(reason.as_str().unwrap().contains("no space"), "{status}");
+    }
+
+    disk.free();
+    load.wait_for_more(500);
+    wait_for_status(&a, "status to be good again", |status| status["log"]["full_reason"].is_null());
+    let history = load.stop();
+    hold("at the end", history.faults(&contents(&a, ""), Some(history.now())));
+    a.kill();
+    a.restart();
+    hold("and after a restart", history.faults(&contents(&a, ""), Some(history.now())));
+}
+
+#[test]
+fn a_log_that_cannot_be_synced_fails_the_group_and_the_next_start_heals_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let mut a = faulty(dir.path(), "a", &faults);
+    let b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    make_group(&a);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_for_status(&a, "b to stream", |status| {
+        status["peers"][0]["replication_state"] == "streaming"
+    });
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(500);
+    faults.set(&[(Call::Sync, Code::EIO, ".seg")]);
+    let status =
+        wait_for_status(&a, "the group to fail", |status| status["data_state"] == "failed");
+    assert!(status["data_state_reason"].as_str().unwrap().contains("sync"), "{status}");
+    assert!(status["data_state_since"].is_string(), "{status}");
+    assert_eq!(status["backup_capable"]["verdict"], "no", "{status}");
+    assert_eq!(write_one(&a), Err(Errno::Eio));
+    assert_eq!(events(&a, "data-failed").len(), 1);
+    check(&a, &load, "reads go on");
+    let head = status["log"]["head_lsn"].as_u64().unwrap();
+    wait_for_status(&b, "b to have the bytes that were not durable", |status| {
+        status["log"]["durable_lsn"].as_u64().unwrap() >= head
+    });
+    // The disk is well, and yet: what the cache shows is not to be believed before a start.
+    faults.none();
+    assert_eq!(write_one(&a), Err(Errno::Eio));
+    a.kill();
+    a.restart();
+    load.wait_for_more(500);
+    wait_for_status(&a, "both to be well", |status| {
+        status["data_state"] == "consistent"
+            && status["peers"][0]["replication_state"] == "streaming"
+    });
+    let history = load.stop();
+    hold("at the end", history.faults(&contents(&a, ""), Some(history.now())));
+}
+
+/// Folding meets `fault`; the hosts' writes then end with ENOSPC at the log's limit, and go on when
+/// the disk is well.
+fn folding_meets(call: Call, code: Code, part: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let mut a = faulty(dir.path(), "a", &faults);
+    make_group(&a);
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(300);
+    faults.set(&[(call, code, part)]);
+    assert_eq!(write_until_refused(&a, OUTRUN_BYTES), Err(Errno::Enospc));
+    let status = a.status("g");
+    let reason = status["log"]["fold_reason"].as_str().unwrap_or_else(|| panic!("{status}"));
+    assert!(reason.contains("base"), "{reason}");
+    assert!(status["log"]["fold_since"].is_string(), "{status}");
+    let full = status["log"]["full_reason"].as_str().unwrap_or_else(|| panic!("{status}"));
+    assert!(full.contains("folding fails"), "{full}");
+    assert!(!events(&a, "fold-failed").is_empty());
+    check(&a, &load, "while nothing can be folded");
+    a.run(&["image", "open", "g", "--at", "now", "--name", "then"]);
+    let then = contents(&a, "@then");
+    hold("an image of then", load.history.lock().unwrap().faults(&then, None));
+    a.kill();
+    a.restart();
+    check(&a, &load, "after a restart");
+    faults.none();
+    wait_for_status(&a, "folds to go on", |status| status["log"]["fold_reason"].is_null());
+    write_until_refused(&a, OUTRUN_BYTES).unwrap();
+    load.wait_for_more(300);
+    let status = a.status("g");
+    assert!(status["log"]["horizon_lsn"].as_u64().unwrap() > 0, "{status}");
+    assert_eq!(contents(&a, "@then"), then, "the image is what it was");
+    let history = load.stop();
+    hold("at the end", history.faults(&contents(&a, ""), Some(history.now())));
+}
+
+#[test]
+fn a_base_that_is_full_stops_folding_and_then_hosts_and_loses_nothing() {
+    folding_meets(Call::Write, Code::ENOSPC, "/base/");
+}
+
+#[test]
+fn a_base_that_cannot_be_synced_stops_folding_and_loses_nothing() {
+    folding_meets(Call::Sync, Code::EIO, ".img");
+}
+
+#[test]
+fn a_sidecar_that_cannot_be_written_stops_folding_and_loses_nothing() {
+    folding_meets(Call::Write, Code::EIO, ".sum");
+}
+
+/// The secondary's log meets a fault; both say so, the primary's hosts go on, and the copy catches
+/// up by itself or after a restart.
+fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = faulty(dir.path(), "b", &faults);
+    a.pair_with(&b);
+    make_group(&a);
+    a.run(&["replicate", "g", "--to", "b"]);
+    let streams = |status: &Value| status["peers"][0]["replication_state"] == "streaming";
+    wait_for_status(&a, "b to stream", streams);
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(300);
+    faults.set(faults_now);
+    for node in [&a, &b] {
+        let status = wait_for_status(node, "both to say so", |status| {
+            let peer = &status["peers"][0];
+            !streams(status) && peer["replication_state_reason"].is_string()
+        });
+        assert!(status["peers"][0]["replication_state_since"].is_string(), "{status}");
+    }
+    let status = wait_for_status(&b, "the copy to be unfit", |status| {
+        status["backup_capable"]["verdict"] == "no"
+    });
+    assert_eq!(status["data_state"] == "failed", restart, "{status}");
+    load.wait_for_more(300);
+    b.run(&["image", "open", "g", "--at", "now", "--name", "then"]);
+    let then = contents(&b, "@then");
+    hold("an image on b", load.history.lock().unwrap().faults(&then, None));
+    faults.none();
+    if restart {
+        b.kill();
+        b.restart();
+    }
+    wait_for_status(&a, "b to stream again", streams);
+    let history = load.stop();
+    let head = a.status("g")["log"]["head_lsn"].as_u64().unwrap();
+    wait_for_status(&b, "b to have all", |status| {
+        status["log"]["durable_lsn"].as_u64().unwrap() >= head
+    });
+    b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
+    hold("at the end", history.faults(&contents(&b, "@end"), Some(history.now())));
+    assert_eq!(contents(&b, "@end"), contents(&a, ""));
+}
+
+#[test]
+fn a_full_disk_of_the_secondary_is_told_on_both_nodes_and_it_catches_up_by_itself() {
+    secondary_meets(&[(Call::Write, Code::ENOSPC, ".seg")], false);
+}
+
+#[test]
+fn a_failing_disk_of_the_secondary_is_told_on_both_nodes_and_a_restart_heals_it() {
+    secondary_meets(&[(Call::Sync, Code::EIO, ".seg")], true);
+}
+
+#[test]
+fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = faulty(dir.path(), "b", &faults);
+    a.pair_with(&b);
+    make_group(&a);
+    a.run(&["replicate", "g", "--to", "b"]);
+    let streams = |status: &Value| status["peers"][0]["replication_state"] == "streaming";
+    wait_for_status(&a, "b to stream", streams);
+    let load = Load::start(a.nbd_socket());
+    load.wait_for_more(300);
+    b.stop();
+    a.run(&["group", "set", "g", "window=1s"]);
+    let head = a.status("g")["log"]["head_lsn"].as_u64().unwrap();
+    write_until_refused(&a, OUTRUN_BYTES).unwrap();
+    wait_for_status(&a, "the log to leave b behind", |status| {
+        status["log"]["horizon_lsn"].as_u64().unwrap() > head
+    });
+    faults
+        .set(&[(Call::Write, Code::ENOSPC, "/staging/"), (Call::Create, Code::ENOSPC, "/staging")]);
+    b.restart();
+    for node in [&a, &b] {
+        wait_for_status(node, "both to say why no image comes", |status| {
+            let reason = status["peers"][0]["replication_state_reason"].as_str();
+            reason.is_some_and(|reason| reason.to_lowercase().contains("space"))
+        });
+    }
+    let status = b.status("g");
+    assert_eq!(status["data_state"], "consistent", "the old image stays: {status}");
+    assert_eq!(status["backup_capable"]["verdict"], "no", "{status}");
+    b.run(&["image", "open", "g", "--at", "now", "--name", "old"]);
+    let old = contents(&b, "@old");
+    hold("the old image", load.history.lock().unwrap().faults(&old, None));
+    faults.none();
+    wait_for_status(&a, "b to stream again", streams);
+    let history = load.stop();
+    let head = a.status("g")["log"]["head_lsn"].as_u64().unwrap();
+    wait_for_status(&b, "b to have all", |status| {
+        status["log"]["durable_lsn"].as_u64().unwrap() >= head
+    });
+    b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
+    hold("at the end", history.faults(&contents(&b, "@end"), Some(history.now())));
+}
+
+#[test]
+fn a_full_repository_fails_the_run_with_its_reason_and_the_next_run_makes_the_backup() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let (node_dir, store) = (dir.path().join("a"), dir.path().join("store"));
+    let more = format!(
+        "[[repository]]\nname = \"main\"\nurl = \"{}\"\npassword_file = \"{}/password\"\n",
+        store.display(),
+        node_dir.display()
+    );
+    let setup = Setup { more, environment: faults.environment(), ..Setup::new("a") };
+    let a = Appliance::start(&node_dir, setup);
+    make_group(&a);
+    write_until_refused(&a, 32 << 20).unwrap();
+    a.run(&["repository", "init", "main"]);
+    a.run(&["job", "set", "g", "nightly", "--repository", "main"]);
+    faults.set(&[
+        (Call::Write, Code::ENOSPC, "/store/"),
+        (Call::Create, Code::ENOSPC, "/store/data"),
+    ]);
+    a.command(&["backup", "run", "g/nightly"]);
+    let failed = wait_for("the run to fail", || events(&a, "backup-failed").pop());
+    assert!(failed.to_lowercase().contains("space"), "{failed}");
+    let listed = a.json(&["backup", "list", "g/nightly"]);
+    let backups = listed["backups"].as_array().unwrap();
+    assert!(
+        backups.iter().all(|backup| backup["id"].is_null()),
+        "nothing can be restored: {listed}"
+    );
+    assert_eq!(a.status("g")["data_state"], "consistent");
+    faults.none();
+    a.run(&["backup", "run", "g/nightly"]);
+    let id = wait_for("the next run to make it", || {
+        let listed = a.json(&["backup", "list", "g/nightly"]);
+        let backups = listed["backups"].as_array().unwrap();
+        backups.iter().find_map(|backup| Some(backup["id"].as_str()?.to_owned()))
+    });
+    a.run(&["backup", "verify", &id]);
+    let restored = dir.path().join("restored");
+    a.run(&["backup", "restore", &id, "--volume", "large", "--to", restored.to_str().unwrap()]);
+    let mut live = vec![0; LARGE_BYTES as usize];
+    for (part, bytes) in live.chunks_mut(1 << 20).enumerate() {
+        client(&a, "large").read((part as u64) << 20, bytes).unwrap();
+    }
+    assert!(std::fs::read(restored).unwrap() == live);
+}
+
+/// Hosts write more than the log's limit as fast as they can; whenever nothing is answered for a
+/// while, status says why.
+fn sustained(policy: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    make_group(&a);
+    a.run(&["group", "set", "g", policy, "window=1h"]);
+    let load = Load::start(a.nbd_socket());
+    let writer = {
+        let address = NbdAddress::Unix(a.nbd_socket());
+        std::thread::spawn(move || {
+            let mut client = Client::connect(&address, "g/large").unwrap();
+            for part in 0..3 * (OUTRUN_BYTES >> 20) {
+                client.write((part << 20) % LARGE_BYTES, &vec![part as u8; 1 << 20]).unwrap();
+            }
+            client.flush().unwrap();
+        })
+    };
+    let mut before = load.answered();
+    while !writer.is_finished() {
+        pause(STALL);
+        let (answered, status) = (load.answered(), a.status("g"));
+        let named = status["log"]["full_reason"].as_str();
+        assert!(
+            answered > before || named.is_some() || load.answered() > answered,
+            "nothing was answered for {STALL:?}, and status does not say why: {status}"
+        );
+        let log = &status["log"];
+        let held = log["head_lsn"].as_u64().unwrap() - log["horizon_lsn"].as_u64().unwrap();
+        let limit = log["limit_bytes"].as_u64().unwrap();
+        assert!(held <= limit + (8 << 20), "the log has a limit: {status}");
+        before = answered;
+    }
+    writer.join().unwrap();
+    let history = load.stop();
+    hold("at the end", history.faults(&contents(&a, ""), Some(history.now())));
+    assert!(a.status("g")["log"]["horizon_lsn"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_it_folds() {
+    sustained("on_full=fold");
+}
+
+#[test]
+fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_it_blocks() {
+    sustained("on_full=block");
+}
