@@ -376,13 +376,13 @@ fn a_full_repository_fails_the_run_with_its_reason_and_the_next_run_makes_the_ba
     assert!(std::fs::read(restored).unwrap() == live);
 }
 
-/// Hosts write more than the log's limit as fast as they can; whenever nothing is answered for a
-/// while, status says why.
-fn sustained(policy: &str) {
+/// Hosts write three times the log's limit as fast as they can; whenever nothing is answered for a
+/// while, status says why. `at_a_stall` is done at the first of these.
+fn sustained(policy: &[&str], at_a_stall: impl Fn(&Appliance, &Value)) {
     let dir = tempfile::tempdir().unwrap();
     let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
     make_group(&a);
-    a.run(&["group", "set", "g", policy, "window=1h"]);
+    a.run(&[&["group", "set", "g"], policy].concat());
     let load = Load::start(a.nbd_socket());
     let writer = {
         let address = NbdAddress::Unix(a.nbd_socket());
@@ -394,15 +394,19 @@ fn sustained(policy: &str) {
             client.flush().unwrap();
         })
     };
-    let mut before = load.answered();
+    let (mut before, mut stalls) = (load.answered(), 0);
     while !writer.is_finished() {
         pause(STALL);
         let (answered, status) = (load.answered(), a.status("g"));
-        let named = status["log"]["full_reason"].as_str();
-        assert!(
-            answered > before || named.is_some() || load.answered() > answered,
-            "nothing was answered for {STALL:?}, and status does not say why: {status}"
-        );
+        if answered == before && load.answered() == answered {
+            let named = status["log"]["full_reason"].as_str();
+            let named = named.is_some_and(|reason| reason.starts_with("log-full"));
+            assert!(named, "nothing is answered, and status does not say why: {status}");
+            if stalls == 0 {
+                at_a_stall(&a, &status);
+            }
+            stalls += 1;
+        }
         let log = &status["log"];
         let held = log["head_lsn"].as_u64().unwrap() - log["horizon_lsn"].as_u64().unwrap();
         let limit = log["limit_bytes"].as_u64().unwrap();
@@ -416,11 +420,24 @@ fn sustained(policy: &str) {
 }
 
 #[test]
-fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_it_folds() {
-    sustained("on_full=fold");
+fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_the_window_gives_way() {
+    sustained(&["on_full=fold", "window=1h"], |_, _| {});
 }
 
 #[test]
-fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_it_blocks() {
-    sustained("on_full=block");
+fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_the_window_is_short() {
+    sustained(&["on_full=block", "window=1s"], |_, _| {});
+}
+
+#[test]
+fn a_log_that_blocks_keeps_its_window_until_an_operator_lets_it_go() {
+    let told = std::cell::Cell::new(false);
+    sustained(&["on_full=block", "window=1h"], |a, status| {
+        assert_eq!(status["log"]["horizon_lsn"], 0, "nothing of the window is folded: {status}");
+        let reason = status["log"]["full_reason"].as_str().unwrap();
+        assert!(reason.contains("group set g on_full=fold"), "{reason}");
+        told.set(true);
+        a.run(&["group", "set", "g", "on_full=fold"]);
+    });
+    assert!(told.get(), "hosts were held");
 }

@@ -289,7 +289,7 @@ impl Group {
     ) -> Result<Lsn, GroupError> {
         let mut freed = Vec::new();
         let appended = {
-            let mut core = self.lock_for_append()?;
+            let mut core = self.lock_for_control()?;
             make(&mut core)
                 .and_then(|control| self.append_body(&mut core, &control, None, &mut freed))
         };

@@ -24,6 +24,7 @@ use super::read::Fetch;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
+use crate::log::control::OnFull;
 use crate::log::record::crc32;
 use crate::units::{BLOCK_BYTES, Lsn};
 
@@ -135,6 +136,7 @@ impl Group {
             // Unless space is short, the log is kept for a peer that follows.
             window_end: window_end.min(from(false)),
             log_limit_bytes: self.log_limit(&core),
+            window_is_kept: core.view.policy.on_full == OnFull::Block,
             forced,
         })
     }

@@ -20,6 +20,8 @@ pub(super) struct FoldFacts {
     pub window_end: Lsn,
     /// Bytes that the log may take.
     pub log_limit_bytes: u64,
+    /// Nothing inside the window is folded, however short space is: writers wait.
+    pub window_is_kept: bool,
     /// Fold whatever may be folded, however little.
     pub forced: bool,
 }
@@ -34,9 +36,10 @@ pub(super) struct FoldGoal {
     pub first_request_to: Option<Lsn>,
 }
 
-/// Up to where to fold, if at all. The window gives way to the limit from 80 % on; nothing is
-/// folded that is not durable and committed; who needs an old moment is in nobody's way. Little is
-/// folded only when forced, since blocks that are written again and again are then folded once.
+/// Up to where to fold, if at all. The window gives way to the limit from 80 % on, unless it is to
+/// be kept; nothing is folded that is not durable and committed; who needs an old moment is in
+/// nobody's way. Little is folded only when forced or where space is short, since blocks that are
+/// written again and again are then folded once.
 pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     let eighth = facts.log_limit_bytes / 8;
     let used = facts.head.bytes_since(facts.horizon);
@@ -48,7 +51,9 @@ pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
         Lsn::ZERO
     };
     let wanted = facts.window_end.max(for_space);
-    let cap = facts.durable.min(facts.committed).min(facts.barrier.unwrap_or(Lsn::MAX));
+    let kept_from = if facts.window_is_kept { facts.window_end } else { Lsn::MAX };
+    let barrier = facts.barrier.unwrap_or(Lsn::MAX);
+    let cap = facts.durable.min(facts.committed).min(barrier).min(kept_from);
     let target = wanted.min(cap);
     let enough = if facts.forced { 1 } else { eighth.max(1) };
     let goal = FoldGoal { target, first_request_to: pressed.then_some(cap) };
@@ -200,6 +205,31 @@ pub(super) fn changes(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_window_gives_way_to_the_limit_unless_it_is_to_be_kept() {
+        let facts = FoldFacts {
+            horizon: Lsn(0),
+            head: Lsn(900),
+            durable: Lsn(900),
+            committed: Lsn(880),
+            barrier: None,
+            window_end: Lsn(50),
+            log_limit_bytes: 1000,
+            window_is_kept: false,
+            forced: false,
+        };
+        let target = |facts: &FoldFacts| fold_goal(facts).map(|goal| goal.target);
+        let goal = fold_goal(&facts).unwrap();
+        assert_eq!(goal, FoldGoal { target: Lsn(225), first_request_to: Some(Lsn(880)) });
+        let kept = FoldFacts { window_is_kept: true, ..facts };
+        let goal = fold_goal(&kept).unwrap();
+        assert_eq!(goal, FoldGoal { target: Lsn(50), first_request_to: Some(Lsn(50)) });
+        assert_eq!(target(&FoldFacts { window_end: Lsn(0), ..kept }), None, "writers wait");
+        // Below 80 %, and less than an eighth.
+        assert_eq!(target(&FoldFacts { head: Lsn(799), ..facts }), None);
+        assert_eq!(target(&FoldFacts { head: Lsn(799), forced: true, ..facts }), Some(Lsn(50)));
+    }
 
     #[test]
     fn what_a_fold_changes_is_whole_blocks_at_or_behind_the_moment() {

@@ -72,9 +72,15 @@ impl Group {
             ));
         }
         let policy = match (&core.room.fold_failure, core.view.policy.on_full) {
-            (Some((reason, _)), _) => &format!("writes are refused, since folding fails: {reason}"),
-            (None, OnFull::Fold) => "the window gets shorter",
-            (None, OnFull::Block) => "writers get the speed of folding",
+            (Some((reason, _)), _) => format!("writes are refused, since folding fails: {reason}"),
+            (None, OnFull::Fold) => "writers get the speed of folding, and the window is short of \
+                                     what it is to be"
+                .to_owned(),
+            (None, OnFull::Block) => format!(
+                "writes wait until its oldest part leaves the window: `tidelog group set {} \
+                 on_full=fold`, a shorter window or a higher log_limit ends that",
+                self.name()
+            ),
         };
         Some(format!("log-full: the log has reached its limit of {limit} bytes: {policy}"))
     }

@@ -205,9 +205,27 @@ impl Group {
         }
     }
 
-    /// The lock for an append of the primary: waits while the log is full, and checks that this
-    /// group takes writes.
+    /// The lock for an append of the primary's hosts: waits while the log is full.
     pub(super) fn lock_for_append(&self) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
+        loop {
+            let core = self.lock_for_control()?;
+            if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
+                return Ok(core);
+            }
+            if let Some((reason, _)) = &core.room.fold_failure {
+                return Err(GroupError::NoSpace {
+                    group: self.name().clone(),
+                    reason: format!("the log is full, and folding fails: {reason}"),
+                });
+            }
+            self.workers.wake_folder();
+            drop(self.space.wait(core).expect("a panic under the lock ends the process"));
+        }
+    }
+
+    /// The lock for an append of the primary; checks that this group takes writes. A full log is no
+    /// hindrance: what makes room for the hosts is a control record too.
+    pub(super) fn lock_for_control(&self) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
         let mut core = self.lock();
         loop {
             self.failed_error(&core)?;
@@ -221,20 +239,9 @@ impl Group {
                 core = self.wait_for_answer(core)?;
                 continue;
             }
-            if core.halted.is_some() {
-                core = self.space.wait(core).expect("a panic under the lock ends the process");
-                continue;
-            }
-            if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
+            if core.halted.is_none() {
                 return Ok(core);
             }
-            if let Some((reason, _)) = &core.room.fold_failure {
-                return Err(GroupError::NoSpace {
-                    group: self.name().clone(),
-                    reason: format!("the log is full, and folding fails: {reason}"),
-                });
-            }
-            self.workers.wake_folder();
             core = self.space.wait(core).expect("a panic under the lock ends the process");
         }
     }

@@ -17,6 +17,8 @@ use crate::units::Lsn;
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 /// The window moves with the clock alone: it is looked at this often.
 const FOLD_EVERY: Duration = Duration::from_secs(5);
+/// A fold that moved nothing is not tried again before this has passed.
+const FOLD_REST: Duration = Duration::from_millis(100);
 /// Write-back is started whenever so many bytes were appended.
 const WRITEBACK_BYTES: u64 = 4 << 20;
 
@@ -52,6 +54,12 @@ impl Bell {
             .wait_timeout_while(self.lock(), at_most, |rung| !*rung)
             .expect("no holder panics");
         *rung = false;
+    }
+
+    /// Lets `duration` pass whatever rings, unless it is to end.
+    fn rest(&self, duration: Duration, stopping: impl Fn() -> bool) {
+        let rung = self.lock();
+        drop(self.changed.wait_timeout_while(rung, duration, |_| !stopping()));
     }
 
     fn lock(&self) -> MutexGuard<'_, bool> {
@@ -174,7 +182,12 @@ impl Group {
             if self.stopping() {
                 return;
             }
+            let before = self.lock().timeline.horizon().lsn;
             self.fold_round(&mut told);
+            if self.lock().timeline.horizon().lsn == before {
+                // Writers of a full log ring without end, and nothing has come of it.
+                self.workers.fold.rest(FOLD_REST, || self.stopping());
+            }
         }
     }
 
