@@ -253,6 +253,10 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
         status["backup_capable"]["verdict"] == "no"
     });
     assert_eq!(status["data_state"] == "failed", restart, "{status}");
+    wait_for_status(&a, "a to say what the data on b is worth", |status| {
+        (status["peers"][0]["data_state"] == "failed") == restart
+            && status["peers"][0]["data_state_reason"].is_string() == restart
+    });
     load.wait_for_more(300);
     b.run(&["image", "open", "g", "--at", "now", "--name", "then"]);
     let then = contents(&b, "@then");

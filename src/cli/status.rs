@@ -4,10 +4,13 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::Value;
 
-use tidelog::control::api::{BackupCapable, GroupStatus, PeerStatus, Status, Verdict};
+use tidelog::control::api::{BackupCapable, DataState, GroupStatus, PeerStatus, Status, Verdict};
 use tidelog::units::{ByteSize, Name};
 
 use super::{Session, output};
+
+/// A copy that makes bytes durable later than this says so: it syncs every second.
+const UNDURABLE_SHOWN_SECONDS: f64 = 3.0;
 
 /// Show this node's groups: role, log, protection window, peers, and whether they can be backed up
 #[derive(Args)]
@@ -142,6 +145,17 @@ fn show_peer(peer: &PeerStatus) -> String {
     if let Some(reason) = &peer.replication_state_reason {
         let since = peer.replication_state_since.map_or_else(String::new, output::age);
         lines.push(format!("          {}: {reason} ({since})", peer.replication_state));
+    }
+    if let Some(state) = peer.data_state.filter(|state| *state != DataState::Consistent) {
+        let reason = peer.data_state_reason.as_deref().unwrap_or("no reason was told");
+        lines.push(format!("          its data is {}: {reason}", output::word(&state)));
+    }
+    if peer.replication_state == "streaming" && peer.rpo_actual_seconds >= UNDURABLE_SHOWN_SECONDS {
+        lines.push(format!(
+            "          {} of what it received have not been durable there for {}",
+            ByteSize(peer.behind_bytes),
+            output::seconds(peer.rpo_actual_seconds)
+        ));
     }
     if let Some(reason) = &peer.degraded_reason {
         let since = peer.degraded_since.map_or_else(String::new, output::age);

@@ -1,7 +1,7 @@
 //! The types that the control socket's server and its clients share: answers as JSON, with the
 //! names that scripts rely on.
 
-use crate::group::{DataState, Role};
+use crate::group::Role;
 use crate::log::control::{Consistency, OnFull, OnPeerBehind};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ pub use crate::backup::{
     BackupEntry, Explanation, Listing as Backups, Manifest, Outcome, Reason, RunStarted, SlotAlarm,
     Verdict as RunVerdict, Verified,
 };
-pub use crate::group::Branch;
+pub use crate::group::{Branch, DataState};
 pub use crate::replication::{BackupCapable, Invite, Parting, PeerInfo, PeerStatus, Verdict};
 
 /// Bytes of the block size that volumes announce.

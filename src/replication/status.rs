@@ -7,11 +7,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::group::RequiredPeer;
+use crate::group::{DataState, RequiredPeer};
 use crate::log::control::{Mode, OnLoss};
 use crate::units::{LogTime, Lsn};
 
 use super::channel::{Channel, ReplicationState};
+use super::copy::CopyReport;
 use super::core::{Membership, PeerCore};
 
 /// How far a copy is behind.
@@ -43,6 +44,12 @@ pub struct PeerStatus {
     pub degraded_since: Option<LogTime>,
     /// `primary` or `secondary`, as the peer last announced itself.
     pub role: String,
+    /// What the peer says its data is worth; none where it has not told lately.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_state: Option<DataState>,
+    /// Why it is not good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_state_reason: Option<String>,
     /// `standalone`, `connecting` or `connected`.
     pub link_state: String,
     /// Why it is not connected.
@@ -112,6 +119,8 @@ impl PeerStatus {
             degraded_reason: None,
             degraded_since: None,
             role: if peer_is_primary { "primary" } else { "secondary" }.to_owned(),
+            data_state: None,
+            data_state_reason: None,
             link_state: link_state.to_owned(),
             link_state_reason: link_reason.map(|(reason, _)| reason.to_owned()),
             link_state_since: link_reason.map(|(_, since)| monotonic(since)),
@@ -135,6 +144,17 @@ impl PeerStatus {
             heard_seconds: core.heard().map(|heard| now.saturating_sub(heard).as_secs_f64()),
             clock_offset_seconds: core.clock_offset().map(|offset| offset.seconds),
         })
+    }
+
+    /// Adds what the peer told of its copy.
+    #[must_use]
+    pub(super) fn with_copy(mut self, report: Option<CopyReport>) -> PeerStatus {
+        if let Some(report) = report {
+            self.data_state = Some(report.data_state);
+            let good = report.data_state == DataState::Consistent;
+            self.data_state_reason = report.data_reason.filter(|_| !good);
+        }
+        self
     }
 
     /// Adds what the primary's answers to hosts wait for.
