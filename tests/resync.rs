@@ -170,3 +170,31 @@ fn a_peer_that_was_away_too_long_shows_its_old_image_until_the_new_one_is_whole(
     wait_until_equal(&a, &b);
     no_errors([&a, &b]);
 }
+
+#[test]
+fn an_old_primary_that_returns_from_before_the_log_keeps_its_tail_and_takes_an_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = pair(dir.path());
+    write_stamps(&a, 0);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_until_equal(&a, &b);
+    // Only a has this, and dies.
+    b.stop();
+    write_stamps(&a, 32);
+    let tail = contents(&a, "");
+    a.kill();
+    b.restart();
+    b.run(&["promote", "g", "--force"]);
+    write_stamps(&b, 64);
+    outrun(&b, 3);
+    a.restart();
+    wait_until_equal(&b, &a);
+    assert_eq!(a.status("g")["role"], "secondary");
+    assert!(
+        has_event(&a, "yielded") && has_event(&a, "branch-kept") && has_event(&a, "image-received")
+    );
+    let branches = a.json(&["branch", "list", "g"]);
+    let branch = branches["branches"][0]["name"].as_str().unwrap_or_else(|| panic!("{branches}"));
+    assert!(branch.starts_with("cut-") && !tail.is_empty());
+    no_errors([&a, &b]);
+}

@@ -237,8 +237,8 @@ impl Group {
         }
     }
 
-    /// Goes on as a secondary from `at`, the end of a request where the chain is `chain`: what is
-    /// behind it leaves the log and is kept as a branch. Durable on return. A crash leaves it
+    /// Goes on as a secondary from `at`, the end of a request where the chain is `chain`, if the
+    /// peer still knows it: what is behind it leaves the log and is kept as a branch. Durable on return. A crash leaves it
     /// undone, or the next start finishes it.
     ///
     /// # Errors
@@ -246,7 +246,12 @@ impl Group {
     /// Where this node serves, and `discard` does not say otherwise; where it has clients; where
     /// the tail was written here, and may not be cut; where the chains differ; where the base is
     /// further; what the disk says.
-    pub fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError> {
+    pub fn yield_to(
+        &self,
+        at: Lsn,
+        chain: impl Into<Option<Chain>>,
+        discard: Discard,
+    ) -> Result<(), GroupError> {
         let _turn = self.turn.lock().expect("no holder panics");
         // What is cut off is kept, so it is made durable too.
         self.sync_now()?;
@@ -260,7 +265,7 @@ impl Group {
             group: self.name().clone(),
             what: format!("log up to {at}: {cause}"),
         })?;
-        if (cut.lsn, cut.chain) != (at, chain) {
+        if cut.lsn != at || chain.into().is_some_and(|chain| chain != cut.chain) {
             return Err(self.refused(format!(
                 "the log differs from the peer's before LSN {at} already; nothing was changed"
             )));

@@ -558,7 +558,7 @@ impl Channel {
                 Ok(())
             }
             Message::MayFollow { head, chain, .. } => {
-                self.on_may_follow(context, Lsn(head), Chain(chain));
+                self.on_may_follow(context, Lsn(head), chain.map(Chain));
                 Ok(())
             }
             _ => Ok(()),

@@ -158,12 +158,18 @@ struct Node {
 
 impl Node {
     /// As the engine does it.
-    fn yield_to(&mut self, at: Lsn, chain: Chain, authored_too: bool) -> Result<(), String> {
+    fn yield_to(
+        &mut self,
+        at: Lsn,
+        chain: Option<Chain>,
+        authored_too: bool,
+    ) -> Result<(), String> {
         let (me, head) = (node_id(usize::from(self.name.as_str() == "b")), self.log.head());
         if self.primary && !self.recovering && !authored_too {
             return Err("it serves".to_owned());
         }
-        if self.log.chain_at(at.0 as usize) != Some(chain) {
+        let here = self.log.chain_at(at.0 as usize);
+        if here.is_none() || chain.is_some_and(|chain| here != Some(chain)) {
             return Err("the log differs before that already".to_owned());
         }
         let ends = self.log.reigns.iter().skip(1).map(|reign| reign.first_lsn).chain([head]);

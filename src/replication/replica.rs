@@ -38,7 +38,7 @@ pub trait Replica: Send + Sync {
     fn note_answer(&self, peer: NodeId) -> Result<(), GroupError>;
     fn hold_back(&self, counter: u64, reason: &str);
     fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError>;
-    fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError>;
+    fn yield_to(&self, at: Lsn, chain: Option<Chain>, discard: Discard) -> Result<(), GroupError>;
     fn halt_writers(&self, why: &str) -> Result<(), GroupError>;
     fn resume_writers(&self);
     fn sync_now(&self) -> Result<Lsn, GroupError>;
@@ -180,7 +180,7 @@ impl Replica for Group {
     fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError> {
         Group::note_split_brain(self, there_is)
     }
-    fn yield_to(&self, at: Lsn, chain: Chain, discard: Discard) -> Result<(), GroupError> {
+    fn yield_to(&self, at: Lsn, chain: Option<Chain>, discard: Discard) -> Result<(), GroupError> {
         Group::yield_to(self, at, chain, discard)
     }
     fn halt_writers(&self, why: &str) -> Result<(), GroupError> {

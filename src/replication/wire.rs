@@ -588,8 +588,9 @@ pub enum Message {
         group: [u8; 16],
         /// The end of what both logs have alike.
         head: u64,
-        /// The chain there.
-        chain: u64,
+        /// The chain there; none where the sender's log no longer reaches it, and the reigns alone
+        /// tell.
+        chain: Option<u64>,
     },
     /// A part of a call's or an answer's body, which goes on.
     Part {

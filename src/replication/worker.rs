@@ -60,7 +60,7 @@ pub enum Job {
     Yield {
         peer: NodeId,
         at: Lsn,
-        chain: Chain,
+        chain: Option<Chain>,
     },
     Retire {
         retired: bool,

@@ -185,14 +185,20 @@ impl Channel {
             Relation::MineIsPrefix => (self.local.history.head, Some(self.local.history.chain)),
             Relation::Same => return,
         };
-        if at < self.local.log_start || at == Lsn::ZERO {
+        if at == Lsn::ZERO {
             self.cannot_part(context, remote, at);
+            return;
+        }
+        if at < self.local.log_start {
+            // The reigns tell where it is, as they do of a copy that the log left behind; what the
+            // peer then lacks comes as an image.
+            context.send(Message::MayFollow { group: self.local.id.0, head: at.0, chain: None });
             return;
         }
         self.look_up(context, at, Lookup::Part { stream: None, at, expected });
     }
 
-    /// The log here does not tell how the peer could follow from where its history leaves this one.
+    /// The peer could follow from nowhere: it holds something else where its history leaves this one.
     pub(super) fn cannot_part(&mut self, context: &mut Context<'_>, remote: &Remote, at: Lsn) {
         if !remote.recovering {
             return;
@@ -200,9 +206,8 @@ impl Channel {
         let name = &self.local.name;
         let peer = context.peer_name;
         let reason = format!(
-            "{peer} has come back as primary with a history that leaves this one before LSN {at} or \
-             there, which the log here does not reach any more; nothing was changed: on {peer} \
-             save what is needed, `tidelog demote {name}` and `tidelog group delete {name}`, then \
+            "{peer} has come back as primary with a history that has nothing in common with this one \
+             at LSN {at}; nothing was changed: on {peer} save what is needed, `tidelog demote {name}` and `tidelog group delete {name}`, then \
              `tidelog replicate {name} --to {peer}` here"
         );
         self.set_state(context, ReplicationState::Blocked, reason);
@@ -264,7 +269,12 @@ impl Channel {
         context.outputs.push(Output::LookupChain { group: self.local.id, lsn, ticket });
     }
 
-    pub(super) fn on_may_follow(&mut self, context: &mut Context<'_>, at: Lsn, chain: Chain) {
+    pub(super) fn on_may_follow(
+        &mut self,
+        context: &mut Context<'_>,
+        at: Lsn,
+        chain: Option<Chain>,
+    ) {
         self.parted = Some(Parted { at, chain });
         let peer_is_primary = self.remote.as_ref().is_some_and(|remote| remote.primary);
         let theirs = self.remote.as_ref().and_then(|remote| remote.history.counter());

@@ -203,7 +203,7 @@ impl Channel {
                     context.send(Message::MayFollow {
                         group: self.local.id.0,
                         head: at.0,
-                        chain: chain.0,
+                        chain: Some(chain.0),
                     });
                 }
                 (_, Some(stream)) => {

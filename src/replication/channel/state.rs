@@ -126,6 +126,6 @@ pub(super) enum Lookup {
 pub struct Parted {
     /// The last position that both share.
     pub at: Lsn,
-    /// The peer's chain there.
-    pub chain: Chain,
+    /// The peer's chain there, where its log still reaches it.
+    pub chain: Option<Chain>,
 }

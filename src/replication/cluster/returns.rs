@@ -330,23 +330,31 @@ fn a_promote_beside_an_idle_primary_can_be_taken_back() {
 }
 
 #[test]
-fn a_primary_that_returns_from_before_the_log_waits_and_is_told_what_to_do() {
-    let mut world = World::new(16);
-    world.write(0);
-    world.run(seconds(3));
-    world.stop(0);
-    world.promote(1);
-    for _ in 0..10 {
-        world.write(1);
+fn a_primary_that_returns_from_before_the_log_keeps_its_tail_and_takes_an_image() {
+    for tail in [0, 2] {
+        let mut world = World::new(16);
+        world.write(0);
+        world.run(seconds(3));
+        world.weather.partitioned = true;
+        for _ in 0..tail {
+            world.write(0);
+        }
+        world.run(seconds(1));
+        world.stop(0);
+        world.promote(1);
+        for _ in 0..10 {
+            world.write(1);
+        }
+        world.nodes[1].log.start = 8 * RECORD_BYTES as u64;
+        let local = world.nodes[1].local();
+        world.feed(1, Input::Group(Box::new(local)));
+        world.weather.partitioned = false;
+        world.restart(0);
+        world.run(seconds(30));
+        assert!(!world.nodes[0].primary);
+        let kept: usize = world.nodes[0].branches.iter().map(|(_, bytes)| bytes.len()).sum();
+        assert_eq!(kept, tail * RECORD_BYTES);
+        world.assert_streaming();
+        assert!(world.nodes[0].events.contains(&"yielded"));
     }
-    world.nodes[1].log.start = 8 * RECORD_BYTES as u64;
-    let local = world.nodes[1].local();
-    world.feed(1, Input::Group(Box::new(local)));
-    world.restart(0);
-    world.run(seconds(20));
-    world.hosts_insist(0);
-    assert!(world.nodes[0].recovering && world.nodes[0].held_back.is_some());
-    let (state, reason) = world.state(1);
-    assert_eq!(state, ReplicationState::Blocked);
-    assert!(reason.contains("tidelog group delete g"), "{reason}");
 }

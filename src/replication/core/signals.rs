@@ -407,8 +407,8 @@ pub enum Output {
         group: GroupId,
         /// Where the histories part.
         at: Lsn,
-        /// The chain there.
-        chain: Chain,
+        /// The chain there, where the peer's log still reaches it.
+        chain: Option<Chain>,
     },
     /// Mark a copy as one whose replication was stopped, or as one that is kept up to date again.
     Retire {

@@ -284,8 +284,8 @@ fn the_messages_of_version_1_are_frozen() {
             ]),
         ),
         (
-            Message::MayFollow { group: G, head: 0x200, chain: 6 },
-            fields(&["08000000", GROUP, "0002000000000000", "0600000000000000"]),
+            Message::MayFollow { group: G, head: 0x200, chain: Some(6) },
+            fields(&["08000000", GROUP, "0002000000000000", "01", "0600000000000000"]),
         ),
         (
             Message::Part { id: 1, answer: true, body: vec![0x7b] },
