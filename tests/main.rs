@@ -16,6 +16,7 @@ mod modes;
 mod nbd;
 mod replication;
 mod resync;
+mod rewind;
 mod serve;
 mod several;
 mod supply;

@@ -301,6 +301,16 @@ impl BaseVolume {
         Ok(())
     }
 
+    /// Notes that a record at `born` changed the chunks of a range, which hold the same
+    /// nevertheless. For the folder.
+    pub fn raise_births(&self, offset: u64, length: u64, born: Lsn) -> io::Result<()> {
+        let mut folder = self.folder();
+        for chunk in offset / CHUNK_BYTES..(offset + length).div_ceil(CHUNK_BYTES) {
+            self.chunk_at(&mut folder, chunk, born)?;
+        }
+        Ok(())
+    }
+
     /// Brings the sums of the chunk in work to the sidecar, so that what was written is right for
     /// readers before the next [`BaseVolume::sync`]. Makes nothing durable.
     pub fn settle(&self) -> io::Result<()> {

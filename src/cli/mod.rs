@@ -61,6 +61,7 @@ enum Command {
     Branch(group::BranchCommand),
     Bookmark(time::BookmarkArguments),
     Timeline(time::TimelineArguments),
+    Rewind(time::RewindArguments),
     /// Open, list and close images of past moments
     #[command(subcommand)]
     Image(time::ImageCommand),
@@ -142,6 +143,7 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Branch(command) => group::branch(session, command).await,
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,
         Command::Timeline(arguments) => time::timeline(session, &arguments).await,
+        Command::Rewind(arguments) => time::rewind(session, &arguments).await,
         Command::Image(command) => time::image(session, command).await,
         Command::Job(command) => job::job(session, command).await,
         Command::Repository(command) => backup::repository(session, command).await,

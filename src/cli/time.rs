@@ -1,10 +1,12 @@
-//! `tidelog bookmark`, `timeline`, `image …`: moments.
+//! `tidelog bookmark`, `timeline`, `rewind`, `image …`: moments.
 
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use tidelog::control::api::{BookmarkInfo, Bookmarks, Branch, Done, ImageInfo, Images, Timeline};
+use tidelog::control::api::{
+    BookmarkInfo, Bookmarks, Branch, Done, ImageInfo, Images, RewindDone, Timeline,
+};
 use tidelog::units::{ByteSize, Name};
 
 use super::arguments::ImageName;
@@ -56,11 +58,29 @@ enum BookmarkCommand {
     },
 }
 
-/// Show how far back a group goes: window, epochs, bookmarks, and what holds and branches cost
+/// Show how far back a group goes: window, epochs, bookmarks, rewinds, and what holds and branches
+/// cost
 #[derive(Args)]
 pub struct TimelineArguments {
     /// The group
     group: Name,
+}
+
+/// Take a group back to an earlier moment: its volumes, their sizes and their data
+///
+/// Jobs, policy, peers and bookmarks stay as they are. What was written since stays in the log, as
+/// long as the window holds it: an image shows it, and the rewind's answer names the position that
+/// undoes it. Peers go back too. Look at the moment first: `tidelog image open GROUP --at POINT`.
+#[derive(Args)]
+pub struct RewindArguments {
+    /// The group
+    group: Name,
+    /// The moment: a time, -15m, lsn:N or a bookmark's name
+    #[arg(long, value_name = "POINT", allow_hyphen_values = true)]
+    to: String,
+    /// Disconnect the clients of its volumes, which would find other data under what they have read
+    #[arg(short, long)]
+    force: bool,
 }
 
 #[derive(Subcommand)]
@@ -152,6 +172,23 @@ pub async fn timeline(session: &Session, arguments: &TimelineArguments) -> Resul
     session.ask("GET", &path, None, |timeline| show_timeline(&timeline)).await
 }
 
+pub async fn rewind(session: &Session, arguments: &RewindArguments) -> Result<()> {
+    let path = format!("/v1/groups/{}/rewind", arguments.group);
+    let body = json!({ "to": arguments.to, "force": arguments.force });
+    let show = |done: RewindDone| {
+        format!(
+            "group {group}: went back to {}; it is at lsn:{} now\nwhat was left behind: \
+             `tidelog image open {group} --at lsn:{from}` shows it, \
+             `tidelog rewind {group} --to lsn:{from}` brings it back",
+            output::position(&done.to),
+            done.lsn,
+            group = done.group,
+            from = done.from.lsn,
+        )
+    };
+    session.ask("POST", &path, Some(body), show).await
+}
+
 fn show_timeline(timeline: &Timeline) -> String {
     let window = &timeline.window;
     let mut text = format!(
@@ -174,6 +211,18 @@ fn show_timeline(timeline: &Timeline) -> String {
     let header = ["#", "EPOCH", ">FROM", "PRIMARY", "REASON"];
     text.push_str(&format!("\n{}\n", output::table(&header, epochs.collect(), "no epochs")));
     text.push_str(&format!("\n{}\n", show_bookmarks(&timeline.bookmarks)));
+    if !timeline.rewinds.is_empty() {
+        let rewinds = timeline.rewinds.iter().map(|rewind| {
+            vec![
+                format!("lsn:{}", rewind.at.lsn),
+                output::time(rewind.at.time),
+                format!("lsn:{}", rewind.to.lsn),
+                output::time(rewind.to.time),
+            ]
+        });
+        let header = [">REWIND FROM", "TIME", ">TO", "TIME"];
+        text.push_str(&format!("\n{}\n", output::table(&header, rewinds.collect(), "")));
+    }
     let holds = timeline.holds.iter().map(|hold| {
         let what = match (&hold.image, &hold.bookmark, &hold.branch) {
             (Some(image), ..) => format!("image {}@{image}", timeline.group),

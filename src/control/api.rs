@@ -284,11 +284,36 @@ pub struct Timeline {
     pub epochs: Vec<EpochInfo>,
     /// By position.
     pub bookmarks: Vec<BookmarkInfo>,
+    /// Where the group went back, oldest first.
+    #[serde(default)]
+    pub rewinds: Vec<RewindInfo>,
     /// What needs an old moment.
     pub holds: Vec<HoldInfo>,
     /// Tails that are not part of this history.
     #[serde(default)]
     pub branches: Vec<Branch>,
+}
+
+/// A rewind: what was between the two was left behind, and can be read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RewindInfo {
+    /// Where and when the group went back; the image there is the last one left behind.
+    pub at: Position,
+    /// To where.
+    pub to: Position,
+}
+
+/// `POST /v1/groups/GROUP/rewind`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RewindDone {
+    /// The group.
+    pub group: Name,
+    /// Where it is now; data and volumes are those of `to`.
+    pub lsn: Lsn,
+    /// What was left behind ends here: going back to this undoes it.
+    pub from: Position,
+    /// Where it went back to.
+    pub to: Position,
 }
 
 /// The two ends of a window, as positions.

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use crate::group::{Branch, Cost, Group, GroupError, Image, Point, View};
+use crate::group::{Branch, Cost, Group, GroupError, Image, Point, RewindView, View};
 use crate::log::control::{BookmarkRecord, Consistency, Control};
 use crate::units::{ByteSize, EpochId, LogTime, Lsn, Name, Position};
 
 use super::api::{
-    BookmarkInfo, Bookmarks, Branches, HoldInfo, ImageInfo, Images, Timeline, TimelineWindow,
+    BookmarkInfo, Bookmarks, Branches, HoldInfo, ImageInfo, Images, RewindDone, RewindInfo,
+    Timeline, TimelineWindow,
 };
 use super::context::Context;
 use super::groups::{answer, done, epochs};
@@ -126,9 +127,32 @@ pub(super) fn timeline(context: &Context, call: &Call) -> Answer {
         window: TimelineWindow { from, to },
         epochs: epochs(&group),
         bookmarks: all_bookmarks(&group),
+        rewinds: rewinds(&group, positions.horizon),
         holds: holds(&group, &branches),
         branches,
     })
+}
+
+/// The rewinds that the log still has.
+fn rewinds(group: &Group, horizon: Lsn) -> Vec<RewindInfo> {
+    let control = group.control();
+    let known = control.rewinds.iter().filter(|rewind| rewind.at.lsn >= horizon);
+    let info = |rewind: &RewindView| {
+        let (lsn, time) = (rewind.to, rewind.to_time);
+        RewindInfo { at: rewind.at, to: Position { epoch: epoch_at(group, lsn), lsn, time } }
+    };
+    known.map(info).collect()
+}
+
+pub(super) fn rewind(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let (to, force): (String, _) = (call.required("to")?, call.field("force")?.unwrap_or(false));
+    let point = past_point(context, &group, &to, Wanted::Rewind)?;
+    let rewound = group
+        .rewind(&point, force)
+        .map_err(|error| refused_point(&group, &to, Wanted::Rewind, error))?;
+    let (lsn, from, to) = (rewound.at, rewound.from, rewound.to);
+    answer(RewindDone { group: group.name().clone(), lsn, from, to })
 }
 
 /// Everything that needs an old moment, with what it costs.
@@ -207,32 +231,60 @@ pub(super) fn open(context: &Context, call: &Call) -> Answer {
         return answer(image_info(&image));
     }
     let at: String = call.required("at")?;
+    let point = past_point(context, &group, &at, Wanted::Image)?;
+    let image = group
+        .open_image(&point, call.field("name")?, &call.user, None)
+        .map_err(|error| refused_point(&group, &at, Wanted::Image, error))?;
+    answer(image_info(&image))
+}
+
+/// What a point is given for.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Image,
+    Rewind,
+}
+
+impl Wanted {
+    /// What to try instead, at a point that is covered.
+    fn instead(self, group: &Name, point: &str) -> String {
+        match self {
+            Wanted::Image => format!("`tidelog image open {group} --at {point}` opens"),
+            Wanted::Rewind => format!("`tidelog rewind {group} --to {point}` goes back to"),
+        }
+    }
+}
+
+/// Reads a point that is not yet to come.
+fn past_point(
+    context: &Context,
+    group: &Group,
+    at: &str,
+    wanted: Wanted,
+) -> Result<Point, Problem> {
     let now = context.env.clock.wall();
-    let point = parse_point(&at, now)?;
+    let point = parse_point(at, now)?;
     let end = group.positions();
     if let Point::Time(time) = point
         && time > now.max(end.time)
     {
-        return Err(Problem::new(
-            409,
-            "not-covered",
-            format!(
-                "group {name}: point {at}: is yet to come: the log ends at lsn:{}, {}; `tidelog \
-                 image open {name} --at now` opens that",
-                end.request_end,
-                end.time,
-                name = group.name(),
-            ),
-        ));
+        let name = group.name();
+        let last = format!("lsn:{}, {}", end.request_end, end.time);
+        return Err(yet_to_come(name, at, &last, wanted));
     }
-    let image = group
-        .open_image(&point, call.field("name")?, &call.user, None)
-        .map_err(|error| refused_point(&group, &at, error))?;
-    answer(image_info(&image))
+    Ok(point)
+}
+
+fn yet_to_come(group: &Name, at: &str, last: &str, wanted: Wanted) -> Problem {
+    let mut detail = format!("group {group}: point {at}: is yet to come: the log ends at {last}");
+    if let Wanted::Image = wanted {
+        detail.push_str(&format!("; {} that", wanted.instead(group, "now")));
+    }
+    Problem::new(409, "not-covered", detail)
 }
 
 /// Tells of a point outside of the log where the log begins and ends.
-fn refused_point(group: &Group, at: &str, error: GroupError) -> Problem {
+fn refused_point(group: &Group, at: &str, wanted: Wanted, error: GroupError) -> Problem {
     let GroupError::NotCovered { .. } = error else { return error.into() };
     let (name, positions) = (group.name(), group.positions());
     let first = match positions.horizon {
@@ -241,17 +293,16 @@ fn refused_point(group: &Group, at: &str, error: GroupError) -> Problem {
     };
     let Ok(first) = first else { return error.into() };
     if at.strip_prefix("lsn:").and_then(|lsn| lsn.parse().ok()) > Some(positions.request_end.0) {
-        let detail = format!(
-            "group {name}: point {at}: is yet to come: the log ends at lsn:{}; `tidelog image open \
-             {name} --at now` opens that",
-            positions.request_end
-        );
-        return Problem::new(409, "not-covered", detail);
+        return yet_to_come(name, at, &format!("lsn:{}", positions.request_end), wanted);
     }
     let detail = format!(
         "group {name}: point {at}: is not covered: the log reaches from lsn:{}, {} to lsn:{}, {}; \
-         `tidelog image open {name} --at lsn:{}` opens the earliest",
-        first.lsn, first.time, positions.request_end, positions.time, first.lsn
+         {} the earliest",
+        first.lsn,
+        first.time,
+        positions.request_end,
+        positions.time,
+        wanted.instead(name, &format!("lsn:{}", first.lsn))
     );
     Problem::new(409, "not-covered", detail)
 }

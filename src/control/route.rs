@@ -398,9 +398,21 @@ pub static ROUTES: &[Route] = &[
         "GET",
         "/v1/groups/{group}/timeline",
         "timeline",
-        "Show window, epochs, bookmarks, and what holds and branches cost",
+        "Show window, epochs, bookmarks, rewinds, and what holds and branches cost",
         Blocking(images::timeline),
     ),
+    route(
+        "POST",
+        "/v1/groups/{group}/rewind",
+        "rewind",
+        "Go back to an earlier moment; what was written since stays in the log",
+        Blocking(images::rewind),
+    )
+    .body(&[
+        parameter("to", "string", "a time, -15m, lsn:N or a bookmark"),
+        parameter("force", "boolean", "disconnect the clients of the group's volumes"),
+    ])
+    .on_primary(),
     route("GET", "/v1/images", "image list", "List the opened images", Blocking(images::list))
         .query(GROUP_ONLY),
     route(

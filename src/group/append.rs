@@ -283,7 +283,7 @@ impl Group {
     }
 
     /// Appends the record that `make` decides on under the lock.
-    fn append_control_with(
+    pub(super) fn append_control_with(
         &self,
         make: impl FnOnce(&mut Core) -> Result<Control, GroupError>,
     ) -> Result<Lsn, GroupError> {
@@ -376,7 +376,7 @@ impl Group {
                     name,
                 });
             }
-            let number = VolumeNumber(core.content.table.highest_volume() + 1);
+            let number = VolumeNumber(core.content.table.highest_volume().saturating_add(1));
             if number > VOLUME_NUMBER_MAX {
                 return Err(self.refused("has used all numbers of volumes; make another group"));
             }

@@ -187,15 +187,21 @@ impl Group {
                 freed.clear();
             }
         }
-        if let Some(barrier) = content.barrier {
-            return Err(self.refused(format!(
-                "branch {} has a record at {barrier} that must be understood, and this version \
-                 does not; upgrade the node",
-                branch.name
-            )));
-        }
         let name = branch.name.clone();
         Ok((BranchLog { name, from: branch.from.lsn, segments }, end))
+    }
+
+    /// No image of a branch goes past a record that had to be understood and was not.
+    pub(super) fn check_branch(&self, name: &str, content: &Content) -> Result<(), GroupError> {
+        match content.barrier {
+            Some(barrier) => Err(self.refused(format!(
+                "branch {name} has a record at {barrier} that must be understood, and it cannot be \
+                 here: a later version wrote it, or it goes back behind the base; `tidelog branch \
+                 list {group}` shows what else is kept",
+                group = self.name()
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// The branches that are kept, by where they leave the history. One whose description cannot be

@@ -8,12 +8,16 @@ use std::sync::Arc;
 
 use serde_json::value::RawValue;
 
-use super::{ControlView, Volume};
+use super::rewind::Remembered;
+use super::rewound::Rewinds;
+use super::{ControlView, RewindView, Volume};
 use crate::base::{ControlEntry, ControlState};
 use crate::extent_map::{ExtentMap, Freed};
 use crate::log::control::Control;
 use crate::log::record::{Header, Kind, flags};
-use crate::units::{BLOCK_BYTES, EpochId, LogTime, Lsn, Name, NodeId, SECTOR_BYTES, VolumeNumber};
+use crate::units::{
+    BLOCK_BYTES, EpochId, LogTime, Lsn, Name, NodeId, Position, SECTOR_BYTES, VolumeNumber,
+};
 
 /// The highest number of a volume: there is always one more.
 pub(super) const VOLUME_NUMBER_MAX: VolumeNumber = VolumeNumber(u32::MAX - 1);
@@ -32,6 +36,10 @@ pub(super) struct VolumeContent {
     pub volume: Volume,
     /// Where its blocks are.
     pub map: ExtentMap,
+    /// What rewinds have changed in it, as zeros since the record.
+    pub touched: ExtentMap,
+    /// The last rewind that brought it back after it had been removed.
+    pub restored: Lsn,
 }
 
 /// A group at one position.
@@ -43,6 +51,10 @@ pub(super) struct Content {
     pub table: ControlTable,
     /// The first record that had to be understood and was not: no image goes past it.
     pub barrier: Option<Lsn>,
+    /// The rewinds among the records behind the horizon.
+    pub rewinds: Rewinds,
+    /// What those go back to, while they are applied.
+    pub remembered: Remembered,
 }
 
 /// A control record that counts.
@@ -74,7 +86,8 @@ enum About<'a> {
 impl Content {
     /// The content at the horizon.
     pub(super) fn at_horizon(state: &ControlState) -> Content {
-        let mut content = Content::default();
+        let remembered = Remembered::at(state.position.lsn);
+        let mut content = Content { remembered, ..Content::default() };
         for entry in &state.entries {
             let control = read_control(entry.kind, entry.version, entry.body.get().as_bytes());
             // What does not parse was refused when it came in; here it is carried along.
@@ -116,6 +129,11 @@ impl Content {
                     Some(Control::Volume(record)) if !is_volume_size(record.size_bytes) => {
                         Err(format!("a volume has {} bytes", record.size_bytes))
                     }
+                    Some(Control::Rewind(record))
+                        if record.to > header.lsn || record.highest_volume > VOLUME_NUMBER_MAX =>
+                    {
+                        Err(format!("a rewind goes to {}", record.to))
+                    }
                     _ => Ok(()),
                 }
             }
@@ -131,6 +149,13 @@ impl Content {
         payload: &[u8],
         freed: &mut Vec<Freed>,
     ) -> bool {
+        self.remember_before(header.lsn);
+        let changed = self.apply_record(header, payload, freed);
+        self.remembered.pass(header);
+        changed
+    }
+
+    fn apply_record(&mut self, header: &Header, payload: &[u8], freed: &mut Vec<Freed>) -> bool {
         let applies = self.check(header, payload).is_ok();
         match kind_of(header) {
             Some(Kind::Write) if applies => {
@@ -148,6 +173,10 @@ impl Content {
             Some(Kind::Control) if applies => {
                 let body = raw_json(payload).expect("checked");
                 let control = read_control(header.control_kind, header.version, payload);
+                let control = control.expect("checked");
+                if let Some(Control::Rewind(record)) = &control {
+                    self.go_back(header, record, freed);
+                }
                 let raw = ControlEntry {
                     kind: header.control_kind,
                     version: header.version,
@@ -157,7 +186,7 @@ impl Content {
                     time: header.time,
                     body,
                 };
-                self.apply_entry(Entry { raw, control: control.expect("checked") }, freed);
+                self.apply_entry(Entry { raw, control }, freed);
                 true
             }
             None if header.flags & flags::MUST_UNDERSTAND != 0 => {
@@ -180,8 +209,9 @@ impl Content {
                 };
                 match self.volumes.get_mut(&record.number) {
                     None => {
-                        let map = ExtentMap::new();
-                        self.volumes.insert(record.number, VolumeContent { volume, map });
+                        let (map, touched) = (ExtentMap::new(), ExtentMap::new());
+                        let known = VolumeContent { volume, map, touched, restored: Lsn::ZERO };
+                        self.volumes.insert(record.number, known);
                     }
                     Some(known) => {
                         let lost = known.volume.size_bytes.saturating_sub(volume.size_bytes);
@@ -200,6 +230,12 @@ impl Content {
             self.barrier.get_or_insert(entry.raw.lsn);
         }
         self.table.apply(entry);
+    }
+}
+
+impl Entry {
+    fn is_volume(&self) -> bool {
+        matches!(self.control, Some(Control::Volume(_)))
     }
 }
 
@@ -227,9 +263,22 @@ impl ControlTable {
     pub(super) fn highest_volume(&self) -> u32 {
         let numbers = self.entries.iter().filter_map(|entry| match &entry.control {
             Some(Control::Volume(record)) => Some(record.number.0),
+            Some(Control::Rewind(record)) => Some(record.highest_volume.0),
             _ => None,
         });
         numbers.max().unwrap_or(0)
+    }
+
+    /// The records of volumes, those of removed ones too.
+    pub(super) fn volume_entries(&self) -> Vec<Arc<Entry>> {
+        self.entries.iter().filter(|entry| entry.is_volume()).cloned().collect()
+    }
+
+    /// The volumes are those of another table.
+    pub(super) fn replace_volumes(&mut self, volumes: Vec<Arc<Entry>>) {
+        self.entries.retain(|entry| !entry.is_volume());
+        self.entries.extend(volumes);
+        self.entries.sort_by_key(|entry| entry.raw.lsn);
     }
 
     /// The numbers of volumes that were removed.
@@ -244,8 +293,12 @@ impl ControlTable {
     /// reached, and what says nothing about the state. A removed volume stays, since its number is
     /// never used again.
     pub(super) fn folded(&self, target: Lsn) -> Vec<ControlEntry> {
+        let is_rewind = |entry: &&Arc<Entry>| matches!(entry.control, Some(Control::Rewind(_)));
+        let last_rewind = self.entries.iter().filter(is_rewind).map(|entry| entry.raw.lsn).max();
         let stays = |entry: &&Arc<Entry>| match &entry.control {
             Some(Control::Clock(_)) => false,
+            // The last says which numbers were used, and how the volumes came to be what they are.
+            Some(Control::Rewind(_)) => Some(entry.raw.lsn) == last_rewind,
             Some(Control::Job(record)) => !record.removed,
             Some(Control::Member(record)) => !record.removed,
             Some(Control::Bookmark(record)) => {
@@ -273,6 +326,15 @@ impl ControlTable {
                 }
                 Some(Control::Epoch(record)) => view.epochs.push(record.clone()),
                 Some(Control::Policy(record)) => view.policy = record.clone(),
+                Some(Control::Rewind(record)) => view.rewinds.push(RewindView {
+                    at: Position {
+                        epoch: entry.raw.epoch,
+                        lsn: entry.raw.lsn,
+                        time: entry.raw.time,
+                    },
+                    to: record.to,
+                    to_time: record.time,
+                }),
                 _ => {}
             }
         }
@@ -283,7 +345,7 @@ impl ControlTable {
 }
 
 impl About<'_> {
-    /// `None` for what stands for itself: each jump of the clock.
+    /// `None` for what stands for itself: each jump of the clock, each rewind.
     fn of(control: &Control) -> Option<About<'_>> {
         Some(match control {
             Control::Group(_) => About::Group,
@@ -293,7 +355,7 @@ impl About<'_> {
             Control::Policy(_) => About::Policy,
             Control::Job(record) => About::Job(&record.name),
             Control::Bookmark(record) => About::Bookmark(&record.name),
-            Control::Clock(_) => return None,
+            Control::Clock(_) | Control::Rewind(_) => return None,
         })
     }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
+use super::clients::Clients;
 use super::clock::{self, LogClock};
 use super::content::Content;
 use super::image::Image;
@@ -97,7 +98,7 @@ pub struct Group {
     pub(super) space: Condvar,
     pub(super) workers: Workers,
     pub(super) listeners: RwLock<Vec<Listener>>,
-    pub(super) clients: Mutex<BTreeMap<VolumeNumber, usize>>,
+    pub(super) clients: Clients,
 }
 
 /// What the mutex guards.
@@ -145,6 +146,8 @@ pub(super) struct Core {
     pub told_kept_for: Option<KeptFor>,
     /// How far an image is that comes.
     pub receiving: Option<ImageProgress>,
+    /// Why the primary's log cannot be followed further, if so.
+    pub needs_image: Option<String>,
     /// Bytes of log and index on disk, as known after the last change.
     pub log_used_bytes: u64,
     /// What room there is for the log, and what was told of it.
@@ -189,6 +192,7 @@ impl Core {
         self.epoch = end.epoch;
         self.unflushed = true;
         self.cuts += 1;
+        self.needs_image = None;
         self.refresh_view();
     }
 
@@ -349,6 +353,7 @@ impl Group {
             needs: Needs::default(),
             told_kept_for: None,
             receiving: None,
+            needs_image: None,
             log_used_bytes: segments.used_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
@@ -382,7 +387,7 @@ impl Group {
             space: Condvar::new(),
             workers: Workers::default(),
             listeners: RwLock::default(),
-            clients: Mutex::default(),
+            clients: Clients::default(),
             context,
         })
     }
@@ -567,20 +572,6 @@ impl Group {
         position.lsn > begin && position.lsn <= end
     }
 
-    /// Clients of each volume that has any.
-    #[must_use]
-    pub fn clients(&self) -> Vec<(VolumeNumber, usize)> {
-        let clients = self.clients.lock().expect("no holder panics");
-        clients.iter().map(|(volume, count)| (*volume, *count)).collect()
-    }
-
-    /// Counts a client of a volume until the guard is dropped.
-    #[must_use]
-    pub fn client(self: &Arc<Self>, volume: VolumeNumber) -> ClientGuard {
-        *self.clients.lock().expect("no holder panics").entry(volume).or_default() += 1;
-        ClientGuard { group: self.clone(), volume }
-    }
-
     pub(super) fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().expect("a panic under the lock ends the process")
     }
@@ -697,30 +688,6 @@ impl GroupError {
     }
 }
 
-/// Counts a client while it lives.
-pub struct ClientGuard {
-    group: Arc<Group>,
-    volume: VolumeNumber,
-}
-
-impl Drop for ClientGuard {
-    fn drop(&mut self) {
-        let mut clients = self.group.clients.lock().expect("no holder panics");
-        if let Some(count) = clients.get_mut(&self.volume) {
-            *count -= 1;
-            if *count == 0 {
-                clients.remove(&self.volume);
-            }
-        }
-        let was_last = clients.is_empty();
-        drop(clients);
-        if was_last {
-            // Somebody may wait for that: a group with clients yields to nobody.
-            self.group.notify();
-        }
-    }
-}
-
 /// The control state before the first record.
 pub(super) fn beginning(group: GroupId) -> ControlState {
     ControlState {
@@ -744,7 +711,8 @@ pub(super) fn checkpoint(state: &ControlState) -> Checkpoint {
 
 /// The kinds of control records that a caller may append: not those that the engine writes itself.
 pub(super) fn is_callers(kind: ControlKind) -> bool {
-    !matches!(kind, ControlKind::Group | ControlKind::Epoch | ControlKind::Clock)
+    use ControlKind::*;
+    !matches!(kind, Group | Epoch | Clock | Rewind)
 }
 
 /// Looks up a volume by name.

@@ -19,11 +19,12 @@ use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
-use super::image::replay;
 use super::read::Fetch;
+use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
+use crate::extent_map::ExtentMap;
 use crate::log::control::OnFull;
 use crate::log::record::crc32;
 use crate::units::{BLOCK_BYTES, Lsn};
@@ -59,7 +60,8 @@ impl Group {
             core.timeline.horizon()
         };
         let facts = self.fold_facts(forced)?;
-        let Some(goal) = fold_goal(&facts) else { return self.nothing_folded(&facts) };
+        let rewinds = self.lock().content.rewinds.clone();
+        let Some(goal) = fold_goal(&facts, &rewinds) else { return self.nothing_folded(&facts) };
         let from = self.lock().timeline.before_lsn(goal.target);
         let mut target = self.follow_to(from, |header| header.end() <= goal.target)?;
         if target.lsn <= horizon.lsn
@@ -71,6 +73,14 @@ impl Group {
         }
         if target.lsn <= horizon.lsn {
             return self.nothing_folded(&facts);
+        }
+        {
+            let mut core = self.lock();
+            // A rewind may have come between; from here on none goes back behind the target.
+            if core.content.rewinds.left_behind(target.lsn) {
+                return Ok(horizon.lsn);
+            }
+            core.fold_target = core.fold_target.max(target.lsn);
         }
         self.fold_to(target)
     }
@@ -230,10 +240,10 @@ impl Group {
         let old = self.lock().horizon.clone();
         let content = if begun {
             // What was needed was kept before the base was touched.
-            replay(&self.segments, &old, target.lsn).map_err(|cause| {
-                let what = format!("log up to {}: {cause}", target.lsn);
-                GroupError::Damaged { group: self.name().clone(), what }
-            })?
+            let rewinds = self.lock().content.rewinds.clone();
+            let replayed = replay(&self.segments, &old, &rewinds, target.lsn);
+            let damaged = |cause| self.damaged(format!("log up to {}: {cause}", target.lsn));
+            replayed.map_err(damaged)?.0
         } else {
             self.keep_moments(&old, target.lsn, &moments)?
         };
@@ -267,12 +277,19 @@ impl Group {
             let mut core = self.lock();
             core.timeline.fold(checkpoint(&state));
             core.horizon = Arc::new(state);
+            core.content.rewinds.forget_below(target);
             let numbers = core.content.volumes.keys().copied().collect();
             (numbers, core.images.values().cloned().collect())
         };
         // A part at a time, since writers wait meanwhile. Who opens an image in between forgets the
         // rest for itself.
         for number in numbers {
+            let touched = {
+                let mut core = self.lock();
+                let known = core.content.volumes.get_mut(&number);
+                known.map(|known| known.touched.forget_below(target))
+            };
+            drop(touched);
             let mut from = Some(0);
             while let Some(offset) = from {
                 let mut core = self.lock();
@@ -293,7 +310,7 @@ impl Group {
         let steps = fold_steps(known.map.pieces(), volume.size_bytes);
         let base = match self.base_of(volume.number) {
             Some(base) => base,
-            None if steps.is_empty() => return Ok(()),
+            None if steps.is_empty() && known.touched.is_empty() => return Ok(()),
             None => {
                 let base = BaseVolume::create(
                     self.context.env.disk.clone(),
@@ -310,11 +327,19 @@ impl Group {
         let write = |cause| self.io(format!("write base of {}", volume.name), &cause);
         // An attempt that was interrupted may have changed the size, and not what goes with it.
         let resumed = self.lock().unfinished_fold.is_some();
+        let beyond = |map: &ExtentMap| {
+            map.pieces().last().is_some_and(|last| last.offset + last.length > volume.size_bytes)
+        };
+        // With what is cut off goes the memory of when it changed; and of a volume that was removed
+        // and is back nothing says what is the same as before.
+        if base.size_bytes() > volume.size_bytes
+            || beyond(&known.map)
+            || beyond(&known.touched)
+            || known.restored > Lsn::ZERO
+        {
+            self.update_meta(|meta| meta.births_from = meta.fold_target)?;
+        }
         if resumed || base.size_bytes() != volume.size_bytes {
-            if base.size_bytes() > volume.size_bytes {
-                // With what is cut off goes the memory of when it changed.
-                self.update_meta(|meta| meta.births_from = meta.fold_target)?;
-            }
             let _gate = self.base_gate.write().expect("no holder panics");
             base.resize(volume.size_bytes).map_err(write)?;
         }
@@ -341,6 +366,11 @@ impl Group {
             }
         }
         self.write_batch(known, &base, &mut batch)?;
+        for piece in known.touched.pieces().take_while(|piece| piece.offset < volume.size_bytes) {
+            let length = piece.length.min(volume.size_bytes - piece.offset);
+            let _gate = self.base_gate.write().expect("no holder panics");
+            base.raise_births(piece.offset, length, written_at(&piece.source)).map_err(write)?;
+        }
         base.sync().map_err(|cause| self.fail(&format!("sync of base of {}", volume.name), &cause))
     }
 

@@ -1,5 +1,6 @@
 //! Decides up to where to fold, in which steps, and what that changes; touches nothing.
 
+use super::rewound::Rewinds;
 use crate::extent_map::{Piece, Source};
 use crate::units::{BLOCK_BYTES, Lsn};
 
@@ -39,8 +40,9 @@ pub(super) struct FoldGoal {
 /// Up to where to fold, if at all. The window gives way to the limit from 80 % on, unless it is to
 /// be kept; nothing is folded that is not durable and committed; who needs an old moment is in
 /// nobody's way. Little is folded only when forced or where space is short, since blocks that are
-/// written again and again are then folded once.
-pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
+/// written again and again are then folded once. What a rewind has left behind is folded
+/// as a whole, with the rewind.
+pub(super) fn fold_goal(facts: &FoldFacts, rewinds: &Rewinds) -> Option<FoldGoal> {
     let eighth = facts.log_limit_bytes / 8;
     let used = facts.head.bytes_since(facts.horizon);
     let soft = facts.log_limit_bytes / 10 * 8;
@@ -54,7 +56,16 @@ pub(super) fn fold_goal(facts: &FoldFacts) -> Option<FoldGoal> {
     let kept_from = if facts.window_is_kept { facts.window_end } else { Lsn::MAX };
     let barrier = facts.barrier.unwrap_or(Lsn::MAX);
     let cap = facts.durable.min(facts.committed).min(barrier).min(kept_from);
-    let target = wanted.min(cap);
+    let wanted = wanted.min(cap);
+    let mut target = rewinds.stop_before(wanted);
+    if pressed && target <= facts.horizon {
+        // It begins at the horizon: all of it at once, as soon as that may be.
+        let inside = wanted.max(Lsn(facts.horizon.0 + 1));
+        let behind = rewinds.stop_behind(inside);
+        if behind > inside && behind <= cap {
+            target = behind;
+        }
+    }
     let enough = if facts.forced { 1 } else { eighth.max(1) };
     let goal = FoldGoal { target, first_request_to: pressed.then_some(cap) };
     let due = target.bytes_since(facts.horizon) >= enough;
@@ -156,14 +167,12 @@ pub(super) fn written_at(source: &Source) -> Lsn {
 }
 
 /// Blocks `[from, to)` of a volume that a fold changes for whoever needs an older moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Change {
     /// Number of the first block.
     pub from: u64,
     /// Number of the block behind the last.
     pub to: u64,
-    /// They become zeros.
-    pub zeros: bool,
 }
 
 /// What of a volume of `size_bytes` was written at or behind `since`, in whole blocks, in order.
@@ -172,38 +181,37 @@ pub(super) fn changes(
     since: Lsn,
     size_bytes: u64,
 ) -> Vec<Change> {
-    let mut changes: Vec<Change> = Vec::new();
     let changed = pieces
         .take_while(|piece| piece.offset < size_bytes)
-        .filter(|piece| piece.source != Source::Base && written_at(&piece.source) >= since);
-    for piece in changed {
-        let zeros = matches!(piece.source, Source::Zero { .. });
-        let mut from = piece.offset / BLOCK_BYTES;
-        let to = (piece.offset + piece.length).min(size_bytes).div_ceil(BLOCK_BYTES);
-        // A block that is in two pieces is in one change; it becomes zeros where both do.
-        if let Some(last) = changes.last_mut()
-            && from < last.to
-        {
-            if last.zeros && !zeros {
-                last.to = from;
-                if last.from == last.to {
-                    changes.pop();
-                }
-            } else {
-                from = last.to;
-            }
-        }
-        match changes.last_mut() {
-            _ if from >= to => {}
-            Some(last) if last.to == from && last.zeros == zeros => last.to = to,
-            _ => changes.push(Change { from, to, zeros }),
+        .filter(|piece| piece.source != Source::Base && written_at(&piece.source) >= since)
+        .map(|piece| Change {
+            from: piece.offset / BLOCK_BYTES,
+            to: (piece.offset + piece.length).min(size_bytes).div_ceil(BLOCK_BYTES),
+        });
+    joined(changed)
+}
+
+/// The blocks that are in either of two lists, in order.
+pub(super) fn either(mut one: Vec<Change>, other: Vec<Change>) -> Vec<Change> {
+    one.extend(other);
+    one.sort_unstable();
+    joined(one.into_iter())
+}
+
+fn joined(changes: impl Iterator<Item = Change>) -> Vec<Change> {
+    let mut joined: Vec<Change> = Vec::new();
+    for change in changes {
+        match joined.last_mut() {
+            Some(last) if change.from <= last.to => last.to = last.to.max(change.to),
+            _ => joined.push(change),
         }
     }
-    changes
+    joined
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::rewound::Rewind;
     use super::*;
 
     #[test]
@@ -219,11 +227,12 @@ mod tests {
             window_is_kept: false,
             forced: false,
         };
-        let target = |facts: &FoldFacts| fold_goal(facts).map(|goal| goal.target);
-        let goal = fold_goal(&facts).unwrap();
+        let target =
+            |facts: &FoldFacts| fold_goal(facts, &Rewinds::default()).map(|goal| goal.target);
+        let goal = fold_goal(&facts, &Rewinds::default()).unwrap();
         assert_eq!(goal, FoldGoal { target: Lsn(225), first_request_to: Some(Lsn(880)) });
         let kept = FoldFacts { window_is_kept: true, ..facts };
-        let goal = fold_goal(&kept).unwrap();
+        let goal = fold_goal(&kept, &Rewinds::default()).unwrap();
         assert_eq!(goal, FoldGoal { target: Lsn(50), first_request_to: Some(Lsn(50)) });
         assert_eq!(target(&FoldFacts { window_end: Lsn(0), ..kept }), None, "writers wait");
         // Below 80 %, and less than an eighth.
@@ -244,23 +253,46 @@ mod tests {
             source: Source::Zero { since: Lsn(at), hole: true },
         };
         let found = |pieces: &[Piece]| changes(pieces.iter().copied(), Lsn(100), 16 << 12);
-        let change = |from, to, zeros| Change { from, to, zeros };
-        assert_eq!(found(&[log(0, 4096, 99), log(4096, 4096, 100)]), [change(1, 2, false)]);
-        assert_eq!(found(&[log(0, 4096, 100), log(4096, 4096, 200)]), [change(0, 2, false)]);
+        let change = |from, to| Change { from, to };
+        assert_eq!(found(&[log(0, 4096, 99), log(4096, 4096, 100)]), [change(1, 2)]);
+        assert_eq!(found(&[log(0, 4096, 100), log(4096, 4096, 200)]), [change(0, 2)]);
         assert_eq!(
             found(&[zero(512, 512, 100), zero(8192, 1 << 20, 100)]),
-            [change(0, 1, true), change(2, 16, true)]
+            [change(0, 1), change(2, 16)]
         );
-        // A block that is half zeros and half bytes.
-        assert_eq!(
-            found(&[zero(0, 4608, 100), log(4608, 512, 100)]),
-            [change(0, 1, true), change(1, 2, false)]
-        );
-        assert_eq!(
-            found(&[log(0, 512, 100), zero(512, 7680, 100)]),
-            [change(0, 1, false), change(1, 2, true)]
-        );
-        assert_eq!(found(&[zero(0, 512, 100), log(512, 512, 100)]), [change(0, 1, false)]);
+        // A block in two pieces is in one change.
+        assert_eq!(found(&[log(0, 512, 100), zero(512, 7680, 100)]), [change(0, 2)]);
+        assert_eq!(found(&[zero(0, 512, 100), log(512, 512, 100)]), [change(0, 1)]);
         assert_eq!(found(&[log(16 << 12, 4096, 100)]), []);
+        let (one, other) = (vec![change(0, 2), change(8, 9)], vec![change(1, 4), change(9, 10)]);
+        assert_eq!(either(one, other), [change(0, 4), change(8, 10)]);
+    }
+
+    #[test]
+    fn a_fold_stops_in_front_of_what_a_rewind_left_behind_or_takes_all_of_it() {
+        let mut rewinds = Rewinds::default();
+        rewinds.push(Rewind { at: Lsn(600), end: Lsn(610), to: Lsn(200) });
+        let facts = FoldFacts {
+            horizon: Lsn(100),
+            head: Lsn(700),
+            durable: Lsn(700),
+            committed: Lsn(700),
+            barrier: None,
+            window_end: Lsn(400),
+            window_is_kept: false,
+            log_limit_bytes: 10_000,
+            forced: true,
+        };
+        let goal = |facts: FoldFacts| fold_goal(&facts, &rewinds).map(|goal| goal.target);
+        assert_eq!(goal(facts), Some(Lsn(200)), "in front of it");
+        assert_eq!(goal(FoldFacts { window_end: Lsn(650), ..facts }), Some(Lsn(650)), "behind it");
+        let stuck = FoldFacts { horizon: Lsn(200), ..facts };
+        assert_eq!(goal(stuck), None, "the window does not reach over it");
+        let pressed = FoldFacts { log_limit_bytes: 500, ..stuck };
+        assert_eq!(goal(pressed), Some(Lsn(610)), "space is short: over all of it at once");
+        let uncommitted = FoldFacts { committed: Lsn(605), ..pressed };
+        assert_eq!(goal(uncommitted), None, "not before it is committed");
+        let unpressed = FoldFacts { window_end: Lsn(150), log_limit_bytes: 500, ..facts };
+        assert_eq!(goal(unpressed), Some(Lsn(200)), "as much as that gives");
     }
 }

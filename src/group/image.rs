@@ -5,17 +5,19 @@
 //! (`moment.rs`). The image of a branch is the content where the branch leaves the history, with
 //! the branch's own records on top, which are read from its directory.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use super::branch::BranchLog;
 use super::content::Content;
-use super::engine::{Core, Group, checkpoint};
+use super::engine::{Core, Group};
 use super::holds::usable;
-use super::indexing::visit;
 use super::moment::Moment;
 use super::read::Lookup;
 use super::reopen::KeptImage;
+use super::replay::replay_remembering;
+use super::rewound::Rewinds;
 use super::{Cost, Extent, GroupError, Point, Read, View, Volume};
 use crate::base::{ControlEntry, ControlState};
 use crate::log::reader::ScanEnd;
@@ -36,6 +38,8 @@ pub struct Image {
     /// What folds have kept for it, from the first that passes it on.
     moment: RwLock<Option<Arc<Moment>>>,
     branch: Option<BranchLog>,
+    /// Up to where it is made of the group's own log.
+    leaves_log_at: Lsn,
 }
 
 impl Image {
@@ -88,9 +92,10 @@ impl Image {
         own.or_else(|| self.moment().and_then(|moment| moment.broken()))
     }
 
-    /// Up to where it is made of the group's own log: its position, or where its branch begins.
+    /// Up to where it is made of the group's own log: its position, or where its branch begins, or
+    /// where that has gone back to.
     pub(super) fn leaves_log_at(&self) -> Lsn {
-        self.branch.as_ref().map_or(self.position.lsn, |branch| branch.from)
+        self.leaves_log_at
     }
 
     /// What folds keep for it is in this moment from now on.
@@ -119,7 +124,7 @@ impl Image {
         let target = target.min(self.leaves_log_at());
         let mut content = self.content.write().expect("no holder panics");
         let freed: Vec<_> =
-            content.volumes.values_mut().map(|known| known.map.forget_below(target)).collect();
+            content.volumes.values_mut().map(|known| known.forget_below(target)).collect();
         drop(content);
         drop(freed);
     }
@@ -130,7 +135,8 @@ impl Image {
     pub fn cost(&self) -> Cost {
         let maps: Vec<_> = {
             let content = self.content.read().expect("no holder panics");
-            content.volumes.values().map(|known| known.map.clone()).collect()
+            let known = content.volumes.values();
+            known.flat_map(|known| [known.map.clone(), known.touched.clone()]).collect()
         };
         let kept = self.moment().map_or_else(Cost::default, |moment| moment.cost());
         let maps: u64 = maps.iter().map(|map| map.memory_bytes()).sum();
@@ -138,7 +144,8 @@ impl Image {
     }
 
     /// Ranges (offset, length) that may differ between this image and the one at `since`, an
-    /// earlier position: what the map has newer, and chunks of the base born later. The base knows
+    /// earlier position: what the map has newer, and chunks of the base born later; and, where this
+    /// image has not all that was there, what the rewinds in between have changed. The base knows
     /// of a chunk that a fold beyond this image has changed only when it did so last; when it had
     /// changed before the image is kept with the blocks.
     ///
@@ -155,6 +162,12 @@ impl Image {
             let content = self.content.read().expect("no holder panics");
             let known = content.volumes.get(&volume).ok_or_else(|| self.group.no_volume(volume))?;
             ranges.extend(known.map.changed_since(since));
+            if !content.rewinds.is_on_path(since, self.position.lsn) {
+                ranges.extend(known.touched.changed_since(since));
+                if known.restored >= since {
+                    ranges.push((0, known.volume.size_bytes));
+                }
+            }
             known.volume.size_bytes
         };
         // The base may be folded further meanwhile: up to this image, and then it has what the map
@@ -338,8 +351,10 @@ impl Group {
         let branch = kept.branch.as_ref().map(|name| self.branch(name)).transpose()?;
         let lsn = branch.as_ref().map_or(kept.position.lsn, |branch| branch.from.lsn);
         let group = self.me.upgrade().expect("it is being used");
+        // What a branch's own records go back to.
+        let mut wanted = BTreeSet::new();
         loop {
-            let (live, state) = {
+            let (live, state, mut rewinds) = {
                 let core = self.lock();
                 self.check_barrier(&core, lsn)?;
                 self.check_covered(&core, lsn)?;
@@ -352,11 +367,13 @@ impl Group {
                     Some(horizon)
                 };
                 let state = state.ok_or_else(|| self.not_covered(&core, &format!("lsn:{lsn}")))?;
-                (live.then(|| core.content.clone()), state)
+                let rewinds = core.content.rewinds.clone();
+                (live.then(|| core.content.clone()), state, rewinds)
             };
+            rewinds.cut(lsn);
             let content = match live {
                 Some(content) => Ok((content, Chain::default())),
-                None => replay_with_chain(&self.segments, &state, lsn),
+                None => replay_for(&self.segments, &state, &rewinds, &wanted, lsn),
             };
             let (mut content, chain) = match content {
                 Ok(content) => content,
@@ -367,11 +384,18 @@ impl Group {
                     return Err(GroupError::Damaged { group: self.name().clone(), what });
                 }
             };
-            let mut position = kept.position;
+            let (mut position, mut leaves_log_at) = (kept.position, lsn);
             let branch = match &branch {
                 Some(branch) => {
                     let (log, end) = self.follow_branch(branch, chain, &mut content)?;
-                    position = end;
+                    let missing = content.missing();
+                    if !missing.is_subset(&wanted) {
+                        wanted.extend(missing);
+                        continue;
+                    }
+                    self.check_branch(&branch.name, &content)?;
+                    content.forget_remembered();
+                    (position, leaves_log_at) = (end, content.rewinds.fork(lsn, end.lsn));
                     Some(log)
                 }
                 None => None,
@@ -380,11 +404,11 @@ impl Group {
             if core.closed {
                 return Err(self.refused("is closed"));
             }
-            self.check_covered(&core, lsn)?;
+            self.check_covered(&core, leaves_log_at)?;
             let horizon = core.timeline.horizon().lsn;
             let mut freed = Vec::new();
             for known in content.volumes.values_mut() {
-                freed.push(known.map.forget_below(horizon.min(lsn)));
+                freed.push(known.forget_below(horizon.min(leaves_log_at)));
             }
             let image = Arc::new(Image {
                 group: group.clone(),
@@ -396,8 +420,9 @@ impl Group {
                 volumes: content.volumes.values().map(|known| known.volume.clone()).collect(),
                 content: RwLock::new(content),
                 broken: Mutex::default(),
-                moment: RwLock::new(core.moments.get(&lsn).cloned()),
+                moment: RwLock::new(core.moments.get(&leaves_log_at).cloned()),
                 branch,
+                leaves_log_at,
             });
             match core.images.entry(kept.name) {
                 std::collections::btree_map::Entry::Occupied(taken) => {
@@ -481,34 +506,15 @@ impl Group {
     }
 }
 
-/// The content at `end`, a request's end, from the control state at the horizon and the log behind
-/// it.
-///
-/// # Errors
-///
-/// Why the log could not be followed up to there.
-pub(super) fn replay(
+/// The content at `end`, with what records further on will go back to, and the chain there.
+fn replay_for(
     segments: &Segments,
     horizon: &ControlState,
-    end: Lsn,
-) -> Result<Content, ScanEnd> {
-    replay_with_chain(segments, horizon, end).map(|(content, _)| content)
-}
-
-/// The same, with the checksum of the record before `end`.
-fn replay_with_chain(
-    segments: &Segments,
-    horizon: &ControlState,
+    rewinds: &Rewinds,
+    wanted: &BTreeSet<Lsn>,
     end: Lsn,
 ) -> Result<(Content, Chain), ScanEnd> {
-    let mut content = Content::at_horizon(horizon);
-    let start = checkpoint(horizon);
-    let mut chain = start.chain;
-    let mut freed = Vec::new();
-    visit(segments, (start.lsn, start.chain), end, end, |header, payload| {
-        content.apply(header, payload, &mut freed);
-        freed.clear();
-        chain = header.checksum;
-    })?;
-    Ok((content, chain))
+    let positions = rewinds.targets().chain(wanted.iter().copied());
+    replay_remembering(segments, horizon, positions, &[], end)
+        .map(|(_, content, behind)| (content, behind.chain))
 }

@@ -8,18 +8,16 @@ use serde_json::json;
 
 use super::content::{Content, VolumeContent};
 use super::engine::{Group, checkpoint};
-use super::fold_plan::{Change, changes, written_at};
-use super::indexing::visit;
+use super::fold_plan::{Change, changes, either, written_at};
 use super::moment::{MOMENTS, Moment, chunks_of};
 use super::read::Lookup;
+use super::replay::replay_through;
 use super::timeline::Checkpoint;
 use super::{Allocation, GroupError, Read};
 use crate::base::{ControlState, Kept, Overlay};
 use crate::events::Severity;
 use crate::extent_map::Source;
-use crate::log::reader::ScanEnd;
 use crate::log::record::crc32;
-use crate::log::segment::Segments;
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, VolumeNumber};
 
 /// Blocks that are read and kept at a time.
@@ -71,8 +69,9 @@ impl Group {
             moments.iter().map(|moment| moment.state().filter(|_| passed(moment))).collect();
         let ahead = moments.iter().zip(&states).filter(|(_, state)| state.is_none());
         let stops: Vec<Lsn> = ahead.map(|(moment, _)| moment.lsn()).collect();
-        let replayed = replay_through(&self.segments, horizon, &stops, target);
-        let (stopped, now) = replayed.map_err(|cause| {
+        let rewinds = self.lock().content.rewinds.clone();
+        let replayed = replay_through(&self.segments, horizon, &rewinds, &stops, target);
+        let (stopped, now, _) = replayed.map_err(|cause| {
             let what = format!("log up to {target}: {cause}");
             GroupError::Damaged { group: self.name().clone(), what }
         })?;
@@ -82,8 +81,10 @@ impl Group {
                 Some(state) => (checkpoint(&state), Content::at_horizon(&state)),
                 None => stopped.next().expect("one per stop"),
             };
+            // Where the two part; all that is behind the horizon is common to both.
+            let fork = rewinds.fork(moment.lsn(), target);
             loop {
-                match self.keep_moment(moment, at, &past, target, &now) {
+                match self.keep_moment(moment, at, &past, (fork, target), &now) {
                     Ok(()) => break,
                     Err(KeepError::Group(error)) => return Err(error),
                     Err(KeepError::Overlay(cause)) => {
@@ -126,7 +127,7 @@ impl Group {
         moment: &Moment,
         at: Checkpoint,
         past: &Content,
-        target: Lsn,
+        (fork, target): (Lsn, Lsn),
         now: &Content,
     ) -> Result<(), KeepError> {
         if moment.broken().is_some() || moment.complete_to() >= target {
@@ -138,7 +139,11 @@ impl Group {
         for (number, known) in &past.volumes {
             let size_bytes = known.volume.size_bytes;
             let (changes, log) = match now.volumes.get(number) {
-                Some(now) => (changes(now.map.pieces(), moment.lsn(), size_bytes), now),
+                // What the fold brings, and what the moment has that the target lacks.
+                Some(now) => {
+                    let brings = changes(now.map.pieces(), fork, size_bytes);
+                    (either(brings, changes(known.map.pieces(), fork, size_bytes)), now)
+                }
                 // The volume is gone, and its base stays as it is: what is still in the log goes.
                 None => (changes(known.map.pieces(), Lsn::ZERO, size_bytes), known),
             };
@@ -323,11 +328,14 @@ fn push_zeros(kept: &mut Vec<Kept>, volume: VolumeNumber, from: u64, to: u64) {
     }
 }
 
-/// The position of the newest record that a map has in a chunk.
+/// The position of the newest record that has changed a chunk, as far as maps know.
 fn newest(known: &VolumeContent, chunk: u64) -> Lsn {
     let mut pieces = Vec::new();
-    known.map.lookup(chunk * CHUNK_BYTES, CHUNK_BYTES, &mut pieces);
-    pieces.iter().map(|piece| written_at(&piece.source)).max().unwrap_or_default()
+    for map in [&known.map, &known.touched] {
+        map.lookup(chunk * CHUNK_BYTES, CHUNK_BYTES, &mut pieces);
+    }
+    let newest = pieces.iter().map(|piece| written_at(&piece.source)).max().unwrap_or_default();
+    newest.max(known.restored)
 }
 
 /// Whether a map has nothing in a chunk but zeros.
@@ -335,35 +343,4 @@ fn only_zeros(known: &VolumeContent, chunk: u64) -> bool {
     let mut pieces = Vec::new();
     known.map.lookup(chunk * CHUNK_BYTES, CHUNK_BYTES, &mut pieces);
     pieces.iter().all(|piece| !matches!(piece.source, Source::Log { .. }))
-}
-
-/// The contents at each of `stops`, ends of requests in order, and at `end`, from the control state
-/// at the horizon and the log behind it.
-///
-/// # Errors
-///
-/// Why the log could not be followed up to there.
-fn replay_through(
-    segments: &Segments,
-    horizon: &ControlState,
-    stops: &[Lsn],
-    end: Lsn,
-) -> Result<(Vec<(Checkpoint, Content)>, Content), ScanEnd> {
-    let mut content = Content::at_horizon(horizon);
-    let start = checkpoint(horizon);
-    let mut behind = start;
-    let mut stopped: Vec<(Checkpoint, Content)> = Vec::new();
-    let mut freed = Vec::new();
-    visit(segments, (start.lsn, start.chain), end, end, |header, payload| {
-        while stops.get(stopped.len()).is_some_and(|stop| header.lsn >= *stop) {
-            stopped.push((behind, content.clone()));
-        }
-        content.apply(header, payload, &mut freed);
-        freed.clear();
-        behind = Checkpoint::behind(header);
-    })?;
-    while stopped.len() < stops.len() {
-        stopped.push((behind, content.clone()));
-    }
-    Ok((stopped, content))
 }

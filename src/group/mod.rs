@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::events::Events;
 use crate::io::Env;
-use crate::log::control::{BookmarkRecord, EpochRecord, JobRecord, MemberRecord, PolicyRecord};
-use crate::units::{Chain, EpochId, LogTime, Lsn, Name, NodeId, VolumeNumber};
+use crate::log::control::{
+    BookmarkRecord, EpochRecord, JobRecord, MemberRecord, PolicyRecord, RewindRecord,
+};
+use crate::units::{Chain, EpochId, LogTime, Lsn, Name, NodeId, Position, VolumeNumber};
 
 /// Who this node is, as far as its groups need to know.
 #[derive(Clone, Debug)]
@@ -130,6 +132,30 @@ pub struct ControlView {
     pub bookmarks: Vec<BookmarkRecord>,
     /// Every reign, oldest first.
     pub epochs: Vec<EpochRecord>,
+    /// The rewinds that are known, oldest first: those behind the horizon, and the last before.
+    pub rewinds: Vec<RewindView>,
+}
+
+/// A rewind, as its record tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RewindView {
+    /// Where its record begins: up to here goes what it left behind.
+    pub at: Position,
+    /// Where it went back to.
+    pub to: Lsn,
+    /// Log time there.
+    pub to_time: LogTime,
+}
+
+/// What [`Group::rewind`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rewound {
+    /// The end of the record.
+    pub at: Lsn,
+    /// The end of what was left behind: going back there undoes it.
+    pub from: Position,
+    /// Where it went back to.
+    pub to: Position,
 }
 
 /// What a host asks for.
@@ -291,6 +317,7 @@ pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
 
 mod append;
 mod branch;
+mod clients;
 mod clock;
 mod content;
 mod engine;
@@ -315,8 +342,11 @@ mod recovery_decision;
 mod registry;
 mod reign;
 mod reopen;
+mod replay;
 mod required;
 mod returning;
+mod rewind;
+mod rewound;
 mod room;
 mod shipment;
 mod staging;
@@ -327,7 +357,8 @@ mod worker;
 
 pub use append::REQUEST_BYTES_MAX;
 pub use branch::Branch;
-pub use engine::{ClientGuard, Group, NewGroup};
+pub use clients::{ClientGuard, HangUp};
+pub use engine::{Group, NewGroup};
 pub use image::Image;
 pub use moment::Cost;
 pub use ranges::Place;

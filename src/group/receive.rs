@@ -6,7 +6,7 @@
 use super::engine::Group;
 use super::returning::ASK_FOR;
 use super::{ReceiveError, Role};
-use crate::log::control::{MemberRecord, Mode};
+use crate::log::control::{Control, ControlKind, MemberRecord, Mode, RewindRecord};
 use crate::log::record::{Header, Kind, RecordError, flags};
 use crate::log::segment::fits;
 use crate::units::{Chain, Lsn};
@@ -58,8 +58,24 @@ impl Group {
     /// # Errors
     ///
     /// What is wrong with the bytes; nothing of the request they belong to is kept, and the
-    /// unfinished tail is forgotten.
+    /// unfinished tail is forgotten. A rewind that cannot be followed here stays out, with all that
+    /// comes behind it ([`Group::needs_image`]).
     pub fn append_received(&self, at: Lsn, bytes: &[u8]) -> Result<Lsn, ReceiveError> {
+        let (mut at, mut bytes) = (at, bytes);
+        loop {
+            match self.append_some(at, bytes)? {
+                Taken::All(head) => return Ok(head),
+                Taken::UpTo { rewind, to } => {
+                    let ready = self.get_ready_to_go_back(rewind, to);
+                    ready.inspect_err(|_| self.reset_received())?;
+                    (at, bytes) = (self.received_end(), &[]);
+                }
+            }
+        }
+    }
+
+    /// Appends up to the first rewind that the content is not ready for.
+    fn append_some(&self, at: Lsn, bytes: &[u8]) -> Result<Taken, ReceiveError> {
         let mut freed = Vec::new();
         let mut core = self.lock();
         let wrong = |at: Lsn, what: String| ReceiveError { at, what };
@@ -89,6 +105,8 @@ impl Group {
         let mut from = 0;
         let mut first = 0;
         let mut sync_wanted = false;
+        let mut stopped = None;
+        let mut went_back = Vec::new();
         // Control records shape what later records are checked against: each ends a part.
         while first < complete {
             let control = Kind::Control as u8;
@@ -96,7 +114,18 @@ impl Group {
                 .iter()
                 .take_while(|(_, header)| header.kind != control)
                 .count();
-            let last = (first + count).min(complete - 1);
+            let mut last = (first + count).min(complete - 1);
+            let (place, header) = &pending.records[last];
+            if let Some(record) = goes_back(header, payload_of(&pending.bytes, *place, header)) {
+                if core.is_ready_to_go_back(record.to) {
+                    went_back.push((header.lsn, record));
+                } else if last == first {
+                    stopped = Some(Taken::UpTo { rewind: header.lsn, to: record.to });
+                    break;
+                } else {
+                    last -= 1;
+                }
+            }
             let part = &pending.records[first..=last];
             for (place, header) in part {
                 let payload = payload_of(&pending.bytes, *place, header);
@@ -129,10 +158,12 @@ impl Group {
             core.clock.follow(header.time, now);
             (from, first) = (to, last + 1);
         }
-        pending.drain(complete, from);
+        pending.drain(first, from);
         // What was whole is kept even where something behind it is not.
-        parsed.map_err(|(at, what)| wrong(at, what))?;
-        if pending.bytes.len() > PENDING_BYTES_MAX {
+        if stopped.is_none() {
+            parsed.map_err(|(at, what)| wrong(at, what))?;
+        }
+        if stopped.is_none() && pending.bytes.len() > PENDING_BYTES_MAX {
             let what = format!("a request of more than {PENDING_BYTES_MAX} bytes");
             return Err(wrong(core.writer.head(), what));
         }
@@ -145,13 +176,40 @@ impl Group {
         let hurry = sync_wanted && core.view.members.iter().any(|member| in_sync(&member));
         drop(core);
         drop(freed);
+        for (at, record) in went_back {
+            self.tell_went_back(at, &record);
+        }
         if hurry {
             self.hurry_sync(new_head);
         }
         if new_head > head {
             self.notify();
         }
-        Ok(new_head)
+        Ok(stopped.unwrap_or(Taken::All(new_head)))
+    }
+}
+
+/// How much was appended.
+enum Taken {
+    /// All that makes whole requests: the new head.
+    All(Lsn),
+    /// What is before a rewind.
+    UpTo {
+        /// Where its record begins.
+        rewind: Lsn,
+        /// Where it goes back to.
+        to: Lsn,
+    },
+}
+
+/// What a record says, where it is a rewind.
+fn goes_back(header: &Header, payload: &[u8]) -> Option<RewindRecord> {
+    if header.kind != Kind::Control as u8 || header.control_kind != ControlKind::Rewind as u32 {
+        return None;
+    }
+    match Control::from_json(header.control_kind, payload) {
+        Ok(Some(Control::Rewind(record))) if header.version == 1 => Some(record),
+        _ => None,
     }
 }
 

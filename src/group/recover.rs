@@ -111,7 +111,16 @@ impl Group {
         let own =
             |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
         let scan_to = |end| {
-            let found = scan(&segments, &horizon, before.durable, end, own);
+            let scan = |remember: &BTreeSet<Lsn>| {
+                scan(&segments, &horizon, before.durable, end, remember, own)
+            };
+            let mut found = scan(&BTreeSet::new());
+            // A record goes back: what it goes back to is remembered on the way next time.
+            if let Ok(first) = &found
+                && !first.content.missing().is_empty()
+            {
+                found = scan(&first.content.missing().clone());
+            }
             found.map_err(|cause| io("read log", &cause))
         };
         let mut found = scan_to(if before.yielding { before.durable } else { Lsn::MAX })?;
@@ -193,7 +202,8 @@ impl Group {
             load_moments(&*disk, dir, base_at).map_err(|cause| io("read moments", &cause))?;
         let bases = open_bases(&disk, &base_dir, &horizon, &found.content, &volumes_of(&moments))
             .map_err(|cause| io("open base", &cause))?;
-        let content = std::mem::take(&mut found.content);
+        let mut content = std::mem::take(&mut found.content);
+        content.forget_remembered();
         let scanned_bytes = found.chain_end.bytes_since(horizon.position.lsn);
         let timeline = found.timeline.clone();
         let group =
@@ -306,11 +316,14 @@ fn scan(
     horizon: &ControlState,
     mark: Lsn,
     end: Lsn,
+    remember: &BTreeSet<Lsn>,
     own: impl Fn(&Content) -> bool,
 ) -> io::Result<Found> {
     let start = checkpoint(horizon);
+    let mut content = Content::at_horizon(horizon);
+    content.remember_at(remember.iter().copied());
     let mut found = Found {
-        content: Content::at_horizon(horizon),
+        content,
         timeline: Timeline::new(start, segments.segment_bytes()),
         chain_end: start.lsn,
         durable: Lsn::ZERO,

@@ -49,7 +49,10 @@ impl Group {
         // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
         // again.
         self.update_meta(|meta| (meta.demoted, meta.retired) = (false, false))?;
-        self.lock().retired = None;
+        {
+            let mut core = self.lock();
+            (core.retired, core.needs_image) = (None, None);
+        }
         self.notify();
         Ok(epoch)
     }

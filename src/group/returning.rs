@@ -13,11 +13,12 @@ use serde_json::json;
 
 use super::branch::{Branch, Keeping, settle};
 use super::engine::{Core, Group};
-use super::image::replay;
 use super::receive::Pending;
+use super::replay::replay;
 use super::timeline::follow;
 use super::{EpochRecord, GroupError, Role};
 use crate::events::Severity;
+use crate::log::reader::ScanEnd;
 use crate::log::writer::Writer;
 use crate::units::{ByteSize, Chain, Lsn, NodeId};
 
@@ -303,8 +304,10 @@ impl Group {
             let rebuilt = settle(&self.segments, at, at, head, &mut keeping)
                 .and_then(|()| Writer::open(self.segments.clone(), at, cut.chain, cut.requests))
                 .and_then(|writer| {
-                    let content = replay(&self.segments, &core.horizon, at);
-                    Ok((writer, content.map_err(|cause| std::io::Error::other(cause.to_string()))?))
+                    let rewinds = &core.content.rewinds;
+                    let replayed = replay(&self.segments, &core.horizon, rewinds, at);
+                    let other = |cause: ScanEnd| std::io::Error::other(cause.to_string());
+                    Ok((writer, replayed.map_err(other)?.0))
                 })
                 .and_then(|rebuilt| {
                     let done = self.update_meta(|meta| meta.yielding = false);

@@ -188,7 +188,13 @@ impl Group {
                 && ours(staged.image)
                 && staged.reached.iter().all(|reached| ours(reached.at))
         });
-        let again = staged.filter(|staged| staged.image.lsn >= self.log_start());
+        // One that a rewind has left behind would only be followed by another.
+        let goes_on = |lsn| {
+            let core = self.lock();
+            core.content.rewinds.is_on_path(lsn, core.timeline.end().lsn)
+        };
+        let again = staged
+            .filter(|staged| staged.image.lsn >= self.log_start() && goes_on(staged.image.lsn));
         let image = match again.and_then(|staged| self.image_at(peer, staged.image.lsn)) {
             Some(image) => image,
             None => {

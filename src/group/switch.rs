@@ -59,6 +59,11 @@ impl Group {
     /// Where this is no copy, the image does not fit what is here, what would be cut off was
     /// written here, or what the disk says.
     pub fn begin_image(&self, offer: &ImageOffer) -> Result<(), GroupError> {
+        {
+            // What is shown of the image before this one may still be in its place.
+            let _no_fold = self.fold_lock.lock().expect("no holder panics");
+            self.finish_merge()?;
+        }
         let mut staging = self.staging.lock().expect("no holder panics");
         let (head, chain, epoch) = {
             let core = self.lock();
@@ -288,6 +293,7 @@ impl Group {
         core.pending = Pending::default();
         core.committed = at;
         core.receiving = None;
+        core.needs_image = None;
         core.refresh_view();
         core.log_used_bytes = self.segments.used_bytes();
         self.set_durable(core, at);

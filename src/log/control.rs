@@ -30,6 +30,8 @@ pub enum ControlKind {
     Bookmark = 7,
     /// The wall clock jumped.
     Clock = 8,
+    /// The volumes are again what they were at an earlier position.
+    Rewind = 9,
 }
 
 impl ControlKind {
@@ -37,7 +39,7 @@ impl ControlKind {
     #[must_use]
     pub fn from_number(number: u32) -> Option<ControlKind> {
         use ControlKind::*;
-        [Group, Epoch, Volume, Member, Policy, Job, Bookmark, Clock]
+        [Group, Epoch, Volume, Member, Policy, Job, Bookmark, Clock, Rewind]
             .into_iter()
             .find(|kind| *kind as u32 == number)
     }
@@ -55,6 +57,7 @@ pub enum Control {
     Job(JobRecord),
     Bookmark(BookmarkRecord),
     Clock(ClockRecord),
+    Rewind(RewindRecord),
 }
 
 macro_rules! each_kind {
@@ -68,6 +71,7 @@ macro_rules! each_kind {
             Control::Job($body) => $result,
             Control::Bookmark($body) => $result,
             Control::Clock($body) => $result,
+            Control::Rewind($body) => $result,
         }
     };
 }
@@ -85,6 +89,7 @@ impl Control {
             Control::Job(_) => ControlKind::Job,
             Control::Bookmark(_) => ControlKind::Bookmark,
             Control::Clock(_) => ControlKind::Clock,
+            Control::Rewind(_) => ControlKind::Rewind,
         }
     }
 
@@ -92,7 +97,9 @@ impl Control {
     #[must_use]
     pub fn flags(&self) -> u16 {
         match self {
-            Control::Group(_) | Control::Epoch(_) | Control::Volume(_) => flags::MUST_UNDERSTAND,
+            Control::Group(_) | Control::Epoch(_) | Control::Volume(_) | Control::Rewind(_) => {
+                flags::MUST_UNDERSTAND
+            }
             _ => flags::MAY_SKIP,
         }
     }
@@ -120,6 +127,7 @@ impl Control {
             Job => Control::Job(serde_json::from_slice(body)?),
             Bookmark => Control::Bookmark(serde_json::from_slice(body)?),
             Clock => Control::Clock(serde_json::from_slice(body)?),
+            Rewind => Control::Rewind(serde_json::from_slice(body)?),
         }))
     }
 }
@@ -361,6 +369,22 @@ pub struct ClockRecord {
     pub other: Map<String, Value>,
 }
 
+/// From here on the volumes, their sizes and their data are what they were at an earlier position:
+/// the map becomes the map there. Jobs, policy, members, bookmarks and epochs stay as they are.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RewindRecord {
+    /// The image that comes back: the end of a request before this record.
+    pub to: Lsn,
+    /// Log time at that position.
+    pub time: LogTime,
+    /// Numbers of volumes up to this were used before this record: those of volumes that come and
+    /// go with a rewind are not used again either.
+    pub highest_volume: VolumeNumber,
+    /// Fields of later versions.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -396,13 +420,14 @@ mod tests {
                 r#"{"name":"m","lsn":4096,"time":"2026-11-24T02:00:00Z","consistency":"application","removed":true,"later":1}"#,
             ),
             (8, r#"{"before":"2026-11-24T02:00:00Z","wall":"2026-11-25T02:00:00Z","later":1}"#),
+            (9, r#"{"to":4096,"time":"2026-11-24T02:00:00Z","highest_volume":3,"later":1}"#),
         ];
         for (kind, body) in frozen {
             let control = Control::from_json(kind, body.as_bytes()).expect(body).expect("known");
             assert_eq!(control.kind() as u32, kind);
             assert_eq!(String::from_utf8(control.to_json()).unwrap(), body);
         }
-        assert_eq!(Control::from_json(9, b"{}").unwrap(), None, "a later kind is no error");
+        assert_eq!(Control::from_json(10, b"{}").unwrap(), None, "a later kind is no error");
     }
 
     #[test]

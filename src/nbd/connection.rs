@@ -28,8 +28,16 @@ pub(super) fn serve(
         Ok((agreed, input, _kept)) => {
             let name = agreed.info.name.clone();
             tracing::info!(export = %name, "nbd: client connected");
-            let _client = agreed.device.attach();
-            let end = Session::new(Arc::clone(socket), input, agreed, shared).run();
+            let to_end = Arc::clone(socket);
+            let hang_up = Box::new(move || to_end.shutdown(Shutdown::Both));
+            let _client = agreed.device.attach(hang_up);
+            // From here on the group does not go back by itself: had it done so before, then the
+            // client would have been told of something else.
+            let end = if agreed.device.info() == agreed.info {
+                Session::new(Arc::clone(socket), input, agreed, shared).run()
+            } else {
+                End::NotServed
+            };
             match end {
                 End::Disconnected | End::Closed => {
                     tracing::info!(export = %name, "nbd: client disconnected");

@@ -8,7 +8,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::wire::{Errno, export_flag};
-use crate::group::{Done, Extent, GroupError, Read, Request};
+use crate::group::{Done, Extent, GroupError, HangUp, Read, Request};
 use crate::units::{Lsn, VolumeNumber};
 
 /// What an export is and can do.
@@ -69,8 +69,8 @@ pub trait Device: Send + Sync {
     fn info(&self) -> ExportInfo;
     /// The volume that requests and reads name.
     fn volume(&self) -> VolumeNumber;
-    /// Counts a client until the guard is dropped.
-    fn attach(&self) -> Box<dyn Any + Send>;
+    /// Counts a client until the guard is dropped; `hang_up` ends its connection.
+    fn attach(&self, hang_up: HangUp) -> Box<dyn Any + Send>;
     /// Whether requests are still served; if not, why, for a client that is told ESHUTDOWN.
     fn check_serving(&self) -> Result<(), GroupError> {
         Ok(())

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::export::{Device, ExportInfo, Exports, Refusal};
 use super::identity::Identity;
 use crate::group::{
-    Done, Extent, Group, GroupError, Image, Read, Registry, Request, Role, View, Volume,
+    Done, Extent, Group, GroupError, HangUp, Image, Read, Registry, Request, Role, View, Volume,
 };
 use crate::units::{Lsn, VolumeNumber};
 
@@ -150,6 +150,7 @@ fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
         reign: reign.map_or(0, |reign| reign.counter),
         reign_id: reign.map_or(String::new(), |reign| reign.id.to_string()),
         reason: reign.map_or(String::new(), |reign| reign.reason.clone()),
+        rewound: control.rewinds.last().map(|rewind| rewind.at.lsn.0),
         lsn: lsn.map(|lsn| lsn.0),
     }
 }
@@ -179,8 +180,8 @@ impl Device for LiveVolume {
         self.volume.number
     }
 
-    fn attach(&self) -> Box<dyn Any + Send> {
-        Box::new(self.group.client(self.volume.number))
+    fn attach(&self, hang_up: HangUp) -> Box<dyn Any + Send> {
+        Box::new(self.group.client_until(self.volume.number, hang_up))
     }
 
     fn check_serving(&self) -> Result<(), GroupError> {
@@ -239,7 +240,7 @@ impl Device for ImageVolume {
         self.volume.number
     }
 
-    fn attach(&self) -> Box<dyn Any + Send> {
+    fn attach(&self, _hang_up: HangUp) -> Box<dyn Any + Send> {
         Box::new(Arc::clone(&self.image))
     }
 

@@ -10,6 +10,7 @@
 //! | `reign` | counts the reigns of the group; a later one may lack what this one answered |
 //! | `reign-id` | 16 hexadecimal digits, random |
 //! | `reason` | why the reign began; `switchover` loses nothing |
+//! | `rewound` | where the group went back last, if ever: what was read before is gone |
 //! | `lsn` | of an image: its moment |
 
 use std::fmt;
@@ -27,6 +28,8 @@ pub struct Identity {
     pub reign_id: String,
     /// Why the reign began.
     pub reason: String,
+    /// Where the group went back last; `None` where it never did.
+    pub rewound: Option<u64>,
     /// An image's moment; `None` for a live volume.
     pub lsn: Option<u64>,
 }
@@ -46,10 +49,8 @@ impl Identity {
             reign: text("reign")?.parse().ok()?,
             reign_id: text("reign-id")?,
             reason: text("reason")?,
-            lsn: match text("lsn") {
-                Some(lsn) => Some(lsn.parse().ok()?),
-                None => None,
-            },
+            rewound: text("rewound").map(|lsn| lsn.parse()).transpose().ok()?,
+            lsn: text("lsn").map(|lsn| lsn.parse()).transpose().ok()?,
         })
     }
 
@@ -64,16 +65,18 @@ impl Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Identity { group_id, volume_number, reign, reign_id, reason, lsn } = self;
+        let Identity { group_id, volume_number, reign, reign_id, reason, rewound, lsn } = self;
         write!(
             f,
             "group-id={group_id} volume-number={volume_number} reign={reign} reign-id={reign_id} \
              reason={reason}"
         )?;
-        match lsn {
-            Some(lsn) => write!(f, " lsn={lsn}"),
-            None => Ok(()),
+        for (key, value) in [("rewound", rewound), ("lsn", lsn)] {
+            if let Some(value) = value {
+                write!(f, " {key}={value}")?;
+            }
         }
+        Ok(())
     }
 }
 
@@ -89,6 +92,7 @@ mod tests {
             reign: 7,
             reign_id: "0011223344556677".to_owned(),
             reason: "promote".to_owned(),
+            rewound: None,
             lsn: None,
         };
         let text = format!("volume v of group g; {identity}");
@@ -98,7 +102,7 @@ mod tests {
              reign=7 reign-id=0011223344556677 reason=promote"
         );
         assert_eq!(Identity::parse(&text), Some(identity.clone()));
-        identity.lsn = Some(4096);
+        (identity.rewound, identity.lsn) = (Some(512), Some(4096));
         let image = format!("volume v of group g at LSN 4096; {identity}");
         assert_eq!(Identity::parse(&image), Some(identity.clone()));
         assert!(!identity.is_same_volume(&Identity::parse(&text).unwrap()));

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::export::{Device, ExportInfo, Exports, Refusal};
-use crate::group::{Allocation, Done, Extent, GroupError, Op, Read, Request};
+use crate::group::{Allocation, Done, Extent, GroupError, HangUp, Op, Read, Request};
 use crate::units::{Lsn, VolumeNumber};
 
 /// Bytes that a [`RamDevice`] tells apart in its extents.
@@ -108,7 +108,7 @@ impl Device for RamDevice {
         VolumeNumber(1)
     }
 
-    fn attach(&self) -> Box<dyn Any + Send> {
+    fn attach(&self, _hang_up: HangUp) -> Box<dyn Any + Send> {
         self.clients.fetch_add(1, Ordering::SeqCst);
         Box::new(Client(Arc::clone(&self.clients)))
     }

@@ -100,6 +100,10 @@ pub struct Channel {
     receiving: Option<image::Receiving>,
     /// What the peer has of an image, as it said when it asked.
     staged_there: Option<Staged>,
+    /// The peer cannot take the log that follows its own.
+    needs_image_there: bool,
+    /// This node cannot.
+    needs_image: bool,
     /// What is staged here may not be needed any more.
     has_staged: bool,
     /// The shell may keep an image for the peer.
@@ -163,6 +167,8 @@ impl Channel {
             shipping: None,
             receiving: None,
             staged_there: None,
+            needs_image_there: false,
+            needs_image: false,
             has_staged: false,
             may_be_kept: true,
             sent: image::Sent::default(),
@@ -491,13 +497,14 @@ impl Channel {
                 self.evaluate(context);
                 Ok(())
             }
-            Message::Follow { stream, history, durable, requests, staged, .. } => {
+            Message::Follow { stream, history, durable, requests, staged, needs_image, .. } => {
                 let history = History::from_wire(&history)
                     .ok_or_else(|| format!("group {}: impossible history", self.local.name))?;
                 if durable > history.head.0 {
                     return Err(format!("group {}: durable above head", self.local.name));
                 }
                 self.staged_there = staged.as_ref().and_then(image::staged_from_wire);
+                self.needs_image_there = needs_image;
                 self.on_follow(context, stream, history, Lsn(durable), requests);
                 Ok(())
             }

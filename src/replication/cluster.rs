@@ -485,6 +485,7 @@ impl World {
                     durable: Lsn(log.durable as u64),
                     requests: log.head().0 / RECORD_BYTES as u64,
                     staged,
+                    needs_image: false,
                 };
                 self.later(side, input);
             }

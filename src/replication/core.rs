@@ -336,8 +336,9 @@ impl PeerCore {
                     Ok(())
                 });
             }
-            Input::Prepared { group, stream, history, durable, requests, staged } => {
+            Input::Prepared { group, stream, history, durable, requests, staged, needs_image } => {
                 self.with_channel(now, group, outputs, |channel, context| {
+                    channel.note_needs_image(needs_image);
                     channel.on_prepared(context, stream, &history, durable, requests, staged);
                     Ok(())
                 });

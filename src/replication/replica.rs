@@ -63,6 +63,7 @@ pub trait Replica: Send + Sync {
     fn stage(&self, part: ImagePart) -> Result<ImageProgress, GroupError>;
     fn switch_to_image(&self) -> Result<Position, GroupError>;
     fn drop_staging(&self) -> Result<(), GroupError>;
+    fn needs_image(&self) -> Option<String>;
 }
 
 /// The groups of a node. The methods are those of [`Registry`].
@@ -113,6 +114,9 @@ impl Replica for Group {
     }
     fn drop_staging(&self) -> Result<(), GroupError> {
         Group::drop_staging(self)
+    }
+    fn needs_image(&self) -> Option<String> {
+        Group::needs_image(self)
     }
     fn id(&self) -> GroupId {
         Group::id(self)

@@ -520,6 +520,8 @@ pub enum Message {
         requests: u64,
         /// What it has of an image, if one was coming.
         staged: Option<WireStaged>,
+        /// It cannot take the log from there on, and needs an image.
+        needs_image: bool,
     },
     /// The primary grants it.
     Stream {

@@ -215,6 +215,7 @@ pub fn perform(
                 durable: positions.durable.min(positions.head),
                 requests: positions.requests,
                 staged,
+                needs_image: group.needs_image().is_some(),
             };
             return Some((peer, input));
         }

@@ -70,8 +70,18 @@ pub fn judge(known: &Known, offer: &Known) -> Verdict {
 }
 
 fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
-    // An image does not change with the reigns.
-    if had.reign_id == offered.reign_id || had.lsn.is_some() {
+    // An image changes neither with the reigns nor with rewinds.
+    if had.lsn.is_some() {
+        return Verdict::Same;
+    }
+    if had.rewound != offered.rewound {
+        return Verdict::Other(
+            "its group was taken back to an earlier moment meanwhile, or is of before that: what \
+             the device has shown is not there any more; unmount, `tidelog detach`, attach anew"
+                .to_owned(),
+        );
+    }
+    if had.reign_id == offered.reign_id {
         return Verdict::Same;
     }
     if offered.reign <= had.reign {
@@ -102,6 +112,7 @@ mod tests {
             reign,
             reign_id: id.to_owned(),
             reason: reason.to_owned(),
+            rewound: None,
             lsn: None,
         });
         Known { size_bytes, flags: 0x36d, identity }
@@ -133,6 +144,31 @@ mod tests {
             let verdict = judge(&had, &known(4096, Some((reign, id, "switchover"))));
             assert!(matches!(verdict, Verdict::Other(_)), "{reign} {id}: {verdict:?}");
         }
+    }
+
+    #[test]
+    fn what_a_rewind_has_left_behind_is_never_mixed_with_what_came_back() {
+        let had = known(4096, Some((2, "x", "promote")));
+        let mut rewound = had.clone();
+        rewound.identity.as_mut().unwrap().rewound = Some(4096);
+        for (had, offered) in [(&had, &rewound), (&rewound, &had)] {
+            let Verdict::Other(why) = judge(had, offered) else { panic!("{offered:?}") };
+            assert!(why.contains("taken back"), "{why}");
+        }
+        assert_eq!(judge(&rewound, &rewound), Verdict::Same);
+        let mut later = known(4096, Some((3, "y", "promote")));
+        assert!(
+            matches!(judge(&rewound, &later), Verdict::Other(_)),
+            "a copy that had not gone back"
+        );
+        later.identity.as_mut().unwrap().rewound = Some(4096);
+        assert!(matches!(judge(&rewound, &later), Verdict::LaterReign(_)));
+        for offer in [&mut rewound, &mut later] {
+            offer.identity.as_mut().unwrap().lsn = Some(4096);
+        }
+        let mut image = had.clone();
+        image.identity.as_mut().unwrap().lsn = Some(4096);
+        assert_eq!(judge(&image, &rewound), Verdict::Same, "an image stays what it is");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod races;
 mod registry;
 mod resync;
 mod returning;
+mod rewind;
 mod room;
 
 use std::path::PathBuf;

@@ -28,6 +28,9 @@ struct Model {
     now: Volumes,
     /// Position after a request, and the volumes there.
     past: Vec<(Lsn, Volumes)>,
+    rewinds: u64,
+    /// Looks at what changed since a position that a rewind had left behind.
+    over_rewinds: u64,
 }
 
 impl Model {
@@ -80,8 +83,20 @@ fn range(dice: &Dice, volume_bytes: usize, longest: u64) -> (u64, u64) {
     (offset, length.min(volume_bytes as u64 - offset))
 }
 
+fn make_volume(group: &Group, model: &mut Model, number: u64) {
+    let made = group.create_volume(name(&format!("v{number}")), BYTES as u64).unwrap();
+    let used = model.past.iter().any(|(_, volumes)| volumes.contains_key(&made.number));
+    assert!(!used, "volume {} was there before", made.number);
+    model.now.insert(made.number, vec![0; BYTES]);
+    model.note(group.positions().head);
+}
+
 fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, number: u64) {
     let volumes: Vec<VolumeNumber> = model.now.keys().copied().collect();
+    if volumes.is_empty() {
+        // A rewind went back to before there was any.
+        return make_volume(group, model, number);
+    }
     let volume = volumes[dice.below(volumes.len() as u64) as usize];
     match dice.below(100) {
         0..50 => {
@@ -140,11 +155,7 @@ fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, n
             model.now.get_mut(&volume).unwrap().resize(bytes as usize, 0);
             model.note(group.positions().head);
         }
-        66..68 if volumes.len() < 3 => {
-            let made = group.create_volume(name(&format!("v{number}")), BYTES as u64).unwrap();
-            model.now.insert(made.number, vec![0; BYTES]);
-            model.note(group.positions().head);
-        }
+        66..68 if volumes.len() < 3 => make_volume(group, model, number),
         68..70 if volumes.len() > 1 => {
             let gone = group.volumes().into_iter().find(|known| known.number == volume).unwrap();
             group.remove_volume(&gone.name).unwrap();
@@ -156,7 +167,19 @@ fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, n
             group.fold_now().unwrap();
             group.write_indices();
         }
-        78..84 => {
+        78..81 => {
+            let (from, to) = (group.positions().horizon, group.positions().head);
+            let point = Point::Lsn(Lsn(from.0 + dice.below(to.bytes_since(from) + 1)));
+            let volumes = group.volumes();
+            if let Ok(rewound) = group.rewind(&point, false) {
+                model.now = model.at(rewound.to.lsn).clone();
+                model.note(rewound.at);
+                model.rewinds += 1;
+            } else {
+                assert_eq!(group.volumes(), volumes, "a rewind that is refused changes nothing");
+            }
+        }
+        81..84 => {
             group.close().unwrap();
             *group = bench.open().0;
             model.note(group.positions().head);
@@ -188,6 +211,7 @@ fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, n
             if let Ok(image) = group.open_image(&point, None, "model", None) {
                 let lsn = image.position().lsn;
                 check(&*image, model.at(lsn), &format!("image at {lsn} for {point:?}"));
+                check_changed(dice, &image, model);
                 if dice.below(3) == 0 {
                     group.close_image(image.name()).unwrap();
                 }
@@ -197,6 +221,31 @@ fn step(dice: &Dice, bench: &Bench, group: &mut Arc<Group>, model: &mut Model, n
     while group.images().len() > 3 {
         group.close_image(group.images()[0].name()).unwrap();
     }
+}
+
+/// What an image calls unchanged since some earlier position is so.
+fn check_changed(dice: &Dice, image: &Image, model: &mut Model) {
+    let lsn = image.position().lsn;
+    let earlier = model.past.partition_point(|(known, _)| *known <= lsn);
+    let (since, before) = &model.past[dice.below(earlier as u64) as usize];
+    let now = model.at(lsn);
+    for (volume, bytes) in before {
+        let Some(now) = now.get(volume) else { continue };
+        let mut unchanged = vec![true; bytes.len().min(now.len())];
+        for (offset, length) in image.changed_since(*volume, *since).unwrap() {
+            let end = unchanged.len().min((offset + length) as usize);
+            unchanged[end.min(offset as usize)..end].fill(false);
+        }
+        let wrong = (0..unchanged.len()).find(|at| unchanged[*at] && bytes[*at] != now[*at]);
+        assert_eq!(wrong, None, "volume {volume}, image at {lsn}, since {since}");
+    }
+    let inside = image
+        .group()
+        .control()
+        .rewinds
+        .iter()
+        .any(|rewind| (rewind.to < *since && *since <= rewind.at.lsn) && rewind.at.lsn < lsn);
+    model.over_rewinds += u64::from(inside);
 }
 
 fn pins(group: &Group) -> Vec<BookmarkRecord> {
@@ -226,15 +275,25 @@ fn check_moments(group: &Group, model: &Model, what: &str) -> u64 {
     below
 }
 
-fn run(seed: u64, steps: u64) -> u64 {
+fn model_of(group: &Group) -> Model {
+    let mut model = Model {
+        now: Volumes::new(),
+        past: vec![(Lsn::ZERO, Volumes::new())],
+        rewinds: 0,
+        over_rewinds: 0,
+    };
+    let volume = group.create_volume(name("v"), BYTES as u64).unwrap();
+    model.now.insert(volume.number, vec![0; BYTES]);
+    model.note(group.positions().head);
+    model
+}
+
+fn run(seed: u64, steps: u64) -> (u64, Model) {
     let dice = Dice::new(seed);
     let bench = Bench::new("a", seed);
     let mut group = bench.create();
     set_policy(&group, 30, 16 * SEGMENT);
-    let mut model = Model { now: Volumes::new(), past: vec![(Lsn::ZERO, Volumes::new())] };
-    let volume = group.create_volume(name("v"), BYTES as u64).unwrap();
-    model.now.insert(volume.number, vec![0; BYTES]);
-    model.note(group.positions().head);
+    let mut model = model_of(&group);
     let mut below = 0;
     for number in 0..steps {
         step(&dice, &bench, &mut group, &mut model, number);
@@ -244,13 +303,21 @@ fn run(seed: u64, steps: u64) -> u64 {
         }
     }
     assert!(group.positions().horizon > Lsn::ZERO, "seed {seed}: the program folded");
-    below
+    (below, model)
 }
 
 #[test]
 fn random_programs_equal_the_model_live_and_in_every_image() {
-    let below: u64 = (1..=12).map(|seed| run(seed, 150)).sum();
-    assert!(below > 200, "only {below} looks at moments behind the horizon");
+    let (mut all_below, mut rewinds, mut over) = (0, 0, 0);
+    for seed in 1..=16 {
+        let (below, model) = run(seed, 150);
+        all_below += below;
+        rewinds += model.rewinds;
+        over += model.over_rewinds;
+    }
+    assert!(all_below > 200, "only {all_below} looks at moments behind the horizon");
+    assert!(rewinds > 30, "only {rewinds} rewinds");
+    assert!(over > 10, "only {over} looks at what changed over a rewind");
 }
 
 /// Invariants 1 and 2: after a crash that loses, reorders and tears what was not synced, the group
@@ -265,10 +332,7 @@ fn after_a_crash_the_group_is_one_prefix_and_has_everything_flushed() {
         let bench = Bench::new("a", seed);
         let mut group = bench.create();
         set_policy(&group, 10, 16 * SEGMENT);
-        let mut model = Model { now: Volumes::new(), past: vec![(Lsn::ZERO, Volumes::new())] };
-        let volume = group.create_volume(name("v"), BYTES as u64).unwrap();
-        model.now.insert(volume.number, vec![0; BYTES]);
-        model.note(group.positions().head);
+        let mut model = model_of(&group);
         for number in 0..20 + dice.below(60) {
             step(&dice, &bench, &mut group, &mut model, number);
         }

@@ -4,7 +4,7 @@ use super::moments::{all, at_pin, fold, group_with_volume};
 use super::*;
 use crate::log::control::{BookmarkRecord, Consistency};
 
-fn follow(group: &Group, copy: &Group) {
+pub(super) fn follow(group: &Group, copy: &Group) {
     let (from, head) = (copy.received_end(), group.positions().head);
     let mut bytes = vec![0; head.bytes_since(from) as usize];
     group.read_log(from, &mut bytes).unwrap();

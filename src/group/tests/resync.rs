@@ -28,8 +28,8 @@ impl Pair {
         Pair { here, there, primary, copy }
     }
 
-    fn follow(&self) {
-        follow(&self.primary, &self.copy);
+    fn follow(&self) -> bool {
+        follow(&self.primary, &self.copy)
     }
 
     fn fold(&self) {
@@ -61,17 +61,29 @@ impl Pair {
     }
 }
 
-fn follow(primary: &Group, copy: &Group) {
+/// Whether it came by the log alone: a copy that has folded too far to go back as the primary did
+/// is brought up by an image.
+fn follow(primary: &Group, copy: &Group) -> bool {
     let from = copy.received_end();
     assert!(from >= primary.log_start(), "{from} is not in the log");
     let head = primary.positions().head;
     let mut bytes = vec![0; head.bytes_since(from) as usize];
     primary.read_log(from, &mut bytes).unwrap();
     for part in bytes.chunks(50_000) {
-        copy.append_received(copy.received_end(), part).unwrap();
+        if let Err(error) = copy.append_received(copy.received_end(), part) {
+            assert!(copy.needs_image().is_some(), "{error}");
+            let head = copy.positions().head;
+            primary.end_shipment(&b());
+            assert!(send(primary, copy, Some(head), head, usize::MAX));
+            copy.switch_to_image().unwrap();
+            primary.end_shipment(&b());
+            follow(primary, copy);
+            return false;
+        }
     }
     copy.note_committed(primary.positions().durable);
     copy.sync_now().unwrap();
+    true
 }
 
 fn send(primary: &Group, copy: &Group, since: Option<Lsn>, common: Lsn, parts: usize) -> bool {
@@ -134,7 +146,16 @@ impl Dice {
 fn act(dice: &Dice, primary: &Group, pair: &Bench, number: u64) {
     let volumes = primary.volumes();
     let any = |dice: &Dice| volumes[dice.below(volumes.len() as u64) as usize].clone();
-    match dice.below(20) {
+    if volumes.is_empty() {
+        primary.create_volume(name(&format!("v{number}")), 1 << 20).unwrap();
+        return;
+    }
+    match dice.below(21) {
+        20 => {
+            let (from, to) = (primary.positions().horizon, primary.positions().head);
+            let lsn = Lsn(from.0 + dice.below(to.bytes_since(from) + 1));
+            let _ = primary.rewind(&Point::Lsn(lsn), false);
+        }
         0 if volumes.len() < 4 => {
             let size = (1 + dice.below(3)) << 20;
             primary.create_volume(name(&format!("v{number}")), size).unwrap();
@@ -172,6 +193,7 @@ fn act(dice: &Dice, primary: &Group, pair: &Bench, number: u64) {
 #[test]
 fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
     let (mut partial, mut whole, mut resumed, mut rebased, mut crashed) = (0, 0, 0, 0, 0);
+    let (mut gone_back, mut rewinds) = (0, 0);
     for seed in 0..40 {
         let dice = Dice(SeededEntropy::new(seed));
         let mut pair = Pair::new(seed);
@@ -189,7 +211,7 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
             let reached = pair.copy.received_end() >= pair.primary.log_start()
                 && (pair.copy.received_end() > Lsn::ZERO || dice.below(2) == 0);
             if reached {
-                pair.follow();
+                gone_back += u64::from(!pair.follow());
                 pair.check(&what);
             }
             acts(&pair, dice.below(60));
@@ -251,10 +273,12 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
                 base.check(0, u64::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
             }
             pair.primary.end_shipment(&b());
-            pair.follow();
+            gone_back += u64::from(!pair.follow());
             pair.check(&what);
         }
+        rewinds += pair.primary.control().rewinds.len();
     }
+    assert!(gone_back > 0 && rewinds > 20, "{gone_back} of {rewinds}");
     let covered = [partial, whole, resumed, rebased, crashed];
     assert!(covered.iter().all(|count| *count > 5), "{covered:?}");
 }

@@ -5,6 +5,11 @@ use crate::replication::epoch::compare;
 use crate::replication::wire::PAYLOAD_BYTES_MAX;
 
 impl Channel {
+    /// The log that comes next cannot be followed here, or it can.
+    pub(in crate::replication) fn note_needs_image(&mut self, needs_image: bool) {
+        self.needs_image = needs_image;
+    }
+
     pub(in crate::replication) fn on_prepared(
         &mut self,
         context: &mut Context<'_>,
@@ -27,6 +32,7 @@ impl Channel {
             durable: durable.0,
             requests,
             staged: staged.as_ref().map(image::staged_to_wire),
+            needs_image: self.needs_image,
         });
     }
 

@@ -127,11 +127,13 @@ impl Channel {
             ended: false,
             progress: ImageProgress::default(),
         });
-        let reason = format!(
-            "{} ends at LSN {common}, and the log here begins at {}: it is brought up by an image, \
-             which is being opened",
-            context.peer_name, self.local.log_start
-        );
+        let (peer, begins) = (context.peer_name, self.local.log_start);
+        let why = if common < begins {
+            format!("ends at LSN {common}, and the log here begins at {begins}")
+        } else {
+            format!("cannot follow the log behind LSN {common}, where the group went back")
+        };
+        let reason = format!("{peer} {why}: it is brought up by an image, which is being opened");
         self.set_state(context, ReplicationState::ResyncSource, reason);
         context.outputs.push(Output::Ship {
             group: self.local.id,

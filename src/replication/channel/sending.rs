@@ -182,7 +182,11 @@ impl Channel {
             Lookup::Follow { stream, history, acked } => match chain {
                 Some(chain) if chain == history.chain => {
                     self.compared = Some(history.head);
-                    self.grant(context, stream, acked);
+                    if self.needs_image_there && self.local.primary {
+                        self.ship(context, stream, Some(history.head), history.head);
+                    } else {
+                        self.grant(context, stream, acked);
+                    }
                 }
                 Some(_) => {
                     let mine = self.local.history.head.bytes_since(history.head);

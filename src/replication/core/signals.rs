@@ -89,6 +89,8 @@ pub enum Input {
         requests: u64,
         /// What is staged of an image.
         staged: Option<Staged>,
+        /// The log of the primary cannot be followed from there on.
+        needs_image: bool,
     },
     /// Answers [`Output::Ship`].
     Shipped {
