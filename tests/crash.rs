@@ -42,6 +42,8 @@ enum Step {
     Fold,
     /// A request of any place and length, from a seed.
     Any(u64),
+    /// The group goes back to an earlier moment, where the log has one.
+    Back,
     /// The daemon is stopped in order and started again.
     Restart,
 }
@@ -218,6 +220,21 @@ impl Bench {
                     }
                 }
             }
+            Back => {
+                let positions = self.group().positions();
+                let covered = positions.horizon..positions.request_end;
+                let there = self.moments.iter().filter(|moment| covered.contains(&moment.end));
+                let there: Vec<Moment> = there.cloned().collect();
+                // The first one, or the one before the last: into what was left behind, too.
+                let back = if version % 2 == 0 { 0 } else { there.len().saturating_sub(2) };
+                let Some(moment) = there.get(back) else { return Ok(()) };
+                let rewound = self.group().rewind(&Point::Lsn(moment.end), false)?;
+                assert_eq!(rewound.to.lsn, moment.end);
+                let contents = moment.contents.clone();
+                self.moments.push(Moment { end: rewound.at, contents });
+                self.flushed = self.moments.len() - 1;
+                Ok(())
+            }
             Restart => {
                 self.group().close()?;
                 self.flushed = self.moments.len() - 1;
@@ -382,6 +399,13 @@ fn four_steps_around_a_fold_survive_a_crash_at_every_boundary() {
     assert!(covered.lost_something > 50 && covered.kept_all > 50, "{covered:?}");
 }
 
+#[test]
+fn going_back_around_a_fold_survives_a_crash_at_every_boundary() {
+    let covered = every_program(&[Sector, Large, Fold, Back], 4, 1);
+    assert_eq!(covered.programs, 4 + 16 + 64 + 256);
+    assert!(covered.lost_something > 50 && covered.kept_all > 50, "{covered:?}");
+}
+
 /// A long program, with several crashes, each of which may be followed by others before the group
 /// is open again.
 fn long_program(seed: u64, counts: &mut BTreeMap<&'static str, u64>) -> Result<(), String> {
@@ -397,6 +421,7 @@ fn long_program(seed: u64, counts: &mut BTreeMap<&'static str, u64>) -> Result<(
                 3 => Restart,
                 4 => Large,
                 5 => Block,
+                6 => Back,
                 _ => Any(below(u64::MAX)),
             };
             let (answered, flushed) = (bench.moments.len() - 1, bench.flushed);

@@ -13,7 +13,7 @@ use super::repository::{RepositoryConfig, RepositoryError};
 use super::restore::{FileSink, RestoreSink};
 use super::scheduler::{Inner, Scheduler, blocking};
 use super::source::Progress;
-use crate::group::{Group, Op, Request, Role, Volume};
+use crate::group::{ClientGuard, Group, Op, Request, Role, Volume};
 use crate::units::Name;
 
 /// Where a restore goes.
@@ -351,7 +351,8 @@ impl Inner {
         if clients > 0 {
             return Err(failed(format!("{clients} clients are connected; disconnect them first")));
         }
-        Ok(VolumeSink { group: Arc::clone(&group), volume: found })
+        let client = group.client(found.number);
+        Ok(VolumeSink { group: Arc::clone(&group), volume: found, _client: client })
     }
 }
 
@@ -373,6 +374,8 @@ fn file_sink(path: &Path, volume: &str) -> Result<FileSink, BackupError> {
 struct VolumeSink {
     group: Arc<Group>,
     volume: Volume,
+    /// It counts as one, so that the group does not go back under it.
+    _client: ClientGuard,
 }
 
 impl VolumeSink {

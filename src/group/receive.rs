@@ -36,7 +36,9 @@ impl Group {
 
     /// Forgets the unfinished tail, for a new connection.
     pub fn reset_received(&self) {
-        self.lock().pending = Pending::default();
+        let mut core = self.lock();
+        core.pending = Pending::default();
+        core.content.forget_remembered();
     }
 
     /// The primary told that it is durable there up to `lsn`.
@@ -159,6 +161,9 @@ impl Group {
             (from, first) = (to, last + 1);
         }
         pending.drain(first, from);
+        if !went_back.is_empty() {
+            core.content.forget_remembered();
+        }
         // What was whole is kept even where something behind it is not.
         if stopped.is_none() {
             parsed.map_err(|(at, what)| wrong(at, what))?;

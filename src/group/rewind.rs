@@ -16,7 +16,7 @@ use super::engine::{Core, Group};
 use super::replay::replay;
 use super::rewound::Rewind;
 use super::timeline::Checkpoint;
-use super::{GroupError, Point, ReceiveError, RewindRecord, Rewound};
+use super::{GroupError, Point, ReceiveError, RewindRecord, Rewound, Role};
 use crate::events::Severity;
 use crate::extent_map::{ExtentMap, Freed};
 use crate::log::control::Control;
@@ -189,19 +189,19 @@ impl Group {
     /// this node is not the primary; what the disk says.
     pub fn rewind(&self, point: &Point, force: bool) -> Result<Rewound, GroupError> {
         let point = self.resolve(point)?;
-        for _ in 1..ATTEMPTS {
-            if !force {
-                break;
-            }
+        // Nobody is cut off for what is refused all the same.
+        self.check_may_rewind(&self.lock(), &point)?;
+        let mut then = Some(self.content_at(point.lsn)?);
+        for _ in 0..if force { ATTEMPTS } else { 0 } {
             self.disconnect_clients();
             if self.clients().is_empty() {
                 break;
             }
         }
-        let mut then = Some(self.content_at(point.lsn)?);
         let mut from = Position::default();
         let appended = self.append_control_with(|core| {
             self.check_may_rewind(core, &point)?;
+            self.check_no_clients(point.lsn)?;
             core.content.prepare(point.lsn, then.take().expect("it is asked once"));
             assert!(core.is_ready_to_go_back(point.lsn), "the log reaches there");
             let record = RewindRecord {
@@ -220,20 +220,29 @@ impl Group {
     }
 
     fn check_may_rewind(&self, core: &Core, point: &Checkpoint) -> Result<(), GroupError> {
-        self.check_in_log(core, point.lsn)?;
-        let (name, lsn) = (self.name(), point.lsn);
-        let clients: usize = self.clients().iter().map(|(_, count)| count).sum();
-        if clients > 0 {
-            return Err(self.refused(format!(
-                "{clients} clients are connected, and would find other data under what they have \
-                 read: unmount and disconnect them first (`tidelog status {name}`), or `tidelog \
-                 rewind {name} --to lsn:{lsn} --force` cuts them off"
-            )));
+        self.failed_error(core)?;
+        if core.role != Role::Primary {
+            return Err(GroupError::NotPrimary { group: self.name().clone() });
         }
-        if lsn == core.timeline.end().lsn {
+        self.check_in_log(core, point.lsn)?;
+        if point.lsn == core.timeline.end().lsn {
+            let lsn = point.lsn;
             return Err(self.refused(format!("is at lsn:{lsn} already: nothing was written since")));
         }
         Ok(())
+    }
+
+    fn check_no_clients(&self, lsn: Lsn) -> Result<(), GroupError> {
+        let (name, clients) = (self.name(), self.clients());
+        let clients: usize = clients.iter().map(|(_, count)| count).sum();
+        if clients == 0 {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "{clients} clients are connected, and would find other data under what they have read: \
+             unmount and disconnect them first (`tidelog status {name}`), or `tidelog rewind {name} \
+             --to lsn:{lsn} --force` cuts them off"
+        )))
     }
 
     /// A record can only go back to what the base is not behind.
