@@ -226,7 +226,8 @@ impl Bench {
                 let there = self.moments.iter().filter(|moment| covered.contains(&moment.end));
                 let there: Vec<Moment> = there.cloned().collect();
                 // The first one, or the one before the last: into what was left behind, too.
-                let back = if version % 2 == 0 { 0 } else { there.len().saturating_sub(2) };
+                let back =
+                    if version.is_multiple_of(2) { 0 } else { there.len().saturating_sub(2) };
                 let Some(moment) = there.get(back) else { return Ok(()) };
                 let rewound = self.group().rewind(&Point::Lsn(moment.end), false)?;
                 assert_eq!(rewound.to.lsn, moment.end);

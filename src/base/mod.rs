@@ -14,5 +14,5 @@ mod tests;
 mod volume;
 
 pub use control::{ControlEntry, ControlState, ControlStateError};
-pub use overlay::{Kept, Overlay};
+pub use overlay::{Kept, Mark, Overlay};
 pub use volume::{BaseError, BaseRead, BaseVolume, read_batch};

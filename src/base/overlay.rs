@@ -156,6 +156,10 @@ pub struct Overlay {
     ends: Mutex<Ends>,
 }
 
+/// Where the files of an overlay ended.
+#[derive(Clone, Copy)]
+pub struct Mark(Ends);
+
 /// Where the files go on.
 #[derive(Clone, Copy, Default)]
 struct Ends {
@@ -265,6 +269,22 @@ impl Overlay {
         ends.written = ends.slots;
         self.blocks.set_len(ends.slots * BLOCK_BYTES)?;
         self.index.set_len(ends.index_bytes)
+    }
+
+    /// Where the files end now.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        Mark(*self.ends.lock().expect("no holder panics"))
+    }
+
+    /// Takes back all that was committed since `mark`, where nobody relies on it. What cannot be
+    /// cut off at once is before the next [`Overlay::commit`].
+    pub fn return_to(&self, mark: Mark) {
+        let mut ends = self.ends.lock().expect("no holder panics");
+        *ends = Ends { written: mark.0.slots, cut_due: true, ..mark.0 };
+        // Their failure costs space until then.
+        let _ = self.blocks.set_len(ends.slots * BLOCK_BYTES);
+        let _ = self.index.set_len(ends.index_bytes);
     }
 
     /// Gives the space back, also where somebody has the files open; for an overlay that nobody

@@ -112,6 +112,27 @@ impl Group {
         Ok(claimed)
     }
 
+    /// The moments that are needed up to the horizon, where the log ends, in order: an image is to
+    /// take the place of the base.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be told which branches there are.
+    pub(super) fn claim_below_image(&self) -> Result<Vec<Arc<Moment>>, GroupError> {
+        let branches = self.branches()?;
+        let mut core = self.lock();
+        let horizon = core.timeline.horizon().lsn;
+        let needs = self.needs(&core, &branches);
+        for (lsn, needed) in needs.range(horizon..=horizon) {
+            let made = || Arc::new(Moment::new(&self.dir, *lsn));
+            let moment = core.moments.entry(*lsn).or_insert_with(made).clone();
+            for image in &needed.images {
+                image.keep_by(&moment);
+            }
+        }
+        Ok(needs.range(..=horizon).filter_map(|(lsn, _)| usable(&core, *lsn)).collect())
+    }
+
     /// Notes what is needed below `covered` and was never kept here.
     fn note_lost(
         &self,

@@ -35,7 +35,7 @@ impl Lookup for Past<'_> {
 }
 
 /// Why something could not be kept.
-enum KeepError {
+pub(super) enum KeepError {
     /// The overlay's disk says so.
     Overlay(io::Error),
     /// The moment's own contents cannot be told.
@@ -100,7 +100,11 @@ impl Group {
     }
 
     /// Makes room for another try, or gives the moment up.
-    fn could_not_keep(&self, moment: &Moment, cause: &io::Error) -> Result<(), GroupError> {
+    pub(super) fn could_not_keep(
+        &self,
+        moment: &Moment,
+        cause: &io::Error,
+    ) -> Result<(), GroupError> {
         if cause.kind() != io::ErrorKind::StorageFull {
             self.let_go(moment, &format!("what a fold changes could not be kept: {cause}"));
             return Ok(());
@@ -147,7 +151,7 @@ impl Group {
                 // The volume is gone, and its base stays as it is: what is still in the log goes.
                 None => (changes(known.map.pieces(), Lsn::ZERO, size_bytes), known),
             };
-            self.keep_births(moment, known, log, &changes, &mut kept)?;
+            self.keep_births(moment, known, &changes, |chunk| only_zeros(log, chunk), &mut kept)?;
             for change in changes {
                 damaged += self.keep_blocks(moment, &overlay, past, *number, change, &mut kept)?;
             }
@@ -163,7 +167,7 @@ impl Group {
     }
 
     /// The moment's files, made where this is the first fold that passes it.
-    fn overlay_of(
+    pub(super) fn overlay_of(
         &self,
         moment: &Moment,
         at: Checkpoint,
@@ -191,12 +195,12 @@ impl Group {
 
     /// Keeps when the chunks of these changes had changed last before the moment: their base will
     /// only know of the fold. Of what is zeros before and after there is nothing to know.
-    fn keep_births(
+    pub(super) fn keep_births(
         &self,
         moment: &Moment,
         known: &VolumeContent,
-        now: &VolumeContent,
         changes: &[Change],
+        zeros_now: impl Fn(u64) -> bool,
         kept: &mut Vec<Kept>,
     ) -> io::Result<()> {
         let volume = known.volume.number;
@@ -214,7 +218,7 @@ impl Group {
             };
             for (chunk, birth) in (from..to).zip(births) {
                 let birth = birth.unwrap_or(Lsn(Lsn::MAX.0 - 1)).max(newest(known, chunk));
-                let unborn = birth == Lsn::ZERO && only_zeros(now, chunk);
+                let unborn = birth == Lsn::ZERO && zeros_now(chunk);
                 if !unborn && !already.contains_key(&chunk) {
                     kept.push(Kept::Birth { volume, chunk, birth });
                 }
@@ -225,7 +229,7 @@ impl Group {
 
     /// Keeps the blocks of a change that are not kept yet, as they are in `past`; how many of them
     /// are damaged. Such a one gets a checksum that never holds, so that who reads it is told.
-    fn keep_blocks(
+    pub(super) fn keep_blocks(
         &self,
         moment: &Moment,
         overlay: &Overlay,

@@ -94,9 +94,13 @@ impl Merging {
             let bases = bases.read().expect("no holder panics");
             bases.keys().filter(|number| !content.volumes.contains_key(number)).copied().collect()
         };
-        // What was kept for older moments has lost what it lay above.
         let moments = group_dir.join(MOMENTS);
         if disk.exists(&moments) {
+            if self.partial {
+                // They may need the bases of volumes that are gone: those go when nobody does.
+                return Ok(());
+            }
+            // What was kept for older moments has lost what it lay above.
             files::discard(&**disk, &moments)?;
         }
         for number in gone {

@@ -333,6 +333,7 @@ mod merging;
 mod meta;
 mod moment;
 mod needs;
+mod outlast;
 mod point;
 mod ranges;
 mod read;

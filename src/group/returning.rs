@@ -239,8 +239,8 @@ impl Group {
     }
 
     /// Goes on as a secondary from `at`, the end of a request where the chain is `chain`, if the
-    /// peer still knows it: what is behind it leaves the log and is kept as a branch. Durable on return. A crash leaves it
-    /// undone, or the next start finishes it.
+    /// peer still knows it: what is behind it leaves the log and is kept as a branch. Durable on
+    /// return. A crash leaves it undone, or the next start finishes it.
     ///
     /// # Errors
     ///

@@ -239,9 +239,9 @@ impl Group {
             return Ok(());
         }
         Err(self.refused(format!(
-            "{clients} clients are connected, and would find other data under what they have read: \
-             unmount and disconnect them first (`tidelog status {name}`), or `tidelog rewind {name} \
-             --to lsn:{lsn} --force` cuts them off"
+            "{clients} clients are connected, and would find other data under what they have read; \
+             unmount and disconnect them first (`tidelog status {name}`), or `tidelog rewind \
+             {name} --to lsn:{lsn} --force` cuts them off"
         )))
     }
 

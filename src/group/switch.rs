@@ -14,6 +14,7 @@ use super::branch::{Branch, Keeping, keep_segments};
 use super::content::Content;
 use super::engine::{Core, Group, checkpoint};
 use super::merging::Merging;
+use super::outlast::Outlasting;
 use super::receive::Pending;
 use super::returning::authored_behind;
 use super::staging::{ImageOffer, ImagePart, ImageProgress, STAGING, Staged, Staging, State};
@@ -215,8 +216,13 @@ impl Group {
         if !state.complete {
             return Err(self.refused("has no image to switch to: not all of it has come"));
         }
+        let mut outlasting = Outlasting::nothing(state.image.lsn);
         if state.partial {
             self.fold_all()?;
+            let known = staging.as_ref().expect("looked at");
+            if let Some(control) = &known.control {
+                outlasting = self.keep_what_image_replaces(known, control)?;
+            }
         }
         self.keep_what_parts(staging.as_mut().expect("looked at"))?;
         let _no_sync = self.sync_lock.lock().expect("no holder panics");
@@ -229,8 +235,11 @@ impl Group {
         let Some(merging) = Merging::of(known) else {
             return Err(self.refused("has no image to switch to: its control state is missing"));
         };
-        self.switch_locked(&mut core, merging)?;
-        let moments: Vec<_> = core.moments.values().cloned().collect();
+        let lost: Vec<_> = {
+            let moments = core.moments.values();
+            moments.filter(|moment| !outlasting.has(moment.lsn())).cloned().collect()
+        };
+        self.switch_locked(&mut core, merging, &mut outlasting)?;
         drop(core);
         let text = format!(
             "an image of the primary took the place of this copy: it is at LSN {} now, was at {}",
@@ -239,7 +248,7 @@ impl Group {
         let details = json!({ "position": state.image, "from_lsn": state.old_head });
         self.emit(Severity::Info, "image-received", text, details);
         drop((_no_sync, staging));
-        for moment in moments {
+        for moment in lost {
             self.let_go(&moment, REPLACED);
         }
         drop((_no_fold, _turn));
@@ -253,7 +262,12 @@ impl Group {
     }
 
     /// The one step, and what follows from it in memory.
-    fn switch_locked(&self, core: &mut Core, merging: Merging) -> Result<(), GroupError> {
+    fn switch_locked(
+        &self,
+        core: &mut Core,
+        merging: Merging,
+        outlasting: &mut Outlasting,
+    ) -> Result<(), GroupError> {
         let state = merging.control.clone();
         let at = state.position.lsn;
         let partial = merging.is_partial();
@@ -264,12 +278,13 @@ impl Group {
                 meta.births_from = at;
             }
         })?;
-        for image in core.images.values() {
+        for image in core.images.values().filter(|image| !outlasting.has(image.leaves_log_at())) {
             image.break_hold(REPLACED);
         }
-        for moment in core.moments.values() {
+        for moment in core.moments.values().filter(|moment| !outlasting.has(moment.lsn())) {
             moment.give_up(REPLACED.to_owned());
         }
+        outlasting.take_effect();
         let opened = self.begin_log_anew(&merging);
         let writer = match opened {
             Ok(writer) => writer,

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::io::Fault;
-use crate::log::control::{Consistency, OnPeerBehind};
+use crate::log::control::Consistency;
 
 const VOLUME: u64 = 3 << 20;
 
@@ -296,6 +296,7 @@ fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
     write(&pair.primary, volume, 2 << 20, &[3; 9000]);
     if partial {
         pair.follow();
+        pair.copy.open_image(&Point::Now, Some(name("old")), "test", None).unwrap();
     }
     one(&pair.primary, volume, Op::Trim { offset: 2 << 20, length: 8192 }).unwrap();
     write(&pair.primary, volume, 8192, &[4; 40_000]);
@@ -308,6 +309,21 @@ fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
     let new = all(&pair.primary);
     assert!(pair.send(usize::MAX));
     (pair, [old, new])
+}
+
+/// The image of before shows what it was opened at, whatever took its place.
+fn check_image(copy: &Group, old: &[(Volume, Vec<u8>)], what: &str) {
+    if old.is_empty() {
+        return;
+    }
+    let images = copy.images();
+    let image = images.iter().find(|image| *image.name() == name("old"));
+    let image = image.unwrap_or_else(|| panic!("{what}: the image of before is gone"));
+    for (volume, bytes) in old {
+        let found = try_read(&**image, volume.number, 0, bytes.len());
+        let found = found.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert!(found == *bytes, "{what}: volume {} of the image of before", volume.number);
+    }
 }
 
 #[test]
@@ -328,6 +344,7 @@ fn a_crash_at_any_boundary_of_the_switch_shows_the_old_image_or_the_new_one() {
                 let after = Bench { disk, ..pair.there.after_crash(0) };
                 let (copy, _) = after.open();
                 let found = all(&copy);
+                check_image(&copy, &old, &what);
                 if found == new {
                     shown[1] += 1;
                 } else {
@@ -347,11 +364,16 @@ fn a_crash_at_any_boundary_of_the_switch_shows_the_old_image_or_the_new_one() {
                 }
                 follow(&pair.primary, &copy);
                 same(&pair.primary, &copy, &what);
+                check_image(&copy, &old, &what);
+                after.pass(5);
+                copy.fold_now().unwrap();
+                check_image(&copy, &old, &what);
                 copy.close().unwrap();
                 drop(copy);
                 let (copy, recovery) = after.open();
                 assert_eq!(recovery.cut, None, "{what}");
                 same(&pair.primary, &copy, &what);
+                check_image(&copy, &old, &what);
             }
         }
         assert!(shown.iter().all(|count| *count > 0), "{shown:?}");
@@ -383,17 +405,47 @@ fn an_error_at_any_operation_of_the_switch_leaves_the_old_image_or_the_new_one()
             let found = all(&copy);
             let differs = difference(&found, &new);
             assert!(found == old || differs.is_none(), "{what}: {differs:?}");
+            check_image(&copy, &old, &what);
         }
         assert!(failures >= 10, "{failures}");
     }
 }
 
 #[test]
-fn images_of_before_the_switch_are_broken_with_the_reason() {
-    let (pair, _) = staged(3, true);
-    let image = pair.copy.open_image(&Point::Now, None, "test", None).unwrap();
+fn images_and_pins_of_before_outlast_an_image_that_replaces_what_has_changed() {
+    let (pair, [old, new]) = staged(3, true);
     pair.copy.switch_to_image().unwrap();
-    let error = try_read(&*image, VolumeNumber(1), 0, 512).unwrap_err().to_string();
+    check_image(&pair.copy, &old, "before it is in the base");
+    pair.there.pass(5);
+    pair.copy.fold_now().unwrap();
+    assert!(all(&pair.copy) == new);
+    check_image(&pair.copy, &old, "in the base");
+    let cost = pair.copy.images()[0].cost().disk_bytes;
+    assert!((4096..1 << 20).contains(&cost), "what changed is kept, and no more: {cost}");
+    // The volume that only the image has goes with it.
+    let files = || pair.there.disk.list(&dir().join("base")).unwrap().len();
+    let before = files();
+    pair.copy.close_image(&name("old")).unwrap();
+    pair.copy.fold_now().unwrap();
+    assert!(files() < before, "{before}");
+}
+
+#[test]
+fn images_of_before_an_image_of_everything_are_broken_with_the_reason() {
+    let (pair, _) = staged(3, false);
+    let volume = VolumeNumber(1);
+    pair.copy.switch_to_image().unwrap();
+    let image = pair.copy.open_image(&Point::Now, None, "test", None).unwrap();
+    write(&pair.primary, volume, 0, &[6; 4096]);
+    pair.fold();
+    let shown = all(&pair.copy);
+    let early = pair.primary.ship(&b(), None, Lsn::ZERO, None).unwrap();
+    pair.copy.begin_image(&early.offer()).unwrap();
+    pair.primary.end_shipment(&b());
+    assert!(all(&pair.copy) == shown, "what is shown was staged where this begins");
+    assert!(send(&pair.primary, &pair.copy, None, Lsn::ZERO, usize::MAX));
+    pair.copy.switch_to_image().unwrap();
+    let error = try_read(&*image, volume, 0, 512).unwrap_err().to_string();
     assert!(error.contains("brought up by an image"), "{error}");
 }
 
@@ -513,52 +565,4 @@ fn a_received_tail_that_is_in_nobodys_history_is_kept_as_a_branch_by_the_switch(
         .ship(&b(), None, own, None)
         .and_then(|shipment| pair.copy.begin_image(&shipment.offer()));
     assert!(error.unwrap_err().to_string().contains("were written by b"));
-}
-
-#[test]
-fn a_log_that_blocks_is_folded_no_further_than_its_peer_has_and_says_so() {
-    let bench = Bench::new("a", 8);
-    let group = bench.create();
-    let volume = group.create_volume(name("v"), VOLUME).unwrap().number;
-    let peer = NodeId([9; 16]);
-    let member = serde_json::json!({ "node": peer, "name": "b", "mode": "async" });
-    let member = serde_json::from_value(member).unwrap();
-    group.append_control(Control::Member(member)).unwrap();
-    let set = |on_peer_behind| {
-        let policy = PolicyRecord {
-            window: Span::from_secs(0),
-            log_limit: ByteSize(4 * SEGMENT),
-            on_peer_behind,
-            ..PolicyRecord::default()
-        };
-        group.append_control(Control::Policy(policy)).unwrap();
-    };
-    set(OnPeerBehind::Block);
-    let fold = || {
-        bench.pass(5);
-        group.sync_now().unwrap();
-        group.fold_now().unwrap()
-    };
-    for offset in 0..80 {
-        write(&group, volume, offset * 4096, &[1; 4096]);
-    }
-    assert_eq!(fold(), Lsn::ZERO, "where the peer stands is not known yet");
-    let full = group.log_full().unwrap().reason;
-    assert!(full.contains("kept for b") && full.contains("on_peer_behind=release"), "{full}");
-    assert!(bench.event_codes().contains(&"log-kept-for-peer".to_owned()));
-    let has = Lsn(100_000);
-    group.note_peer_needs(peer, has, true);
-    let folded = fold();
-    assert!(folded > Lsn::ZERO && folded <= has, "{folded}");
-    group.note_peer_needs(peer, has, false);
-    assert_eq!(fold(), folded, "also while it is away");
-    // Released, the log is kept for who follows until space is short, and for nobody else.
-    set(OnPeerBehind::Release);
-    let end = fold();
-    assert!(end > has, "{end}");
-    write(&group, volume, 0, &[2; 4096]);
-    group.note_peer_needs(peer, end, true);
-    assert_eq!(fold(), end, "it follows, and there is space");
-    group.note_peer_needs(peer, end, false);
-    assert!(fold() > end);
 }

@@ -1,9 +1,9 @@
-//! Where space is short: what of old moments goes first.
+//! Where space is short: what of old moments goes first, and what the log waits for.
 
 use super::moments::{all, at_pin, fold, group_with_volume, image, moments_on_disk};
 use super::*;
 use crate::io::Fault;
-use crate::log::control::Consistency;
+use crate::log::control::{Consistency, OnPeerBehind};
 
 #[test]
 fn where_space_ends_the_costliest_image_goes_first_and_a_branch_never() {
@@ -109,4 +109,52 @@ fn the_reserve_of_the_disk_ends_images_one_at_a_time_and_before_pins() {
     let (group, _) = bench.open();
     assert!(at_pin(&group, "pin").is_err());
     assert!(group.cost_at(group.control().bookmarks[0].lsn).is_err());
+}
+
+#[test]
+fn a_log_that_blocks_is_folded_no_further_than_its_peer_has_and_says_so() {
+    let bench = Bench::new("a", 8);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 3 << 20).unwrap().number;
+    let peer = NodeId([9; 16]);
+    let member = serde_json::json!({ "node": peer, "name": "b", "mode": "async" });
+    let member = serde_json::from_value(member).unwrap();
+    group.append_control(Control::Member(member)).unwrap();
+    let set = |on_peer_behind| {
+        let policy = PolicyRecord {
+            window: Span::from_secs(0),
+            log_limit: ByteSize(4 * SEGMENT),
+            on_peer_behind,
+            ..PolicyRecord::default()
+        };
+        group.append_control(Control::Policy(policy)).unwrap();
+    };
+    set(OnPeerBehind::Block);
+    let fold = || {
+        bench.pass(5);
+        group.sync_now().unwrap();
+        group.fold_now().unwrap()
+    };
+    for offset in 0..80 {
+        write(&group, volume, offset * 4096, &[1; 4096]);
+    }
+    assert_eq!(fold(), Lsn::ZERO, "where the peer stands is not known yet");
+    let full = group.log_full().unwrap().reason;
+    assert!(full.contains("kept for b") && full.contains("on_peer_behind=release"), "{full}");
+    assert!(bench.event_codes().contains(&"log-kept-for-peer".to_owned()));
+    let has = Lsn(100_000);
+    group.note_peer_needs(peer, has, true);
+    let folded = fold();
+    assert!(folded > Lsn::ZERO && folded <= has, "{folded}");
+    group.note_peer_needs(peer, has, false);
+    assert_eq!(fold(), folded, "also while it is away");
+    // Released, the log is kept for who follows until space is short, and for nobody else.
+    set(OnPeerBehind::Release);
+    let end = fold();
+    assert!(end > has, "{end}");
+    write(&group, volume, 0, &[2; 4096]);
+    group.note_peer_needs(peer, end, true);
+    assert_eq!(fold(), end, "it follows, and there is space");
+    group.note_peer_needs(peer, end, false);
+    assert!(fold() > end);
 }

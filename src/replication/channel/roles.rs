@@ -198,7 +198,7 @@ impl Channel {
         self.look_up(context, at, Lookup::Part { stream: None, at, expected });
     }
 
-    /// The peer could follow from nowhere: it holds something else where its history leaves this one.
+    /// The peer could follow from nowhere: it holds something else where its history leaves this.
     pub(super) fn cannot_part(&mut self, context: &mut Context<'_>, remote: &Remote, at: Lsn) {
         if !remote.recovering {
             return;
@@ -206,9 +206,10 @@ impl Channel {
         let name = &self.local.name;
         let peer = context.peer_name;
         let reason = format!(
-            "{peer} has come back as primary with a history that has nothing in common with this one \
-             at LSN {at}; nothing was changed: on {peer} save what is needed, `tidelog demote {name}` and `tidelog group delete {name}`, then \
-             `tidelog replicate {name} --to {peer}` here"
+            "{peer} has come back as primary with a history that has nothing in common with this \
+             one at LSN {at}; nothing was changed: on {peer} save what is needed, `tidelog demote \
+             {name}` and `tidelog group delete {name}`, then here `tidelog replicate {name} --to \
+             {peer}`"
         );
         self.set_state(context, ReplicationState::Blocked, reason);
     }
