@@ -14,6 +14,7 @@ mod fuzz_bodies;
 mod kill;
 mod modes;
 mod nbd;
+mod repair;
 mod replication;
 mod resync;
 mod rewind;

@@ -4,9 +4,11 @@
 //! [`BaseVolume`] is read by anybody and written by the folder alone, in block order. A crash in
 //! the middle of a fold leaves blocks, sums and slots of which each sector is old or new; the fold
 //! is then done again, which rewrites all of them. Blocks that the fold does not touch read right
-//! throughout: their bytes and sums are the same before and after.
+//! throughout: their bytes and sums are the same before and after. `exam.rs` tells what rotted of a
+//! chunk, and what of it two of block, sum and slot, or a peer's bytes, make right again.
 
 mod control;
+mod exam;
 mod overlay;
 mod sidecar;
 #[cfg(test)]
@@ -14,5 +16,6 @@ mod tests;
 mod volume;
 
 pub use control::{ControlEntry, ControlState, ControlStateError};
+pub use exam::{Exam, Remedy};
 pub use overlay::{Kept, Mark, Overlay};
 pub use volume::{BaseError, BaseRead, BaseVolume, read_batch};

@@ -67,8 +67,8 @@ pub struct BaseVolume {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     number: VolumeNumber,
-    image: Arc<dyn DiskFile>,
-    sums: Arc<dyn DiskFile>,
+    pub(super) image: Arc<dyn DiskFile>,
+    pub(super) sums: Arc<dyn DiskFile>,
     size_bytes: AtomicU64,
     folder: Mutex<Option<OpenChunk>>,
 }
@@ -428,42 +428,6 @@ impl BaseVolume {
         Ok(runs)
     }
 
-    /// Reads a range and checks every block and the sidecar of every chunk that it touches; bytes
-    /// read. For verify, not beside a fold.
-    ///
-    /// # Errors
-    ///
-    /// The first damage.
-    pub fn check(&self, offset: u64, length: u64) -> Result<u64, BaseError> {
-        let size_bytes = self.size_bytes();
-        let end = size_bytes.min(offset.saturating_add(length));
-        let mut buffer = vec![0; CHUNK_BYTES as usize];
-        let mut position = offset;
-        let mut slots = SlotReader::new(self);
-        let mut checked = 0;
-        while position < end {
-            let chunk = position / CHUNK_BYTES;
-            let to = end.min((chunk + 1) * CHUNK_BYTES);
-            let mut sums = [0; SUMS_BYTES];
-            let first = chunk * BLOCKS_PER_CHUNK as u64;
-            let slot = slots.slot(chunk).map_err(|error| self.io("read the sidecar", &error))?;
-            self.sums
-                .read_at(&mut sums, sidecar::sum_offset(first))
-                .map_err(|error| self.io("read the sidecar", &error))?;
-            if !slot.is_some_and(|slot| slot.covers(&sums)) {
-                let offset = chunk * CHUNK_BYTES;
-                return Err(BaseError::Sidecar { volume: self.number, offset });
-            }
-            if slot.is_some_and(|slot| slot.is_written()) {
-                let bytes = (to - position) as usize;
-                self.read(position, &mut buffer[..bytes])?;
-                checked += bytes as u64;
-            }
-            position = to;
-        }
-        Ok(checked)
-    }
-
     /// Takes the volume's files away; durable on return.
     pub fn remove(&self) -> io::Result<()> {
         BaseVolume::remove_files(&*self.disk, &self.dir, self.number)
@@ -497,7 +461,7 @@ impl BaseVolume {
         );
     }
 
-    fn io(&self, what: &'static str, error: &io::Error) -> BaseError {
+    pub(super) fn io(&self, what: &'static str, error: &io::Error) -> BaseError {
         BaseError::Io { volume: self.number, what, cause: error.to_string() }
     }
 

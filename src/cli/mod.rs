@@ -3,6 +3,7 @@
 mod arguments;
 mod attach;
 mod backup;
+mod check;
 mod demo;
 mod events;
 mod group;
@@ -56,6 +57,7 @@ enum Command {
     Promote(group::PromoteArguments),
     Demote(group::DemoteArguments),
     Switchover(group::SwitchoverArguments),
+    Scrub(check::ScrubArguments),
     Resolve(group::ResolveArguments),
     #[command(subcommand)]
     Branch(group::BranchCommand),
@@ -139,6 +141,7 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Promote(arguments) => group::promote(session, &arguments).await,
         Command::Demote(arguments) => group::demote(session, &arguments).await,
         Command::Switchover(arguments) => group::switchover(session, &arguments).await,
+        Command::Scrub(arguments) => check::scrub(session, &arguments).await,
         Command::Resolve(arguments) => group::resolve(session, &arguments).await,
         Command::Branch(command) => group::branch(session, command).await,
         Command::Bookmark(arguments) => time::bookmark(session, arguments).await,

@@ -11,6 +11,8 @@ use super::{Session, output};
 
 /// A copy that makes bytes durable later than this says so: it syncs every second.
 const UNDURABLE_SHOWN_SECONDS: f64 = 3.0;
+/// Damaged parts that are shown one by one.
+const DAMAGE_SHOWN: usize = 5;
 
 /// Show this node's groups: role, log, protection window, peers, and whether they can be backed up
 #[derive(Args)]
@@ -120,6 +122,15 @@ fn show_group(group: &GroupStatus) -> String {
     lines.push(format!("  volumes {}", or_none(volumes.collect())));
     lines.extend(group.peers.iter().map(show_peer));
     lines.push(format!("  backup  {}", capable(&group.backup_capable)));
+    if let Some(scrub) = &group.scrub {
+        lines.push(format!("  scrub   {}", super::check::show_scrub(scrub)));
+    }
+    let damage = group.damage.iter().take(DAMAGE_SHOWN);
+    lines.extend(damage.map(|damage| format!("  damaged {}", super::check::show_damage(damage))));
+    if group.damage.len() > DAMAGE_SHOWN {
+        let more = group.damage.len() - DAMAGE_SHOWN;
+        lines.push(format!("          and {more} more parts; `--json` has them all"));
+    }
     lines.join("\n") + "\n"
 }
 

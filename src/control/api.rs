@@ -12,7 +12,10 @@ pub use crate::backup::{
     Verdict as RunVerdict, Verified,
 };
 pub use crate::group::{Branch, DataState};
-pub use crate::replication::{BackupCapable, Invite, Parting, PeerInfo, PeerStatus, Verdict};
+pub use crate::replication::{
+    BackupCapable, DamageInfo, Invite, Parting, PeerInfo, PeerStatus, ScrubState, ScrubStatus,
+    Verdict,
+};
 
 /// Bytes of the block size that volumes announce.
 pub const VOLUME_BLOCK_BYTES: u64 = crate::units::BLOCK_BYTES;
@@ -78,6 +81,21 @@ pub struct GroupStatus {
     pub peers: Vec<PeerStatus>,
     /// Whether this copy may be backed up now.
     pub backup_capable: BackupCapable,
+    /// What is damaged of it on this node's disk.
+    #[serde(default)]
+    pub damage: Vec<DamageInfo>,
+    /// The scrub that runs here, or the last one.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
+}
+
+/// `GET /v1/groups/GROUP/scrub`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScrubAnswer {
+    /// The scrub that runs here, or the last one; none where there never was one.
+    pub scrub: Option<ScrubStatus>,
+    /// What is damaged of the group on this node's disk.
+    pub damage: Vec<DamageInfo>,
 }
 
 /// The span in which answered but unflushed writes may be missing.

@@ -93,6 +93,8 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
         protection_window: window(positions.horizon_time, positions.time),
         peers: context.replication.status(group),
         backup_capable: context.replication.backup_capable(group, None),
+        damage: context.replication.damage(group),
+        scrub: context.replication.scrub_status(group),
     }
 }
 

@@ -11,6 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use crate::group::{DataState, Role};
+use crate::replication::ScrubState;
 
 use super::context::Context;
 
@@ -96,6 +97,12 @@ fn families(context: &Context) -> Vec<Family> {
         gauge("tidelog_peer_lag_seconds", "Age of the oldest byte that it has not");
     let mut rpo =
         gauge("tidelog_peer_rpo_actual_seconds", "Age of the oldest byte not durable there");
+    let mut damaged = gauge("tidelog_damaged_parts", "Parts of a group damaged on this disk");
+    let mut scrubbed =
+        gauge("tidelog_scrub_read_bytes", "Bytes that the scrub that runs, or the last one, read");
+    let mut scrub_found = gauge("tidelog_scrub_damaged_parts", "Parts that it found damaged");
+    let mut scrub_repaired = gauge("tidelog_scrub_repaired_parts", "Those that were repaired");
+    let mut scrub_running = gauge("tidelog_scrub_running", "1 while a scrub runs");
     let mut alarms = gauge("tidelog_backup_alarms", "Slots without a backup, or not known of");
     for state in ["overdue", "unknown"] {
         let count = context.scheduler.alarms().iter().filter(|alarm| alarm.state == state).count();
@@ -124,6 +131,14 @@ fn families(context: &Context) -> Vec<Family> {
         push(&mut primary, f64::from(u8::from(group.role() == Role::Primary)));
         let is_consistent = group.data_state().0 == DataState::Consistent;
         push(&mut consistent, f64::from(u8::from(is_consistent)));
+        push(&mut damaged, context.replication.damage(&group).len() as f64);
+        if let Some(scrub) = context.replication.scrub_status(&group) {
+            push(&mut scrubbed, scrub.read_bytes as f64);
+            push(&mut scrub_found, scrub.damaged as f64);
+            push(&mut scrub_repaired, scrub.repaired as f64);
+            let running = scrub.state == ScrubState::Running;
+            push(&mut scrub_running, f64::from(u8::from(running)));
+        }
         push(&mut head, positions.head.0 as f64);
         push(&mut durable, positions.durable.0 as f64);
         push(&mut committed, positions.committed.0 as f64);
@@ -185,6 +200,11 @@ fn families(context: &Context) -> Vec<Family> {
         lag_operations,
         lag_seconds,
         rpo,
+        damaged,
+        scrubbed,
+        scrub_found,
+        scrub_repaired,
+        scrub_running,
         alarms,
     ]
 }

@@ -10,6 +10,7 @@
 pub mod api;
 
 mod backups;
+mod checks;
 mod client;
 mod context;
 mod dispatch;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::context::Context;
 use super::problem::Problem;
-use super::{backups, groups, images, peers, volumes};
+use super::{backups, checks, groups, images, peers, volumes};
 
 /// What a handler gives.
 pub type Answer = Result<Value, Problem>;
@@ -352,6 +352,28 @@ pub static ROUTES: &[Route] = &[
         Async(peers::resolve),
     )
     .body(&[parameter("discard_local", "boolean", "must be true: this node's side yields")]),
+    route(
+        "POST",
+        "/v1/groups/{group}/scrub",
+        "scrub",
+        "Read and check everything that this node has of a group, in the background",
+        Blocking(checks::scrub),
+    )
+    .body(&[parameter("rate", "string", "bytes a second at most: a size")]),
+    route(
+        "GET",
+        "/v1/groups/{group}/scrub",
+        "scrub show",
+        "Show the scrub that runs, or the last one, and what is damaged",
+        Blocking(checks::show_scrub),
+    ),
+    route(
+        "DELETE",
+        "/v1/groups/{group}/scrub",
+        "scrub stop",
+        "Stop the scrub that runs",
+        Blocking(checks::stop_scrub),
+    ),
     route(
         "GET",
         "/v1/groups/{group}/branches",

@@ -4,7 +4,7 @@
 //! `images_file`, `sync_lock`, `core`, `waiters`, `meta`. Disk syncs happen outside of `core`; the
 //! append's own write happens inside, so that the order of the log is the order of the map.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
@@ -24,6 +24,7 @@ use super::receive::Pending;
 use super::required::{Floors, Required};
 use super::returning::Asking;
 use super::room::Room;
+use super::scrub::DamagedPart;
 use super::shipment::Shipment;
 use super::staging::{ImageProgress, Staging};
 use super::sync::Waiting;
@@ -99,6 +100,8 @@ pub struct Group {
     pub(super) workers: Workers,
     pub(super) listeners: RwLock<Vec<Listener>>,
     pub(super) clients: Clients,
+    /// What looked damaged to readers, for whoever checks.
+    pub(super) suspects: Mutex<BTreeSet<DamagedPart>>,
 }
 
 /// What the mutex guards.
@@ -130,6 +133,8 @@ pub(super) struct Core {
     /// How often the end of the log was cut: what was read before counts no more.
     pub cuts: u64,
     pub failed: Option<(String, LogTime)>,
+    /// The log is damaged in the middle, and was durable up to here: it ends before.
+    pub durable_before: Option<Lsn>,
     pub retired: Option<LogTime>,
     pub closed: bool,
     pub images: BTreeMap<Name, Arc<Image>>,
@@ -343,6 +348,7 @@ impl Group {
             halted: None,
             cuts: 0,
             failed: None,
+            durable_before: None,
             retired: meta.meta.retired.then(|| context.env.clock.wall()),
             closed: false,
             images: BTreeMap::new(),
@@ -388,6 +394,7 @@ impl Group {
             workers: Workers::default(),
             listeners: RwLock::default(),
             clients: Clients::default(),
+            suspects: Mutex::default(),
             context,
         })
     }

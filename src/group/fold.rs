@@ -245,7 +245,11 @@ impl Group {
             let damaged = |cause| self.damaged(format!("log up to {}: {cause}", target.lsn));
             replayed.map_err(damaged)?.0
         } else {
-            self.keep_moments(&old, target.lsn, &moments)?
+            let content = self.keep_moments(&old, target.lsn, &moments)?;
+            for known in content.volumes.values() {
+                self.check_what_stays(known)?;
+            }
+            content
         };
         // What is folded was durable: should the log end before it at the next start, it is damage.
         self.update_meta(|meta| {
@@ -267,6 +271,23 @@ impl Group {
             .map_err(|cause| self.io("write control state", &cause))?;
         drop(content);
         self.move_horizon(state);
+        Ok(())
+    }
+
+    /// Reads the blocks of the base of which a fold will keep a part. Once it has begun, a wrong
+    /// checksum may be its own doing, and is overwritten: damage must be found before.
+    fn check_what_stays(&self, known: &VolumeContent) -> Result<(), GroupError> {
+        let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
+            let FoldStep::Mend { offset, parts } = step else { continue };
+            if parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES {
+                base.read(offset, &mut block).map_err(|cause| {
+                    self.suspect_block(&cause);
+                    self.damaged(cause.to_string())
+                })?;
+            }
+        }
         Ok(())
     }
 

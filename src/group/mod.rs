@@ -349,6 +349,7 @@ mod returning;
 mod rewind;
 mod rewound;
 mod room;
+mod scrub;
 mod shipment;
 mod staging;
 mod switch;
@@ -368,6 +369,7 @@ pub use registry::Registry;
 pub use required::RequiredPeer;
 pub use returning::Discard;
 pub use room::Shortage;
+pub use scrub::{DamagedPart, Found};
 pub use shipment::Shipment;
 pub use staging::{ImageOffer, ImagePart, ImageProgress, Reached, Staged};
 

@@ -175,6 +175,11 @@ impl Moment {
         self.overlay().map(|overlay| overlay.blocks().clone())
     }
 
+    /// Where the blocks are that are kept, by volume.
+    pub(super) fn maps(&self) -> BTreeMap<VolumeNumber, ExtentMap> {
+        self.parts.read().expect("no holder panics").maps.clone()
+    }
+
     /// Nothing is missing as long as the base is no further than this.
     pub(super) fn complete_to(&self) -> Lsn {
         self.parts.read().expect("no holder panics").complete_to

@@ -14,13 +14,14 @@ use super::engine::{Core, Group};
 use super::merging::Merging;
 use super::moment::{KEPT, Moment};
 use super::ranges::Cover;
+use super::scrub::DamagedPart;
 use super::{Extent, GroupError, Read, View, Volume};
-use crate::base::{BaseRead, BaseVolume, read_batch};
+use crate::base::{BaseError, BaseRead, BaseVolume, read_batch};
 use crate::extent_map::{Piece, Source};
 use crate::io::{BatchRead, DiskFile};
 use crate::log::record::crc32;
 use crate::log::segment::{Segment, Segments};
-use crate::units::{BLOCK_BYTES, Lsn, SECTOR_BYTES, VolumeNumber};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, SECTOR_BYTES, VolumeNumber};
 
 /// Where maps are looked up: the live group, or an image.
 pub(super) trait Lookup {
@@ -45,7 +46,7 @@ enum Trouble {
     /// Bytes and checksum of the log differ.
     Checksum(Lsn),
     /// The base says so; perhaps only because the folder was at work there.
-    Base(String),
+    Base(BaseError),
     /// The disk.
     Io(io::Error),
 }
@@ -177,10 +178,12 @@ impl Group {
                     }
                     Trouble::Moved => open.push(index),
                     Trouble::Checksum(lsn) if settled => {
+                        self.suspect_record(lookup, lsn);
                         reads[index].result = Err(self.damaged(wrong_checksum(lsn)));
                     }
-                    Trouble::Base(what) if settled && gate.is_some() => {
-                        reads[index].result = Err(self.damaged(what));
+                    Trouble::Base(cause) if settled && gate.is_some() => {
+                        self.suspect_block(&cause);
+                        reads[index].result = Err(self.damaged(cause.to_string()));
                     }
                     Trouble::Io(cause) if settled => {
                         reads[index].result = Err(self.io("read", &cause));
@@ -290,7 +293,7 @@ impl Group {
         }
         for (read, result) in base_reads.into_iter().zip(base_results) {
             if let Err(cause) = result {
-                troubles[read.owner] = Some(Trouble::Base(cause.to_string()));
+                troubles[read.owner] = Some(Trouble::Base(cause));
             }
         }
         troubles
@@ -398,9 +401,33 @@ impl Group {
         match self.fetch(self, fetches).into_iter().flatten().next() {
             None => Ok(()),
             Some(Trouble::Moved) => Err(self.damaged("a segment is missing".to_owned())),
-            Some(Trouble::Checksum(lsn)) => Err(self.damaged(wrong_checksum(lsn))),
-            Some(Trouble::Base(what)) => Err(self.damaged(what)),
+            Some(Trouble::Checksum(lsn)) => {
+                self.suspect_record(self, lsn);
+                Err(self.damaged(wrong_checksum(lsn)))
+            }
+            Some(Trouble::Base(cause)) => {
+                self.suspect_block(&cause);
+                Err(self.damaged(cause.to_string()))
+            }
             Some(Trouble::Io(cause)) => Err(self.io("read", &cause)),
+        }
+    }
+
+    /// Has what a reader found damaged in the log, or of what is kept, looked at.
+    fn suspect_record(&self, lookup: &dyn Lookup, address: Lsn) {
+        if address >= KEPT {
+            if let Some(moment) = lookup.moment() {
+                self.suspect(DamagedPart::Kept { moment: moment.lsn() });
+            }
+        } else if lookup.branch().is_none_or(|(from, _)| address < from) {
+            let segment = address.segment_number(self.segment_bytes());
+            self.suspect(DamagedPart::Log { segment });
+        }
+    }
+
+    pub(super) fn suspect_block(&self, cause: &BaseError) {
+        if let BaseError::Damaged { volume, offset, .. } = *cause {
+            self.suspect(DamagedPart::Base { volume, chunk: offset / CHUNK_BYTES });
         }
     }
 

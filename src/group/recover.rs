@@ -21,6 +21,7 @@ use super::merging::finish_at_start;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
 use super::returning::{ASK_FOR, Asking, YIELDED, authored_behind};
+use super::scrub::DamagedPart;
 use super::switch::remove_merged;
 use super::timeline::{Checkpoint, Timeline};
 use super::{GroupContext, GroupError, Role};
@@ -228,6 +229,10 @@ impl Group {
                 damaged_at.segment_number(group.segment_bytes())
             ));
             group.fail("log", &cause);
+            group.lock().durable_before = Some(durable);
+            group.suspect(DamagedPart::Log {
+                segment: damaged_at.segment_number(group.segment_bytes()),
+            });
             return Ok((group, recovery));
         }
         group.take_up_fold(before.fold_target);
@@ -260,6 +265,7 @@ impl Group {
         recovery: &mut Recovery,
     ) {
         for lsn in &found.damaged {
+            self.suspect(DamagedPart::Log { segment: lsn.segment_number(self.segment_bytes()) });
             self.emit(
                 Severity::Error,
                 "log-damaged",

@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 
 use super::engine::Group;
 use super::{EpochRecord, GroupError, Role};
-use crate::log::reader::{ScanEnd, Scanner};
 use crate::units::Lsn;
 
 impl Group {
@@ -185,42 +184,5 @@ impl Group {
         let first = self.segments.numbers().first().copied().unwrap_or_default();
         let begin = self.log_begin.load(Ordering::Acquire);
         Lsn((first * self.segment_bytes()).max(begin))
-    }
-
-    /// Checks all headers and checksums of `[from, to)` of the log; bytes read. `from` is the start
-    /// of a record.
-    ///
-    /// # Errors
-    ///
-    /// Where the damage is.
-    pub fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError> {
-        let head = self.lock().writer.head();
-        let to = to.min(head);
-        let damaged = |what: String| GroupError::Damaged { group: self.name().clone(), what };
-        if from >= to {
-            return Ok(0);
-        }
-        let not_covered = |at: Lsn| GroupError::NotCovered {
-            group: self.name().clone(),
-            point: format!("lsn:{at}"),
-            from: self.log_start(),
-            to: head,
-        };
-        let Some(chain) = self.chain_at(from) else {
-            // Folded since the caller asked where the log starts: nothing is wrong with it.
-            if from < self.log_start() {
-                return Err(not_covered(from));
-            }
-            return Err(damaged(format!("log at {from}: no record starts here")));
-        };
-        let mut scanner = Scanner::new(&self.segments, from, chain);
-        while scanner.at() < to {
-            match scanner.next(true) {
-                Ok(_) => {}
-                Err(ScanEnd::NoSegment(_)) => return Err(not_covered(scanner.at())),
-                Err(cause) => return Err(damaged(format!("log at {}: {cause}", scanner.at()))),
-            }
-        }
-        Ok(scanner.at().bytes_since(from))
     }
 }

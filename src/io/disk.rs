@@ -85,6 +85,11 @@ pub trait DiskFile: Send + Sync {
     fn set_len(&self, bytes: u64) -> io::Result<()>;
     /// Fills `buffer` from `offset`; `UnexpectedEof` where the file ends before.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// The same for who checks what is there: what the cache did not hold before, it does not hold
+    /// afterwards, and nothing is read ahead. What it held stays.
+    fn read_once(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_at(buffer, offset)
+    }
     /// Writes all slices, one behind the other, from `offset`. On error any part may be written.
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
     /// Makes what was written before the call durable, and what is needed to read it back.

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
@@ -15,6 +15,8 @@ use super::ring;
 
 /// Slices that one `pwritev` takes on Linux.
 const SLICES_MAX: usize = libc::UIO_MAXIOV as usize;
+/// Bytes of a page of the cache.
+const PAGE_BYTES: u64 = 4096;
 
 /// The file systems of this machine.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +55,7 @@ impl Disk for FileDisk {
             OpenMode::Create => options.write(true).create(true).truncate(false),
         };
         let file = options.open(path).map_err(|error| at(path, &error))?;
-        Ok(Arc::new(PlainFile { file }))
+        Ok(Arc::new(PlainFile { file, apart: OnceLock::new() }))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
@@ -116,6 +118,8 @@ fn at(path: &Path, error: &io::Error) -> io::Error {
 /// One open file.
 struct PlainFile {
     file: File,
+    /// The same file, opened once more, so that reading ahead can be off there alone.
+    apart: OnceLock<Option<File>>,
 }
 
 /// A range for system calls that take signed numbers; saturates, which reaches the end of any file.
@@ -134,6 +138,22 @@ impl DiskFile for PlainFile {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
+    }
+
+    fn read_once(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let file = self.apart();
+        let first = offset / PAGE_BYTES;
+        let pages = (offset + buffer.len() as u64).div_ceil(PAGE_BYTES) - first;
+        let cached = cached_pages(file, first * PAGE_BYTES, pages as usize);
+        file.read_exact_at(buffer, offset)?;
+        let mut page = first;
+        for run in cached.chunk_by(|a, b| a == b) {
+            if !run[0] {
+                self.drop_cache(page * PAGE_BYTES, run.len() as u64 * PAGE_BYTES);
+            }
+            page += run.len() as u64;
+        }
+        Ok(())
     }
 
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
@@ -188,7 +208,34 @@ impl DiskFile for PlainFile {
     }
 }
 
+/// Which pages from `offset` on, a multiple of the page, the cache holds; where that cannot be
+/// told, all of them. A read that may not wait would tell too, but it starts to read.
+fn cached_pages(file: &File, offset: u64, pages: usize) -> Vec<bool> {
+    let bytes = pages * PAGE_BYTES as usize;
+    // SAFETY: the mapping is not looked into, only asked about: a file that gets shorter or cannot
+    // be read does no harm.
+    let map = unsafe { memmap2::MmapOptions::new().offset(offset).len(bytes).map(file) };
+    let mut told = vec![1_u8; pages];
+    if let Ok(map) = map {
+        // SAFETY: `map` covers `bytes` from a page's start, and `told` has a byte for each page.
+        unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), bytes, told.as_mut_ptr()) };
+    }
+    told.into_iter().map(|page| page & 1 == 1).collect()
+}
+
 impl PlainFile {
+    /// The file for readers that leave no trace.
+    fn apart(&self) -> &File {
+        let apart = self.apart.get_or_init(|| {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let file = File::open(path).ok()?;
+            // Advice: where it is not taken, more is read than is asked for.
+            let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+            Some(file)
+        });
+        apart.as_ref().unwrap_or(&self.file)
+    }
+
     /// Writes as many slices as one system call takes; the offset behind them.
     fn write_group(&self, group: &[IoSlice<'_>], offset: u64) -> io::Result<u64> {
         let total: usize = group.iter().map(|slice| slice.len()).sum();
@@ -262,6 +309,32 @@ mod tests {
         assert!(back[..4096].iter().all(|byte| *byte == 7));
         assert!(back[4096..8192].iter().all(|byte| *byte == 0));
         assert!(back[8192..].iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn reading_once_leaves_the_cache_as_it_was() {
+        const HALF: usize = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cached");
+        let file = FileDisk::new().open(&path, OpenMode::CreateNew).unwrap();
+        let bytes: Vec<u8> = (0..2 * HALF as u32 / 4).flat_map(u32::to_le_bytes).collect();
+        file.write_at(&[IoSlice::new(&bytes)], 0).unwrap();
+        file.sync().unwrap();
+        file.drop_cache(0, 2 * HALF as u64);
+        let plain = File::open(&path).unwrap();
+        let cached = |at: usize| cached_pages(&plain, at as u64, 1)[0];
+        // A file system in memory is its own cache.
+        let keeps_all = cached(HALF);
+        let mut back = vec![0; 2 * HALF];
+        file.read_at(&mut back[..HALF / 2], 0).unwrap();
+        file.read_once(&mut back, 0).unwrap();
+        assert!(back == bytes);
+        assert!(cached(0) && cached(HALF / 2 - 4096), "what was read before stays");
+        for page in (HALF..2 * HALF).step_by(64 << 10) {
+            assert_eq!(cached(page), keeps_all, "the page at {page}");
+        }
+        let past = file.read_once(&mut back, 4096).unwrap_err();
+        assert_eq!(past.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]

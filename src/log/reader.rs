@@ -41,6 +41,8 @@ pub struct Scanner<'a> {
     segment: Option<Arc<Segment>>,
     window: Vec<u8>,
     window_at: Lsn,
+    /// What is read does not stay in the cache.
+    once: bool,
     /// Where the last record's payload lies in `window`.
     payload: std::ops::Range<usize>,
 }
@@ -56,8 +58,16 @@ impl<'a> Scanner<'a> {
             segment: None,
             window: Vec::new(),
             window_at: at,
+            once: false,
             payload: 0..0,
         }
+    }
+
+    /// The same, of which no trace stays in the cache: for who checks a log.
+    #[must_use]
+    pub fn once(mut self) -> Scanner<'a> {
+        self.once = true;
+        self
     }
 
     /// Where the next record is expected.
@@ -154,7 +164,12 @@ impl<'a> Scanner<'a> {
         let wanted = bytes.max(WINDOW_BYTES as u64).min(room);
         self.window.resize(wanted as usize, 0);
         self.window_at = self.at;
-        let result = segment.file.read_at(&mut self.window, self.at.segment_offset(segment_bytes));
+        let offset = self.at.segment_offset(segment_bytes);
+        let result = if self.once {
+            segment.file.read_once(&mut self.window, offset)
+        } else {
+            segment.file.read_at(&mut self.window, offset)
+        };
         if let Err(error) = result {
             self.window.clear();
             return Err(error.into());

@@ -1,41 +1,33 @@
-//! Reads the log of each group again, a little at a time, and keeps what it found for the verdict.
+//! Reads the log of each group again, a little at a time, and looks again at what is damaged.
 //!
 //! Bytes are checked when they arrive and when they are read; this finds what rots in between,
-//! before a backup or a promote has to. Damage found is a fact, also after a restart, until the
-//! same segment was read whole, or folded, which checks what it takes, or is no longer there.
+//! before a backup or a promote has to. Damage found is a fact until the same part was read whole,
+//! or is no longer there. What looked damaged to a reader is looked at first.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use crate::group::{DamagedPart, Group, GroupError};
+use crate::units::Lsn;
 
-use crate::events::Severity;
-use crate::group::GroupError;
-use crate::units::{GroupId, Lsn};
-
-use super::health::LogCheck;
-use super::peers::{StoreError, replace};
-use super::replica::Replica;
-use super::service::Shared;
+use super::service::{Shared, locked};
 
 /// Time between two steps.
 const STEP_EVERY: Duration = Duration::from_secs(10);
 /// Bytes of a group's log that a step reads.
 const STEP_BYTES: u64 = 16 << 20;
-/// What was found damaged, under the service's directory.
-const FILE: &str = "damaged";
+/// Damaged parts that a step looks at again.
+const AGAIN: usize = 8;
 
 /// Checks until the service ends.
 pub(super) async fn run(shared: Arc<Shared>) {
     let mut shutdown = shared.shutdown_signal();
     loop {
         for group in shared.groups.groups() {
+            let Some(group) = shared.groups.engine(group.id()) else { continue };
             let shared = Arc::clone(&shared);
             // Fails only while the runtime ends.
-            let _ = tokio::task::spawn_blocking(move || step(&shared, &*group)).await;
+            let _ = tokio::task::spawn_blocking(move || step(&shared, &group)).await;
         }
         tokio::select! {
             () = tokio::time::sleep(STEP_EVERY) => {}
@@ -45,22 +37,16 @@ pub(super) async fn run(shared: Arc<Shared>) {
 }
 
 /// What was read so far of a group's log.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Pass {
     /// Up to here this pass has come.
-    #[serde(skip)]
     checked_to: Lsn,
     /// Cuts of the log's end when it came there.
-    #[serde(skip)]
     cuts: u64,
     /// When the last step ended, monotonic.
-    #[serde(skip)]
     stepped: Option<Duration>,
-    /// By number of the segment: what was found in it.
-    damaged: BTreeMap<u64, String>,
-    /// The segment whose damage is looked at next, or one behind it.
-    #[serde(skip)]
-    again: u64,
+    /// The damaged part that was looked at last.
+    looked_at: Option<DamagedPart>,
 }
 
 /// A log, as far as a check needs it.
@@ -69,7 +55,6 @@ struct Log<'a> {
     start: Lsn,
     /// Up to which it is checked.
     end: Lsn,
-    head: Lsn,
     /// How often its end was cut, before and now: positions of before may lie within a record.
     cuts: u64,
     cuts_now: &'a dyn Fn() -> u64,
@@ -83,77 +68,38 @@ impl Log<'_> {
     }
 }
 
-/// What a step found out.
-#[derive(Debug, PartialEq)]
-enum Finding {
-    Damaged(String),
-    /// What was damaged is whole again, or no longer part of the log.
-    Mended(String),
-}
-
 impl Pass {
-    /// What the verdict is told. `started` is when this process began to check.
-    pub(super) fn verdict(&self, now: Duration, started: Duration) -> LogCheck {
-        let damaged = self.damaged.values().next().map(|first| match self.damaged.len() - 1 {
-            0 => first.clone(),
-            more => format!("{first}; and {more} more segments"),
-        });
-        let age = now.saturating_sub(self.stepped.unwrap_or(started));
-        LogCheck { checked_to: self.checked_to, damaged, age }
+    pub(super) fn checked_to(&self) -> Lsn {
+        self.checked_to
     }
 
-    fn step(&mut self, log: &Log<'_>) -> Vec<Finding> {
-        if self.cuts != log.cuts {
-            self.checked_to = Lsn::ZERO;
-            self.cuts = log.cuts;
-        }
-        let mut findings = Vec::new();
+    /// How long ago it last came on. `started` is when this process began to check.
+    pub(super) fn age(&self, now: Duration, started: Duration) -> Duration {
+        now.saturating_sub(self.stepped.unwrap_or(started))
+    }
+
+    /// Reads the next part of the log; the segments that look damaged.
+    fn step(&mut self, log: &Log<'_>) -> Vec<u64> {
         let mut next = self.clone();
-        next.look_again(log, &mut findings);
-        next.go_on(log, &mut findings);
+        if next.cuts != log.cuts {
+            next.checked_to = Lsn::ZERO;
+            next.cuts = log.cuts;
+        }
+        let damaged = next.go_on(log);
         // Cut while it was read: what was found is of no log.
         if (log.cuts_now)() != log.cuts {
             return Vec::new();
         }
         *self = next;
-        findings
+        damaged
     }
 
-    /// Reads one segment again that was damaged.
-    fn look_again(&mut self, log: &Log<'_>, findings: &mut Vec<Finding>) {
-        self.damaged.retain(|segment, what| {
-            let folded = log.segment_end(*segment) <= log.start;
-            let cut_off = segment * log.segment_bytes >= log.head.0;
-            if folded || cut_off {
-                findings.push(Finding::Mended(what.clone()));
-            }
-            !(folded || cut_off)
-        });
-        let next = self.damaged.range(self.again..).next().or(self.damaged.first_key_value());
-        let Some(segment) = next.map(|(segment, _)| *segment) else { return };
-        self.again = segment + 1;
-        let (from, to) = (Lsn(segment * log.segment_bytes), log.segment_end(segment).min(log.end));
-        if from >= to {
-            return;
-        }
-        match (log.check)(from, to) {
-            Ok(_) => {
-                let what = self.damaged.remove(&segment).unwrap_or_default();
-                findings.push(Finding::Mended(what));
-            }
-            // Folded from under it: the next step sees so.
-            Err(GroupError::NotCovered { .. }) => {}
-            Err(error) => {
-                self.damaged.insert(segment, error.to_string());
-            }
-        }
-    }
-
-    /// Reads the next part of the log; after its end it begins anew.
-    fn go_on(&mut self, log: &Log<'_>, findings: &mut Vec<Finding>) {
+    /// After the log's end it begins anew.
+    fn go_on(&mut self, log: &Log<'_>) -> Vec<u64> {
         if self.checked_to < log.start || self.checked_to >= log.end {
             self.checked_to = log.start;
         }
+        let mut damaged = Vec::new();
         let until = Lsn(log.end.0.min(self.checked_to.0.saturating_add(STEP_BYTES)));
         while self.checked_to < until {
             let from = self.checked_to;
@@ -161,87 +107,64 @@ impl Pass {
             let segment_end = log.segment_end(segment);
             match (log.check)(from, until.min(segment_end)) {
                 Ok(bytes) => self.checked_to = from.advance(bytes),
-                // Folded from under it: begin anew. What is damaged elsewhere stays so.
+                // Folded from under it: begin anew.
                 Err(GroupError::NotCovered { .. }) => {
                     self.checked_to = Lsn::ZERO;
-                    return;
+                    break;
                 }
-                Err(error) => {
-                    if self.damaged.insert(segment, error.to_string()).is_none() {
-                        findings.push(Finding::Damaged(error.to_string()));
-                    }
+                Err(_) => {
+                    damaged.push(segment);
                     // A segment begins with a record.
                     self.checked_to = segment_end;
                 }
             }
         }
+        damaged
+    }
+
+    /// Which of the damaged parts are looked at next: in turn.
+    fn again(&mut self, damaged: &[DamagedPart]) -> Vec<DamagedPart> {
+        let behind = |part: &&DamagedPart| self.looked_at.is_none_or(|last| **part > last);
+        let mut parts: Vec<DamagedPart> = damaged.iter().filter(behind).copied().collect();
+        parts.sort_unstable();
+        if parts.is_empty() {
+            parts = damaged.to_vec();
+            parts.sort_unstable();
+        }
+        parts.truncate(AGAIN);
+        self.looked_at = parts.last().copied();
+        parts
     }
 }
 
-fn step(shared: &Shared, group: &dyn Replica) {
+fn step(shared: &Shared, group: &Group) {
     let positions = group.positions();
     let log = Log {
         start: group.log_start(),
         end: positions.durable.min(positions.request_end),
-        head: positions.head,
         cuts: positions.cuts,
         cuts_now: &|| group.positions().cuts,
         segment_bytes: group.segment_bytes(),
         check: &|from, to| group.check_log(from, to),
     };
-    let (id, name) = (group.id(), group.name());
-    let checks = || shared.checks.lock().expect("no holder panics");
-    let mut pass = checks().get(&id).cloned().unwrap_or_default();
-    let findings = pass.step(&log);
-    pass.stepped = Some(shared.now());
-    checks().insert(id, pass);
-    if findings.is_empty() {
-        return;
+    let id = group.id();
+    let mut pass = locked(&shared.checks).get(&id).cloned().unwrap_or_default();
+    for part in group.take_suspects() {
+        shared.look(group, &part, "read");
     }
-    if let Err(error) = store(&shared.config.state_dir, &checks()) {
-        tracing::error!("{error}");
+    let known: Vec<DamagedPart> =
+        shared.ledger(id).parts().iter().map(|known| known.part).collect();
+    for part in pass.again(&known) {
+        shared.look(group, &part, "check");
     }
-    for finding in findings {
-        let (severity, code, text) = match finding {
-            Finding::Damaged(what) => (
-                Severity::Error,
-                "log-damaged",
-                format!(
-                    "group {name}: the log is damaged: {what}; `tidelog status {name}` shows what \
-                     it means for backups"
-                ),
-            ),
-            Finding::Mended(what) => (
-                Severity::Info,
-                "log-mended",
-                format!("group {name}: was damaged, and is whole or out of the log now: {what}"),
-            ),
-        };
-        shared.context.events.emit(severity, code, Some(name.as_str()), text, Value::Null);
-    }
-}
-
-fn store(dir: &Path, passes: &HashMap<GroupId, Pass>) -> Result<(), StoreError> {
-    let damaged: Vec<_> = passes.iter().filter(|(_, pass)| !pass.damaged.is_empty()).collect();
-    replace(dir, FILE, &serde_json::to_vec(&damaged).expect("plain data becomes JSON"))
-}
-
-/// What was found damaged before this process began.
-pub(super) fn load(dir: &Path) -> HashMap<GroupId, Pass> {
-    let path = dir.join(FILE);
-    let read = match std::fs::read(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return HashMap::new(),
-        Err(error) => Err(error.to_string()),
-        Ok(bytes) => serde_json::from_slice::<Vec<(GroupId, Pass)>>(&bytes)
-            .map_err(|error| error.to_string()),
-    };
-    match read {
-        Ok(passes) => passes.into_iter().collect(),
-        Err(error) => {
-            tracing::error!("{}: {error}; the logs are checked anew", path.display());
-            HashMap::new()
+    for segment in pass.step(&log) {
+        let part = DamagedPart::Log { segment };
+        if !known.contains(&part) {
+            shared.look(group, &part, "check");
         }
     }
+    pass.stepped = Some(shared.now());
+    locked(&shared.checks).insert(id, pass);
 }
 
 #[cfg(test)]
@@ -266,7 +189,7 @@ mod tests {
     }
 
     impl TestLog {
-        fn step(&self, pass: &mut Pass) -> Vec<Finding> {
+        fn step(&self, pass: &mut Pass) -> Vec<u64> {
             let cuts = self.cuts.get();
             let check = |from: Lsn, to: Lsn| {
                 if self.cut_within.take() {
@@ -293,7 +216,6 @@ mod tests {
             pass.step(&Log {
                 start: Lsn(self.folded.get() * SEGMENT),
                 end: Lsn(10 * SEGMENT),
-                head: Lsn(10 * SEGMENT),
                 cuts,
                 cuts_now: &|| self.cuts.get(),
                 segment_bytes: SEGMENT,
@@ -306,21 +228,17 @@ mod tests {
         }
     }
 
-    fn damage(pass: &Pass) -> Option<String> {
-        pass.verdict(Duration::ZERO, Duration::ZERO).damaged
-    }
-
     #[test]
-    fn damage_stays_a_fact_though_folds_overtake_every_pass() {
+    fn every_damaged_segment_is_come_to_though_folds_overtake_the_check() {
         let (log, mut pass) = (TestLog::default(), Pass::default());
+        log.damage(8);
         log.damage(9);
-        let found = (0..10).find_map(|_| log.step(&mut pass).pop()).expect("found");
-        assert!(matches!(&found, Finding::Damaged(what) if what.contains("segment 9")));
-        for _ in 0..8 {
-            log.fold_within.set(true);
-            assert_eq!(log.step(&mut pass), [], "told once");
-            assert!(damage(&pass).unwrap().contains("segment 9"));
-        }
+        let found: Vec<u64> = (0..6).flat_map(|_| log.step(&mut pass)).collect();
+        assert_eq!(found, [8, 9]);
+        log.fold_within.set(true);
+        assert!(log.step(&mut pass).is_empty(), "a segment that left is not damaged");
+        let again: Vec<u64> = (0..6).flat_map(|_| log.step(&mut pass)).collect();
+        assert_eq!(again, [8, 9], "and it begins anew");
     }
 
     #[test]
@@ -330,50 +248,27 @@ mod tests {
         let before = pass.checked_to;
         assert!(before > Lsn::ZERO);
         log.cut_within.set(true);
-        assert_eq!(log.step(&mut pass), [], "what a cut left half is no damage");
-        assert_eq!((pass.checked_to, damage(&pass)), (before, None));
+        assert!(log.step(&mut pass).is_empty(), "what a cut left half is no damage");
+        assert_eq!(pass.checked_to, before);
         // Of the log that is there now, no position of the old one is believed.
         log.damage(0);
-        assert_eq!(log.step(&mut pass).len(), 1);
+        assert_eq!(log.step(&mut pass), [0]);
     }
 
     #[test]
-    fn damage_ends_when_its_segment_is_read_whole_or_was_folded() {
-        let (log, mut pass) = (TestLog::default(), Pass::default());
-        log.damage(0);
-        log.damage(1);
-        log.damage(2);
-        let found: usize = (0..2).map(|_| log.step(&mut pass).len()).sum();
-        assert_eq!(found, 3);
-        assert!(damage(&pass).unwrap().contains("and 2 more"));
-        log.damaged.borrow_mut().remove(&2);
-        log.folded.set(1);
-        let mended: Vec<_> = (0..3).flat_map(|_| log.step(&mut pass)).collect();
-        assert_eq!(mended.len(), 2, "{mended:?}");
-        assert!(damage(&pass).unwrap().ends_with("segment 1"), "{:?}", damage(&pass));
-        log.damaged.borrow_mut().clear();
-        assert_eq!(log.step(&mut pass).len(), 1);
-        assert_eq!(damage(&pass), None);
-    }
-
-    #[test]
-    fn damage_is_known_after_a_restart() {
-        let dir = tempfile::tempdir().unwrap();
-        let (log, mut pass) = (TestLog::default(), Pass::default());
-        log.damage(1);
-        log.step(&mut pass);
-        let passes = HashMap::from([(GroupId([7; 16]), pass)]);
-        store(dir.path(), &passes).unwrap();
-        let again = load(dir.path());
-        assert_eq!(damage(&again[&GroupId([7; 16])]), damage(&passes[&GroupId([7; 16])]));
-        std::fs::write(dir.path().join(FILE), b"{").unwrap();
-        assert!(load(dir.path()).is_empty());
+    fn damaged_parts_are_looked_at_in_turn() {
+        let mut pass = Pass::default();
+        let parts: Vec<_> = (0..10).map(|segment| DamagedPart::Log { segment }).collect();
+        assert_eq!(pass.again(&parts), parts[..AGAIN]);
+        assert_eq!(pass.again(&parts), parts[AGAIN..]);
+        assert_eq!(pass.again(&parts), parts[..AGAIN]);
+        assert!(pass.again(&[]).is_empty());
     }
 
     #[test]
     fn the_age_of_a_check_is_counted_from_the_start_until_there_is_one() {
         let mut pass = Pass::default();
-        let age = |pass: &Pass| pass.verdict(Duration::from_secs(50), Duration::from_secs(20)).age;
+        let age = |pass: &Pass| pass.age(Duration::from_secs(50), Duration::from_secs(20));
         assert_eq!(age(&pass), Duration::from_secs(30));
         pass.stepped = Some(Duration::from_secs(45));
         assert_eq!(age(&pass), Duration::from_secs(5));

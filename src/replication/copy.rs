@@ -32,6 +32,8 @@ pub(super) struct CopyReport {
     checked_to: Lsn,
     #[serde(default)]
     damaged: Option<String>,
+    #[serde(default)]
+    base_damaged: Option<String>,
     check_age_seconds: f64,
     /// Where a comparison of the two logs failed.
     #[serde(default)]
@@ -48,6 +50,7 @@ impl CopyReport {
         LogCheck {
             checked_to: self.checked_to,
             damaged: self.damaged.clone(),
+            base_damaged: self.base_damaged.clone(),
             age: age.saturating_add(since),
         }
     }
@@ -160,6 +163,7 @@ impl Shared {
                     data_reason,
                     checked_to: check.checked_to,
                     damaged: check.damaged,
+                    base_damaged: check.base_damaged,
                     check_age_seconds: check.age.as_secs_f64(),
                     mismatch: channel.and_then(|channel| channel.comparison().1),
                 }
@@ -170,9 +174,15 @@ impl Shared {
 
     /// What is known of this node's own log of a group.
     pub(super) fn log_check(&self, group: GroupId, now: Duration) -> LogCheck {
+        let ledger = self.ledger(group);
         let checks = self.checks.lock().expect("no holder panics");
         let pass = checks.get(&group).cloned().unwrap_or_default();
-        pass.verdict(now, self.started)
+        LogCheck {
+            checked_to: pass.checked_to(),
+            damaged: ledger.of_log(),
+            base_damaged: ledger.of_base(),
+            age: pass.age(now, self.started),
+        }
     }
 }
 
@@ -188,6 +198,7 @@ mod tests {
             data_reason: None,
             checked_to: Lsn(8),
             damaged: None,
+            base_damaged: None,
             check_age_seconds: 4.0,
             mismatch: None,
         };

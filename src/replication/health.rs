@@ -56,13 +56,16 @@ impl BackupCapable {
     }
 }
 
-/// What a check of the log's CRCs found on this node.
+/// What checks of CRCs found on this node: those of the log go on all the time, the base is read by
+/// hosts, folds and scrubs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogCheck {
     /// Bytes up to here were read again and were whole.
     pub checked_to: Lsn,
-    /// What was damaged, and was not found whole since.
+    /// What was damaged of it, and was not found whole since.
     pub damaged: Option<String>,
+    /// The same of the base.
+    pub base_damaged: Option<String>,
     /// How long ago the check last came on.
     pub age: Duration,
 }
@@ -130,6 +133,9 @@ fn data_reasons(state: DataState, why: Option<&str>, reasons: &mut Vec<Reason>) 
 fn check_reasons(check: &LogCheck, place: &str, reasons: &mut Vec<Reason>) {
     if let Some(what) = &check.damaged {
         reasons.push(reason("log-damaged", format!("the log on {place} is damaged: {what}")));
+    }
+    if let Some(what) = &check.base_damaged {
+        reasons.push(reason("base-damaged", format!("the base on {place} is damaged: {what}")));
     }
     if check.age > CHECK_AGE_MAX {
         let text = format!(
@@ -274,6 +280,16 @@ mod tests {
                 CopyFacts {
                     log_check: LogCheck {
                         damaged: Some("segment 0, LSN 96".to_owned()),
+                        ..LogCheck::default()
+                    },
+                    ..fit()
+                },
+            ),
+            (
+                "base-damaged",
+                CopyFacts {
+                    log_check: LogCheck {
+                        base_damaged: Some("chunk at 0".to_owned()),
                         ..LogCheck::default()
                     },
                     ..fit()

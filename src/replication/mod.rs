@@ -7,7 +7,8 @@
 //! whom, `pair` does it over the network, `peers` keeps it. `commands` is what operators ask for,
 //! with `switchover` and `resolve` beside it, `status` what they see, `health` the verdict that
 //! backup trusts, with `check`, the re-reading of logs, and `copy`, what a peer says of its copy,
-//! behind it. `replica` is all that this room needs of a group.
+//! behind it; `scrub` reads everything on command, and `damage` is what either found. `replica` is
+//! all that this room needs of a group.
 
 mod bounds;
 mod channel;
@@ -17,6 +18,7 @@ mod cluster;
 mod commands;
 mod copy;
 mod core;
+mod damage;
 mod drive;
 mod epoch;
 mod health;
@@ -28,6 +30,7 @@ mod peers;
 mod replica;
 mod resolve;
 mod rpc;
+mod scrub;
 mod service;
 #[doc(hidden)]
 pub mod simulation;
@@ -39,6 +42,7 @@ mod worker;
 
 pub use self::channel::ReplicationState;
 pub use self::commands::ReplicateOptions;
+pub use self::damage::DamageInfo;
 pub use self::health::{
     BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, LogCheck, Reason, Verdict, judge_copy, judge_local,
 };
@@ -48,5 +52,6 @@ pub use self::peers::Peer;
 pub use self::replica::{Replica, Replicas};
 pub use self::resolve::Parting;
 pub use self::rpc::{BoxFuture, Handler, PeerContext};
+pub use self::scrub::{ScrubState, ScrubStatus};
 pub use self::service::{Replication, ReplicationConfig, ReplicationError};
 pub use self::status::{Lag, PeerStatus};

@@ -46,7 +46,6 @@ pub trait Replica: Send + Sync {
     fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError>;
     fn set_retired(&self, retired: bool) -> Result<(), GroupError>;
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
-    fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError>;
     fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
     fn ship(
         &self,
@@ -71,6 +70,8 @@ pub trait Replica: Send + Sync {
 pub trait Replicas: Send + Sync {
     fn groups(&self) -> Vec<Arc<dyn Replica>>;
     fn by_id(&self, id: GroupId) -> Option<Arc<dyn Replica>>;
+    /// The same as the engine has it: what is read of it is more than its log.
+    fn engine(&self, id: GroupId) -> Option<Arc<Group>>;
     fn by_name(&self, name: &str) -> Result<Arc<dyn Replica>, GroupError>;
     fn create_copy(
         &self,
@@ -208,9 +209,6 @@ impl Replica for Group {
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError> {
         Group::append_control(self, control)
     }
-    fn check_log(&self, from: Lsn, to: Lsn) -> Result<u64, GroupError> {
-        Group::check_log(self, from, to)
-    }
     fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
         Group::subscribe(self, listener);
     }
@@ -222,6 +220,9 @@ impl Replicas for Registry {
     }
     fn by_id(&self, id: GroupId) -> Option<Arc<dyn Replica>> {
         Registry::by_id(self, id).map(|group| group as Arc<dyn Replica>)
+    }
+    fn engine(&self, id: GroupId) -> Option<Arc<Group>> {
+        Registry::by_id(self, id)
     }
     fn by_name(&self, name: &str) -> Result<Arc<dyn Replica>, GroupError> {
         Registry::by_name(self, name).map(|group| group as Arc<dyn Replica>)

@@ -14,13 +14,14 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
-use crate::group::{GroupContext, GroupError};
+use crate::group::{Group, GroupContext, GroupError};
 use crate::units::{GroupId, Incarnation, LogTime, Name, NodeId};
 
 use super::bounds::{ROOM_BYTES, Room};
 use super::check::{self, Pass};
 use super::copy::{self, Reports};
 use super::core::{ConnId, Input, Membership, Output, PeerCore, Settings};
+use super::damage::{self, Ledgers};
 use super::drive;
 use super::link::{self, Conn};
 use super::pairing::{Fingerprint, Invites};
@@ -81,6 +82,9 @@ pub struct Shared {
     pub(super) invites: Mutex<Invites>,
     pub(super) cores: Mutex<BTreeMap<NodeId, PeerCore>>,
     pub(super) checks: Mutex<HashMap<GroupId, Pass>>,
+    pub(super) ledgers: Mutex<Ledgers>,
+    /// Scrubs that run, and what stops each.
+    pub(super) scrubs: Mutex<HashMap<GroupId, watch::Sender<bool>>>,
     pub(super) copies: Mutex<Reports>,
     /// Peers that are being asked about their copies.
     pub(super) asking: Mutex<HashSet<NodeId>>,
@@ -158,7 +162,9 @@ impl Replication {
             store: Mutex::new(store),
             invites: Mutex::new(Invites::default()),
             cores: Mutex::new(BTreeMap::new()),
-            checks: Mutex::new(check::load(&config.state_dir)),
+            checks: Mutex::default(),
+            ledgers: Mutex::new(damage::load(&config.state_dir)),
+            scrubs: Mutex::default(),
             copies: Mutex::default(),
             asking: Mutex::default(),
             started: context.env.clock.monotonic(),
@@ -300,6 +306,13 @@ impl Shared {
 
     pub(super) fn replica(&self, group: GroupId) -> Option<Arc<dyn Replica>> {
         self.groups.by_id(group)
+    }
+
+    /// A group as the engine has it, by name.
+    pub(super) fn engine(&self, name: &str) -> Result<Arc<Group>, ReplicationError> {
+        let id = self.groups.by_name(name)?.id();
+        let gone = || ReplicationError::Refused(format!("group {name}: is being deleted"));
+        self.groups.engine(id).ok_or_else(gone)
     }
 
     pub(super) fn shutdown_signal(&self) -> watch::Receiver<bool> {
@@ -485,6 +498,7 @@ impl Shared {
             let here: HashSet<GroupId> = groups.iter().map(|group| group.id()).collect();
             locked(&self.workers).retain(|group, _| here.contains(group));
             locked(&self.checks).retain(|group, _| here.contains(group));
+            locked(&self.ledgers).retain(|group, _| here.contains(group));
         }
     }
 

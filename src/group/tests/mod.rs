@@ -15,6 +15,7 @@ mod resync;
 mod returning;
 mod rewind;
 mod room;
+mod scrub;
 
 use std::path::PathBuf;
 use std::sync::Arc;

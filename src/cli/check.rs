@@ -1,0 +1,106 @@
+//! `tidelog scrub`: whether what is on disk is what was written.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde_json::json;
+
+use tidelog::control::api::{DamageInfo, Done, ScrubAnswer, ScrubState, ScrubStatus};
+use tidelog::units::{ByteSize, Name};
+
+use super::{Session, output};
+
+/// Read everything that this node has of a group once, and check it, in the background
+///
+/// The log, the base with its sidecars, and what is kept for older moments are read at a pace that
+/// leaves the disk to the hosts. `tidelog status GROUP` shows how far it is and what is damaged.
+#[derive(Args)]
+pub struct ScrubArguments {
+    /// The group
+    group: Name,
+    /// Wait for the end; the exit status is 1 where something is damaged then
+    #[arg(long, conflicts_with = "stop")]
+    wait: bool,
+    /// Bytes a second at most; by itself it reads 256M, and 32M while hosts write
+    #[arg(long, value_name = "SIZE", conflicts_with = "stop")]
+    rate: Option<ByteSize>,
+    /// Stop the scrub that runs
+    #[arg(long)]
+    stop: bool,
+}
+
+pub async fn scrub(session: &Session, arguments: &ScrubArguments) -> Result<()> {
+    let group = &arguments.group;
+    let path = format!("/v1/groups/{group}/scrub");
+    if arguments.stop {
+        return session.ask("DELETE", &path, None, |done: Done| done.done).await;
+    }
+    let body = arguments.rate.map(|rate| json!({ "rate": rate.to_string() }));
+    if !arguments.wait {
+        let show = |_: ScrubAnswer| {
+            format!("group {group}: a scrub runs; `tidelog status {group}` shows how far it is")
+        };
+        return session.ask("POST", &path, body, show).await;
+    }
+    let mut told: ScrubAnswer =
+        serde_json::from_value(session.client.call("POST", &path, body).await?)?;
+    let bar = output::ProgressLine::new();
+    let mut ticks = tokio::time::interval(Duration::from_millis(200));
+    while let Some(scrub) = told.scrub.as_ref().filter(|s| s.state == ScrubState::Running) {
+        bar.show(scrub.done_bytes, scrub.total_bytes);
+        ticks.tick().await;
+        told = session.client.get(&path).await?;
+    }
+    bar.clear();
+    if session.json {
+        output::print_json(&serde_json::to_value(&told)?)?;
+    } else if let Some(scrub) = &told.scrub {
+        output::print(&format!("group {group}: scrub {}", show_scrub(scrub)))?;
+    }
+    match (&told.scrub, told.damage.first()) {
+        (_, Some(first)) => bail!(
+            "group {group}: {} parts are damaged: {}; `tidelog status {group}` names them",
+            told.damage.len(),
+            first.what
+        ),
+        (Some(scrub), None) if scrub.state == ScrubState::Done => Ok(()),
+        _ => bail!("group {group}: the scrub was stopped; `tidelog scrub {group}` begins anew"),
+    }
+}
+
+/// A scrub in one line.
+pub fn show_scrub(scrub: &ScrubStatus) -> String {
+    let found = match (scrub.damaged, scrub.repaired) {
+        (0, _) => "nothing damaged".to_owned(),
+        (damaged, repaired) => format!("{damaged} parts damaged, {repaired} repaired"),
+    };
+    let read = ByteSize(scrub.read_bytes);
+    let mut text = match scrub.state {
+        ScrubState::Running => {
+            let total = ByteSize(scrub.total_bytes);
+            let age = output::age(scrub.started);
+            format!("running: {} of {total}, begun {age}", ByteSize(scrub.done_bytes))
+        }
+        ScrubState::Done => format!("done {}: read {read}", output::age(scrub.state_since)),
+        ScrubState::Stopped => format!("stopped {}: read {read}", output::age(scrub.state_since)),
+    };
+    if let Some(reason) = &scrub.state_reason {
+        text = format!("{text} ({reason})");
+    }
+    text = format!("{text}; {found}");
+    if scrub.untold > 0 {
+        text = format!("{text}; {} parts could not be told beside a fold", scrub.untold);
+    }
+    text
+}
+
+/// A damaged part in one line.
+pub fn show_damage(damage: &DamageInfo) -> String {
+    let mut text =
+        format!("{} (found by {} {})", damage.what, damage.found_by, output::age(damage.since));
+    if let Some(why) = &damage.repair {
+        text = format!("{text}; not repaired: {why}");
+    }
+    text
+}
