@@ -274,3 +274,44 @@ fn a_new_copy_of_a_folded_log_begins_with_an_image() {
     assert_eq!(world.nodes[1].switches, 1);
     world.assert_streaming();
 }
+
+#[test]
+fn a_peer_that_the_log_passes_after_each_image_is_told_and_comes_back_when_it_can_keep_up() {
+    let mut world = World::new(5);
+    let pass = |world: &mut World| {
+        for _ in 0..4 {
+            world.write(0);
+        }
+        world.nodes[0].log.start = world.nodes[0].log.bytes.len() as u64;
+        let local = world.nodes[0].local();
+        world.feed(0, Input::Group(Box::new(local)));
+    };
+    world.write(0);
+    world.run(seconds(3));
+    world.weather.partitioned = true;
+    world.write(0);
+    pass(&mut world);
+    world.run(seconds(1));
+    world.weather.partitioned = false;
+    let mut switches = world.nodes[1].switches;
+    let told = (0..200_000).any(|_| {
+        world.run(Duration::from_millis(1));
+        if world.nodes[1].switches > switches {
+            switches = world.nodes[1].switches;
+            pass(&mut world);
+        }
+        world.nodes[0].events.contains(&"cannot-keep-up")
+    });
+    assert!(told && switches > 2, "{switches} images");
+    world.run(seconds(2));
+    let (state, reason) = world.state(1);
+    assert_eq!(state, ReplicationState::Blocked);
+    assert!(reason.contains("cannot-keep-up"), "{reason}");
+    let (primary, copy) = (&world.nodes[0].log.bytes, &world.nodes[1].log.bytes);
+    assert!(!copy.is_empty() && copy[..] == primary[..copy.len()], "its last image stays");
+    let kept = world.nodes[1].switches;
+    world.run(seconds(5));
+    assert_eq!(world.nodes[1].switches, kept, "it rests");
+    world.run(seconds(60));
+    world.assert_streaming();
+}
