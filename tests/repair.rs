@@ -183,3 +183,120 @@ fn a_scrub_keeps_its_pace_and_stops_when_it_is_told() {
     assert!(!a.command(&["scrub", "g", "--stop"]).status.success(), "none runs");
     a.run(&["scrub", "g", "--wait"]);
 }
+
+/// A node as before, and its copy on another, which has the same in its base.
+fn pair(dir: &Path) -> (Appliance, Appliance) {
+    let a = node(dir);
+    let b = Appliance::start(&dir.join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["replicate", "g", "--to", "b"]);
+    fill(&a);
+    wait_for("both to have the same, and to have folded", || {
+        let logs = [&a, &b].map(|node| node.status("g")["log"].clone());
+        let folded = logs.iter().all(|log| log["horizon_lsn"].as_u64() > Some(FOLDED_BYTES / 2));
+        let whole = logs.iter().all(|log| log["durable_lsn"] == logs[0]["head_lsn"]);
+        (folded && whole).then_some(())
+    });
+    (a, b)
+}
+
+/// A scrub that finds so many parts damaged and has all of them repaired.
+fn scrub_repairs(node: &Appliance, parts: u64) {
+    let (whole, told) = scrub(node);
+    assert!(whole, "{told}\n{}", node.log_tail());
+    assert_eq!(told["scrub"]["damaged"], parts, "{told}");
+    assert_eq!(told["scrub"]["repaired"], parts, "{told}");
+    assert_eq!(told["damage"], serde_json::json!([]), "{told}");
+    assert!(has_event(node, "repaired"));
+    let (whole, told) = scrub(node);
+    assert!(whole && told["scrub"]["damaged"] == 0, "{told}");
+}
+
+/// The files' bytes that a repair on the other side must not change.
+fn digest(node: &Appliance) -> Vec<u8> {
+    let mut all = std::fs::read(base_of_large(node, "img")).unwrap();
+    all.extend(std::fs::read(base_of_large(node, "sum")).unwrap());
+    all
+}
+
+#[test]
+fn a_scrub_repairs_either_node_from_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path());
+    for (damaged, other) in [(&b, &a), (&a, &b)] {
+        let (before, right) = (digest(other), digest(damaged));
+        turn_in_log(damaged);
+        turn(&base_of_large(damaged, "img"), (5 << 20) + 4096 + 7);
+        // A sum of the chunk behind, and a block of it.
+        turn(&base_of_large(damaged, "sum"), 8192 + 6 * 1024 + 40);
+        turn(&base_of_large(damaged, "img"), (6 << 20) + 8192);
+        scrub_repairs(damaged, 3);
+        assert!(digest(damaged) == right, "{}: as it was", damaged.node);
+        assert!(digest(other) == before, "{}: never the other way round", other.node);
+    }
+    b.run(&["image", "open", "g", "--at", "now", "--name", "equal"]);
+    assert_eq!(contents(&b, "@equal"), contents(&a, ""));
+}
+
+#[test]
+fn what_is_damaged_on_both_nodes_stays_as_it_is_and_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path());
+    for node in [&a, &b] {
+        turn(&base_of_large(node, "img"), (5 << 20) + 4096 + 7);
+    }
+    let before = [digest(&a), digest(&b)];
+    for node in [&a, &b] {
+        let (whole, told) = scrub(node);
+        assert!(!whole, "{told}");
+        let why = told["damage"][0]["repair"].as_str().unwrap();
+        assert!(why.contains("has not what is missing"), "{told}");
+    }
+    for node in [&a, &b] {
+        wait_for("the copy's damage to count", || {
+            let verdict = node.status("g")["backup_capable"].to_string();
+            verdict.contains("base-damaged").then_some(())
+        });
+    }
+    assert!([digest(&a), digest(&b)] == before, "nothing was overwritten");
+}
+
+#[test]
+fn a_read_that_meets_damage_fails_and_is_right_once_the_peer_has_been_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, _b) = pair(dir.path());
+    let mut host = client(&a, "large");
+    let (mut right, mut again) = (vec![0; 4096], vec![0; 4096]);
+    host.read((5 << 20) + 4096, &mut right).unwrap();
+    turn(&base_of_large(&a, "img"), (5 << 20) + 4096 + 7);
+    assert!(host.read((5 << 20) + 4096, &mut again).is_err());
+    wait_for("the block to be repaired", || host.read((5 << 20) + 4096, &mut again).ok());
+    assert!(again == right);
+    assert!(has_event(&a, "base-damaged") && has_event(&a, "repaired"));
+}
+
+#[test]
+fn a_primary_whose_log_is_damaged_in_the_middle_takes_it_from_its_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, _b) = pair(dir.path());
+    let held = contents(&a, "");
+    let horizon = a.status("g")["log"]["horizon_lsn"].as_u64().unwrap() as usize;
+    a.stop();
+    // The header of a record that is not folded, and behind which others stand.
+    let log = files(&a, "log", "seg");
+    let bytes = std::fs::read(&log[0]).unwrap();
+    let magic = |at: &usize| bytes[*at..].starts_with(b"TLR1");
+    let at = (horizon + 4096..bytes.len() - 8).step_by(8).find(magic).unwrap();
+    turn(&log[0], at as u64 + 50);
+    a.restart();
+    let status = a.status("g");
+    assert_eq!(status["data_state"], "failed", "{status}");
+    wait_for("the log to be repaired", || has_event(&a, "repaired").then_some(()));
+    a.stop();
+    a.restart();
+    wait_for("the group to serve", || {
+        let status = a.status("g");
+        (status["data_state"] == "consistent" && status.get("role_reason").is_none()).then_some(())
+    });
+    assert_eq!(contents(&a, ""), held);
+}

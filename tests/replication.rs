@@ -782,7 +782,9 @@ async fn a_primary_does_not_call_a_copy_fit_that_knows_its_log_is_damaged() {
     let judged = |node: &Node| node.replication.backup_capable(&node.group(), None);
     wait_for("a fit copy", || judged(&pair.a).is_yes().then_some(()));
 
+    // On both, so that neither can repair the other.
     let again = |mut pair: Pair| {
+        turn_a_byte(&pair.a.dir, &group);
         let dir = pair.b.stop();
         turn_a_byte(&dir, &group);
         pair.b = Node::start(&dir, "b", Some(pair.to_b.address));

@@ -88,6 +88,18 @@ impl Writer {
         Ok(Writer { segments, head, chain, requests, tail })
     }
 
+    /// Reads the page at the head again, after something before the head was repaired in it.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn read_tail(&mut self) -> io::Result<()> {
+        let mut tail = vec![0; self.tail.len()];
+        self.segments.read(Lsn(self.head.0 - tail.len() as u64), &mut tail)?;
+        self.tail = tail;
+        Ok(())
+    }
+
     /// After the last record.
     #[must_use]
     pub fn head(&self) -> Lsn {

@@ -16,6 +16,7 @@ use super::copy;
 use super::core::{Input, PeerCore};
 use super::epoch::{Relation, compare};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
+use super::repair;
 use super::replica::Replica;
 use super::service::{Replication, ReplicationError, Shared};
 use super::status::{PeerStatus, secondary_lag};
@@ -41,6 +42,8 @@ impl Replication {
         self.on_blocking_call(CREATE_COPY, Shared::create_copy);
         self.on_blocking_call(copy::METHOD, Shared::report_copies);
         self.on_blocking_call(switchover::METHOD, Shared::take_over);
+        self.on_blocking_call(repair::RECORDS, Shared::give_records);
+        self.on_blocking_call(repair::BLOCKS, Shared::give_blocks);
     }
 
     /// Makes a copy of a group on a peer and keeps it up to date from now on. Again for the same

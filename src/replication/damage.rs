@@ -72,6 +72,13 @@ impl Ledger {
         Some(self.damaged.remove(index))
     }
 
+    /// Notes why a part could not be repaired.
+    pub(super) fn not_repaired(&mut self, part: &DamagedPart, why: String) {
+        if let Some(known) = self.damaged.iter_mut().find(|known| known.part == *part) {
+            known.repair = Some(why);
+        }
+    }
+
     /// A line on the parts of which `wanted` tells true.
     fn line(&self, wanted: impl Fn(&DamagedPart) -> bool) -> Option<String> {
         let mut parts = self.damaged.iter().filter(|known| wanted(&known.part));
@@ -104,11 +111,19 @@ impl Ledger {
 }
 
 impl Shared {
-    /// Looks at a part, and notes what it found; what that was.
-    pub(super) fn look(&self, group: &Group, part: &DamagedPart, found_by: &str) -> Found {
+    /// Looks at a part, notes what it found, and repairs it where that can be done now; what it
+    /// found, and whether the part is whole then.
+    pub(super) fn look(&self, group: &Group, part: &DamagedPart, found_by: &str) -> (Found, bool) {
         let found = group.check_part(part);
         self.note(group, part, found.clone(), found_by);
-        found
+        if !matches!(found, Found::Damaged(_)) || self.replica(group.id()).is_none() {
+            return (found, true);
+        }
+        let repaired = self.repair(group, part);
+        if repaired {
+            self.note(group, part, Found::Whole(0), found_by);
+        }
+        (found, repaired)
     }
 
     /// Notes what was found of a part.

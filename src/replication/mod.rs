@@ -7,7 +7,8 @@
 //! whom, `pair` does it over the network, `peers` keeps it. `commands` is what operators ask for,
 //! with `switchover` and `resolve` beside it, `status` what they see, `health` the verdict that
 //! backup trusts, with `check`, the re-reading of logs, and `copy`, what a peer says of its copy,
-//! behind it; `scrub` reads everything on command, and `damage` is what either found. `replica` is
+//! behind it; `scrub` reads everything on command, `damage` is what either found, and
+//! `repair` takes from a peer what is whole there. `replica` is
 //! all that this room needs of a group.
 
 mod bounds;
@@ -27,6 +28,7 @@ mod link;
 mod pair;
 mod pairing;
 mod peers;
+mod repair;
 mod replica;
 mod resolve;
 mod rpc;

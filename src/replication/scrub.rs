@@ -196,14 +196,16 @@ impl Scrub<'_> {
 
     /// A part as a whole, which counts for `bytes`.
     fn part(&mut self, part: &DamagedPart, bytes: u64) -> Result<(), Stopped> {
-        let found = self.shared.look(self.group, part, "scrub");
+        let (found, whole) = self.shared.look(self.group, part, "scrub");
         let read = match found {
             Found::Whole(read) => read,
             Found::Damaged(_) => bytes,
             Found::Gone | Found::Unknown => 0,
         };
         self.shared.change_scrub(self.group, |scrub| {
-            scrub.damaged += u64::from(matches!(found, Found::Damaged(_)));
+            let damaged = matches!(found, Found::Damaged(_));
+            scrub.damaged += u64::from(damaged);
+            scrub.repaired += u64::from(damaged && whole);
             scrub.untold += u64::from(found == Found::Unknown);
         });
         self.passed(bytes, read)

@@ -11,6 +11,7 @@ mod moments;
 mod pins;
 mod races;
 mod registry;
+mod repair;
 mod resync;
 mod returning;
 mod rewind;

@@ -1,0 +1,252 @@
+//! Takes from a peer what rotted here, and gives a peer what it asks for: records of the log by
+//! place and chain, blocks of a volume by place and position.
+//!
+//! A peer's bytes count for nothing by themselves. Records are taken where they continue the chain
+//! of what is whole before the gap, and what stands behind the gap here continues theirs; blocks
+//! where they are what the base's own sums say. So nothing that is whole is ever changed, and who
+//! has damage gives none of it away.
+//!
+//! Both are written in place: what is overwritten is damaged already, each sector of a write that
+//! tears is the old one or the right one, and the next look finds what is still wrong.
+
+use std::collections::BTreeMap;
+
+use super::engine::Group;
+use super::staging::born_in;
+use super::{GroupError, Point, Read, View};
+use crate::log::reader::Scanner;
+use crate::log::record::{Header, Kind};
+use crate::log::segment::fits;
+use crate::units::{BLOCK_BYTES, Chain, Lsn, VolumeNumber};
+
+/// Bytes of the log that one answer carries at most.
+pub const REPAIR_BYTES_MAX: u64 = 4 << 20;
+/// Blocks that one answer carries at most: those of a chunk.
+pub const REPAIR_BLOCKS_MAX: usize = 256;
+
+/// Where a log is damaged: no whole record stands at `at` that continues `chain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// Where the next record belongs.
+    pub at: Lsn,
+    /// What it must continue.
+    pub chain: Chain,
+}
+
+/// What became of records that a peer gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mended {
+    /// The log is whole from the gap up to here.
+    To(Lsn),
+    /// What the peer gave ends before the log here is whole again, or does not lead to it.
+    Short,
+}
+
+/// The places behind whole records that continue `gap`, with the checksum of the last one before
+/// each. A pad counts as whole by its header, since nothing tells what stands in it.
+fn whole_records(gap: Gap, bytes: &[u8], segment_bytes: u64) -> Vec<Gap> {
+    let mut ends = Vec::new();
+    let mut next = gap;
+    while let Some(rest) = bytes.get(next.at.bytes_since(gap.at) as usize..)
+        && let Ok(header) = Header::decode(rest)
+        && header.follows(next.at, next.chain)
+    {
+        let room = segment_bytes - next.at.segment_offset(segment_bytes);
+        let (record_bytes, pad) = (header.record_bytes(), header.kind == Kind::Pad as u8);
+        let placed = if pad { record_bytes == room } else { fits(record_bytes, room) };
+        let from = header.header_bytes() as usize;
+        let payload = rest.get(from..from + header.payload_bytes as usize);
+        let there = pad || rest.len() as u64 >= record_bytes;
+        let whole = pad || payload.is_some_and(|payload| header.payload_is_whole(payload));
+        if !(placed && there && whole) {
+            break;
+        }
+        next = Gap { at: header.end(), chain: header.checksum };
+        ends.push(next);
+    }
+    ends
+}
+
+impl Group {
+    /// Where the log is damaged in a segment, first of all; none where it is not.
+    ///
+    /// # Errors
+    ///
+    /// Where the log cannot be followed to the segment.
+    pub fn gap(&self, segment: u64) -> Result<Option<Gap>, GroupError> {
+        let begin = Lsn(segment.saturating_mul(self.segment_bytes()));
+        let (from, end) = {
+            let core = self.lock();
+            match core.durable_before {
+                Some(mark) => (core.timeline.end(), mark),
+                None => {
+                    let end = core.durable.min(core.timeline.end().lsn);
+                    let end = end.min(begin.advance(self.segment_bytes()));
+                    (core.timeline.before_lsn(begin), end)
+                }
+            }
+        };
+        let mut scanner = Scanner::new(&self.segments, from.lsn, from.chain).once();
+        while scanner.at() < end {
+            // Before the segment payloads are no matter.
+            let (at, chain) = (scanner.at(), scanner.chain());
+            if scanner.next(at >= begin || from.lsn > begin).is_err() {
+                return Ok(Some(Gap { at, chain }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whole records that continue a gap of a peer's log, as they stand here; `bytes` of them at
+    /// most. Nothing where none does.
+    ///
+    /// # Errors
+    ///
+    /// Where the log here does not reach to it, or what the disk says.
+    pub fn records_for(&self, gap: Gap, bytes: u64) -> Result<Vec<u8>, GroupError> {
+        let head = self.positions().head;
+        let wanted = bytes.min(REPAIR_BYTES_MAX).min(head.bytes_since(gap.at));
+        let mut bytes = vec![0; wanted as usize];
+        self.read_log(gap.at, &mut bytes)?;
+        let whole = whole_records(gap, &bytes, self.segment_bytes());
+        let end = whole.last().map_or(0, |end| end.at.bytes_since(gap.at)) as usize;
+        bytes.truncate(end);
+        Ok(bytes)
+    }
+
+    /// Puts records of a peer in the place of a gap, where they lead from what is whole before it
+    /// to what is whole behind it; durable on return.
+    ///
+    /// # Errors
+    ///
+    /// Where the log was folded or cut meanwhile, or what the disk says.
+    pub fn mend_log(&self, gap: Gap, bytes: &[u8]) -> Result<Mended, GroupError> {
+        let segment_bytes = self.segment_bytes();
+        // Neither a fold nor a cut takes the segments away.
+        let _no_fold = self.fold_lock.lock().expect("no holder panics");
+        let touched = {
+            let _no_sync = self.sync_lock.lock().expect("no holder panics");
+            let mut core = self.lock();
+            if gap.at < core.timeline.horizon().lsn {
+                return Err(self.refused(format!("the record at {} was folded", gap.at)));
+            }
+            let (head, chain) = (core.writer.head(), core.writer.chain());
+            let mark = core.durable_before;
+            let joins = |end: &&Gap| match mark {
+                _ if end.at == head => end.chain == chain,
+                // Nothing stands behind it here that could say otherwise.
+                Some(mark) if end.at >= mark => true,
+                None if end.at > head => false,
+                _ => self.continues(**end),
+            };
+            let whole = whole_records(gap, bytes, segment_bytes);
+            let Some(end) = whole.iter().find(joins) else { return Ok(Mended::Short) };
+            let count = end.at.bytes_since(gap.at).min(bytes.len() as u64);
+            let (mut at, mut rest) = (gap.at, &bytes[..count as usize]);
+            let mut touched = Vec::new();
+            while !rest.is_empty() {
+                let number = at.segment_number(segment_bytes);
+                let offset = at.segment_offset(segment_bytes);
+                let (part, behind) =
+                    rest.split_at(((segment_bytes - offset) as usize).min(rest.len()));
+                let segment = self.segments.get(number);
+                let segment = segment.ok_or_else(|| self.refused("a segment is gone"))?;
+                let slices = [std::io::IoSlice::new(part)];
+                segment.file.write_at(&slices, offset).map_err(|e| self.io("repair log", &e))?;
+                touched.push(segment);
+                at = at.advance(part.len() as u64);
+                rest = behind;
+            }
+            core.writer.read_tail().map_err(|cause| self.io("read the end of the log", &cause))?;
+            (end.at, touched)
+        };
+        let (end, touched) = touched;
+        for segment in touched {
+            // After a failed sync nothing that was written since the last one is sure.
+            segment.file.sync().map_err(|cause| self.fail("sync of a repaired log", &cause))?;
+        }
+        Ok(Mended::To(end))
+    }
+
+    /// Whether the log of this primary was found damaged in the middle when it was opened, so that
+    /// it serves no writes until its next start.
+    #[must_use]
+    pub fn log_is_broken(&self) -> bool {
+        self.lock().durable_before.is_some()
+    }
+
+    /// Whether the record that stands here at a place continues a chain.
+    fn continues(&self, end: Gap) -> bool {
+        Scanner::new(&self.segments, end.at, end.chain).next(false).is_ok()
+    }
+
+    /// Blocks of a volume for a peer whose base is at `at`: as they are in the image there, where
+    /// that can be had, else as they are now. Those that cannot be read are left out.
+    ///
+    /// # Errors
+    ///
+    /// Where there is nothing of the volume here.
+    pub fn blocks_for(
+        &self,
+        volume: VolumeNumber,
+        at: Lsn,
+        blocks: &[u64],
+    ) -> Result<BTreeMap<u64, Vec<u8>>, GroupError> {
+        let image = self.open_image(&Point::Lsn(at), None, "repair", None).ok();
+        let view: &dyn View = match &image {
+            Some(image) => &**image,
+            None => self,
+        };
+        let mut found = BTreeMap::new();
+        for block in blocks.iter().take(REPAIR_BLOCKS_MAX) {
+            let mut bytes = vec![0; BLOCK_BYTES as usize];
+            let offset = block.saturating_mul(BLOCK_BYTES);
+            let mut reads = [Read { volume, offset, buffer: &mut bytes, result: Ok(()) }];
+            view.read(&mut reads);
+            let [read] = reads;
+            if read.result.is_ok() {
+                found.insert(*block, bytes);
+            }
+        }
+        if let Some(image) = image {
+            self.close_this_image(&image)?;
+        }
+        Ok(found)
+    }
+
+    /// The blocks of a damaged chunk that a peer is asked for, and where the base is.
+    #[must_use]
+    pub fn wanted_blocks(&self, volume: VolumeNumber, chunk: u64) -> (Vec<u64>, Lsn) {
+        let exam = self.base_of(volume).and_then(|base| base.examine(chunk).ok());
+        let horizon = self.positions().horizon;
+        (exam.map(|exam| exam.wanted()).unwrap_or_default(), horizon)
+    }
+
+    /// Makes a damaged chunk of the base right, with these blocks of a peer as far as the sums here
+    /// prove them; durable on return. Whether anything was written.
+    ///
+    /// # Errors
+    ///
+    /// Where a fold or a merge has stopped half-way; what the disk says.
+    pub fn mend_base(
+        &self,
+        volume: VolumeNumber,
+        chunk: u64,
+        blocks: &BTreeMap<u64, Vec<u8>>,
+    ) -> Result<bool, GroupError> {
+        let _no_fold = self.fold_lock.lock().expect("no holder panics");
+        if self.base_is_in_work() {
+            return Err(self.refused("a fold is to be finished first"));
+        }
+        let Some(base) = self.base_of(volume) else { return Ok(false) };
+        let born = born_in(self.lock().timeline.horizon().lsn);
+        let exam = base.examine(chunk).map_err(|cause| self.damaged(cause.to_string()))?;
+        if exam.is_whole() {
+            return Ok(false);
+        }
+        let Some(remedy) = exam.remedy(blocks, born) else { return Ok(false) };
+        let _gate = self.base_gate.write().expect("no holder panics");
+        base.mend(&exam, &remedy, blocks).map_err(|cause| self.fail("repair of a base", &cause))?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,222 @@
+//! What is taken from a peer, what is not, and what a peer is given.
+
+use std::collections::BTreeMap;
+
+use super::scrub::{base_file, damaged, layered, turn};
+use super::*;
+use crate::log::segment::segment_name;
+
+/// A primary with something in log and base, and its copy.
+struct Pair {
+    a: Bench,
+    b: Bench,
+    primary: Arc<Group>,
+    copy: Arc<Group>,
+    volume: Volume,
+}
+
+impl Pair {
+    /// Both have the same bytes: the copy's disk is a copy of the primary's.
+    fn new(seed: u64) -> Pair {
+        let a = Bench::new("a", seed);
+        let (primary, volume) = layered(&a);
+        let b = Bench { disk: Arc::new(a.disk.crash(1)), ..a.after_crash(0) };
+        let (copy, _) = b.open();
+        Pair { a, b, primary, copy, volume }
+    }
+
+    fn bytes(group: &Group) -> Vec<u8> {
+        let (from, to) = (group.log_start(), group.positions().durable);
+        let mut bytes = vec![0; to.bytes_since(from) as usize];
+        group.read_log(from, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn turn_log(bench: &Bench, at: Lsn) {
+        let file = dir().join("log").join(segment_name(at.segment_number(SEGMENT)));
+        turn(bench, &file, at.segment_offset(SEGMENT));
+    }
+
+    /// Repairs the copy's log from the primary; whether all of it is whole then.
+    fn repair_log(&self) -> bool {
+        for (part, _) in damaged(&self.copy) {
+            let DamagedPart::Log { segment } = part else { continue };
+            while let Some(gap) = self.copy.gap(segment).unwrap() {
+                let records = self.primary.records_for(gap, 1 << 20).unwrap();
+                if self.copy.mend_log(gap, &records).unwrap() == Mended::Short {
+                    return false;
+                }
+            }
+        }
+        damaged(&self.copy).is_empty()
+    }
+
+    /// The same for the base.
+    fn repair_base(&self) -> bool {
+        let number = self.volume.number;
+        for (part, _) in damaged(&self.copy) {
+            let DamagedPart::Base { chunk, .. } = part else { continue };
+            let (wanted, at) = self.copy.wanted_blocks(number, chunk);
+            let blocks = self.primary.blocks_for(number, at, &wanted).unwrap();
+            self.copy.mend_base(number, chunk, &blocks).unwrap();
+        }
+        damaged(&self.copy).is_empty()
+    }
+}
+
+#[test]
+fn records_are_taken_from_a_peer_wherever_the_log_is_damaged() {
+    let pair = Pair::new(1);
+    let whole = Pair::bytes(&pair.copy);
+    // The copy has begun a reign of its own behind that.
+    assert!(whole.starts_with(&Pair::bytes(&pair.primary)));
+    let (from, to) = (pair.copy.log_start(), pair.primary.positions().durable);
+    let mut repaired = 0;
+    for place in (0..to.bytes_since(from)).step_by(331) {
+        Pair::turn_log(&pair.b, from.advance(place));
+        Pair::turn_log(&pair.b, from.advance((place * 7) % to.bytes_since(from)));
+        repaired += usize::from(!damaged(&pair.copy).is_empty());
+        assert!(pair.repair_log(), "place {place}: {:?}", damaged(&pair.copy));
+    }
+    assert!(repaired > 200, "{repaired} were damaged");
+    let again = Pair::bytes(&pair.copy);
+    // Behind the header of a pad nothing is checked, and nothing is repaired.
+    let differ = whole.iter().zip(&again).filter(|(a, b)| a != b).count();
+    assert!(differ < 200, "{differ} bytes");
+    let expected = read(&*pair.primary, pair.volume.number, 0, 3 << 20);
+    assert!(read(&*pair.copy, pair.volume.number, 0, 3 << 20) == expected);
+}
+
+#[test]
+fn records_that_do_not_join_what_is_whole_here_are_not_taken() {
+    let pair = Pair::new(2);
+    let head = pair.copy.positions().head;
+    let at = Lsn(head.0 - 9000);
+    Pair::turn_log(&pair.b, at);
+    let segment = at.segment_number(SEGMENT);
+    let gap = pair.copy.gap(segment).unwrap().expect("it is damaged");
+    let records = pair.primary.records_for(gap, 1 << 20).unwrap();
+    let before = pair.b.disk.operations();
+    let refused = |gap: Gap, bytes: &[u8]| {
+        assert_eq!(pair.copy.mend_log(gap, bytes).unwrap(), Mended::Short);
+    };
+    refused(gap, &[]);
+    refused(gap, &records[..100]);
+    refused(Gap { chain: Chain(gap.chain.0 ^ 1), ..gap }, &records);
+    for place in [0, 50, 90, 200, 3000] {
+        let mut wrong = records.clone();
+        wrong[place] ^= 1;
+        refused(gap, &wrong);
+    }
+    // A record of its own right, with a whole checksum, that is not the one which stood here.
+    let mut header = crate::log::record::Header::decode(&records).unwrap();
+    header.time = LogTime(header.time.0 + 1);
+    let (end, payload) = (header.record_bytes() as usize, header.header_bytes() as usize);
+    let mut forged = Vec::new();
+    header.encode(&mut forged);
+    forged.extend_from_slice(&records[payload..end]);
+    refused(gap, &forged);
+    assert_eq!(pair.b.disk.operations(), before, "nothing was written");
+    assert!(pair.repair_log());
+}
+
+#[test]
+fn who_has_damage_gives_none_of_it_away() {
+    let pair = Pair::new(3);
+    let at = Lsn(pair.copy.positions().head.0 - 9000);
+    let number = pair.volume.number;
+    for bench in [&pair.a, &pair.b] {
+        Pair::turn_log(bench, at);
+        turn(bench, &base_file(&pair.volume, "img"), 4096 + 5);
+        turn(bench, &base_file(&pair.volume, "img"), 8192 + 5);
+    }
+    turn(&pair.a, &base_file(&pair.volume, "img"), 8192 + 5);
+    let before = Pair::bytes(&pair.copy);
+    assert!(!pair.repair_log());
+    assert!(Pair::bytes(&pair.copy) == before, "nothing was overwritten");
+    assert!(!pair.repair_base(), "one block is damaged on both");
+    let (wanted, horizon) = pair.copy.wanted_blocks(number, 0);
+    assert_eq!(wanted, [1], "the other was repaired");
+    assert!(pair.primary.blocks_for(number, horizon, &[1]).unwrap().is_empty());
+    assert!(!damaged(&pair.primary).is_empty(), "and the primary is as it was");
+}
+
+#[test]
+fn blocks_are_taken_only_where_the_sums_here_prove_them() {
+    let pair = Pair::new(4);
+    let number = pair.volume.number;
+    turn(&pair.b, &base_file(&pair.volume, "img"), 4096 + 5);
+    let before = pair.b.disk.operations();
+    let lie = BTreeMap::from([(1, vec![7; 4096])]);
+    assert!(!pair.copy.mend_base(number, 0, &lie).unwrap());
+    // A chunk that is whole is not changed, whatever a peer says.
+    assert!(!pair.copy.mend_base(number, 1, &lie).unwrap());
+    assert_eq!(pair.b.disk.operations(), before);
+    assert!(try_read(&*pair.copy, number, 4096, 4096).is_err());
+    assert!(pair.repair_base());
+    assert_eq!(read(&*pair.copy, number, 4096, 4096), [1; 4096]);
+    turn(&pair.b, &base_file(&pair.volume, "sum"), 8192 + 8);
+    turn(&pair.b, &base_file(&pair.volume, "img"), 12288);
+    assert!(pair.repair_base());
+}
+
+#[test]
+fn a_primary_that_stopped_for_damage_serves_again_after_the_repair_and_its_next_start() {
+    let pair = Pair::new(5);
+    let (a, number) = (&pair.a, pair.volume.number);
+    let expected = read(&*pair.primary, number, 0, 3 << 20);
+    pair.primary.close().unwrap();
+    let head = pair.primary.positions().head;
+    // The header of a record in the middle.
+    let at = {
+        let gap = pair.copy.gap(head.segment_number(SEGMENT)).unwrap();
+        assert_eq!(gap, None);
+        let segment = Lsn(head.segment_number(SEGMENT) * SEGMENT);
+        segment.advance(40)
+    };
+    Pair::turn_log(a, at);
+    let (group, _) = a.open();
+    assert_eq!(group.data_state().0, DataState::Failed);
+    assert!(group.log_is_broken());
+    let segment = at.segment_number(SEGMENT);
+    assert_eq!(group.take_suspects(), [DamagedPart::Log { segment }]);
+    let part = DamagedPart::Log { segment };
+    assert!(matches!(group.check_part(&part), Found::Damaged(_)));
+    let gap = group.gap(segment).unwrap().expect("there is one");
+    let records = pair.copy.records_for(gap, 1 << 20).unwrap();
+    assert!(matches!(group.mend_log(gap, &records).unwrap(), Mended::To(_)));
+    assert!(matches!(group.check_part(&part), Found::Whole(_)));
+    drop(group);
+    let (group, _) = a.open();
+    assert_eq!(group.data_state().0, DataState::Consistent);
+    assert!(group.positions().head >= head);
+    assert!(read(&*group, number, 0, 3 << 20) == expected);
+}
+
+#[test]
+fn a_crash_in_a_repair_leaves_what_was_or_what_is_right() {
+    let pair = Pair::new(6);
+    let number = pair.volume.number;
+    let expected = read(&*pair.primary, number, 0, 3 << 20);
+    Pair::turn_log(&pair.b, Lsn(pair.copy.positions().head.0 - 9000));
+    turn(&pair.b, &base_file(&pair.volume, "img"), 4096 + 5);
+    turn(&pair.b, &base_file(&pair.volume, "sum"), 8192 + 8);
+    pair.b.disk.record();
+    pair.repair_log();
+    assert!(pair.repair_base());
+    let stopped = pair.b.disk.take_recorded();
+    assert!(stopped.len() > 4, "{} boundaries", stopped.len());
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        for seed in 0..4 {
+            let disk = Arc::new(disk.crash(seed + 10 * boundary as u64));
+            let after = Bench { disk, ..pair.b.after_crash(0) };
+            let (copy, _) = after.open();
+            for offset in (0..3 << 20).step_by(4096) {
+                if let Ok(got) = try_read(&*copy, number, offset, 4096) {
+                    let offset = offset as usize;
+                    assert!(got == expected[offset..offset + 4096], "{boundary}: at {offset}");
+                }
+            }
+        }
+    }
+}
