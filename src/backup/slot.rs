@@ -17,6 +17,8 @@ use crate::units::LogTime;
 
 /// Longer than any zone was ever set forward or back, a skipped day included.
 const SHIFT_MAX: Duration = Duration::from_secs(26 * 3600);
+/// The unit of schedules.
+const MINUTE: Duration = Duration::from_secs(60);
 /// Slots that went by unseen and are told one by one.
 const MISSED_MAX: usize = 32;
 
@@ -63,7 +65,7 @@ impl Schedule {
     /// The newest slot at or before `now`.
     #[must_use]
     pub fn newest(&self, now: LogTime) -> Option<LogTime> {
-        let mut civil = self.civil(now.after(SHIFT_MAX));
+        let mut civil = self.civil(now.after(self.shift_around(now)));
         let mut inclusive = true;
         loop {
             civil = self.cron.find_previous_occurrence(&civil, inclusive).ok()?;
@@ -78,7 +80,7 @@ impl Schedule {
     /// The first slot after `after`.
     #[must_use]
     pub fn next(&self, after: LogTime) -> Option<LogTime> {
-        let mut civil = self.civil(after.before(SHIFT_MAX));
+        let mut civil = self.civil(after.before(self.shift_around(after)));
         let mut inclusive = true;
         loop {
             civil = self.cron.find_next_occurrence(&civil, inclusive).ok()?;
@@ -116,6 +118,14 @@ impl Schedule {
         }
         due.missed.reverse();
         due
+    }
+
+    /// By how much local times near `time` may be out of the order of their instants. Where the
+    /// zone is not set forward or back thereabouts, they are in order, to the minute.
+    fn shift_around(&self, time: LogTime) -> Duration {
+        let last = self.zone.preceding(time.after(2 * SHIFT_MAX).timestamp()).next();
+        let begin = time.before(2 * SHIFT_MAX).timestamp();
+        if last.is_some_and(|last| last.timestamp() >= begin) { SHIFT_MAX } else { MINUTE }
     }
 
     fn civil(&self, time: LogTime) -> DateTime {
@@ -157,6 +167,46 @@ mod tests {
                 at.to_string()
             })
             .collect()
+    }
+
+    /// Every slot from one time to another, by a look at each local minute of the span.
+    fn every(schedule: &Schedule, from: LogTime, to: LogTime) -> Vec<LogTime> {
+        let (mut civil, end) =
+            (schedule.civil(from.before(SHIFT_MAX)), schedule.civil(to.after(SHIFT_MAX)));
+        let mut slots = Vec::new();
+        while civil < end {
+            civil = schedule.cron.find_next_occurrence(&civil, false).expect("there is one");
+            slots.extend(schedule.instant(civil).filter(|slot| (from..to).contains(slot)));
+        }
+        slots.sort_unstable();
+        slots.dedup();
+        slots
+    }
+
+    #[test]
+    fn the_slots_around_a_change_of_the_zone_are_those_of_a_look_at_every_local_minute() {
+        for (zone, from, to) in [
+            ("Europe/Berlin", "2026-03-26T12:00:00Z", "2026-04-01T12:00:00Z"),
+            ("Europe/Berlin", "2026-10-22T12:00:00Z", "2026-10-28T12:00:00Z"),
+            ("Pacific/Apia", "2011-12-27T12:00:00Z", "2012-01-02T12:00:00Z"),
+            ("Australia/Lord_Howe", "2026-04-02T12:00:00Z", "2026-04-08T12:00:00Z"),
+        ] {
+            for pattern in ["*/17 * * * *", "30 2 * * *", "0 */5 * * *"] {
+                let schedule = Schedule::parse(pattern, Some(zone)).expect("valid");
+                let (from, to) = (time(from), time(to));
+                let wanted = every(&schedule, from, to);
+                assert!(wanted.len() >= 5, "{zone}, {pattern}: {wanted:?}");
+                let next = |at: &LogTime| schedule.next(*at).filter(|slot| *slot < to);
+                let first = next(&LogTime(from.0 - 1));
+                let found: Vec<LogTime> = std::iter::successors(first, next).collect();
+                assert_eq!(found, wanted, "{zone}, {pattern}");
+                let before = |at: &LogTime| schedule.newest(LogTime(at.0 - 1));
+                let back = std::iter::successors(before(&to), before);
+                let mut found: Vec<LogTime> = back.take_while(|slot| *slot >= from).collect();
+                found.reverse();
+                assert_eq!(found, wanted, "{zone}, {pattern}, backwards");
+            }
+        }
     }
 
     #[test]

@@ -336,7 +336,7 @@ fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) ->
     let file = disk.open(to, OpenMode::CreateNew)?;
     file.set_len(segments.segment_bytes())?;
     let mut at = 0;
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; bytes.min(1 << 20) as usize];
     while at < bytes {
         let count = (bytes - at).min(buffer.len() as u64) as usize;
         from.read_at(&mut buffer[..count], at)?;

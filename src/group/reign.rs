@@ -144,8 +144,7 @@ impl Group {
         let synced = self.sync_now();
         self.fail_waiters();
         // Images hold the group; the file beside it remembers them.
-        let images = std::mem::take(&mut self.lock().images);
-        drop(images);
+        self.forget_images();
         let durable = synced?;
         self.note_clock();
         assert_eq!(durable.0, self.durable.load(Ordering::Acquire), "closed at the head");
@@ -153,6 +152,14 @@ impl Group {
             meta.durable = durable;
             meta.clean = true;
         })
+    }
+
+    /// Lets go of its images, which hold it: for who plays a process that is killed, and has others
+    /// to play.
+    #[doc(hidden)]
+    pub fn forget_images(&self) {
+        let images = std::mem::take(&mut self.lock().images);
+        drop(images);
     }
 
     /// Reads raw log bytes `[from, from + buffer.len())` below the head, from the page cache and

@@ -135,6 +135,16 @@ impl NameChange {
         }
     }
 
+    /// Whether it changes nothing outside of a directory.
+    fn is_below(&self, dir: &Path) -> bool {
+        match self {
+            NameChange::Link { path, .. } | NameChange::Unlink { path } => path.starts_with(dir),
+            NameChange::Rename { from, to, .. } | NameChange::RenameDir { from, to } => {
+                from.starts_with(dir) && to.starts_with(dir)
+            }
+        }
+    }
+
     fn apply(&self, names: &mut BTreeMap<PathBuf, Node>) {
         match self {
             NameChange::Link { path, node } => {
@@ -749,7 +759,7 @@ impl Disk for MemoryDisk {
 
     fn exists(&self, path: &Path) -> bool {
         let state = self.lock();
-        state.names.contains_key(path) || state.has_dir(path)
+        path.parent().is_none() || state.names.contains_key(path)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
@@ -758,14 +768,23 @@ impl Disk for MemoryDisk {
             return Err(io::ErrorKind::NotFound.into());
         }
         state.begin("sync a directory")?;
-        let State { name_changes, durable_names, .. } = &mut *state;
+        let State { names, name_changes, durable_names, .. } = &mut *state;
+        let mut gone = Vec::new();
         name_changes.retain(|change| {
             let synced = change.touches(path);
             if synced {
                 change.apply(durable_names);
             }
+            if let (true, NameChange::Unlink { path }) = (synced, change) {
+                gone.push(path.clone());
+            }
             !synced
         });
+        // What a directory held goes with it for good.
+        for gone in gone.iter().filter(|gone| !names.contains_key(*gone)) {
+            durable_names.retain(|name, _| !name.starts_with(gone));
+            name_changes.retain(|change| !change.is_below(gone));
+        }
         state.collect();
         Ok(())
     }

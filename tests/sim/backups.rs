@@ -1,4 +1,4 @@
-//! The backups of a group: a slot every five minutes, the pure scheduler and its run on each node,
+//! The backups of a group: a slot every minute, the pure scheduler and its run on each node,
 //! and a repository of small objects that a node may lose sight of.
 //!
 //! The slots, the decision, the way through a slot and the claims are the library's; what its
@@ -106,7 +106,7 @@ pub struct Backups {
 }
 
 impl World {
-    /// Each group of two gets a job that is due every five minutes.
+    /// Each group of two gets a job that is due every minute.
     pub fn begin_backups(&mut self) {
         let objects = Arc::new(MemoryObjects::new());
         let reach =
@@ -127,7 +127,7 @@ impl World {
         self.backups = Some(Backups {
             reaches: (0..self.nodes.len()).map(reach).collect(),
             objects,
-            schedule: Schedule::parse("*/5 * * * *", None).expect("a schedule"),
+            schedule: Schedule::parse("* * * * *", None).expect("a schedule"),
             settings,
             since: self.nodes[0].wall(),
             calm: false,
@@ -477,8 +477,8 @@ impl World {
                 self.groups[*group].members.iter().all(open) && walls[0] == walls[1]
             })
             .collect();
-        // The slot comes within five minutes, and each node has its chance.
-        self.run(Duration::from_secs(300 + 20 + 2 * 15 + 20));
+        // The slot comes within a minute, and each node has its chance.
+        self.run(Duration::from_secs(60 + 20 + 2 * 15 + 20));
         for (group, slot) in wanted {
             let backups = self.backups.as_ref().expect("backups are made");
             let made = backups.done.get(&(group, slot)).copied().unwrap_or_default();

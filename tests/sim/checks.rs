@@ -3,7 +3,7 @@
 use tidelog::group::View;
 use tidelog::units::Lsn;
 
-use super::node::contents;
+use super::node::{Moment, contents};
 use super::oracle::Place;
 use super::world::World;
 
@@ -75,8 +75,18 @@ impl World {
         if !self.nodes[node].disk.has_power() || self.nodes[node].copies[&group].half_cut {
             return Vec::new();
         }
-        let bytes = match contents(&**found as &dyn View) {
-            Ok(bytes) => bytes,
+        let at = found.positions();
+        let operations = self.nodes[node].disk.operations();
+        let moment = Moment { operations, head: at.head, chain: at.chain };
+        let read = match self.nodes[node].copies[&group].seen {
+            Some((seen, held)) if seen == moment => Ok(held),
+            _ => contents(&**found as &dyn View).map(|bytes| {
+                let oracle = &self.groups[group].oracle;
+                oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {why}"))
+            }),
+        };
+        let held = match read {
+            Ok(held) => held,
             // A fold that failed half-way leaves blocks that only its end makes whole.
             Err(error)
                 if self.nodes[node].copies[&group].fold_failed
@@ -88,8 +98,10 @@ impl World {
             Err(error) => panic!("{name}: group {group}: {error}"),
         };
         self.coverage.add("images read", 1);
+        let copy = self.nodes[node].copies.get_mut(&group).expect("it was read");
+        copy.seen = Some((moment, held));
         let oracle = &self.groups[group].oracle;
-        let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {why}"));
+        let name = &self.nodes[node].name;
         let places = oracle.places(&held).unwrap_or_else(|why| panic!("{name}: {why}"));
         let holding = oracle.holding(places, must);
         assert!(

@@ -11,7 +11,7 @@ use tidelog::events::Events;
 use tidelog::group::{Group, GroupContext, Image, LocalLimits, NodeIdentity, Read, Role, View};
 use tidelog::io::{Clock, Disk, Entropy, Env, MemoryDisk, SeededEntropy};
 use tidelog::replication::simulation::{Input, Job, PeerCore, Settings};
-use tidelog::units::{LogTime, Lsn, Name, NodeId, VolumeNumber};
+use tidelog::units::{Chain, LogTime, Lsn, Name, NodeId, VolumeNumber};
 
 use super::backups::Keeper;
 use super::chance::SimClock;
@@ -38,6 +38,15 @@ pub struct Link {
 pub struct OpenImage {
     pub image: Arc<Image>,
     pub held: Held,
+}
+
+/// A state of a group on a node: where nothing was appended, and nothing on the disk was changed,
+/// its image is what it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    pub operations: u64,
+    pub head: Lsn,
+    pub chain: Chain,
 }
 
 /// Flushes and FUA writes that the engine has answered: request and whether it went well.
@@ -75,6 +84,8 @@ pub struct Copy {
     pub cutting: Vec<Place>,
     pub answered: Answered,
     pub images: Vec<OpenImage>,
+    /// What its image showed when it was last read, and when that was.
+    pub seen: Option<(Moment, Held)>,
     pub fold_told: Option<String>,
     /// The last fold failed.
     pub fold_failed: bool,
@@ -220,6 +231,7 @@ impl Node {
             cutting: Vec::new(),
             answered: Arc::default(),
             images: Vec::new(),
+            seen: None,
             fold_told: None,
             fold_failed: false,
             clock_noted: false,
@@ -363,6 +375,7 @@ impl World {
         self.coverage.add(if death == Death::Kill { "kills" } else { "power losses" }, 1);
         let copies = std::mem::take(&mut self.nodes[node].copies);
         for (group, copy) in copies {
+            copy.group.forget_images();
             if death == Death::Power {
                 // Also where a cut was under way, of which nothing is promised.
                 for sure in copy.cutting {

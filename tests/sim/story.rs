@@ -78,6 +78,9 @@ pub fn play(seed: u64, trace: &Rc<RefCell<Trace>>) -> Coverage {
     world.come_to_order();
     world.coverage.add("histories", 1);
     world.coverage.add("simulated seconds", world.now() / 1_000_000_000);
+    for copy in world.nodes.iter().flat_map(|node| node.copies.values()) {
+        copy.group.forget_images();
+    }
     std::mem::take(&mut world.coverage)
 }
 

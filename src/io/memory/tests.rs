@@ -173,3 +173,34 @@ fn a_directory_moves_with_all_that_is_below_or_not_at_all() {
     disk.sync_dir(Path::new("/")).unwrap();
     assert_eq!(disk.crash(1).list(new).unwrap(), ["a", "b", "c"]);
 }
+
+#[test]
+fn a_directory_that_is_gone_for_good_gives_back_its_space() {
+    let disk = MemoryDisk::new();
+    let used = || (1 << 40) - disk.space(Path::new("/")).unwrap().free_bytes;
+    disk.create_dir(Path::new("/d/e")).unwrap();
+    for synced in [false, true] {
+        let name = if synced { "/d/e/synced" } else { "/d/e/not" };
+        new_file(&disk, name).write_at(&[IoSlice::new(&[1; 4096])], 0).unwrap();
+        if synced {
+            disk.sync_dir(Path::new("/d/e")).unwrap();
+        }
+    }
+    new_file(&disk, "/d/e/late").write_at(&[IoSlice::new(&[1; 4096])], 0).unwrap();
+    disk.remove_dir(Path::new("/d/e")).unwrap();
+    assert_eq!(used(), 3 * 4096, "a crash may bring the directory back");
+    disk.sync_dir(Path::new("/d")).unwrap();
+    assert_eq!(used(), 0);
+    // One that was made again under its name keeps what it holds now.
+    disk.create_dir(Path::new("/d/e")).unwrap();
+    disk.sync_dir(Path::new("/d")).unwrap();
+    disk.remove_dir(Path::new("/d/e")).unwrap();
+    disk.create_dir(Path::new("/d/e")).unwrap();
+    new_file(&disk, "/d/e/new").write_at(&[IoSlice::new(&[1; 4096])], 0).unwrap();
+    disk.sync_dir(Path::new("/d/e")).unwrap();
+    disk.sync_dir(Path::new("/d")).unwrap();
+    disk.sync_dir(Path::new("/")).unwrap();
+    for seed in 0..50 {
+        assert!(disk.crash(seed).exists(Path::new("/d/e/new")));
+    }
+}
