@@ -281,6 +281,7 @@ impl Inner {
             matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
         if proved {
             state.alarms.remove(&(task.group.name().clone(), task.job.name.clone()));
+            state.watches.entry(task.key.job).or_default().made(task.key.slot);
         }
         if let Some(active) = state.active.get_mut(&task.key) {
             active.phase = phase;

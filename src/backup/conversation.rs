@@ -163,7 +163,8 @@ impl Inner {
         let (group, job) = self.of_peer(&peer, call.group, call.job)?;
         let facts = self.own_facts(&group, &job);
         let phase = call.slot.map_or(PeerPhase::Unknown, |slot| self.phase(&group, &job, slot));
-        Ok(json!(ObserveAnswer { facts, phase }))
+        let made = call.slot.and_then(|slot| self.result(&job, slot).ok());
+        Ok(json!(ObserveAnswer { facts, phase, made }))
     }
 
     fn phase(&self, group: &Group, job: &JobRecord, slot: LogTime) -> PeerPhase {

@@ -43,6 +43,10 @@ pub(super) struct ObserveCall {
 pub(super) struct ObserveAnswer {
     pub facts: NodeFacts,
     pub phase: PeerPhase,
+    /// Whether the repository holds the slot's result, where this node sees the repository. An
+    /// older node does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<bool>,
 }
 
 /// A group's nodes as this one knows them.
@@ -146,7 +150,7 @@ impl Inner {
                 serde_json::from_value::<ObserveAnswer>(answer).map_err(|error| error.to_string())
             });
             match answer {
-                Ok(ObserveAnswer { mut facts, phase }) => {
+                Ok(ObserveAnswer { mut facts, phase, .. }) => {
                     facts.name = peer.clone();
                     facts.age = Span::default();
                     let known = (facts.clone(), now);

@@ -28,6 +28,7 @@ mod history;
 mod job;
 mod jobs;
 mod objects;
+mod overdue;
 mod peer;
 mod placement_page;
 mod reach;
@@ -52,6 +53,7 @@ pub use facts::{AssumeError, Facts, GivenUp, NodeFacts, Reason, ReplicationFacts
 pub use job::{Comparison, Condition, JobError, JobSettings, Placement};
 pub use jobs::{JobChange, changed_job};
 pub use objects::{FileObjects, MemoryObjects, Objects};
+pub use overdue::{Found, Watch, newest_over};
 pub use peer::{PeerCalls, PeerHandler, ReplicationPeers, ReplicationView};
 pub use placement_page::placement_page;
 pub use repository::{BackupPlan, Made, Parent, Repository, RepositoryConfig, RepositoryError};

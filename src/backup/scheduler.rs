@@ -18,6 +18,7 @@ use super::history::History;
 use super::job::JobSettings;
 use super::jobs::{JobChange, changed_job};
 use super::objects::Objects;
+use super::overdue::Watch;
 use super::peer::PeerCalls;
 use super::reach::Reach;
 use super::repository::{Repository, RepositoryConfig, RepositoryError};
@@ -131,7 +132,7 @@ pub(super) struct State {
     /// First decisions of runs that have ended, for those who wait for them.
     pub(super) decided: HashMap<RunKey, Decision>,
     pub(super) alarms: BTreeMap<(Name, Name), SlotAlarm>,
-    pub(super) checked: HashMap<EpochId, LogTime>,
+    pub(super) watches: HashMap<EpochId, Watch>,
     pub(super) complained: HashSet<(EpochId, LogTime)>,
     pub(super) stopping: bool,
     /// The thread that opens slots runs.

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::active::OpenedBy;
 use super::gather::{ObserveAnswer, ObserveCall};
 use super::job::JobSettings;
+use super::overdue::{Found, LOOK_AGAIN, newest_over};
 use super::run::PeerPhase;
 use super::runner::missed_entry;
 use super::scheduler::{Inner, RunKey, SlotAlarm};
@@ -79,7 +80,7 @@ impl Inner {
         self.emit(Severity::Warning, "backup-missed", group.name(), &job.name, Some(slot), text);
     }
 
-    /// Raises the newest slot whose time is over, where it has no result anywhere.
+    /// Looks for the newest slot whose time is over, where it is time to.
     fn look_for_overdue(
         self: &Arc<Self>,
         group: &Arc<Group>,
@@ -88,66 +89,72 @@ impl Inner {
         settings: &JobSettings,
         now: LogTime,
     ) {
-        let until = settings.deadline.0 + settings.run_limit.0 + self.config.allowance.0;
-        let Some(slot) = schedule.newest(now.before(until)).filter(|slot| *slot > job.since) else {
-            return;
-        };
-        if self.lock().checked.insert(job.id, slot) == Some(slot) {
+        let allowance = self.config.allowance;
+        let Some(slot) = newest_over(schedule, settings, allowance, job.since, now) else { return };
+        let monotonic = self.context.env.clock.monotonic();
+        if !self.lock().watches.entry(job.id).or_default().is_due(slot, monotonic, LOOK_AGAIN) {
             return;
         }
-        let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
-        let look = move || inner.check_overdue(&group, &job, slot);
+        let (inner, group, id) = (Arc::clone(self), Arc::clone(group), job.id);
+        let job = job.clone();
+        let look = move || {
+            let found = inner.look_for_result(&group, &job, slot);
+            inner.raise(&group, &job, slot, found);
+        };
         if let Err(error) =
             std::thread::Builder::new().name("backup-overdue".to_owned()).spawn(look)
         {
             tracing::error!("no thread to look for an overdue slot: {error}");
+            let found = Found::Unknown(error.to_string());
+            self.lock().watches.entry(id).or_default().found(slot, &found);
         }
     }
 
-    fn check_overdue(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) {
-        let name = (group.name().clone(), job.name.clone());
-        let here = self.result(job, slot);
-        let there = || {
+    /// Whether the backup of a slot is there, as far as this node or its peer can see.
+    fn look_for_result(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) -> Found {
+        Found::from(self.result(job, slot), || {
             let peer = self.nodes(group).other?;
             let call = ObserveCall { group: group.id(), job: job.id, slot: Some(slot) };
             let call =
                 self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
             let answer = self.runtime.block_on(call).ok()?;
-            serde_json::from_value::<ObserveAnswer>(answer).ok()
-        };
-        let found = match &here {
-            Ok(found) => Ok(*found),
-            Err(error) => match there() {
-                Some(answer) if answer.phase == PeerPhase::Done => Ok(true),
-                Some(answer) if answer.facts.repository == Some(true) => Ok(false),
-                _ => Err(error.clone()),
-            },
-        };
-        let (state, severity, text) = match found {
-            Ok(true) => {
-                self.lock().alarms.remove(&name);
+            let answer: ObserveAnswer = serde_json::from_value(answer).ok()?;
+            answer.made.or((answer.phase == PeerPhase::Done).then_some(true))
+        })
+    }
+
+    /// Raises an alarm, or ends it.
+    fn raise(&self, group: &Group, job: &JobRecord, slot: LogTime, found: Found) {
+        let name = (group.name().clone(), job.name.clone());
+        let mut state = self.lock();
+        if !state.watches.entry(job.id).or_default().found(slot, &found) {
+            return;
+        }
+        let (raised, text) = match found {
+            Found::Made => {
+                state.alarms.remove(&name);
                 return;
             }
-            Ok(false) => (
-                "overdue",
-                Severity::Error,
-                "the slot is overdue: no node has made its backup".to_owned(),
-            ),
-            Err(error) => (
-                "unknown",
-                Severity::Error,
-                format!("nobody can say whether the slot has its backup: {error}"),
-            ),
+            Found::NotMade => {
+                ("overdue", "the slot is overdue: no node has made its backup".to_owned())
+            }
+            Found::Unknown(error) => {
+                ("unknown", format!("nobody can say whether the slot has its backup: {error}"))
+            }
         };
-        let code = format!("backup-{state}");
-        self.emit(severity, &code, group.name(), &job.name, Some(slot), &text);
         let alarm = SlotAlarm {
             group: name.0.clone(),
             job: name.1.clone(),
             slot,
-            state: state.to_owned(),
-            text,
+            state: raised.to_owned(),
+            text: text.clone(),
         };
-        self.lock().alarms.insert(name, alarm);
+        let same = |before: SlotAlarm| (before.slot, before.state == raised) == (slot, true);
+        let told = state.alarms.insert(name, alarm).is_some_and(same);
+        drop(state);
+        if !told {
+            let code = format!("backup-{raised}");
+            self.emit(Severity::Error, &code, group.name(), &job.name, Some(slot), &text);
+        }
     }
 }

@@ -78,6 +78,8 @@ struct OpenChunk {
     chunk: u64,
     slot: Slot,
     sums: Box<[u8; SUMS_BYTES]>,
+    /// What it needs of the sidecar is no hole.
+    reserved: bool,
 }
 
 fn image_path(dir: &Path, number: VolumeNumber) -> PathBuf {
@@ -256,15 +258,25 @@ impl BaseVolume {
         self.check_range(offset, data.len() as u64);
         assert_eq!(crcs.len(), data.len() / BLOCK, "one CRC per block");
         let mut folder = self.folder();
-        self.image.write_at(&[IoSlice::new(data)], offset)?;
-        for (index, (crc, bytes)) in crcs.iter().zip(data.chunks_exact(BLOCK)).enumerate() {
-            let block = offset / BLOCK_BYTES + index as u64;
-            let open = self.chunk_at(&mut folder, block / BLOCKS_PER_CHUNK as u64, born)?;
-            let sum = sidecar::stored_sum(*crc);
-            open.sums[sum_range(block)].copy_from_slice(&sum.to_le_bytes());
-            if sum == 0 && bytes.iter().any(|byte| *byte != 0) {
-                open.slot.collision = true;
+        let (mut at, mut data, mut crcs) = (offset, data, crcs);
+        while !data.is_empty() {
+            let chunk = at / CHUNK_BYTES;
+            let length = data.len().min(((chunk + 1) * CHUNK_BYTES - at) as usize);
+            let (part, behind) = data.split_at(length);
+            let (sums, sums_behind) = crcs.split_at(length / BLOCK);
+            // The sums have their place before the data: a full disk then leaves the blocks as they
+            // were, and right for who reads what the log lacks of them.
+            let open = self.chunk_at(&mut folder, chunk, born)?;
+            self.image.write_at(&[IoSlice::new(part)], at)?;
+            for (index, (crc, bytes)) in sums.iter().zip(part.chunks_exact(BLOCK)).enumerate() {
+                let block = at / BLOCK_BYTES + index as u64;
+                let sum = sidecar::stored_sum(*crc);
+                open.sums[sum_range(block)].copy_from_slice(&sum.to_le_bytes());
+                if sum == 0 && bytes.iter().any(|byte| *byte != 0) {
+                    open.slot.collision = true;
+                }
             }
+            (at, data, crcs) = (at + length as u64, behind, sums_behind);
         }
         Ok(())
     }
@@ -474,6 +486,7 @@ impl BaseVolume {
     ) -> io::Result<&'a mut OpenChunk> {
         assert!(born < Lsn::MAX, "position {born} needs the top bit");
         let open = self.chunk_at_unborn(folder, chunk)?;
+        self.reserve(open)?;
         open.slot.birth = open.slot.birth.max(born);
         Ok(open)
     }
@@ -501,7 +514,21 @@ impl BaseVolume {
         // shows as a damaged block.
         let slot =
             Slot::decode(&slot, chunk).unwrap_or(Slot { collision: true, ..Slot::default() });
-        Ok(OpenChunk { chunk, slot, sums })
+        Ok(OpenChunk { chunk, slot, sums, reserved: false })
+    }
+
+    /// Takes the space that a chunk's sums and slot need, where they may be holes.
+    fn reserve(&self, open: &mut OpenChunk) -> io::Result<()> {
+        if !open.reserved && open.sums.iter().all(|byte| *byte == 0) {
+            let first = open.chunk * BLOCKS_PER_CHUNK as u64;
+            self.sums.write_at(&[IoSlice::new(&*open.sums)], sidecar::sum_offset(first))?;
+            if !open.slot.is_written() {
+                let slot = [0; SLOT_BYTES];
+                self.sums.write_at(&[IoSlice::new(&slot)], sidecar::slot_offset(open.chunk))?;
+            }
+        }
+        open.reserved = true;
+        Ok(())
     }
 
     fn close_chunk(&self, folder: &mut Option<OpenChunk>) -> io::Result<()> {

@@ -97,7 +97,12 @@ impl Group {
         let segments = Arc::new(segments);
         let base_dir = dir.join("base");
         let horizon = match ControlState::load(&*disk, &base_dir) {
-            Ok(state) => state,
+            // A killed process may have left it in the cache alone, and from here on the log below
+            // it goes.
+            Ok(state) => {
+                disk.sync_dir(&base_dir).map_err(|cause| io("sync base", &cause))?;
+                state
+            }
             Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {
                 beginning(before.group)
             }

@@ -13,14 +13,20 @@ use std::time::Duration;
 use tidelog::backup::{
     Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Objects, Observation, Outcome,
     PeerPhase, Placement, Reason, ReplicationFacts, Schedule, SlotResult, SlotRun, SlotStore,
+    Watch,
 };
 use tidelog::group::{DataState, Image, Point, Role};
 use tidelog::replication::ReplicationState;
 use tidelog::units::{EpochId, LogTime, Name, Span};
 
+use super::alarms::Basis;
+use super::event::Event;
 use super::node::contents;
 use super::oracle::Held;
-use super::world::{Event, World};
+use super::world::World;
+
+/// Between two slots.
+pub const SLOT_EVERY: Duration = Duration::from_secs(60);
 
 const TERM: Span = Span::from_secs(6);
 
@@ -82,13 +88,25 @@ pub struct Keeper {
     open: BTreeMap<(usize, LogTime), Open>,
     /// Between these the schedule has nothing new for a group.
     quiet: BTreeMap<usize, (LogTime, LogTime)>,
+    /// By group: what it still wants to know of a slot whose time is over.
+    pub watches: BTreeMap<usize, Watch>,
+    /// By group: a slot without a backup, and how it is raised.
+    pub alarms: BTreeMap<usize, (LogTime, &'static str)>,
+    /// By group: what must be raised depends on this, and since when it is so.
+    pub basis: BTreeMap<usize, (Basis, Duration)>,
 }
 
 impl Keeper {
     /// The process ended: what was open is gone.
     pub fn forget(&mut self) {
-        self.open.clear();
-        self.quiet.clear();
+        let handled = std::mem::take(&mut self.handled);
+        *self = Keeper { handled, ..Keeper::default() };
+    }
+
+    /// A backup of a slot is there.
+    fn made(&mut self, group: usize, slot: LogTime) {
+        self.watches.entry(group).or_default().made(slot);
+        self.alarms.remove(&group);
     }
 }
 
@@ -96,13 +114,20 @@ impl Keeper {
 pub struct Backups {
     objects: Arc<MemoryObjects>,
     reaches: Vec<Arc<Reach>>,
-    schedule: Schedule,
-    settings: JobSettings,
-    since: LogTime,
+    pub schedule: Schedule,
+    pub settings: JobSettings,
+    pub since: LogTime,
     /// No run takes longer than it may.
     calm: bool,
     /// Runs that ended as the one that made a slot's backup.
-    done: BTreeMap<(usize, LogTime), u32>,
+    pub done: BTreeMap<(usize, LogTime), u32>,
+}
+
+impl Backups {
+    /// Whether a node sees the repository.
+    pub fn is_in_sight(&self, node: usize) -> bool {
+        self.reaches[node].check().is_ok()
+    }
 }
 
 impl World {
@@ -138,6 +163,19 @@ impl World {
         }
     }
 
+    /// The other node of a group of two.
+    pub fn other_member(&self, group: usize, node: usize) -> usize {
+        let members = &self.groups[group].members;
+        members[usize::from(members[0] == node)]
+    }
+
+    /// Whether the repository holds the result of a slot, as a node sees it.
+    pub fn sees_result(&self, node: usize, group: usize, slot: LogTime) -> Result<bool, String> {
+        let backups = self.backups.as_ref().ok_or("no backups are made")?;
+        let store = SlotStore::new(backups.reaches[node].clone(), Self::job(group), slot);
+        store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
+    }
+
     fn job(group: usize) -> EpochId {
         EpochId(group as u64 + 1)
     }
@@ -165,6 +203,8 @@ impl World {
         for group in self.nodes[node].copies.keys().copied().collect::<Vec<_>>() {
             if self.groups[group].members.len() == 2 {
                 self.open_slots(node, group);
+                self.look_for_overdue(node, group);
+                self.check_alarms(node, group);
             }
         }
         let open: Vec<_> = self.nodes[node].keeper.open.keys().copied().collect();
@@ -246,13 +286,11 @@ impl World {
     /// What a node sees of a slot, and what its peer says.
     fn facts(&self, node: usize, group: usize, slot: LogTime) -> (Facts, Option<PeerPhase>) {
         let name = |text: &str| text.parse::<Name>().expect("a name");
-        let members = &self.groups[group].members;
-        let peer = members[usize::from(members[0] == node)];
+        let peer = self.other_member(group, node);
         let core = &self.nodes[node].links[&peer].core;
         let now = self.nodes[node].monotonic();
         let link_lost = core.link_down().map(|(since, _)| Span(now.saturating_sub(since)));
-        let answers =
-            link_lost.is_none() && self.nodes[peer].up && !self.weather(node, peer).partitioned;
+        let answers = self.hears(node, peer);
         let state = core.channel(self.groups[group].id).map(|channel| channel.state().0);
         let healthy =
             matches!(state, Some(ReplicationState::Streaming | ReplicationState::CatchingUp));
@@ -316,6 +354,9 @@ impl World {
                     _ => "backups skipped",
                 };
                 self.coverage.add(what, 1);
+                if outcome == Outcome::Delegated {
+                    self.nodes[node].keeper.made(group, slot);
+                }
                 let why = format!("{outcome:?}");
                 open.phase = PeerPhase::Ended { outcome, why };
                 self.nodes[node].keeper.handled.insert(group, slot);
@@ -432,6 +473,7 @@ impl World {
                 self.coverage.add("backups taken over", u64::from(making.number > 1));
                 self.say(format_args!("{} has made {slot}", self.nodes[node].name));
                 open.phase = PeerPhase::Done;
+                self.nodes[node].keeper.made(group, slot);
                 self.nodes[node].keeper.handled.insert(group, slot);
             }
             Ok(Some(_)) => {

@@ -5,12 +5,16 @@ use std::time::Duration;
 
 use tidelog::group::{ClientGuard, GroupError, Op, Request as Asked};
 
+use super::event::Event;
 use super::node::{contents, volume};
 use super::oracle::{Request, SECTOR, SECTORS, VOLUMES, What, stamp};
-use super::world::{Event, World};
+use super::world::World;
 
 /// Requests of a host that may wait for their answers.
 const OUTSTANDING: usize = 6;
+
+/// What status says where hosts wait for a peer.
+const MUST_HOLD: &str = "must hold what they write";
 
 /// A host of one group.
 pub struct Host {
@@ -129,7 +133,10 @@ impl World {
         }
         let Some(found) = self.nodes[node].group(group).cloned() else { return };
         let waits = found.waits_because().is_some() && found.held_back().is_none();
-        let insists = found.is_asking() && !found.awaits_answer();
+        // A peer that must hold what is written is waited for without a limit.
+        let blocked = found.waits_because().is_some_and(|why| why.contains(MUST_HOLD));
+        self.coverage.add("hosts blocked by a peer", u64::from(blocked));
+        let insists = found.is_asking() && !found.awaits_answer() && !blocked;
         if (waits && !insists) || found.log_full().is_some() {
             if found.log_full().is_some() {
                 self.coverage.add("writers wait for the folder", 1);
@@ -177,22 +184,24 @@ impl World {
                     let end = oracle.end_of(line);
                     let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
                     copy.sure = vec![end];
+                    let answered = copy.answered.clone();
+                    let told = (host as u64) << 48 | id;
+                    let answer = Box::new(move |result: Result<(), GroupError>| {
+                        let mut answered = answered.lock().expect("no holder panics");
+                        answered.push((told, result.is_ok()));
+                    });
                     if waits {
-                        let answered = copy.answered.clone();
-                        let told = (host as u64) << 48 | id;
-                        copy.group.when_durable(
-                            lsn,
-                            Box::new(move |result| {
-                                let mut answered = answered.lock().expect("no holder panics");
-                                answered.push((told, result.is_ok()));
-                            }),
-                        );
+                        copy.group.when_durable(lsn, answer);
                         if !std::mem::replace(&mut copy.syncing, true) {
                             let after = self.chance.up_to(Duration::from_millis(2));
                             self.schedule(after, Event::Sync { node, group, life });
                         }
-                    } else {
+                    } else if copy.group.is_held(lsn) {
+                        self.check_promise(node, group, id);
                         done.push((id, true));
+                    } else {
+                        self.coverage.add("writes wait for a peer", 1);
+                        copy.group.when_held(lsn, answer);
                     }
                 }
                 Err(error) => {
@@ -222,10 +231,13 @@ impl World {
         self.schedule(after, Event::Answer { host, node, life, batch });
     }
 
-    /// What the thread that syncs has answered.
-    pub fn flushes_done(&mut self, node: usize, answered: Vec<(u64, bool)>) {
+    /// What was answered by the thread that syncs, or for what a peer holds.
+    pub fn flushes_done(&mut self, node: usize, group: usize, answered: Vec<(u64, bool)>) {
         for (told, well) in answered {
             let (host, id) = ((told >> 48) as usize, told & 0xffff_ffff_ffff);
+            if well {
+                self.check_promise(node, group, id);
+            }
             self.answer_later(host, node, vec![(id, well)]);
         }
     }

@@ -10,11 +10,15 @@
 //! same bytes of trace.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program of its own")]
 
+mod alarms;
 mod backups;
 mod chance;
 mod checks;
 mod coverage;
+mod damage;
+mod event;
 mod hosts;
+mod modes;
 mod network;
 mod node;
 mod oracle;

@@ -8,7 +8,8 @@ use tidelog::replication::simulation::{ConnId, Input};
 use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, Message};
 use tidelog::units::Incarnation;
 
-use super::world::{Event, World};
+use super::event::Event;
+use super::world::World;
 
 /// One direction of a connection.
 #[derive(Default)]

@@ -15,8 +15,9 @@ use tidelog::units::{Chain, LogTime, Lsn, Name, NodeId, VolumeNumber};
 
 use super::backups::Keeper;
 use super::chance::SimClock;
+use super::event::Event;
 use super::oracle::{Held, Place, SECTOR, SECTORS, VOLUMES};
-use super::world::{Event, World};
+use super::world::World;
 
 /// How a node ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +88,7 @@ pub struct Copy {
     /// What its image showed when it was last read, and when that was.
     pub seen: Option<(Moment, Held)>,
     pub fold_told: Option<String>,
-    /// The last fold failed.
+    /// The last fold failed, and not for want of space: blocks may be torn until it is finished.
     pub fold_failed: bool,
     pub clock_noted: bool,
     pub written_back: Lsn,
@@ -104,12 +105,16 @@ pub struct Node {
     /// Codes and texts of events that the world has not seen yet.
     pub heard: Arc<Mutex<Vec<(String, String)>>>,
     pub up: bool,
+    /// Until then its disk answers nothing, by the world's time.
+    pub hung_until: u64,
     pub life: u64,
     pub incarnation: u64,
     pub links: BTreeMap<usize, Link>,
     pub copies: BTreeMap<usize, Copy>,
     /// Copies that a peer had made here.
     pub invited: BTreeSet<usize>,
+    /// Peers and groups whose replication is paused here; survives a restart.
+    pub paused: BTreeSet<(usize, usize)>,
     /// What it means when the disk stops.
     pub death: Option<Death>,
     /// Faults were set that are no stop of the whole disk.
@@ -163,11 +168,13 @@ impl Node {
             events: Events::in_memory(),
             heard: Arc::default(),
             up: false,
+            hung_until: 0,
             life: 0,
             incarnation: 0,
             links: BTreeMap::new(),
             copies: BTreeMap::new(),
             invited: BTreeSet::new(),
+            paused: BTreeSet::new(),
             death: None,
             disk_troubled: false,
             promises: BTreeMap::new(),
@@ -310,6 +317,10 @@ impl World {
         for group in self.nodes[node].copies.keys().copied().collect::<Vec<_>>() {
             self.look(node, group);
         }
+        for (peer, group) in self.nodes[node].paused.clone() {
+            let group = self.groups[group].id;
+            self.feed(node, peer, Input::Pause { group, paused: true });
+        }
         for peer in self.nodes[node].links.keys().copied().collect::<Vec<_>>() {
             self.feed(node, peer, Input::CanDial(true));
         }
@@ -416,6 +427,7 @@ impl World {
         let seed = self.chance.next();
         let this = &mut self.nodes[node];
         this.up = false;
+        this.hung_until = 0;
         this.life += 1;
         this.links.clear();
         this.keeper.forget();

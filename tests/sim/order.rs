@@ -37,6 +37,7 @@ impl World {
                 self.set_weather(a, b, Weather::FINE);
             }
         }
+        self.end_pauses();
         for node in 0..count {
             self.nodes[node].disk.clear_faults();
             self.nodes[node].death = None;
@@ -84,6 +85,11 @@ impl World {
             }
             self.check_nothing_is_gone(group);
         }
+    }
+
+    /// Whether a group has come to order.
+    pub fn is_in_order(&self, group: usize) -> bool {
+        self.standing(group) == Standing::Order
     }
 
     fn state(&self, node: usize, peer: usize, group: usize) -> (ReplicationState, String) {

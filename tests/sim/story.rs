@@ -8,7 +8,9 @@ use std::time::Duration;
 use serde_json::Map;
 use tidelog::group::{DataState, Group, NewGroup, Point};
 use tidelog::io::Fault;
-use tidelog::log::control::{Control, MemberRecord, Mode, OnFull, OnLoss, PolicyRecord};
+use tidelog::log::control::{
+    Control, MemberRecord, Mode, OnFull, OnLoss, OnPeerBehind, PolicyRecord,
+};
 use tidelog::replication::simulation::refusal_to_promote;
 use tidelog::units::{ByteSize, Lsn, Span};
 
@@ -20,7 +22,8 @@ use super::node::{Death, Node, OpenImage, contents, group_dir};
 use super::oracle::{SECTOR, SECTORS};
 use super::world::World;
 
-const SEGMENT_BYTES: u64 = 64 << 10;
+/// Bytes of a segment.
+pub const SEGMENT_BYTES: u64 = 64 << 10;
 
 /// A history of a seed: what it covered, and the hash of its trace.
 pub fn play(seed: u64, trace: &Rc<RefCell<Trace>>) -> Coverage {
@@ -76,6 +79,11 @@ pub fn play(seed: u64, trace: &Rc<RefCell<Trace>>) -> Coverage {
         world.look_around();
     }
     world.come_to_order();
+    for group in 0..world.groups.len() {
+        if world.is_in_order(group) {
+            world.check_damage(group);
+        }
+    }
     world.coverage.add("histories", 1);
     world.coverage.add("simulated seconds", world.now() / 1_000_000_000);
     for copy in world.nodes.iter().flat_map(|node| node.copies.values()) {
@@ -106,16 +114,20 @@ impl World {
             window: Span::from_secs(window),
             log_limit: ByteSize(log_limit),
             on_full: OnFull::Fold,
-            on_peer_behind: Default::default(),
+            on_peer_behind: self.chance.of(&[OnPeerBehind::Release, OnPeerBehind::Block]),
             other: Map::new(),
         };
-        made.append_control(Control::Policy(policy)).expect("a whole disk");
+        made.append_control(Control::Policy(policy.clone())).expect("a whole disk");
+        let mode = self.chance.of(&[Mode::Async, Mode::Async, Mode::Receive, Mode::Sync]);
+        let on_loss = self.chance.of(&[OnLoss::Continue, OnLoss::Continue, OnLoss::Block]);
+        self.coverage.add(&format!("groups in mode {mode:?}, {on_loss:?}").to_lowercase(), 1);
+        self.say(format_args!("group {group}: {mode:?}, {on_loss:?}, {policy:?}"));
         for member in &members {
             let member = MemberRecord {
                 node: self.nodes[*member].id,
                 name: self.nodes[*member].name.clone(),
-                mode: Mode::default(),
-                on_loss: OnLoss::default(),
+                mode,
+                on_loss,
                 rpo_target: None,
                 removed: false,
                 other: Map::new(),
@@ -140,7 +152,7 @@ impl World {
         let members = self.groups[group].members.clone();
         let member = self.chance.of(&members);
         let up = self.nodes[node].up;
-        match self.chance.below(26) {
+        match self.chance.below(30) {
             0 | 1 if up => self.die(node, Death::Kill),
             2 | 3 if up => self.die(node, Death::Power),
             4 | 5 if up => {
@@ -185,6 +197,16 @@ impl World {
             }
             20 | 21 if up => self.trouble_disk(node),
             22 | 23 => self.toggle_repository(node),
+            24 => {
+                let peer = self.chance.of(&members);
+                if self.nodes[member].up && peer != member {
+                    self.toggle_pause(member, peer, group);
+                }
+            }
+            25 | 26 if up => {
+                let span = self.chance.of(&[1, 7, 12]);
+                self.hang_disk(node, Duration::from_secs(span));
+            }
             _ => {}
         }
         for node in 0..self.nodes.len() {

@@ -8,8 +8,9 @@ use tidelog::replication::ReplicationState;
 use tidelog::replication::simulation::may_take_over;
 use tidelog::units::{Chain, Lsn};
 
+use super::event::Event;
 use super::oracle::Place;
-use super::world::{Event, World};
+use super::world::World;
 
 /// Hosts wait this long at most.
 const HALT_MAX: u64 = 10_000_000_000;

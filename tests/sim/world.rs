@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tidelog::group::{DataState, ImagePart};
+use tidelog::group::{DataState, GroupError, ImagePart};
 use tidelog::replication::simulation::{
     ConnId, Input, Job, Membership, Output, local_group, perform,
 };
@@ -23,89 +23,11 @@ use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
 use super::backups::Backups;
 use super::chance::{Chance, Trace};
 use super::coverage::Coverage;
+use super::event::{Event, short};
 use super::hosts::Host;
 use super::network::{Connection, Weather};
 use super::node::Node;
 use super::oracle::Oracle;
-use super::switchover::Switch;
-
-/// Something that will happen.
-pub enum Event {
-    Feed {
-        node: usize,
-        peer: usize,
-        life: u64,
-        input: Input,
-    },
-    Arrive {
-        conn: ConnId,
-        side: usize,
-        bytes: Vec<u8>,
-    },
-    ConnUp {
-        conn: ConnId,
-        side: usize,
-        life: u64,
-    },
-    Wake {
-        node: usize,
-        peer: usize,
-        life: u64,
-    },
-    Look {
-        node: usize,
-        group: usize,
-        life: u64,
-    },
-    Work {
-        node: usize,
-        group: usize,
-        life: u64,
-    },
-    /// The thread that syncs has somebody waiting.
-    Sync {
-        node: usize,
-        group: usize,
-        life: u64,
-    },
-    /// Its round of every second.
-    Mark {
-        node: usize,
-        group: usize,
-        life: u64,
-    },
-    Fold {
-        node: usize,
-        group: usize,
-        life: u64,
-    },
-    Prepare {
-        node: usize,
-        group: usize,
-        life: u64,
-    },
-    Host {
-        host: usize,
-    },
-    Request {
-        node: usize,
-        life: u64,
-        host: usize,
-        batch: Vec<u64>,
-        tries: u32,
-    },
-    Answer {
-        host: usize,
-        node: usize,
-        life: u64,
-        batch: Vec<(u64, bool)>,
-    },
-    Switch(Switch),
-    /// A second of a node's scheduler.
-    Backup {
-        node: usize,
-    },
-}
 
 /// A group of the world.
 pub struct WorldGroup {
@@ -118,6 +40,9 @@ pub struct WorldGroup {
     /// A resolve was refused since the log does not reach back to where histories part.
     pub beyond: bool,
 }
+
+/// What the engine's errors call a full disk.
+const FULL: &str = "no space";
 
 /// All of it.
 pub struct World {
@@ -201,6 +126,7 @@ impl World {
             }
             let event = entry.remove();
             self.time.store(self.now().max(time), Ordering::Relaxed);
+            let Some(event) = self.unless_hung(event) else { continue };
             self.coverage.add("events", 1);
             self.happen(event);
             self.settle();
@@ -289,7 +215,7 @@ impl World {
                     let after = self.chance.up_to(Duration::from_micros(200));
                     self.schedule(after, Event::Look { node, group, life });
                 }
-                self.flushes_done(node, answered);
+                self.flushes_done(node, group, answered);
                 if changed {
                     self.check_positions(node, group);
                 }
@@ -348,7 +274,7 @@ impl World {
         self.groups.iter().position(|group| group.id == id).expect("a group of this world")
     }
 
-    fn peer_number(&self, id: tidelog::units::NodeId) -> usize {
+    pub fn peer_number(&self, id: tidelog::units::NodeId) -> usize {
         self.nodes.iter().position(|node| node.id == id).expect("a node of this world")
     }
 
@@ -555,10 +481,14 @@ impl World {
         let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
         let before = copy.group.positions().horizon;
         if forced {
-            copy.fold_failed = copy.group.fold_now().is_err();
+            let folded = copy.group.fold_now();
+            copy.fold_failed |=
+                folded.as_ref().is_err_and(|error| !matches!(error, GroupError::NoSpace { .. }));
+            copy.fold_failed &= folded.is_err();
         } else {
             copy.group.fold_round(&mut copy.fold_told);
-            copy.fold_failed = copy.fold_told.is_some();
+            copy.fold_failed |= copy.fold_told.as_ref().is_some_and(|why| !why.contains(FULL));
+            copy.fold_failed &= copy.fold_told.is_some();
         }
         if !self.nodes[node].disk.has_power() {
             return;
@@ -577,18 +507,6 @@ impl World {
             self.say(format_args!("{name} folds group {group} from {before} to {after}"));
             self.check_images(node, group);
             self.note_sure(node, group);
-        }
-    }
-}
-
-fn short(job: &Job) -> String {
-    match job {
-        Job::Append { position, bytes, .. } => format!("append {} at {position}", bytes.len()),
-        Job::HoldBack { counter, .. } => format!("hold back for reign {counter}"),
-        other => {
-            let mut text = format!("{other:?}");
-            text.truncate(120);
-            text
         }
     }
 }

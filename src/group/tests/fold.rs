@@ -231,3 +231,69 @@ fn what_was_cut_off_above_the_base_and_has_grown_again_counts_as_changed() {
     let covers = |(offset, length): &(u64, u64)| *offset <= 3 << 20 && 3 << 20 < offset + length;
     assert!(changed.iter().any(covers), "{changed:?}");
 }
+
+/// A group with a base that has data in one chunk, and a log with parts of blocks in this chunk and
+/// in others; what it shows.
+fn with_parts(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 4 << 20).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    write(&group, volume.number, 0, &[1; 65536]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    for chunk in 0..4 {
+        for block in [3, 5, 200] {
+            write(&group, volume.number, (chunk << 20) + (block << 12) + 512, &[2; 1024]);
+        }
+    }
+    write(&group, volume.number, 32768, &[3; 65536]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    let expected = read(&*group, volume.number, 0, 4 << 20);
+    (group, volume, expected)
+}
+
+/// The simulation's seed 1001424 of an earlier state: a fold's last step was in the cache alone when
+/// the process was killed, the next one recycled the log below it, and then the power failed.
+#[test]
+fn a_kill_at_any_boundary_of_a_fold_and_then_a_power_loss_take_nothing() {
+    let bench = Bench::new("a", 7);
+    let (group, volume, expected) = with_parts(&bench);
+    bench.disk.record();
+    group.fold_now().unwrap();
+    let stopped = bench.disk.take_recorded();
+    assert!(stopped.len() > 10, "{} boundaries", stopped.len());
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        let killed = Bench { disk: Arc::new(disk), ..bench.after_crash(0) };
+        drop(killed.open());
+        for seed in 0..8 {
+            let what = format!("boundary {boundary}, seed {seed}");
+            let after = killed.after_crash(seed);
+            let (group, _) = after.open();
+            assert_ne!(group.data_state().0, DataState::Failed, "{what}");
+            assert!(read(&*group, volume.number, 0, 4 << 20) == expected, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_in_mid_fold_leaves_every_block_readable() {
+    for pages in 0.. {
+        let bench = Bench::new("a", 8);
+        let (group, volume, expected) = with_parts(&bench);
+        bench.disk.inject(Fault::NoSpace { bytes: pages << 12 });
+        let folded = group.fold_now();
+        let shown = try_read(&*group, volume.number, 0, 4 << 20);
+        let shown = shown.unwrap_or_else(|error| panic!("{pages} pages: {error}"));
+        assert!(shown == expected, "{pages} pages");
+        if folded.is_ok() {
+            assert!(pages > 5, "{pages} pages");
+            return;
+        }
+        assert!(matches!(folded, Err(GroupError::NoSpace { .. })), "{pages} pages: {folded:?}");
+        bench.disk.clear_faults();
+        assert_eq!(group.fold_now().unwrap(), group.positions().head, "{pages} pages");
+        assert!(read(&*group, volume.number, 0, 4 << 20) == expected, "{pages} pages");
+    }
+}

@@ -1,0 +1,181 @@
+//! Slots that never got a backup: when a node looks for one, and what it can say. Pure; the shell is
+//! `timekeeper`.
+//!
+//! Every node looks for itself, whatever its own runs ended as: once the time of a slot is over, at
+//! the repository, and where that is out of sight here, through the eyes of the peer. As long as
+//! the answer is not that the backup is there it looks again, since a repository comes back into
+//! sight, and a late run may still bring what was missing.
+
+use std::time::Duration;
+
+use super::job::JobSettings;
+use super::slot::Schedule;
+use crate::units::{LogTime, Span};
+
+/// An alarm that may end is looked into again after this long.
+pub const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// What is found out about the result of a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// The repository holds it.
+    Made,
+    /// The repository does not hold it.
+    NotMade,
+    /// The repository is out of sight of everybody who could be asked: why.
+    Unknown(String),
+}
+
+impl Found {
+    /// From what this node sees in the repository, and where it sees nothing, what its peer does.
+    pub fn from(here: Result<bool, String>, there: impl FnOnce() -> Option<bool>) -> Found {
+        let made = here.or_else(|error| there().ok_or(error));
+        match made {
+            Ok(true) => Found::Made,
+            Ok(false) => Found::NotMade,
+            Err(error) => Found::Unknown(error),
+        }
+    }
+}
+
+/// The newest slot whose time is over at `now`, of a job that exists since `since`. `allowance` is
+/// what the clocks of nodes may differ by.
+#[must_use]
+pub fn newest_over(
+    schedule: &Schedule,
+    settings: &JobSettings,
+    allowance: Span,
+    since: LogTime,
+    now: LogTime,
+) -> Option<LogTime> {
+    let until = settings.deadline.0 + settings.run_limit.0 + allowance.0;
+    schedule.newest(now.before(until)).filter(|slot| *slot > since)
+}
+
+/// What a node knows, and still wants to know, of the slots of a job whose time is over.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    /// The newest of them.
+    slot: Option<LogTime>,
+    looked: Option<Duration>,
+    looking: bool,
+    /// The newest slot of which this node knows that its backup is there.
+    made: Option<LogTime>,
+}
+
+impl Watch {
+    /// Whether to look for the result of `newest` now, where one looks again after `again`; whoever
+    /// looks tells [`Watch::found`]. `now` is monotonic.
+    pub fn is_due(&mut self, newest: LogTime, now: Duration, again: Duration) -> bool {
+        if self.is_made_up_for(newest) {
+            return false;
+        }
+        if self.slot != Some(newest) {
+            (self.slot, self.looked) = (Some(newest), None);
+        }
+        // One look at a time: a repository may hang.
+        if self.looking || self.looked.is_some_and(|looked| now < looked + again) {
+            return false;
+        }
+        (self.looking, self.looked) = (true, Some(now));
+        true
+    }
+
+    /// The look for a slot has ended. False where another slot counts by now, or a later backup:
+    /// then nothing is raised, and nothing ends.
+    pub fn found(&mut self, slot: LogTime, found: &Found) -> bool {
+        self.looking = false;
+        if self.slot != Some(slot) || self.is_made_up_for(slot) {
+            return false;
+        }
+        if *found == Found::Made {
+            self.made(slot);
+        }
+        true
+    }
+
+    /// A backup of `slot` is there: it makes up for what is older.
+    pub fn made(&mut self, slot: LogTime) {
+        self.made = self.made.max(Some(slot));
+    }
+
+    fn is_made_up_for(&self, slot: LogTime) -> bool {
+        self.made.is_some_and(|made| made >= slot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SLOT: LogTime = LogTime(1_000_000_000);
+    const LATER: LogTime = LogTime(2_000_000_000);
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn the_repository_counts_and_where_it_is_out_of_sight_the_peers_word() {
+        let lost = || Err("unplugged".to_owned());
+        assert_eq!(Found::from(Ok(true), || Some(false)), Found::Made);
+        assert_eq!(Found::from(Ok(false), || Some(true)), Found::NotMade);
+        assert_eq!(Found::from(lost(), || Some(true)), Found::Made);
+        assert_eq!(Found::from(lost(), || Some(false)), Found::NotMade);
+        assert_eq!(Found::from(lost(), || None), Found::Unknown("unplugged".to_owned()));
+    }
+
+    #[test]
+    fn an_alarm_is_looked_into_again_until_the_backup_is_there() {
+        let mut watch = Watch::default();
+        let unknown = Found::Unknown("unplugged".to_owned());
+        assert!(watch.is_due(SLOT, at(5), LOOK_AGAIN));
+        assert!(!watch.is_due(SLOT, at(500), LOOK_AGAIN), "somebody looks already");
+        assert!(watch.found(SLOT, &unknown));
+        assert!(!watch.is_due(SLOT, at(5) + LOOK_AGAIN - at(1), LOOK_AGAIN));
+        assert!(watch.is_due(SLOT, at(5) + LOOK_AGAIN, LOOK_AGAIN));
+        assert!(watch.found(SLOT, &Found::NotMade));
+        assert!(watch.is_due(SLOT, at(1000), LOOK_AGAIN));
+        assert!(watch.found(SLOT, &Found::Made));
+        assert!(!watch.is_due(SLOT, at(5000), LOOK_AGAIN), "nothing is left to find out");
+    }
+
+    #[test]
+    fn a_newer_slot_is_looked_for_at_once_and_an_answer_about_an_older_one_counts_no_more() {
+        let mut watch = Watch::default();
+        assert!(watch.is_due(SLOT, at(5), LOOK_AGAIN));
+        assert!(!watch.is_due(LATER, at(6), LOOK_AGAIN), "one look at a time");
+        assert!(!watch.found(SLOT, &Found::NotMade));
+        assert!(watch.is_due(LATER, at(6) + LOOK_AGAIN, LOOK_AGAIN));
+        assert!(watch.found(LATER, &Found::NotMade));
+    }
+
+    #[test]
+    fn a_later_backup_ends_the_alarm_of_what_is_older() {
+        let mut watch = Watch::default();
+        assert!(watch.is_due(SLOT, at(5), LOOK_AGAIN));
+        watch.made(LATER);
+        watch.made(SLOT);
+        assert!(!watch.found(SLOT, &Found::NotMade), "nothing is raised");
+        assert!(!watch.is_due(SLOT, at(5000), LOOK_AGAIN));
+        assert!(!watch.is_due(LATER, at(5000), LOOK_AGAIN), "this node made it");
+        assert!(watch.is_due(LogTime(LATER.0 + 1), at(5000), LOOK_AGAIN));
+    }
+
+    #[test]
+    fn the_time_of_a_slot_is_over_when_no_run_may_still_bring_it() {
+        let schedule = Schedule::parse("0 * * * *", None).expect("valid");
+        let time = |text: &str| text.parse::<LogTime>().expect("a time");
+        let settings = JobSettings {
+            deadline: Span::from_secs(600),
+            run_limit: Span::from_secs(1200),
+            ..JobSettings::default()
+        };
+        let since = time("2026-11-01T00:30:00Z");
+        let over =
+            |now: &str| newest_over(&schedule, &settings, Span::from_secs(60), since, time(now));
+        assert_eq!(over("2026-11-01T01:30:59Z"), None, "what is before the job is owed by nobody");
+        assert_eq!(over("2026-11-01T01:31:00Z"), Some(time("2026-11-01T01:00:00Z")));
+        assert_eq!(over("2026-11-01T02:30:59Z"), Some(time("2026-11-01T01:00:00Z")));
+    }
+}
