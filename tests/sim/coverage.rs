@@ -59,6 +59,8 @@ pub const MUST: &[&str] = &[
     "promotes",
     "repository out of reach",
     "resolves",
+    "rewinds",
+    "rewinds beside open images",
     "slots missed",
     "slots overdue",
     "slots proved",

@@ -111,18 +111,8 @@ impl World {
         let volume = self.chance.below(VOLUMES as u64) as usize;
         let fua = what == What::Write && self.chance.one_in(10);
         let group = self.hosts[host].group;
-        self.groups[group].oracle.send(Request {
-            what,
-            volume,
-            sector,
-            count,
-            fua,
-            answered: false,
-            flushed: false,
-            excused: false,
-            place: None,
-            covers: Vec::new(),
-        })
+        let request = Request { volume, sector, count, fua, ..Request::new(what) };
+        self.groups[group].oracle.send(request)
     }
 
     pub fn request_arrives(&mut self, node: usize, host: usize, batch: Vec<u64>, tries: u32) {
@@ -149,28 +139,13 @@ impl World {
         if !self.nodes[node].is_primary(group) || found.held_back().is_some() {
             return self.hosts[host].leave(node);
         }
-        let line = match self.nodes[node].copies[&group].line {
-            Some(line) => line,
-            None => {
-                // A new reign, or a new life: its line begins at what is here now.
-                let must = self.nodes[node].copies[&group].sure.clone();
-                let places = self.verify(node, group, &must);
-                if places.is_empty() {
-                    return;
-                }
-                let bytes = contents(&*found).expect("it was read just now");
-                let oracle = &mut self.groups[group].oracle;
-                let held = oracle.read(&bytes).expect("it was read just now");
-                oracle.begin(node, places, held)
-            }
-        };
+        let Some(line) = self.line_here(node, group) else { return };
         let results = self.append(node, group, &batch);
         self.say(format_args!(
             "{} appends {batch:?} to line {line} of group {group}: {}",
             self.nodes[node].name,
             if results.iter().all(Result::is_ok) { "well" } else { "with errors" }
         ));
-        self.nodes[node].copies.get_mut(&group).expect("it was there").line = Some(line);
         let mut done = Vec::new();
         let mut side = None;
         for (id, result) in batch.into_iter().zip(results) {
@@ -220,6 +195,26 @@ impl World {
             self.hosts[host].guard = Some(found.client(volume(0)));
         }
         self.answer_later(host, node, done);
+    }
+
+    /// The line that a primary's next request goes to. A new reign, or a new life, begins one at what
+    /// is here now; none where that cannot be read.
+    pub fn line_here(&mut self, node: usize, group: usize) -> Option<usize> {
+        let copy = &self.nodes[node].copies[&group];
+        if copy.line.is_some() {
+            return copy.line;
+        }
+        let (must, found) = (copy.sure.clone(), copy.group.clone());
+        let places = self.verify(node, group, &must);
+        if places.is_empty() {
+            return None;
+        }
+        let bytes = contents(&*found).expect("it was read just now");
+        let oracle = &mut self.groups[group].oracle;
+        let held = oracle.read(&bytes).expect("it was read just now");
+        let line = oracle.begin(node, places, held);
+        self.nodes[node].copies.get_mut(&group).expect("it was there").line = Some(line);
+        Some(line)
     }
 
     fn answer_later(&mut self, host: usize, node: usize, batch: Vec<(u64, bool)>) {
@@ -273,6 +268,7 @@ impl World {
                     What::Zero => Op::Zero { offset, length, no_hole: false },
                     What::Trim => Op::Trim { offset, length },
                     What::Flush => Op::Flush,
+                    What::Rewind => unreachable!("no host asks for it"),
                 };
                 Asked { volume: volume(request.volume), op, fua: request.fua }
             })

@@ -32,6 +32,8 @@ pub enum What {
     Trim,
     /// What was answered before is to be durable.
     Flush,
+    /// All volumes are what they were at an earlier moment.
+    Rewind,
 }
 
 /// A request, by its number minus one in [`Oracle::requests`].
@@ -86,6 +88,24 @@ pub struct Oracle {
     pub requests: Vec<Request>,
     lines: Vec<Line>,
     states: HashMap<u64, Vec<Place>>,
+}
+
+impl Request {
+    /// One that was not sent yet, of nothing.
+    pub fn new(what: What) -> Request {
+        Request {
+            what,
+            volume: 0,
+            sector: 0,
+            count: 0,
+            fua: false,
+            answered: false,
+            flushed: false,
+            excused: false,
+            place: None,
+            covers: Vec::new(),
+        }
+    }
 }
 
 fn mix(mut value: u64) -> u64 {
@@ -195,6 +215,17 @@ impl Oracle {
                 *held = new;
             }
         }
+        self.push(line, id);
+    }
+
+    /// A rewind was appended to a line, or may have been: from here on it is what it was.
+    pub fn go_back(&mut self, line: usize, id: u64, held: Held) {
+        (self.lines[line].held, self.lines[line].print) = (held, fingerprint(&held));
+        self.push(line, id);
+    }
+
+    fn push(&mut self, line: usize, id: u64) {
+        let at = &mut self.lines[line];
         at.requests.push(id);
         let place = Place { line, index: at.requests.len() };
         let print = at.print;
@@ -358,18 +389,7 @@ impl Oracle {
 /// Images that are wrong, each in one way: the oracle must see it.
 pub fn check_teeth() {
     let mut oracle = Oracle::new();
-    let request = |what, sector, count| Request {
-        what,
-        volume: 0,
-        sector,
-        count,
-        fua: false,
-        answered: false,
-        flushed: false,
-        excused: false,
-        place: None,
-        covers: Vec::new(),
-    };
+    let request = |what, sector, count| Request { sector, count, ..Request::new(what) };
     let line = oracle.begin(0, vec![Place { line: 0, index: 0 }], [0; VOLUMES * SECTORS]);
     for (sector, count) in [(0, 1), (1, 1), (0, 2)] {
         let id = oracle.send(request(What::Write, sector, count));

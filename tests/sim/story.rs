@@ -110,6 +110,7 @@ impl World {
             let bytes = (SECTORS * SECTOR) as u64;
             made.create_volume(name.parse().expect("a name"), bytes).expect("a whole disk");
         }
+        self.groups[group].made_at = made.positions().head;
         let policy = PolicyRecord {
             window: Span::from_secs(window),
             log_limit: ByteSize(log_limit),
@@ -152,7 +153,7 @@ impl World {
         let members = self.groups[group].members.clone();
         let member = self.chance.of(&members);
         let up = self.nodes[node].up;
-        match self.chance.below(30) {
+        match self.chance.below(31) {
             0 | 1 if up => self.die(node, Death::Kill),
             2 | 3 if up => self.die(node, Death::Power),
             4 | 5 if up => {
@@ -197,6 +198,7 @@ impl World {
             }
             20 | 21 if up => self.trouble_disk(node),
             22 | 23 => self.toggle_repository(node),
+            27 => self.rewind(member, group),
             24 => {
                 let peer = self.chance.of(&members);
                 if self.nodes[member].up && peer != member {

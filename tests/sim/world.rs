@@ -37,6 +37,8 @@ pub struct WorldGroup {
     /// The chain at each position that was the head of any node: the same position is the same
     /// bytes everywhere.
     pub chains: HashMap<(EpochId, Lsn), Chain>,
+    /// The head when its volumes had been made.
+    pub made_at: Lsn,
     /// A resolve was refused since the log does not reach back to where histories part.
     pub beyond: bool,
 }
@@ -92,7 +94,14 @@ impl World {
     pub fn add_group(&mut self, members: Vec<usize>) -> usize {
         let id = GroupId([7 + self.groups.len() as u8; 16]);
         let chains = HashMap::new();
-        self.groups.push(WorldGroup { id, members, oracle: Oracle::new(), chains, beyond: false });
+        self.groups.push(WorldGroup {
+            id,
+            members,
+            oracle: Oracle::new(),
+            chains,
+            made_at: Lsn::ZERO,
+            beyond: false,
+        });
         self.groups.len() - 1
     }
 
