@@ -1,4 +1,4 @@
-//! Slots that never got a backup: when a node looks for one, and what it can say. Pure; the shell is
+//! Slots that never got a backup: when a node looks for one, and what it can say. Pure; its shell is
 //! `timekeeper`.
 //!
 //! Every node looks for itself, whatever its own runs ended as: once the time of a slot is over, at

@@ -77,6 +77,11 @@ impl SimClock {
         self.wall.fetch_add(nanoseconds, Ordering::Relaxed);
     }
 
+    /// The world's time.
+    pub fn world(&self) -> u64 {
+        self.now.load(Ordering::Relaxed)
+    }
+
     /// The machine has been started anew.
     pub fn reboot(&self) {
         self.boot.fetch_add(1, Ordering::Relaxed);

@@ -111,7 +111,8 @@ impl World {
         let volume = self.chance.below(VOLUMES as u64) as usize;
         let fua = what == What::Write && self.chance.one_in(10);
         let group = self.hosts[host].group;
-        let request = Request { volume, sector, count, fua, ..Request::new(what) };
+        let sent = self.now();
+        let request = Request { volume, sector, count, fua, sent, ..Request::new(what) };
         self.groups[group].oracle.send(request)
     }
 

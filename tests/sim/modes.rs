@@ -9,10 +9,10 @@
 use std::sync::Arc;
 
 use tidelog::events::Events;
-use tidelog::group::{Group, GroupContext, RequiredPeer};
+use tidelog::group::{Group, GroupContext};
 use tidelog::io::{Env, SeededEntropy};
 use tidelog::log::control::{Mode, OnLoss};
-use tidelog::replication::simulation::Input;
+use tidelog::replication::simulation::{Input, Job};
 use tidelog::units::EpochId;
 
 use super::node::{contents, group_dir};
@@ -42,37 +42,45 @@ impl World {
             _ => vec![place],
         };
         let durable = request.what == What::Flush || request.fua;
+        let sent = request.sent;
         for (peer, required) in required {
             let peer = self.peer_number(peer);
             if required.away.is_some() && required.on_loss == OnLoss::Continue {
                 self.coverage.add("answers while degraded", 1);
             } else {
+                // What was only in its memory went with it, and its word may have been on its way for
+                // long.
+                let kept = self.nodes[peer].died < sent;
                 for must in &must {
-                    self.check_peer_holds(peer, group, epoch, &required, *must, durable);
+                    if kept {
+                        self.check_peer_has(peer, group, epoch, *must);
+                    }
+                    if durable && required.mode == Mode::Sync && self.chance.one_in(TRIED_ONE_IN) {
+                        self.check_peer_keeps(peer, group, epoch, *must);
+                    }
                 }
             }
         }
     }
 
-    fn check_peer_holds(
-        &mut self,
-        peer: usize,
-        group: usize,
-        epoch: EpochId,
-        required: &RequiredPeer,
-        must: Place,
-        durable: bool,
-    ) {
+    /// A peer holds a place in its memory.
+    fn check_peer_has(&mut self, peer: usize, group: usize, epoch: EpochId, must: Place) {
+        let Some(copy) = self.nodes[peer].copies.get(&group) else { return };
         // Whoever follows another primary since has cut off what it acknowledged to this one.
-        let follows = self.nodes[peer].group(group).map(|it| it.positions().epoch == epoch);
-        if follows == Some(true) {
-            self.coverage.add("answers held by a peer", 1);
-            self.verify(peer, group, &[must]);
-        }
-        let up = self.nodes[peer].up;
-        if !durable || required.mode != Mode::Sync || !self.chance.one_in(TRIED_ONE_IN) {
+        if copy.group.positions().epoch != epoch {
             return;
         }
+        // What it received may wait for its turn.
+        if copy.jobs.iter().any(|job| matches!(job, Job::Append { .. })) {
+            return self.coverage.add("answers held in a peer's queue", 1);
+        }
+        self.coverage.add("answers held by a peer", 1);
+        self.verify(peer, group, &[must]);
+    }
+
+    /// A peer holds a place on its disk.
+    fn check_peer_keeps(&mut self, peer: usize, group: usize, epoch: EpochId, must: Place) {
+        let up = self.nodes[peer].up;
         let seed = self.chance.next();
         let this = &self.nodes[peer];
         // One that is down has lost already what it could lose.

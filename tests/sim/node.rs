@@ -107,6 +107,8 @@ pub struct Node {
     pub up: bool,
     /// Until then its disk answers nothing, by the world's time.
     pub hung_until: u64,
+    /// When it died last, by the world's time.
+    pub died: u64,
     pub life: u64,
     pub incarnation: u64,
     pub links: BTreeMap<usize, Link>,
@@ -169,6 +171,7 @@ impl Node {
             heard: Arc::default(),
             up: false,
             hung_until: 0,
+            died: 0,
             life: 0,
             incarnation: 0,
             links: BTreeMap::new(),
@@ -427,6 +430,7 @@ impl World {
         let seed = self.chance.next();
         let this = &mut self.nodes[node];
         this.up = false;
+        this.died = this.clock.world();
         this.hung_until = 0;
         this.life += 1;
         this.links.clear();

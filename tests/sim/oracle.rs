@@ -51,6 +51,8 @@ pub struct Request {
     pub fua: bool,
     /// Its host had the answer.
     pub answered: bool,
+    /// When its host made it, by the world's time.
+    pub sent: u64,
     /// An answered flush covers it.
     pub flushed: bool,
     /// A power failure or a failed disk may have taken it: no answered flush covered it then.
@@ -100,6 +102,7 @@ impl Request {
             count: 0,
             fua: false,
             answered: false,
+            sent: 0,
             flushed: false,
             excused: false,
             place: None,
