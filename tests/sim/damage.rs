@@ -67,9 +67,9 @@ impl World {
         let offset = self.chance.below(bytes);
         let mask = 1 << self.chance.below(8);
         // What fills a segment's end up holds nothing, and no checksum.
-        let mut around = [0; 64];
+        let mut behind = vec![0; (bytes - offset).min(64) as usize];
         let file = disk.open(&path, OpenMode::Read).ok()?;
-        let holds = file.read_at(&mut around, offset / 64 * 64).is_err() || around != [0; 64];
+        let holds = file.read_at(&mut behind, offset).is_err() || behind.iter().any(|b| *b != 0);
         disk.damage(&path, offset, 1, mask);
         let number = name.strip_suffix(".seg").filter(|_| holds);
         let number = number.and_then(|number| number.parse::<u64>().ok());
