@@ -310,9 +310,10 @@ impl Channel {
             return;
         }
         // Of two that are followed at once the one whose name comes first stays.
-        let yields_to = self.local.follows.as_ref().filter(|other| *other < context.peer_name);
+        let yields_to =
+            self.local.follows.as_ref().filter(|other| *other < context.peer_name).cloned();
         if let Some(other) = yields_to
-            && let Some(follower) = self.follower.take()
+            && let Some(follower) = self.end_following()
         {
             let reason = format!("this node follows {other}");
             let group = self.local.id.0;
@@ -439,11 +440,16 @@ impl Channel {
         self.check_rpo(context);
     }
 
+    /// What was asked of the peer, if anything; an image that came goes on in no other stream.
+    fn end_following(&mut self) -> Option<Follower> {
+        self.receiving = None;
+        self.follower.take()
+    }
+
     fn drop_streams(&mut self) {
         self.sender = None;
-        self.follower = None;
+        self.end_following();
         self.shipping = None;
-        self.receiving = None;
         self.lookup = None;
         self.offered = None;
         self.ending = None;

@@ -128,7 +128,7 @@ impl Channel {
         if self.follower.as_ref().is_none_or(|follower| follower.stream != stream) {
             return;
         }
-        self.follower = None;
+        self.end_following();
         let text = format!("the secondary could not append: {reason}; it tries again by itself");
         self.refuse(context, stream, StopCode::Append, text);
     }

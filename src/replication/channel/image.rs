@@ -416,8 +416,7 @@ impl Channel {
         if self.receiving.as_ref().is_none_or(|receiving| receiving.stream != stream) {
             return;
         }
-        self.receiving = None;
-        self.follower = None;
+        self.end_following();
         let (code, text) = if refused {
             (StopCode::Diverged, format!("the image was not taken: {reason}"))
         } else {

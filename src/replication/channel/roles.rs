@@ -44,7 +44,7 @@ impl Channel {
             }
             (false, false) => {
                 // Another peer may be followed from now on.
-                self.follower = None;
+                self.end_following();
                 let reason = match &self.local.follows {
                     Some(primary) => format!("both are copies; this one follows {primary}"),
                     None => format!("no primary: run `tidelog promote {name}` on one of the two"),
@@ -134,7 +134,7 @@ impl Channel {
     pub(super) fn note_taken_back(&mut self, context: &mut Context<'_>) {
         let there = self.remote.as_ref().map(|remote| remote.history.head);
         if self.local.primary && there.is_some_and(|there| self.local.history.head >= there) {
-            self.follower = None;
+            self.end_following();
             context.outputs.push(Output::Serve { group: self.local.id });
         }
     }
@@ -252,6 +252,7 @@ impl Channel {
             self.set_state(context, ReplicationState::Idle, reason);
             return;
         }
+        self.end_following();
         let stream = self.next_stream;
         self.next_stream += 1;
         self.follower =
@@ -309,7 +310,7 @@ impl Channel {
         context: &mut Context<'_>,
         reason: String,
     ) {
-        if let Some(follower) = self.follower.take() {
+        if let Some(follower) = self.end_following() {
             self.stop(context, self.local.id.0, follower.stream, StopCode::Diverged, &reason);
         }
         self.set_state(context, ReplicationState::Blocked, reason);

@@ -315,3 +315,30 @@ fn a_peer_that_the_log_passes_after_each_image_is_told_and_comes_back_when_it_ca
     world.run(seconds(60));
     world.assert_streaming();
 }
+
+/// The simulation's seed 3000135 of an earlier state: a copy that was taking an image when its
+/// primary stepped down waited for ever for the rest of that one.
+#[test]
+fn an_image_that_ended_in_the_middle_holds_up_no_other() {
+    let mut world = World::new(7);
+    world.weather.partitioned = true;
+    for _ in 0..200 {
+        world.write(0);
+    }
+    world.run(seconds(3));
+    while world.nodes[0].log.start == 0 {
+        world.fold(0);
+    }
+    world.weather.partitioned = false;
+    let comes = (0..20_000).any(|_| {
+        world.run(Duration::from_micros(100));
+        world.state(1).0 == ReplicationState::ResyncTarget
+    });
+    assert!(comes && world.nodes[1].switches == 0, "in the middle of an image");
+    world.demote(0);
+    world.run(seconds(2));
+    assert!(world.nodes[1].core.channel(GROUP).unwrap().resync().is_none(), "none comes");
+    world.promote(0);
+    world.run(seconds(20));
+    world.assert_streaming();
+}
