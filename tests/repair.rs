@@ -1,9 +1,14 @@
 //! What rots on disk is found, named, and made right from the peer that has it, with real
-//! processes: scrub, and what follows from what it finds.
+//! processes: scrub, and what follows from what it finds; and verify, where both are whole and
+//! differ.
 
 use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
@@ -11,13 +16,58 @@ use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
+/// A way to a peer that counts the bytes which take it, in both directions.
+struct Link {
+    address: String,
+    target: Arc<Mutex<String>>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Link {
+    fn open() -> Link {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let link = Link {
+            address: listener.local_addr().unwrap().to_string(),
+            target: Arc::default(),
+            bytes: Arc::default(),
+        };
+        let (target, bytes) = (link.target.clone(), link.bytes.clone());
+        std::thread::spawn(move || {
+            for taken in listener.incoming() {
+                let Ok(near) = taken else { return };
+                let address = target.lock().unwrap().clone();
+                let Ok(far) = TcpStream::connect(&address) else { continue };
+                let ways = [(near.try_clone(), far.try_clone()), (Ok(far), Ok(near))];
+                for (from, to) in ways {
+                    let (mut from, mut to) = (from.unwrap(), to.unwrap());
+                    let bytes = bytes.clone();
+                    std::thread::spawn(move || {
+                        let mut buffer = vec![0; 64 << 10];
+                        while let Ok(count @ 1..) = from.read(&mut buffer) {
+                            bytes.fetch_add(count as u64, Ordering::Relaxed);
+                            if to.write_all(&buffer[..count]).is_err() {
+                                break;
+                            }
+                        }
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+            }
+        });
+        link
+    }
+}
+
 /// More than an eighth of the log's limit: that much is folded at a time.
 const FOLDED_BYTES: u64 = 40 << 20;
 const LARGE_BYTES: u64 = 48 << 20;
 
 /// A node with a group whose log is folded soon.
 fn node(dir: &Path) -> Appliance {
-    let a = Appliance::start(&dir.join("a"), Setup::new("a"));
+    grouped(Appliance::start(&dir.join("a"), Setup::new("a")))
+}
+
+fn grouped(a: Appliance) -> Appliance {
     a.run(&["group", "create", "g"]);
     a.run(&["group", "set", "g", "window=1s", "log_limit=256M"]);
     for volume in VOLUMES {
@@ -186,8 +236,22 @@ fn a_scrub_keeps_its_pace_and_stops_when_it_is_told() {
 
 /// A node as before, and its copy on another, which has the same in its base.
 fn pair(dir: &Path) -> (Appliance, Appliance) {
-    let a = node(dir);
-    let b = Appliance::start(&dir.join("b"), Setup::new("b"));
+    pair_by(dir, None)
+}
+
+/// The same, with what peers dial instead of each node's own address.
+fn pair_by(dir: &Path, links: Option<[&Link; 2]>) -> (Appliance, Appliance) {
+    let mut nodes = ["a", "b"].iter().enumerate().map(|(index, name)| {
+        let link = links.map(|links| links[index]);
+        let advertise = link.map(|link| link.address.clone());
+        let node = Appliance::start(&dir.join(name), Setup { advertise, ..Setup::new(name) });
+        if let Some(link) = link {
+            *link.target.lock().unwrap() = node.peer_address.clone();
+        }
+        node
+    });
+    let (a, b) = (grouped(nodes.next().unwrap()), nodes.next().unwrap());
+    drop(nodes);
     a.pair_with(&b);
     a.run(&["replicate", "g", "--to", "b"]);
     fill(&a);
@@ -299,4 +363,105 @@ fn a_primary_whose_log_is_damaged_in_the_middle_takes_it_from_its_copy() {
         (status["data_state"] == "consistent" && status.get("role_reason").is_none()).then_some(())
     });
     assert_eq!(contents(&a, ""), held);
+}
+
+fn verify(node: &Appliance) -> (bool, Value) {
+    let output = node.command(&["--json", "verify", "g"]);
+    let told = serde_json::from_slice(&output.stdout).unwrap_or_else(|cause| {
+        panic!("{cause}: {}", String::from_utf8_lossy(&output.stderr));
+    });
+    (output.status.success(), told)
+}
+
+#[test]
+fn equal_copies_are_told_so_by_hashes_and_no_data_moves() {
+    let dir = tempfile::tempdir().unwrap();
+    let links = [Link::open(), Link::open()];
+    let (a, b) = pair_by(dir.path(), Some([&links[0], &links[1]]));
+    let taken = || links.iter().map(|link| link.bytes.load(Ordering::Relaxed)).sum::<u64>();
+    assert!(taken() > FOLDED_BYTES / 100, "the copy went over them: {} bytes", taken());
+    let compared = LARGE_BYTES + 2 * VOLUME_BLOCKS * BLOCK_BYTES as u64;
+    for node in [&a, &b] {
+        let before = taken();
+        let (equal, told) = verify(node);
+        assert!(equal, "{told}");
+        assert_eq!(told["state"], "equal");
+        assert_eq!(told["done_bytes"], compared, "{told}");
+        let moved = taken() - before;
+        assert!((1000..128 << 10).contains(&moved), "{moved} bytes");
+        let images = node.json(&["image", "list", "g"]);
+        assert_eq!(images["images"], serde_json::json!([]), "both images are closed");
+    }
+    for node in [&a, &b] {
+        wait_for("the result to be known", || has_event(node, "verify-equal").then_some(()));
+        assert_eq!(node.status("g")["verify"]["state"], "equal");
+    }
+}
+
+/// Turns a bit of a block and makes its sum and its slot agree with that.
+fn falsify(node: &Appliance, chunk: u64, block: u64) {
+    let image = base_of_large(node, "img");
+    turn(&image, (chunk << 20) + block * 4096 + 9);
+    let mut bytes = vec![0; 4096];
+    File::open(&image).unwrap().read_exact_at(&mut bytes, (chunk << 20) + block * 4096).unwrap();
+    let path = base_of_large(node, "sum");
+    let sidecar = File::options().read(true).write(true).open(path).unwrap();
+    let sum = crc32fast::hash(&bytes) ^ 0xc71c_0011;
+    let sums_at = 8192 + chunk * 1024;
+    sidecar.write_all_at(&sum.to_le_bytes(), sums_at + block * 4).unwrap();
+    let mut sums = vec![0; 1024];
+    sidecar.read_exact_at(&mut sums, sums_at).unwrap();
+    let mut slot = [0; 12];
+    sidecar.read_exact_at(&mut slot, 4096 + chunk * 16).unwrap();
+    slot[8..].copy_from_slice(&crc32fast::hash(&sums).to_le_bytes());
+    let checksum = crc32fast::hash(&[&slot[..], &chunk.to_le_bytes()[..]].concat());
+    sidecar.write_all_at(&slot, 4096 + chunk * 16).unwrap();
+    sidecar.write_all_at(&checksum.to_le_bytes(), 4096 + chunk * 16 + 12).unwrap();
+}
+
+#[test]
+fn a_block_that_is_whole_and_wrong_is_found_exactly_and_neither_copy_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path());
+    falsify(&b, 5, 1);
+    let (whole, told) = scrub(&b);
+    assert!(whole, "its sums agree with it: {told}");
+    let before = [digest(&a), digest(&b)];
+    let (equal, told) = verify(&a);
+    assert!(!equal, "{told}");
+    assert_eq!(told["state"], "differs", "{told}");
+    let place =
+        serde_json::json!([{ "volume": "large", "offset": (5 << 20) + 4096, "length": 4096 }]);
+    assert_eq!(told["extents"], place);
+    assert!([digest(&a), digest(&b)] == before, "nothing is overwritten");
+    for node in [&a, &b] {
+        wait_for("the difference to speak against a backup", || {
+            let verdict = node.status("g")["backup_capable"].to_string();
+            verdict.contains("copies-differ").then_some(())
+        });
+        assert!(has_event(node, "verify-differs"));
+    }
+    // As it was: the next comparison takes it back, on both nodes.
+    falsify(&b, 5, 1);
+    let (equal, told) = verify(&b);
+    assert!(equal, "{told}");
+    for node in [&a, &b] {
+        wait_for("a fit copy", || {
+            (node.status("g")["backup_capable"]["verdict"] == "yes").then_some(())
+        });
+    }
+}
+
+#[test]
+fn what_verify_cannot_read_is_said_of_its_node_and_is_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path());
+    turn(&base_of_large(&b, "img"), (5 << 20) + 4096 + 7);
+    let (equal, told) = verify(&a);
+    assert!(!equal, "{told}");
+    assert_eq!(told["extents"][0]["unreadable_on"], "b", "{told}");
+    assert_eq!(told["differing_bytes"], 4096, "{told}");
+    wait_for("b to repair it", || has_event(&b, "repaired").then_some(()));
+    let (equal, told) = verify(&a);
+    assert!(equal, "{told}");
 }

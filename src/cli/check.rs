@@ -1,4 +1,4 @@
-//! `tidelog scrub`: whether what is on disk is what was written.
+//! `tidelog scrub` and `verify`: whether what is on disk is what was written, and what a peer has.
 
 use std::time::Duration;
 
@@ -6,7 +6,9 @@ use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::json;
 
-use tidelog::control::api::{DamageInfo, Done, ScrubAnswer, ScrubState, ScrubStatus};
+use tidelog::control::api::{
+    DamageInfo, Done, ScrubAnswer, ScrubState, ScrubStatus, VerifyState, VerifyStatus,
+};
 use tidelog::units::{ByteSize, Name};
 
 use super::{Session, output};
@@ -104,3 +106,85 @@ pub fn show_damage(damage: &DamageInfo) -> String {
     }
     text
 }
+
+/// Compare this node's copy of a group with a peer's at one position, by hashes
+///
+/// Both nodes open an image and hash it; only hashes go over the link. The exit status is 1 where
+/// something differs, or cannot be read on one of them. It goes on when this command is ended:
+/// `tidelog status GROUP` shows how far it is.
+#[derive(Args)]
+pub struct VerifyArguments {
+    /// The group
+    group: Name,
+    /// The peer, where there are several
+    #[arg(long)]
+    peer: Option<Name>,
+}
+
+pub async fn verify(session: &Session, arguments: &VerifyArguments) -> Result<()> {
+    let group = &arguments.group;
+    let path = format!("/v1/groups/{group}/verify");
+    let body = arguments.peer.as_ref().map(|peer| json!({ "peer": peer }));
+    let mut told: Option<VerifyStatus> =
+        serde_json::from_value(session.client.call("POST", &path, body).await?)?;
+    let bar = output::ProgressLine::new();
+    let mut ticks = tokio::time::interval(Duration::from_millis(200));
+    while let Some(verify) = told.as_ref().filter(|v| v.state == VerifyState::Running) {
+        bar.show(verify.done_bytes, verify.total_bytes);
+        ticks.tick().await;
+        told = session.client.get(&path).await?;
+    }
+    bar.clear();
+    let Some(verify) = told else { bail!("group {group}: the node has forgotten the comparison") };
+    if session.json {
+        output::print_json(&serde_json::to_value(&verify)?)?;
+    } else {
+        output::print(&format!("group {group}: verify: {}", show_verify(&verify)))?;
+    }
+    match verify.state {
+        VerifyState::Equal => Ok(()),
+        _ => bail!(
+            "group {group}: verify: {}; `tidelog events` says what to do",
+            verify.state_reason.as_deref().unwrap_or("the copies are not the same")
+        ),
+    }
+}
+
+/// A comparison in a line, with a line for each extent that differs.
+pub fn show_verify(verify: &VerifyStatus) -> String {
+    let VerifyStatus { peer, position, .. } = verify;
+    let (done, age) = (ByteSize(verify.done_bytes), output::age(verify.state_since));
+    let mut text = match verify.state {
+        VerifyState::Running => {
+            format!("running with {peer}: {done} of {}", ByteSize(verify.total_bytes))
+        }
+        VerifyState::Equal => format!("{done} equal {peer}'s at lsn:{} ({age})", position.lsn),
+        VerifyState::Differs => format!(
+            "{} of {done} are not the same as {peer}'s at lsn:{} ({age})",
+            ByteSize(verify.differing_bytes),
+            position.lsn
+        ),
+        VerifyState::Failed => format!(
+            "failed with {peer}: {} ({age})",
+            verify.state_reason.as_deref().unwrap_or("unknown")
+        ),
+    };
+    for extent in verify.extents.iter().take(EXTENTS_SHOWN) {
+        text += &format!(
+            "\n          {} at {}: {}",
+            extent.volume,
+            extent.offset,
+            ByteSize(extent.length)
+        );
+        if let Some(node) = &extent.unreadable_on {
+            text += &format!(", cannot be read on {node}");
+        }
+    }
+    if verify.extents.len() > EXTENTS_SHOWN {
+        text += &format!("\n          and more; `--json` has {} extents", verify.extents.len());
+    }
+    text
+}
+
+/// Extents that are shown one by one.
+const EXTENTS_SHOWN: usize = 8;

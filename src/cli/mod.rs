@@ -58,6 +58,7 @@ enum Command {
     Demote(group::DemoteArguments),
     Switchover(group::SwitchoverArguments),
     Scrub(check::ScrubArguments),
+    Verify(check::VerifyArguments),
     Resolve(group::ResolveArguments),
     #[command(subcommand)]
     Branch(group::BranchCommand),
@@ -141,6 +142,7 @@ async fn call(session: &Session, command: Command) -> Result<()> {
         Command::Promote(arguments) => group::promote(session, &arguments).await,
         Command::Demote(arguments) => group::demote(session, &arguments).await,
         Command::Switchover(arguments) => group::switchover(session, &arguments).await,
+        Command::Verify(arguments) => check::verify(session, &arguments).await,
         Command::Scrub(arguments) => check::scrub(session, &arguments).await,
         Command::Resolve(arguments) => group::resolve(session, &arguments).await,
         Command::Branch(command) => group::branch(session, command).await,

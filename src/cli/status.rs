@@ -125,6 +125,9 @@ fn show_group(group: &GroupStatus) -> String {
     if let Some(scrub) = &group.scrub {
         lines.push(format!("  scrub   {}", super::check::show_scrub(scrub)));
     }
+    if let Some(verify) = &group.verify {
+        lines.push(format!("  verify  {}", super::check::show_verify(verify)));
+    }
     let damage = group.damage.iter().take(DAMAGE_SHOWN);
     lines.extend(damage.map(|damage| format!("  damaged {}", super::check::show_damage(damage))));
     if group.damage.len() > DAMAGE_SHOWN {

@@ -13,8 +13,8 @@ pub use crate::backup::{
 };
 pub use crate::group::{Branch, DataState};
 pub use crate::replication::{
-    BackupCapable, DamageInfo, Invite, Parting, PeerInfo, PeerStatus, ScrubState, ScrubStatus,
-    Verdict,
+    BackupCapable, DamageInfo, DifferingExtent, Invite, Parting, PeerInfo, PeerStatus, ScrubState,
+    ScrubStatus, Verdict, VerifyState, VerifyStatus,
 };
 
 /// Bytes of the block size that volumes announce.
@@ -87,6 +87,9 @@ pub struct GroupStatus {
     /// The scrub that runs here, or the last one.
     #[serde(default)]
     pub scrub: Option<ScrubStatus>,
+    /// The comparison with a peer that runs here, or the last one.
+    #[serde(default)]
+    pub verify: Option<VerifyStatus>,
 }
 
 /// `GET /v1/groups/GROUP/scrub`.

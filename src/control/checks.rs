@@ -1,6 +1,6 @@
-//! Handlers of what checks a group's bytes: scrub.
+//! Handlers of what checks a group's bytes: scrub, verify.
 
-use crate::units::ByteSize;
+use crate::units::{ByteSize, Name};
 
 use super::api::ScrubAnswer;
 use super::context::Context;
@@ -35,4 +35,16 @@ pub(super) fn stop_scrub(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     context.replication.stop_scrub(group.name().as_str())?;
     done(format!("group {}: the scrub stops", group.name()))
+}
+
+pub(super) fn verify(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    let peer: Option<Name> = call.field("peer")?;
+    let peer = peer.as_ref().map(Name::as_str);
+    answer(context.replication.verify(group.name().as_str(), peer)?)
+}
+
+pub(super) fn show_verify(context: &Context, call: &Call) -> Answer {
+    let group = context.group(call.path("group"))?;
+    answer(context.replication.verify_status(&group))
 }

@@ -95,6 +95,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
         backup_capable: context.replication.backup_capable(group, None),
         damage: context.replication.damage(group),
         scrub: context.replication.scrub_status(group),
+        verify: context.replication.verify_status(group),
     }
 }
 

@@ -103,6 +103,10 @@ fn families(context: &Context) -> Vec<Family> {
     let mut scrub_found = gauge("tidelog_scrub_damaged_parts", "Parts that it found damaged");
     let mut scrub_repaired = gauge("tidelog_scrub_repaired_parts", "Those that were repaired");
     let mut scrub_running = gauge("tidelog_scrub_running", "1 while a scrub runs");
+    let mut differing = gauge(
+        "tidelog_verify_differing_bytes",
+        "Bytes that the last comparison with a peer found not to be the same",
+    );
     let mut alarms = gauge("tidelog_backup_alarms", "Slots without a backup, or not known of");
     for state in ["overdue", "unknown"] {
         let count = context.scheduler.alarms().iter().filter(|alarm| alarm.state == state).count();
@@ -131,6 +135,9 @@ fn families(context: &Context) -> Vec<Family> {
         push(&mut primary, f64::from(u8::from(group.role() == Role::Primary)));
         let is_consistent = group.data_state().0 == DataState::Consistent;
         push(&mut consistent, f64::from(u8::from(is_consistent)));
+        if let Some(verify) = context.replication.verify_status(&group) {
+            push(&mut differing, verify.differing_bytes as f64);
+        }
         push(&mut damaged, context.replication.damage(&group).len() as f64);
         if let Some(scrub) = context.replication.scrub_status(&group) {
             push(&mut scrubbed, scrub.read_bytes as f64);
@@ -205,6 +212,7 @@ fn families(context: &Context) -> Vec<Family> {
         scrub_found,
         scrub_repaired,
         scrub_running,
+        differing,
         alarms,
     ]
 }

@@ -375,6 +375,21 @@ pub static ROUTES: &[Route] = &[
         Blocking(checks::stop_scrub),
     ),
     route(
+        "POST",
+        "/v1/groups/{group}/verify",
+        "verify",
+        "Compare with a peer at one position, by hashes, in the background",
+        Blocking(checks::verify),
+    )
+    .body(&[parameter("peer", "string", "the peer's name, where there are several")]),
+    route(
+        "GET",
+        "/v1/groups/{group}/verify",
+        "verify show",
+        "Show the comparison that runs, or the last one",
+        Blocking(checks::show_verify),
+    ),
+    route(
         "GET",
         "/v1/groups/{group}/branches",
         "branch list",

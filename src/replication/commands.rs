@@ -21,6 +21,7 @@ use super::replica::Replica;
 use super::service::{Replication, ReplicationError, Shared};
 use super::status::{PeerStatus, secondary_lag};
 use super::switchover;
+use super::verify;
 
 const CREATE_COPY: &str = "replication.create-copy";
 const CREATE_COPY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,6 +45,9 @@ impl Replication {
         self.on_blocking_call(switchover::METHOD, Shared::take_over);
         self.on_blocking_call(repair::RECORDS, Shared::give_records);
         self.on_blocking_call(repair::BLOCKS, Shared::give_blocks);
+        self.on_blocking_call(verify::OPEN, Shared::open_for_verify);
+        self.on_blocking_call(verify::HASH, Shared::hash_for_verify);
+        self.on_blocking_call(verify::CLOSE, Shared::end_verify);
     }
 
     /// Makes a copy of a group on a peer and keeps it up to date from now on. Again for the same
@@ -240,6 +244,10 @@ impl Replication {
                     facts.data_state = Some(told.data_state);
                     facts.data_reason = told.data_reason;
                     facts.log_check = check;
+                    let compared = shared.ledger(group.id()).verify;
+                    let compared = compared.filter(|v| v.peer.as_str() == facts.peer);
+                    let differs = compared.and_then(|compared| compared.difference());
+                    facts.log_check.differs = facts.log_check.differs.take().or(differs);
                     facts.mismatch = facts.mismatch.or(told.mismatch);
                 }
                 judge_copy(&facts)

@@ -19,6 +19,7 @@ use super::health::LogCheck;
 use super::replica::membership_of;
 use super::rpc::PeerContext;
 use super::service::Shared;
+use super::verify::VerifyStatus;
 
 pub(super) const METHOD: &str = "replication.copies";
 
@@ -34,6 +35,8 @@ pub(super) struct CopyReport {
     damaged: Option<String>,
     #[serde(default)]
     base_damaged: Option<String>,
+    #[serde(default)]
+    differs: Option<String>,
     check_age_seconds: f64,
     /// Where a comparison of the two logs failed.
     #[serde(default)]
@@ -51,6 +54,7 @@ impl CopyReport {
             checked_to: self.checked_to,
             damaged: self.damaged.clone(),
             base_damaged: self.base_damaged.clone(),
+            differs: self.differs.clone(),
             age: age.saturating_add(since),
         }
     }
@@ -164,6 +168,7 @@ impl Shared {
                     checked_to: check.checked_to,
                     damaged: check.damaged,
                     base_damaged: check.base_damaged,
+                    differs: check.differs,
                     check_age_seconds: check.age.as_secs_f64(),
                     mismatch: channel.and_then(|channel| channel.comparison().1),
                 }
@@ -181,6 +186,7 @@ impl Shared {
             checked_to: pass.checked_to(),
             damaged: ledger.of_log(),
             base_damaged: ledger.of_base(),
+            differs: ledger.verify.as_ref().and_then(VerifyStatus::difference),
             age: pass.age(now, self.started),
         }
     }
@@ -199,6 +205,7 @@ mod tests {
             checked_to: Lsn(8),
             damaged: None,
             base_damaged: None,
+            differs: None,
             check_age_seconds: 4.0,
             mismatch: None,
         };

@@ -15,6 +15,7 @@ use crate::units::{GroupId, LogTime};
 use super::peers::{StoreError, replace};
 use super::scrub::ScrubStatus;
 use super::service::{Shared, locked};
+use super::verify::VerifyStatus;
 
 /// The file of all this, under the service's directory.
 const FILE: &str = "damaged";
@@ -47,6 +48,8 @@ pub(super) struct Ledger {
     unlisted: u64,
     #[serde(default)]
     pub(super) scrub: Option<ScrubStatus>,
+    #[serde(default)]
+    pub(super) verify: Option<VerifyStatus>,
 }
 
 pub(super) type Ledgers = HashMap<GroupId, Ledger>;
@@ -231,6 +234,9 @@ pub(super) fn load(dir: &Path) -> Ledgers {
     for ledger in ledgers.values_mut() {
         if let Some(scrub) = &mut ledger.scrub {
             scrub.ended_with_the_process();
+        }
+        if let Some(verify) = &mut ledger.verify {
+            verify.ended_with_the_process();
         }
     }
     ledgers

@@ -66,6 +66,8 @@ pub struct LogCheck {
     pub damaged: Option<String>,
     /// The same of the base.
     pub base_damaged: Option<String>,
+    /// Where the last comparison found other bytes than the peer's, both being whole.
+    pub differs: Option<String>,
     /// How long ago the check last came on.
     pub age: Duration,
 }
@@ -199,6 +201,9 @@ pub fn judge_copy(facts: &CopyFacts) -> BackupCapable {
         if facts.own { "this node" } else { &facts.peer },
         &mut reasons,
     );
+    if let Some(what) = &facts.log_check.differs {
+        reasons.push(reason("copies-differ", format!("the copies differ: {what}")));
+    }
     if let Some(lsn) = facts.mismatch {
         let text = format!("the logs of the two nodes differ before LSN {lsn}");
         reasons.push(reason("logs-differ", text));
@@ -290,6 +295,16 @@ mod tests {
                 CopyFacts {
                     log_check: LogCheck {
                         base_damaged: Some("chunk at 0".to_owned()),
+                        ..LogCheck::default()
+                    },
+                    ..fit()
+                },
+            ),
+            (
+                "copies-differ",
+                CopyFacts {
+                    log_check: LogCheck {
+                        differs: Some("4 KiB".to_owned()),
                         ..LogCheck::default()
                     },
                     ..fit()

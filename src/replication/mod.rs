@@ -8,7 +8,7 @@
 //! with `switchover` and `resolve` beside it, `status` what they see, `health` the verdict that
 //! backup trusts, with `check`, the re-reading of logs, and `copy`, what a peer says of its copy,
 //! behind it; `scrub` reads everything on command, `damage` is what either found, and
-//! `repair` takes from a peer what is whole there. `replica` is
+//! `repair` takes from a peer what is whole there, and `verify` compares with one. `replica` is
 //! all that this room needs of a group.
 
 mod bounds;
@@ -39,6 +39,7 @@ pub mod simulation;
 mod status;
 mod switchover;
 mod tls;
+mod verify;
 pub mod wire;
 mod worker;
 
@@ -57,3 +58,4 @@ pub use self::rpc::{BoxFuture, Handler, PeerContext};
 pub use self::scrub::{ScrubState, ScrubStatus};
 pub use self::service::{Replication, ReplicationConfig, ReplicationError};
 pub use self::status::{Lag, PeerStatus};
+pub use self::verify::{DifferingExtent, VerifyState, VerifyStatus};
