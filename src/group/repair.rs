@@ -75,22 +75,34 @@ impl Group {
     /// Where the log cannot be followed to the segment.
     pub fn gap(&self, segment: u64) -> Result<Option<Gap>, GroupError> {
         let begin = Lsn(segment.saturating_mul(self.segment_bytes()));
-        let (from, end) = {
+        let (mut from, end) = {
             let core = self.lock();
-            match core.durable_before {
+            let (from, end) = match core.durable_before {
                 Some(mark) => (core.timeline.end(), mark),
                 None => {
                     let end = core.durable.min(core.timeline.end().lsn);
                     let end = end.min(begin.advance(self.segment_bytes()));
                     (core.timeline.before_lsn(begin), end)
                 }
-            }
+            };
+            (Gap { at: from.lsn, chain: from.chain }, end)
         };
-        let mut scanner = Scanner::new(&self.segments, from.lsn, from.chain).once();
+        let start = begin.max(self.log_start());
+        if from.at > start && start < self.positions().horizon {
+            // What is folded is still there for peers: only its first record tells what that
+            // continues.
+            let chain = self.chain_at(start).ok_or_else(|| {
+                self.damaged(format!(
+                    "log at {start}: nothing says what the first record continues"
+                ))
+            })?;
+            from = Gap { at: start, chain };
+        }
+        let mut scanner = Scanner::new(&self.segments, from.at, from.chain).once();
         while scanner.at() < end {
             // Before the segment payloads are no matter.
             let (at, chain) = (scanner.at(), scanner.chain());
-            if scanner.next(at >= begin || from.lsn > begin).is_err() {
+            if scanner.next(at >= begin).is_err() {
                 return Ok(Some(Gap { at, chain }));
             }
         }
@@ -127,7 +139,7 @@ impl Group {
         let touched = {
             let _no_sync = self.sync_lock.lock().expect("no holder panics");
             let mut core = self.lock();
-            if gap.at < core.timeline.horizon().lsn {
+            if gap.at < self.log_start() {
                 return Err(self.refused(format!("the record at {} was folded", gap.at)));
             }
             let (head, chain) = (core.writer.head(), core.writer.chain());
