@@ -113,6 +113,12 @@ fn a_full_disk_refuses_writes_and_takes_them_again_when_it_has_room_also_after_k
     assert!(status["log"]["full_since"].is_string(), "{status}");
     wait_for("an event to say so", || (!events(&a, "log-full").is_empty()).then_some(()));
     check(&a, &load, "while the disk is full");
+    // What fits a gap that is left says nothing of the next write.
+    let _ = a.command(&["bookmark", "g", "small"]);
+    let status = a.status("g");
+    assert!(status["log"]["full_reason"].is_string(), "{status}");
+    assert!(events(&a, "log-has-room").is_empty());
+    assert!(status["log"]["disk_free_bytes"].as_u64() < Some(1 << 20), "{status}");
 
     // Torn ends of the log cannot be cut without room, so the group may have to wait for it.
     a.kill();
@@ -257,6 +263,14 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
         (status["peers"][0]["data_state"] == "failed") == restart
             && status["peers"][0]["data_state_reason"].is_string() == restart
     });
+    let refused = a.command(&["switchover", "g"]);
+    assert!(!refused.status.success(), "hosts could not write there");
+    if restart {
+        let [told] = &events(&a, "copy-failed")[..] else { panic!("a tells once") };
+        assert!(told.contains("on b failed"), "{told}");
+        let reasons = a.status("g")["backup_capable"]["reasons"].to_string();
+        assert!(reasons.contains("the data on b failed"), "{reasons}");
+    }
     load.wait_for_more(300);
     b.run(&["image", "open", "g", "--at", "now", "--name", "then"]);
     let then = contents(&b, "@then");
@@ -274,6 +288,13 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     });
     b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     hold("at the end", history.faults(&contents(&b, "@end"), Some(history.now())));
+    for node in [&a, &b].into_iter().take(if restart { 1 } else { 2 }) {
+        assert!(
+            !events(node, "replication-resumed").is_empty(),
+            "{} gives the all-clear",
+            node.node
+        );
+    }
     assert_eq!(contents(&b, "@end"), contents(&a, ""));
 }
 

@@ -548,6 +548,32 @@ fn page_offences(page: &str, sources: &[(String, String)]) -> Vec<String> {
     offences
 }
 
+/// Codes of events that ask something of an operator, as the sources emit them.
+#[test]
+fn every_event_that_asks_for_something_is_on_the_page_for_trouble() {
+    let page = fs::read_to_string(root().join("docs/trouble.md")).unwrap();
+    let mut offences = Vec::new();
+    for (path, text) in files("src", &[".rs"]) {
+        let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for severity in ["Severity::Warning", "Severity::Error"] {
+            for (at, _) in text.match_indices(severity) {
+                let mut end = (at + 120).min(text.len());
+                while !text.is_char_boundary(end) {
+                    end -= 1;
+                }
+                let Some(code) = text[at..end].split('"').nth(1) else { continue };
+                let is_code = code.contains('-') || code == "degraded";
+                let is_code =
+                    is_code && code.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+                if is_code && !page.contains(&format!("`{code}`")) {
+                    offences.push(format!("{path}: event `{code}` is not in docs/trouble.md"));
+                }
+            }
+        }
+    }
+    hold(offences);
+}
+
 #[test]
 fn every_dependency_says_what_it_saves() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();

@@ -1,5 +1,5 @@
-//! Slots that never got a backup: when a node looks for one, and what it can say. Pure; its shell is
-//! `timekeeper`.
+//! Slots that never got a backup: when a node looks for one, and what it can say. Pure; its shell
+//! is `timekeeper`.
 //!
 //! Every node looks for itself, whatever its own runs ended as: once the time of a slot is over, at
 //! the repository, and where that is out of sight here, through the eyes of the peer. As long as

@@ -103,7 +103,16 @@ fn show_group(group: &GroupStatus) -> String {
     ));
     if let Some(reason) = &log.full_reason {
         let since = log.full_since.map_or_else(String::new, output::age);
-        lines.push(format!("          writers are slowed or refused: {reason} ({since})"));
+        lines.push(format!("          {reason} ({since})"));
+    }
+    if let (Some(free), Some(reserve)) = (log.disk_free_bytes, log.disk_reserve_bytes)
+        && free < reserve
+    {
+        lines.push(format!(
+            "          the disk is nearly full: {} are free, of which {} are to stay free",
+            ByteSize(free),
+            ByteSize(reserve)
+        ));
     }
     if let Some(reason) = &log.fold_reason {
         let since = log.fold_since.map_or_else(String::new, output::age);
@@ -163,6 +172,9 @@ fn show_peer(peer: &PeerStatus) -> String {
     if let Some(state) = peer.data_state.filter(|state| *state != DataState::Consistent) {
         let reason = peer.data_state_reason.as_deref().unwrap_or("no reason was told");
         lines.push(format!("          its data is {}: {reason}", output::word(&state)));
+    }
+    if let Some(reason) = &peer.log_full_reason {
+        lines.push(format!("          there: {reason}"));
     }
     if peer.replication_state == "streaming" && peer.rpo_actual_seconds >= UNDURABLE_SHOWN_SECONDS {
         lines.push(format!(

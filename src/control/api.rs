@@ -148,6 +148,12 @@ pub struct LogStatus {
     /// Since when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_since: Option<LogTime>,
+    /// Bytes that are free on the file system, as last looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_free_bytes: Option<u64>,
+    /// Bytes of them that are to stay free (`disk_reserve`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_reserve_bytes: Option<u64>,
     /// Why the log is not folded, where that fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fold_reason: Option<String>,

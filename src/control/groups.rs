@@ -54,7 +54,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
     let clients = group.clients();
     let (data_state, reason, since) = group.data_state();
     let good = data_state == DataState::Consistent;
-    let (full, unfolded) = (group.log_full(), group.fold_failure());
+    let (full, unfolded, disk) = (group.log_full(), group.fold_failure(), group.disk_room());
     GroupStatus {
         name: group.name().clone(),
         role: group.role(),
@@ -87,6 +87,8 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
             limit_bytes: positions.log_limit_bytes,
             full_reason: full.as_ref().map(|full| full.reason.clone()),
             full_since: full.map(|full| full.since),
+            disk_free_bytes: disk.map(|disk| disk.free_bytes),
+            disk_reserve_bytes: disk.map(|disk| disk.reserve_bytes),
             fold_reason: unfolded.as_ref().map(|unfolded| unfolded.reason.clone()),
             fold_since: unfolded.map(|unfolded| unfolded.since),
         },
@@ -254,6 +256,7 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
         return Err(Problem::new(409, "promote-refused", refusal));
     }
     let end = group.positions().request_end;
+    let unclean = unclean_start(context, group.name());
     group.promote("promote")?;
     let mut text = format!("the new reign begins at LSN {end}");
     let (severity, code) = match refusal {
@@ -265,7 +268,14 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
     };
     let name = Some(group.name().as_str());
     context.events.emit(severity, code, name, text, json!({ "from_lsn": end }));
-    done(format!("group {}: is the primary here now", group.name()))
+    let lost = unclean.map_or_else(String::new, |span| {
+        format!(
+            "; this node had an unclean start, and nobody has brought what it may have lost between \
+             LSN {} and {}: check what depends on it",
+            span.from_lsn, span.to_lsn
+        )
+    });
+    done(format!("group {}: is the primary here now{lost}", group.name()))
 }
 
 pub(super) fn demote(context: &Context, call: &Call) -> Answer {

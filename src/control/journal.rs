@@ -3,6 +3,7 @@
 //! A line is written when its event happens and not synced: events survive the process, and the
 //! last of them may be lost with the machine's power. A torn last line is dropped on opening.
 
+use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -17,6 +18,8 @@ struct Inner {
     file: Arc<dyn DiskFile>,
     end_bytes: u64,
     lines: usize,
+    /// Lines that the disk had no room for: they go before the next.
+    unwritten: VecDeque<Vec<u8>>,
 }
 
 /// A journal in a file.
@@ -47,7 +50,8 @@ impl FileJournal {
         let lines = bytes[..whole].split(|byte| *byte == b'\n');
         let mut events: Vec<Event> =
             lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
-        let inner = Inner { file, end_bytes: whole as u64, lines: events.len() };
+        let lines = events.len();
+        let inner = Inner { file, end_bytes: whole as u64, lines, unwritten: VecDeque::new() };
         let skip = events.len().saturating_sub(RING_EVENTS);
         let journal = FileJournal { disk, path: path.to_owned(), inner: Mutex::new(inner) };
         Ok((journal, events.split_off(skip)))
@@ -74,7 +78,8 @@ fn rewrite(disk: &dyn Disk, path: &Path, events: &[Event]) -> std::io::Result<In
     if let Some(directory) = path.parent() {
         disk.sync_dir(directory)?;
     }
-    Ok(Inner { file, end_bytes: bytes.len() as u64, lines: events.len() })
+    let (end_bytes, lines) = (bytes.len() as u64, events.len());
+    Ok(Inner { file, end_bytes, lines, unwritten: VecDeque::new() })
 }
 
 impl Journal for FileJournal {
@@ -85,15 +90,18 @@ impl Journal for FileJournal {
         {
             tracing::warn!("{}: could not be shortened: {error}", self.path.display());
         }
-        let line = line_of(event);
-        match inner.file.write_at(&[IoSlice::new(&line)], inner.end_bytes) {
-            Ok(()) => {
-                inner.end_bytes += line.len() as u64;
-                inner.lines += 1;
+        inner.unwritten.push_back(line_of(event));
+        while let Some(line) = inner.unwritten.front() {
+            if let Err(error) = inner.file.write_at(&[IoSlice::new(line)], inner.end_bytes) {
+                tracing::warn!("{}: could not keep an event yet: {error}", self.path.display());
+                break;
             }
-            Err(error) => {
-                tracing::warn!("{}: could not keep an event: {error}", self.path.display())
-            }
+            inner.end_bytes += line.len() as u64;
+            inner.lines += 1;
+            inner.unwritten.pop_front();
+        }
+        if inner.unwritten.len() > RING_EVENTS {
+            inner.unwritten.pop_front();
         }
     }
 }
@@ -106,7 +114,14 @@ impl FileJournal {
         let events: Vec<Event> =
             lines.filter_map(|line| serde_json::from_slice(line).ok()).collect();
         let newest = &events[events.len().saturating_sub(RING_EVENTS)..];
-        *inner = rewrite(self.disk.as_ref(), &self.path, newest)?;
+        let unwritten = std::mem::take(&mut inner.unwritten);
+        match rewrite(self.disk.as_ref(), &self.path, newest) {
+            Ok(new) => *inner = Inner { unwritten, ..new },
+            Err(cause) => {
+                inner.unwritten = unwritten;
+                return Err(cause);
+            }
+        }
         Ok(())
     }
 }
@@ -145,6 +160,23 @@ mod tests {
         let (_, kept) = FileJournal::open(disk, &path).unwrap();
         assert_eq!(kept.len(), RING_EVENTS);
         assert_eq!(kept.last().unwrap().sequence, LINES_MAX as u64 + 10);
+    }
+
+    #[test]
+    fn events_of_a_full_disk_are_kept_once_it_has_room() {
+        let memory = Arc::new(crate::io::MemoryDisk::new());
+        let disk: Arc<dyn Disk> = memory.clone();
+        disk.create_dir(Path::new("/d")).unwrap();
+        let path = Path::new("/d/events");
+        let (journal, _) = FileJournal::open(disk.clone(), path).unwrap();
+        journal.append(&event(1));
+        memory.set_total_bytes(0);
+        journal.append(&event(2));
+        journal.append(&event(3));
+        memory.set_total_bytes(u64::MAX);
+        journal.append(&event(4));
+        let (_, kept) = FileJournal::open(disk, path).unwrap();
+        assert_eq!(kept, [1, 2, 3, 4].map(event));
     }
 
     #[test]

@@ -142,12 +142,11 @@ impl Group {
             Ok(headers) => headers,
             // A full disk is the writer's to bear; anything else may have harmed the log.
             Err(cause) if cause.kind() == io::ErrorKind::StorageFull => {
-                self.note_append(core, Some(&cause));
+                self.note_refused(core, &cause);
                 return Err(self.io("append", &cause));
             }
             Err(cause) => return Err(self.fail_locked(core, "append", &cause)),
         };
-        self.note_append(core, None);
         let mut payloads = payloads.into_iter();
         let mut ends = Vec::with_capacity(headers.len());
         for header in &headers {

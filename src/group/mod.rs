@@ -370,7 +370,7 @@ pub use registry::Registry;
 pub use repair::{Gap, Mended};
 pub use required::RequiredPeer;
 pub use returning::Discard;
-pub use room::Shortage;
+pub use room::{DiskRoom, Shortage};
 pub use scrub::{DamagedPart, Found};
 pub use shipment::Shipment;
 pub use staging::{ImageOffer, ImagePart, ImageProgress, Reached, Staged};

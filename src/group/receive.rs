@@ -142,7 +142,7 @@ impl Group {
             );
             if let Err(cause) = appended {
                 let error = if cause.kind() == std::io::ErrorKind::StorageFull {
-                    self.note_append(&mut core, Some(&cause));
+                    self.note_refused(&mut core, &cause);
                     self.io("append", &cause)
                 } else {
                     self.fail_locked(&mut core, "append", &cause)
@@ -151,7 +151,6 @@ impl Group {
                 self.report();
                 return Err(wrong(at, error.to_string()));
             }
-            self.note_append(&mut core, None);
             for (place, header) in part {
                 sync_wanted |= wants_sync(header);
                 core.apply(header, payload_of(&pending.bytes, *place, header), &mut freed);

@@ -47,6 +47,8 @@ pub struct Recovery {
     pub scanned_bytes: u64,
     /// Records with a payload that is damaged, although it was durable.
     pub damaged: Vec<Lsn>,
+    /// It was found of a copy, which has again what it lost once it follows beyond.
+    pub as_copy: bool,
 }
 
 /// The log as a scan found it.
@@ -221,8 +223,12 @@ impl Group {
             core.moments = moments;
             core.role = if primary { Role::Primary } else { Role::Secondary };
         }
-        let mut recovery =
-            Recovery { scanned_bytes, damaged: found.damaged.clone(), ..Recovery::default() };
+        let mut recovery = Recovery {
+            scanned_bytes,
+            damaged: found.damaged.clone(),
+            as_copy: !primary,
+            ..Recovery::default()
+        };
         group.report_recovery(&found, decision, before.failed, lost, &mut recovery);
         if let Some(branch) = kept {
             group.tell_of_branch(&branch);

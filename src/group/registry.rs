@@ -11,7 +11,7 @@ use super::files::{discard, is_discarded};
 use super::meta::{META, UNFINISHED_META};
 use super::recover::Recovery;
 use super::room::Shortage;
-use super::{GroupContext, GroupError};
+use super::{GroupContext, GroupError, Role};
 use crate::events::Severity;
 use crate::io::Disk;
 use crate::log::segment::SEGMENT_BYTES_DEFAULT;
@@ -136,10 +136,18 @@ impl Registry {
         told.collect()
     }
 
-    /// What recovery found of a group at this start of the node.
+    /// What recovery found of a group at this start of the node, as far as that is still so.
     #[must_use]
     pub fn recovery(&self, group: &Name) -> Option<Recovery> {
-        self.recoveries.read().expect("no holder panics").get(group).cloned()
+        let found = self.recoveries.read().expect("no holder panics").get(group).cloned()?;
+        let mended = found.as_copy
+            && found.cut.zip(self.by_name(group.as_str()).ok()).is_some_and(|((_, to), group)| {
+                group.role() == Role::Secondary && group.positions().durable >= to
+            });
+        if mended {
+            self.recoveries.write().expect("no holder panics").remove(group);
+        }
+        (!mended).then_some(found)
     }
 
     /// All groups, by name.

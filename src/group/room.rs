@@ -2,6 +2,7 @@
 //! none.
 
 use std::io;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -9,7 +10,7 @@ use super::engine::{Core, Report};
 use super::{Group, GroupError};
 use crate::events::Severity;
 use crate::log::control::OnFull;
-use crate::units::LogTime;
+use crate::units::{ByteSize, LogTime};
 
 /// Why writers are slowed or refused, and since when.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,16 +21,30 @@ pub struct Shortage {
     pub since: LogTime,
 }
 
+/// What the disk under a group has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskRoom {
+    /// Bytes that are free.
+    pub free_bytes: u64,
+    /// Bytes of them that are to stay free.
+    pub reserve_bytes: u64,
+    /// Bytes that the log may take before the reserve is touched.
+    pub log_limit_bytes: u64,
+}
+
+/// A refusal counts at least so long: what fits a gap that is left says nothing of the next write.
+const REFUSED_FOR: Duration = Duration::from_secs(5);
+
 /// What is known of the room for a log.
 #[derive(Default)]
 pub(super) struct Room {
     /// Why the last fold failed, where it did, and since when folds fail: writers of a full log are
     /// told, not held.
     pub fold_failure: Option<(String, LogTime)>,
-    /// Bytes that the log may take before the file system's reserve is touched; none is not known.
-    disk_limit_bytes: Option<u64>,
-    /// What the disk said to the last append, where it had no room for it.
-    refused: Option<String>,
+    /// What the disk has; none is not known.
+    disk: Option<DiskRoom>,
+    /// What the disk said to an append that it had no room for, and when (monotonic).
+    refused: Option<(String, Duration)>,
     /// Since when the log is full. It ends when the log is under pressure no more, so that one that
     /// is filled as fast as it is folded is one shortage.
     full_since: Option<LogTime>,
@@ -54,8 +69,14 @@ impl Group {
     }
 
     fn why_full(&self, core: &Core) -> Option<String> {
-        if let Some(refused) = &core.room.refused {
-            return Some(format!("log-full: the disk has no room for the log: {refused}"));
+        if let Some((refused, _)) = &core.room.refused {
+            let free = core.room.disk.map_or_else(String::new, |disk| {
+                format!(" ({} are free on its file system)", ByteSize(disk.free_bytes))
+            });
+            return Some(format!(
+                "log-full: writes are refused, since the disk has no room for the log: \
+                 {refused}{free}; free some, and they go on by themselves"
+            ));
         }
         let limit = self.log_limit(core);
         if self.log_bytes(core) < limit {
@@ -99,7 +120,7 @@ impl Group {
             .log_limit
             .0
             .min(own)
-            .min(core.room.disk_limit_bytes.unwrap_or(u64::MAX))
+            .min(core.room.disk.map_or(u64::MAX, |disk| disk.log_limit_bytes))
             .max(4 * self.segment_bytes())
     }
 
@@ -116,9 +137,15 @@ impl Group {
         core.room.fold_failure = failure.map(|error| (error.to_string(), since));
     }
 
-    /// Notes what the disk said to an append: a full disk is the writer's to bear.
-    pub(super) fn note_append(&self, core: &mut Core, refusal: Option<&io::Error>) {
-        core.room.refused = refusal.map(ToString::to_string);
+    /// What the disk has, as last looked at.
+    #[must_use]
+    pub fn disk_room(&self) -> Option<DiskRoom> {
+        self.lock().room.disk
+    }
+
+    /// Notes that the disk had no room for an append: that is the writer's to bear.
+    pub(super) fn note_refused(&self, core: &mut Core, cause: &io::Error) {
+        core.room.refused = Some((cause.to_string(), self.context.env.clock.monotonic()));
     }
 
     /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.
@@ -129,10 +156,14 @@ impl Group {
         self.keep_reserve(space.free_bytes, reserve);
         let beyond = space.free_bytes.saturating_sub(reserve);
         let mut core = self.lock();
-        let limit = self.log_bytes(&core).saturating_add(beyond);
-        core.room.disk_limit_bytes = Some(limit);
-        if beyond > 0 {
-            // Whoever was refused may try again.
+        core.room.disk = Some(DiskRoom {
+            free_bytes: space.free_bytes,
+            reserve_bytes: reserve,
+            log_limit_bytes: self.log_bytes(&core).saturating_add(beyond),
+        });
+        let now = self.context.env.clock.monotonic();
+        let old = |(_, at): &(String, Duration)| now.saturating_sub(*at) >= REFUSED_FOR;
+        if beyond > 0 && core.room.refused.as_ref().is_some_and(old) {
             core.room.refused = None;
         }
     }
@@ -147,7 +178,9 @@ impl Group {
                 core.room.full_since = Some(now);
                 let details = json!(null);
                 let code = "log-full";
-                core.unreported.push(Report { severity: Severity::Warning, code, text, details });
+                let refused = core.room.refused.is_some() || core.room.fold_failure.is_some();
+                let severity = if refused { Severity::Error } else { Severity::Warning };
+                core.unreported.push(Report { severity, code, text, details });
             }
             (None, Some(since)) if !self.is_pressed(&core) => {
                 core.room.full_since = None;

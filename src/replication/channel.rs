@@ -92,6 +92,8 @@ pub struct Channel {
     parted: Option<Parted>,
     /// A disk error ended the last stream; it is tried again.
     trouble: Option<Trouble>,
+    /// People were told that replication stopped, and not yet that it goes on.
+    told_stopped: bool,
     /// Whether the shell knows that this peer's stream is followed.
     told_follows: bool,
     /// An image is sent to the peer.
@@ -163,6 +165,7 @@ impl Channel {
             lookup: None,
             rpo_alarm: false,
             trouble: None,
+            told_stopped: false,
             told_follows: false,
             shipping: None,
             receiving: None,
@@ -243,37 +246,6 @@ impl Channel {
     #[must_use]
     pub fn parted(&self) -> Option<Parted> {
         self.parted
-    }
-
-    fn set_state(
-        &mut self,
-        context: &mut Context<'_>,
-        state: ReplicationState,
-        reason: impl Into<String>,
-    ) {
-        let reason = reason.into();
-        if self.state != state {
-            self.since = context.now;
-            let bad = match state {
-                ReplicationState::SplitBrain => Some((Severity::Error, "split-brain")),
-                ReplicationState::Blocked if self.told_of_trouble() => None,
-                ReplicationState::Blocked => Some((Severity::Error, "replication-blocked")),
-                _ => None,
-            };
-            if let Some((severity, code)) = bad {
-                context.outputs.push(Output::Event {
-                    severity,
-                    code,
-                    group: Some(self.local.name.clone()),
-                    text: format!(
-                        "group {}: replication with {} stopped: {reason}",
-                        self.local.name, context.peer_name
-                    ),
-                });
-            }
-        }
-        self.state = state;
-        self.reason = reason;
     }
 
     pub(super) fn on_local(&mut self, context: &mut Context<'_>, local: LocalGroup) {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::events::Severity;
 use crate::group::{DataState, Role};
 use crate::units::{GroupId, Lsn, NodeId};
 
@@ -30,6 +31,9 @@ pub(super) struct CopyReport {
     pub(super) data_state: DataState,
     #[serde(default)]
     pub(super) data_reason: Option<String>,
+    /// Why its log is full, where it is.
+    #[serde(default)]
+    pub(super) log_full: Option<String>,
     checked_to: Lsn,
     #[serde(default)]
     damaged: Option<String>,
@@ -47,6 +51,12 @@ pub(super) struct CopyReport {
 pub(super) type Reports = HashMap<(NodeId, GroupId), (CopyReport, Duration)>;
 
 impl CopyReport {
+    /// Why its disk failed, if it did.
+    pub(super) fn failure(&self) -> Option<String> {
+        let failed = self.data_state == DataState::Failed;
+        failed.then(|| self.data_reason.clone().unwrap_or_else(|| "no reason was told".to_owned()))
+    }
+
     /// The check of the log there, as old as it is by now.
     fn log_check(&self, since: Duration) -> LogCheck {
         let age = Duration::try_from_secs_f64(self.check_age_seconds).unwrap_or(Duration::MAX);
@@ -108,13 +118,32 @@ impl Shared {
         };
         match serde_json::from_value::<Vec<CopyReport>>(answer) {
             Ok(reports) => {
-                let mut copies = self.copies.lock().expect("no holder panics");
                 for report in reports.into_iter().filter(|report| groups.contains(&report.group)) {
-                    copies.insert((node, report.group), (report, asked));
+                    let key = (node, report.group);
+                    let fails = report.failure();
+                    let known = {
+                        let mut copies = self.copies.lock().expect("no holder panics");
+                        let known = copies.insert(key, (report, asked));
+                        known.and_then(|(known, _)| known.failure())
+                    };
+                    if let Some(why) = fails.filter(|_| known.is_none()) {
+                        self.tell_copy_failed(name, key.1, &why);
+                    }
                 }
             }
             Err(error) => tracing::warn!("peer {name}: its word on its copies: {error}"),
         }
+    }
+
+    fn tell_copy_failed(&self, peer: &str, group: GroupId, why: &str) {
+        let Some(group) = self.groups.by_id(group) else { return };
+        let name = group.name().as_str();
+        let text = format!(
+            "group {name}: the disk under the copy on {peer} failed, and it follows no further: \
+             {why}; restart {peer} once its disk is well"
+        );
+        let events = &self.context.events;
+        events.emit(Severity::Error, "copy-failed", Some(name), text, json!({ "peer": peer }));
     }
 
     /// What a peer told of its copy, if that is still worth something, and its log's check.
@@ -165,6 +194,7 @@ impl Shared {
                     group: id,
                     data_state,
                     data_reason,
+                    log_full: group.why_full(),
                     checked_to: check.checked_to,
                     damaged: check.damaged,
                     base_damaged: check.base_damaged,
@@ -202,6 +232,7 @@ mod tests {
             group: GroupId([7; 16]),
             data_state: DataState::Consistent,
             data_reason: None,
+            log_full: None,
             checked_to: Lsn(8),
             damaged: None,
             base_damaged: None,

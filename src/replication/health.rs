@@ -116,7 +116,7 @@ fn verdict(reasons: Vec<Reason>) -> BackupCapable {
     BackupCapable { verdict, reasons }
 }
 
-fn data_reasons(state: DataState, why: Option<&str>, reasons: &mut Vec<Reason>) {
+fn data_reasons(state: DataState, why: Option<&str>, place: &str, reasons: &mut Vec<Reason>) {
     let why = why.map(|why| format!(": {why}")).unwrap_or_default();
     match state {
         DataState::Consistent => {}
@@ -124,7 +124,10 @@ fn data_reasons(state: DataState, why: Option<&str>, reasons: &mut Vec<Reason>) 
             reasons.push(reason("no-image", format!("there is no image yet{why}")));
         }
         DataState::Failed => {
-            reasons.push(reason("data-failed", format!("the disk under the data failed{why}")));
+            reasons.push(reason(
+                "data-failed",
+                format!("the disk under the data on {place} failed{why}"),
+            ));
         }
         DataState::Retired => {
             reasons.push(reason("retired", format!("replication to this copy was stopped{why}")));
@@ -152,7 +155,7 @@ fn check_reasons(check: &LogCheck, place: &str, reasons: &mut Vec<Reason>) {
 #[must_use]
 pub fn judge_local(state: DataState, why: Option<&str>, check: &LogCheck) -> BackupCapable {
     let mut reasons = Vec::new();
-    data_reasons(state, why, &mut reasons);
+    data_reasons(state, why, "this node", &mut reasons);
     check_reasons(check, "this node", &mut reasons);
     verdict(reasons)
 }
@@ -161,6 +164,7 @@ pub fn judge_local(state: DataState, why: Option<&str>, check: &LogCheck) -> Bac
 #[must_use]
 pub fn judge_copy(facts: &CopyFacts) -> BackupCapable {
     let mut reasons = Vec::new();
+    let place = if facts.own { "this node" } else { &facts.peer };
     if let Some(down) = facts.link_down {
         let text = format!("the link to {} is down for {:.1} s", facts.peer, down.as_secs_f64());
         reasons.push(reason("link-down", text));
@@ -190,17 +194,13 @@ pub fn judge_copy(facts: &CopyFacts) -> BackupCapable {
         }
     }
     match facts.data_state {
-        Some(state) => data_reasons(state, facts.data_reason.as_deref(), &mut reasons),
+        Some(state) => data_reasons(state, facts.data_reason.as_deref(), place, &mut reasons),
         None => {
             let text = format!("{} has not told lately what its copy is worth", facts.peer);
             reasons.push(reason("copy-unknown", text));
         }
     }
-    check_reasons(
-        &facts.log_check,
-        if facts.own { "this node" } else { &facts.peer },
-        &mut reasons,
-    );
+    check_reasons(&facts.log_check, place, &mut reasons);
     if let Some(what) = &facts.log_check.differs {
         reasons.push(reason("copies-differ", format!("the copies differ: {what}")));
     }

@@ -21,6 +21,8 @@ pub trait Replica: Send + Sync {
     fn segment_bytes(&self) -> u64;
     fn role(&self) -> Role;
     fn data_state(&self) -> (DataState, Option<String>, LogTime);
+    /// Why its log is full, where it is.
+    fn why_full(&self) -> Option<String>;
     fn positions(&self) -> Positions;
     fn control(&self) -> Arc<ControlView>;
     fn incarnation(&self) -> Incarnation;
@@ -83,6 +85,10 @@ pub trait Replicas: Send + Sync {
 }
 
 impl Replica for Group {
+    fn why_full(&self) -> Option<String> {
+        self.log_full().map(|full| full.reason)
+    }
+
     fn ship(
         &self,
         peer: &Name,

@@ -50,6 +50,9 @@ pub struct PeerStatus {
     /// Why it is not good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_state_reason: Option<String>,
+    /// Why its log is full, where the peer says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_full_reason: Option<String>,
     /// `standalone`, `connecting` or `connected`.
     pub link_state: String,
     /// Why it is not connected.
@@ -121,6 +124,7 @@ impl PeerStatus {
             role: if peer_is_primary { "primary" } else { "secondary" }.to_owned(),
             data_state: None,
             data_state_reason: None,
+            log_full_reason: None,
             link_state: link_state.to_owned(),
             link_state_reason: link_reason.map(|(reason, _)| reason.to_owned()),
             link_state_since: link_reason.map(|(_, since)| monotonic(since)),
@@ -153,6 +157,7 @@ impl PeerStatus {
             self.data_state = Some(report.data_state);
             let good = report.data_state == DataState::Consistent;
             self.data_state_reason = report.data_reason.filter(|_| !good);
+            self.log_full_reason = report.log_full;
         }
         self
     }

@@ -78,6 +78,7 @@ impl Replication {
             )));
         }
         let (peer, _) = shared.streaming_peer(&*group, to)?;
+        shared.check_copy_can_serve(group_name, group.id(), &peer)?;
         let why = format!("switchover to {peer}: writes wait until it has everything");
         group.halt_writers(&why)?;
         let halt = Halt(Arc::clone(&group));
@@ -147,6 +148,23 @@ fn unknown(group: &Name, peer: &Name, why: &str) -> ReplicationError {
 impl Shared {
     /// The one peer of a group, or the one of that name, which streams, and up to where it has
     /// everything durably.
+    /// Hosts must be able to write where they are sent.
+    fn check_copy_can_serve(
+        &self,
+        name: &str,
+        group: GroupId,
+        peer: &Name,
+    ) -> Result<(), ReplicationError> {
+        let node = self.peer_named(peer.as_str())?.node;
+        let Some((report, _)) = self.copy_report(node, group, self.now()) else { return Ok(()) };
+        match report.failure().or(report.log_full) {
+            None => Ok(()),
+            Some(why) => Err(ReplicationError::Refused(format!(
+                "group {name}: hosts could not write on {peer}: {why}; nothing was changed"
+            ))),
+        }
+    }
+
     fn streaming_peer(
         &self,
         group: &dyn Replica,

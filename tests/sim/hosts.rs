@@ -198,8 +198,8 @@ impl World {
         self.answer_later(host, node, done);
     }
 
-    /// The line that a primary's next request goes to. A new reign, or a new life, begins one at what
-    /// is here now; none where that cannot be read.
+    /// The line that a primary's next request goes to. A new reign, or a new life, begins one at
+    /// what is here now; none where that cannot be read.
     pub fn line_here(&mut self, node: usize, group: usize) -> Option<usize> {
         let copy = &self.nodes[node].copies[&group];
         if copy.line.is_some() {

@@ -48,8 +48,8 @@ impl World {
             if required.away.is_some() && required.on_loss == OnLoss::Continue {
                 self.coverage.add("answers while degraded", 1);
             } else {
-                // What was only in its memory went with it, and its word may have been on its way for
-                // long.
+                // What was only in its memory went with it, and its word may have been on its way
+                // for long.
                 let kept = self.nodes[peer].died < sent;
                 for must in &must {
                     if kept {

@@ -1,5 +1,5 @@
-//! An operator takes a group back to where it was: a request of a line like any other, which makes of
-//! the volumes what an image there shows.
+//! An operator takes a group back to where it was: a request of a line like any other, which makes
+//! of the volumes what an image there shows.
 
 use tidelog::group::Point;
 use tidelog::units::Lsn;

@@ -254,8 +254,8 @@ fn with_parts(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
     (group, volume, expected)
 }
 
-/// The simulation's seed 1001424 of an earlier state: a fold's last step was in the cache alone when
-/// the process was killed, the next one recycled the log below it, and then the power failed.
+/// The simulation's seed 1001424 of an earlier state: a fold's last step was in the cache alone
+/// when the process was killed, the next one recycled the log below it, and then the power failed.
 #[test]
 fn a_kill_at_any_boundary_of_a_fold_and_then_a_power_loss_take_nothing() {
     let bench = Bench::new("a", 7);

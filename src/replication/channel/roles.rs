@@ -225,8 +225,10 @@ impl Channel {
                 ByteSize(*theirs_bytes)
             ),
             Relation::Same => "with equal logs".to_owned(),
-            Relation::TheirsIsPrefix => format!("this node has all that {peer} has, and more"),
-            Relation::MineIsPrefix => format!("{peer} has all that this node has, and more"),
+            Relation::TheirsIsPrefix => {
+                format!("so far this node has all that {peer} has, and more")
+            }
+            Relation::MineIsPrefix => format!("so far {peer} has all that this node has, and more"),
         };
         let text = format!(
             "both nodes are primary: {what}; stop the hosts of the one that is to yield, then \

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::*;
 use crate::replication::epoch::History;
 use crate::units::{Chain, Lsn};
 
@@ -128,4 +129,52 @@ pub struct Parted {
     pub at: Lsn,
     /// The peer's chain there, where its log still reaches it.
     pub chain: Option<Chain>,
+}
+
+impl Channel {
+    /// What replication does from now on, and why: people are told when it stops, and when it goes
+    /// on.
+    pub(super) fn set_state(
+        &mut self,
+        context: &mut Context<'_>,
+        state: ReplicationState,
+        reason: impl Into<String>,
+    ) {
+        let reason = reason.into();
+        if self.state != state {
+            self.since = context.now;
+            let bad = match state {
+                ReplicationState::SplitBrain => Some((Severity::Error, "split-brain")),
+                ReplicationState::Blocked if self.told_of_trouble() => None,
+                ReplicationState::Blocked => Some((Severity::Error, "replication-blocked")),
+                _ => None,
+            };
+            let good = state == ReplicationState::Streaming;
+            if good && std::mem::take(&mut self.told_stopped) {
+                context.outputs.push(Output::Event {
+                    severity: Severity::Info,
+                    code: "replication-resumed",
+                    group: Some(self.local.name.clone()),
+                    text: format!(
+                        "group {}: replication with {} streams again",
+                        self.local.name, context.peer_name
+                    ),
+                });
+            }
+            if let Some((severity, code)) = bad {
+                self.told_stopped = true;
+                context.outputs.push(Output::Event {
+                    severity,
+                    code,
+                    group: Some(self.local.name.clone()),
+                    text: format!(
+                        "group {}: replication with {} stopped: {reason}",
+                        self.local.name, context.peer_name
+                    ),
+                });
+            }
+        }
+        self.state = state;
+        self.reason = reason;
+    }
 }
