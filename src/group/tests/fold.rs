@@ -232,17 +232,20 @@ fn what_was_cut_off_above_the_base_and_has_grown_again_counts_as_changed() {
     assert!(changed.iter().any(covers), "{changed:?}");
 }
 
+/// So that the sums of some chunks are in pages of their own.
+const SPREAD: u64 = 16 << 20;
+
 /// A group with a base that has data in one chunk, and a log with parts of blocks in this chunk and
 /// in others; what it shows.
 fn with_parts(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
     let group = bench.create();
-    let volume = group.create_volume(name("v"), 4 << 20).unwrap();
+    let volume = group.create_volume(name("v"), SPREAD).unwrap();
     set_policy(&group, 0, 64 << 20);
     write(&group, volume.number, 0, &[1; 65536]);
     bench.pass(5);
     group.sync_now().unwrap();
     group.fold_now().unwrap();
-    for chunk in 0..4 {
+    for chunk in [0, 1, 4, 8, 12] {
         for block in [3, 5, 200] {
             write(&group, volume.number, (chunk << 20) + (block << 12) + 512, &[2; 1024]);
         }
@@ -250,7 +253,7 @@ fn with_parts(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
     write(&group, volume.number, 32768, &[3; 65536]);
     bench.pass(5);
     group.sync_now().unwrap();
-    let expected = read(&*group, volume.number, 0, 4 << 20);
+    let expected = read(&*group, volume.number, 0, SPREAD as usize);
     (group, volume, expected)
 }
 
@@ -259,20 +262,26 @@ fn with_parts(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
 #[test]
 fn a_kill_at_any_boundary_of_a_fold_and_then_a_power_loss_take_nothing() {
     let bench = Bench::new("a", 7);
-    let (group, volume, expected) = with_parts(&bench);
+    let (group, volume, _) = with_parts(&bench);
     bench.disk.record();
     group.fold_now().unwrap();
     let stopped = bench.disk.take_recorded();
     assert!(stopped.len() > 10, "{} boundaries", stopped.len());
     for (boundary, disk) in stopped.into_iter().enumerate() {
         let killed = Bench { disk: Arc::new(disk), ..bench.after_crash(0) };
-        drop(killed.open());
+        let (group, _) = killed.open();
+        // What it folded is used again.
+        write(&group, volume.number, SPREAD - 65536, &[4; 65536]);
+        write(&group, volume.number, SPREAD - 65536, &[5; 65536]);
+        group.sync_now().unwrap();
+        let expected = read(&*group, volume.number, 0, SPREAD as usize);
+        drop(group);
         for seed in 0..8 {
             let what = format!("boundary {boundary}, seed {seed}");
             let after = killed.after_crash(seed);
             let (group, _) = after.open();
             assert_ne!(group.data_state().0, DataState::Failed, "{what}");
-            assert!(read(&*group, volume.number, 0, 4 << 20) == expected, "{what}");
+            assert!(read(&*group, volume.number, 0, SPREAD as usize) == expected, "{what}");
         }
     }
 }
@@ -284,7 +293,7 @@ fn a_disk_that_is_full_in_mid_fold_leaves_every_block_readable() {
         let (group, volume, expected) = with_parts(&bench);
         bench.disk.inject(Fault::NoSpace { bytes: pages << 12 });
         let folded = group.fold_now();
-        let shown = try_read(&*group, volume.number, 0, 4 << 20);
+        let shown = try_read(&*group, volume.number, 0, SPREAD as usize);
         let shown = shown.unwrap_or_else(|error| panic!("{pages} pages: {error}"));
         assert!(shown == expected, "{pages} pages");
         if folded.is_ok() {
@@ -294,6 +303,6 @@ fn a_disk_that_is_full_in_mid_fold_leaves_every_block_readable() {
         assert!(matches!(folded, Err(GroupError::NoSpace { .. })), "{pages} pages: {folded:?}");
         bench.disk.clear_faults();
         assert_eq!(group.fold_now().unwrap(), group.positions().head, "{pages} pages");
-        assert!(read(&*group, volume.number, 0, 4 << 20) == expected, "{pages} pages");
+        assert!(read(&*group, volume.number, 0, SPREAD as usize) == expected, "{pages} pages");
     }
 }

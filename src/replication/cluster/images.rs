@@ -330,7 +330,7 @@ fn an_image_that_ended_in_the_middle_holds_up_no_other() {
         world.fold(0);
     }
     world.weather.partitioned = false;
-    let comes = (0..20_000).any(|_| {
+    let comes = (0..200_000).any(|_| {
         world.run(Duration::from_micros(100));
         world.state(1).0 == ReplicationState::ResyncTarget
     });
