@@ -292,7 +292,9 @@ impl Channel {
             self.stop(context, group, follower.stream, StopCode::NotPrimary, &reason);
         }
         let follows_changed = before.follows != self.local.follows;
-        if follows_changed && self.follower.is_none() && self.sender.is_none() {
+        let asks_nobody = self.follower.is_none() && self.sender.is_none();
+        // Who refused has said why: two that do would else be asked in turn without end.
+        if follows_changed && asks_nobody && !self.needs_a_hand() {
             self.evaluate(context);
         }
         if membership_changed && !self.active() {
