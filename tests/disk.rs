@@ -162,7 +162,7 @@ fn a_log_that_cannot_be_synced_fails_the_group_and_the_next_start_heals_it() {
     assert!(status["data_state_since"].is_string(), "{status}");
     assert_eq!(status["backup_capable"]["verdict"], "no", "{status}");
     assert_eq!(write_one(&a), Err(Errno::Eio));
-    assert_eq!(events(&a, "data-failed").len(), 1);
+    wait_for("an event to say so", || (events(&a, "data-failed").len() == 1).then_some(()));
     check(&a, &load, "reads go on");
     let head = status["log"]["head_lsn"].as_u64().unwrap();
     wait_for_status(&b, "b to have the bytes that were not durable", |status| {
@@ -266,10 +266,11 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     let refused = a.command(&["switchover", "g"]);
     assert!(!refused.status.success(), "hosts could not write there");
     if restart {
-        let [told] = &events(&a, "copy-failed")[..] else { panic!("a tells once") };
+        let told = wait_for("a to tell", || events(&a, "copy-failed").pop());
         assert!(told.contains("on b failed"), "{told}");
-        let reasons = a.status("g")["backup_capable"]["reasons"].to_string();
-        assert!(reasons.contains("the data on b failed"), "{reasons}");
+        wait_for_status(&a, "a to say whose disk it is", |status| {
+            status["backup_capable"]["reasons"].to_string().contains("the data on b failed")
+        });
     }
     load.wait_for_more(300);
     b.run(&["image", "open", "g", "--at", "now", "--name", "then"]);
@@ -289,11 +290,7 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     hold("at the end", history.faults(&contents(&b, "@end"), Some(history.now())));
     for node in [&a, &b].into_iter().take(if restart { 1 } else { 2 }) {
-        assert!(
-            !events(node, "replication-resumed").is_empty(),
-            "{} gives the all-clear",
-            node.node
-        );
+        wait_for("the all-clear", || events(node, "replication-resumed").pop());
     }
     assert_eq!(contents(&b, "@end"), contents(&a, ""));
 }
