@@ -575,6 +575,29 @@ fn every_event_that_asks_for_something_is_on_the_page_for_trouble() {
 }
 
 #[test]
+fn every_proof_applies_to_the_sources_and_names_a_test() {
+    let tests: String =
+        files("src", &[".rs"]).into_iter().chain(files("tests", &[".rs"])).map(|it| it.1).collect();
+    let mut offences = Vec::new();
+    for (path, text) in files("docs/proofs", &[".patch"]) {
+        let check = std::process::Command::new("git")
+            .args(["apply", "--check"])
+            .arg(root().join(&path))
+            .current_dir(root())
+            .output()
+            .unwrap();
+        if !check.status.success() {
+            offences.push(format!("{path}: {}", String::from_utf8_lossy(&check.stderr).trim()));
+        }
+        let test = text.lines().find_map(|line| line.strip_prefix("Test: ")).unwrap_or_default();
+        if test.is_empty() || !tests.contains(&format!("fn {test}(")) {
+            offences.push(format!("{path}: no test is called `{test}`"));
+        }
+    }
+    hold(offences);
+}
+
+#[test]
 fn every_dependency_says_what_it_saves() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
     hold(silent_dependencies(&manifest));
