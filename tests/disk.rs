@@ -9,7 +9,7 @@ use serde_json::Value;
 use tidelog::nbd::{Client, ClientError, Errno, NbdAddress};
 
 use crate::support::faulty::{Call, Faults, SmallDisk};
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
+use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, client, contents, hold};
 use crate::support::oracle::BLOCK_BYTES;
 use crate::support::{Appliance, Setup, pause, wait_for};
 
@@ -28,10 +28,6 @@ fn make_group(a: &Appliance) {
         a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
     }
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
-}
-
-fn client(node: &Appliance, volume: &str) -> Client {
-    Client::connect(&NbdAddress::Unix(node.nbd_socket()), &format!("g/{volume}")).unwrap()
 }
 
 /// Writes a mebibyte after the other, until one is refused or all are written.
@@ -69,13 +65,6 @@ fn wait_for_status(node: &Appliance, what: &str, holds: impl Fn(&Value) -> bool)
     })
 }
 
-fn events(node: &Appliance, code: &str) -> Vec<String> {
-    let events = node.json(&["events"]);
-    let events = events["events"].as_array().cloned().unwrap_or_default();
-    let of_code = events.iter().filter(|event| event["code"] == code);
-    of_code.map(|event| event["text"].as_str().unwrap().to_owned()).collect()
-}
-
 /// Everything that was answered is in the live volumes.
 fn check(node: &Appliance, load: &Load, what: &str) {
     let answered_by = load.history.lock().unwrap().now();
@@ -111,13 +100,13 @@ fn a_full_disk_refuses_writes_and_takes_them_again_when_it_has_room_also_after_k
     });
     assert_eq!(status["data_state"], "consistent", "{status}");
     assert!(status["log"]["full_since"].is_string(), "{status}");
-    wait_for("an event to say so", || (!events(&a, "log-full").is_empty()).then_some(()));
+    wait_for("an event to say so", || (!a.events("log-full").is_empty()).then_some(()));
     check(&a, &load, "while the disk is full");
     // What fits a gap that is left says nothing of the next write.
     let _ = a.command(&["bookmark", "g", "small"]);
     let status = a.status("g");
     assert!(status["log"]["full_reason"].is_string(), "{status}");
-    assert!(events(&a, "log-has-room").is_empty());
+    assert!(a.events("log-has-room").is_empty());
     assert!(status["log"]["disk_free_bytes"].as_u64() < Some(1 << 20), "{status}");
 
     // Torn ends of the log cannot be cut without room, so the group may have to wait for it.
@@ -162,7 +151,7 @@ fn a_log_that_cannot_be_synced_fails_the_group_and_the_next_start_heals_it() {
     assert!(status["data_state_since"].is_string(), "{status}");
     assert_eq!(status["backup_capable"]["verdict"], "no", "{status}");
     assert_eq!(write_one(&a), Err(Errno::Eio));
-    wait_for("an event to say so", || (events(&a, "data-failed").len() == 1).then_some(()));
+    wait_for("an event to say so", || (a.events("data-failed").len() == 1).then_some(()));
     check(&a, &load, "reads go on");
     let head = status["log"]["head_lsn"].as_u64().unwrap();
     wait_for_status(&b, "b to have the bytes that were not durable", |status| {
@@ -199,7 +188,7 @@ fn folding_meets(call: Call, code: Code, part: &str) {
     assert!(status["log"]["fold_since"].is_string(), "{status}");
     let full = status["log"]["full_reason"].as_str().unwrap_or_else(|| panic!("{status}"));
     assert!(full.contains("folding fails"), "{full}");
-    assert!(!events(&a, "fold-failed").is_empty());
+    assert!(!a.events("fold-failed").is_empty());
     check(&a, &load, "while nothing can be folded");
     a.run(&["image", "open", "g", "--at", "now", "--name", "then"]);
     let then = contents(&a, "@then");
@@ -233,18 +222,27 @@ fn a_sidecar_that_cannot_be_written_stops_folding_and_loses_nothing() {
     folding_meets(Call::Write, Code::EIO, ".sum");
 }
 
+fn streams(status: &Value) -> bool {
+    status["peers"][0]["replication_state"] == "streaming"
+}
+
+/// A primary, and a copy that follows it on a disk that can be made to fail.
+fn with_faulty_copy(dir: &Path, faults: &Faults) -> (Appliance, Appliance) {
+    let a = Appliance::start(&dir.join("a"), Setup::new("a"));
+    let b = faulty(dir, "b", faults);
+    a.pair_with(&b);
+    make_group(&a);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_for_status(&a, "b to stream", streams);
+    (a, b)
+}
+
 /// The secondary's log meets a fault; both say so, the primary's hosts go on, and the copy catches
 /// up by itself or after a restart.
 fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     let dir = tempfile::tempdir().unwrap();
     let faults = Faults::new(dir.path());
-    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
-    let mut b = faulty(dir.path(), "b", &faults);
-    a.pair_with(&b);
-    make_group(&a);
-    a.run(&["replicate", "g", "--to", "b"]);
-    let streams = |status: &Value| status["peers"][0]["replication_state"] == "streaming";
-    wait_for_status(&a, "b to stream", streams);
+    let (a, mut b) = with_faulty_copy(dir.path(), &faults);
     let load = Load::start(a.nbd_socket());
     load.wait_for_more(300);
     faults.set(faults_now);
@@ -266,7 +264,7 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     let refused = a.command(&["switchover", "g"]);
     assert!(!refused.status.success(), "hosts could not write there");
     if restart {
-        let told = wait_for("a to tell", || events(&a, "copy-failed").pop());
+        let told = wait_for("a to tell", || a.events("copy-failed").pop());
         assert!(told.contains("on b failed"), "{told}");
         wait_for_status(&a, "a to say whose disk it is", |status| {
             status["backup_capable"]["reasons"].to_string().contains("the data on b failed")
@@ -290,7 +288,7 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     hold("at the end", history.faults(&contents(&b, "@end"), Some(history.now())));
     for node in [&a, &b].into_iter().take(if restart { 1 } else { 2 }) {
-        wait_for("the all-clear", || events(node, "replication-resumed").pop());
+        wait_for("the all-clear", || node.events("replication-resumed").pop());
     }
     assert_eq!(contents(&b, "@end"), contents(&a, ""));
 }
@@ -309,13 +307,7 @@ fn a_failing_disk_of_the_secondary_is_told_on_both_nodes_and_a_restart_heals_it(
 fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_some() {
     let dir = tempfile::tempdir().unwrap();
     let faults = Faults::new(dir.path());
-    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
-    let mut b = faulty(dir.path(), "b", &faults);
-    a.pair_with(&b);
-    make_group(&a);
-    a.run(&["replicate", "g", "--to", "b"]);
-    let streams = |status: &Value| status["peers"][0]["replication_state"] == "streaming";
-    wait_for_status(&a, "b to stream", streams);
+    let (a, mut b) = with_faulty_copy(dir.path(), &faults);
     let load = Load::start(a.nbd_socket());
     load.wait_for_more(300);
     b.stop();
@@ -372,7 +364,7 @@ fn a_full_repository_fails_the_run_with_its_reason_and_the_next_run_makes_the_ba
         (Call::Create, Code::ENOSPC, "/store/data"),
     ]);
     a.command(&["backup", "run", "g/nightly"]);
-    let failed = wait_for("the run to fail", || events(&a, "backup-failed").pop());
+    let failed = wait_for("the run to fail", || a.events("backup-failed").pop());
     assert!(failed.to_lowercase().contains("space"), "{failed}");
     let listed = a.json(&["backup", "list", "g/nightly"]);
     let backups = listed["backups"].as_array().unwrap();

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
+use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, client, contents, hold};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -76,11 +76,6 @@ fn grouped(a: Appliance) -> Appliance {
     }
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
     a
-}
-
-fn client(node: &Appliance, volume: &str) -> tidelog::nbd::Client {
-    let address = tidelog::nbd::NbdAddress::Unix(node.nbd_socket());
-    tidelog::nbd::Client::connect(&address, &format!("g/{volume}")).unwrap()
 }
 
 /// Writes until the first blocks are in the base, and some more that stay in the log.
@@ -151,12 +146,6 @@ fn scrub(node: &Appliance) -> (bool, Value) {
     (output.status.success(), told)
 }
 
-fn has_event(node: &Appliance, code: &str) -> bool {
-    let events = node.json(&["events"]);
-    let events = events["events"].as_array().cloned().unwrap_or_default();
-    events.iter().any(|event| event["code"] == code)
-}
-
 #[test]
 fn a_scrub_beside_hosts_and_folds_finds_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -200,7 +189,7 @@ fn what_rotted_is_named_with_its_place_and_speaks_against_a_backup() {
     assert_eq!(status["damage"], told["damage"]);
     let verdict = status["backup_capable"].to_string();
     assert!(verdict.contains("log-damaged") && verdict.contains("base-damaged"), "{verdict}");
-    assert!(has_event(&a, "log-damaged") && has_event(&a, "base-damaged"));
+    assert!(a.has_event("log-damaged") && a.has_event("base-damaged"));
     let text = a.run(&["status", "g"]);
     assert!(text.contains("scrub   done") && text.contains("damaged "), "{text}");
 
@@ -208,7 +197,7 @@ fn what_rotted_is_named_with_its_place_and_speaks_against_a_backup() {
     turn(&base_of_large(&a, "img"), (5 << 20) + 4096 + 7);
     let (whole, told) = scrub(&a);
     assert!(whole, "{told}");
-    assert!(has_event(&a, "log-mended") && has_event(&a, "base-mended"));
+    assert!(a.has_event("log-mended") && a.has_event("base-mended"));
 }
 
 #[test]
@@ -273,7 +262,7 @@ fn scrub_repairs(node: &Appliance, parts: u64) {
     assert_eq!(told["scrub"]["damaged"], parts, "{told}");
     assert_eq!(told["scrub"]["repaired"], parts, "{told}");
     assert_eq!(told["damage"], serde_json::json!([]), "{told}");
-    assert!(has_event(node, "repaired"));
+    assert!(node.has_event("repaired"));
     let (whole, told) = scrub(node);
     assert!(whole && told["scrub"]["damaged"] == 0, "{told}");
 }
@@ -338,7 +327,7 @@ fn a_read_that_meets_damage_fails_and_is_right_once_the_peer_has_been_asked() {
     assert!(host.read((5 << 20) + 4096, &mut again).is_err());
     wait_for("the block to be repaired", || host.read((5 << 20) + 4096, &mut again).ok());
     assert!(again == right);
-    assert!(has_event(&a, "base-damaged") && has_event(&a, "repaired"));
+    assert!(a.has_event("base-damaged") && a.has_event("repaired"));
 }
 
 #[test]
@@ -357,7 +346,7 @@ fn a_primary_whose_log_is_damaged_in_the_middle_takes_it_from_its_copy() {
     a.restart();
     let status = a.status("g");
     assert_eq!(status["data_state"], "failed", "{status}");
-    wait_for("the log to be repaired", || has_event(&a, "repaired").then_some(()));
+    wait_for("the log to be repaired", || a.has_event("repaired").then_some(()));
     a.stop();
     a.restart();
     wait_for("the group to serve", || {
@@ -395,7 +384,7 @@ fn equal_copies_are_told_so_by_hashes_and_no_data_moves() {
         assert_eq!(images["images"], serde_json::json!([]), "both images are closed");
     }
     for node in [&a, &b] {
-        wait_for("the result to be known", || has_event(node, "verify-equal").then_some(()));
+        wait_for("the result to be known", || node.has_event("verify-equal").then_some(()));
         assert_eq!(node.status("g")["verify"]["state"], "equal");
     }
 }
@@ -441,7 +430,7 @@ fn a_block_that_is_whole_and_wrong_is_found_exactly_and_neither_copy_is_changed(
             let verdict = node.status("g")["backup_capable"].to_string();
             verdict.contains("copies-differ").then_some(())
         });
-        assert!(has_event(node, "verify-differs"));
+        assert!(node.has_event("verify-differs"));
     }
     // As it was: the next comparison takes it back, on both nodes.
     falsify(&b, 5, 1);
@@ -463,7 +452,7 @@ fn what_verify_cannot_read_is_said_of_its_node_and_is_repaired() {
     assert!(!equal, "{told}");
     assert_eq!(told["extents"][0]["unreadable_on"], "b", "{told}");
     assert_eq!(told["differing_bytes"], 4096, "{told}");
-    wait_for("b to repair it", || has_event(&b, "repaired").then_some(()));
+    wait_for("b to repair it", || b.has_event("repaired").then_some(()));
     let (equal, told) = verify(&a);
     assert!(equal, "{told}");
 }

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use crate::support::load::{VOLUME_BLOCKS, VOLUMES, contents};
+use crate::support::load::{VOLUME_BLOCKS, VOLUMES, client, contents, wait_until_level};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -24,11 +24,6 @@ fn pair(dir: &std::path::Path) -> (Appliance, Appliance) {
     }
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
     (a, b)
-}
-
-fn client(node: &Appliance, volume: &str) -> tidelog::nbd::Client {
-    let address = tidelog::nbd::NbdAddress::Unix(node.nbd_socket());
-    tidelog::nbd::Client::connect(&address, &format!("g/{volume}")).unwrap()
 }
 
 /// Stamps some blocks of the small volumes.
@@ -67,13 +62,7 @@ fn outrun(a: &Appliance, seed: u64) {
 }
 
 fn wait_until_equal(a: &Appliance, b: &Appliance) {
-    wait_for("b to stream", || {
-        let (here, there) = (a.status("g"), b.status("g"));
-        let streams = [&here, &there]
-            .iter()
-            .all(|status| status["peers"][0]["replication_state"] == "streaming");
-        (streams && here["log"]["head_lsn"] == there["log"]["head_lsn"]).then_some(())
-    });
+    wait_until_level(a, b);
     b.run(&["image", "open", "g", "--at", "now", "--name", "equal"]);
     assert_eq!(contents(b, "@equal"), contents(a, ""));
     let (mut here, mut there) = (client(a, "large"), client(b, "large@equal"));
@@ -99,12 +88,6 @@ fn wait_until_it_comes(b: &Appliance, more_than: u64) -> Value {
     })
 }
 
-fn has_event(node: &Appliance, code: &str) -> bool {
-    let events = node.json(&["events"]);
-    let mut events = events["events"].as_array().cloned().unwrap_or_default().into_iter();
-    events.any(|event| event["code"] == code)
-}
-
 fn no_errors(nodes: [&Appliance; 2]) {
     for node in nodes {
         assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
@@ -128,7 +111,7 @@ fn the_first_copy_of_a_folded_group_is_an_image_that_kill_9_does_not_stop() {
     b.kill();
     b.restart();
     wait_until_equal(&a, &b);
-    assert!(has_event(&b, "image-received"));
+    assert!(b.has_event("image-received"));
     assert_eq!(b.status("g")["data_state"], "consistent");
     assert_eq!(a.json(&["image", "list", "g"])["images"], serde_json::json!([]), "none is kept");
     no_errors([&a, &b]);
@@ -190,9 +173,7 @@ fn an_old_primary_that_returns_from_before_the_log_keeps_its_tail_and_takes_an_i
     a.restart();
     wait_until_equal(&b, &a);
     assert_eq!(a.status("g")["role"], "secondary");
-    assert!(
-        has_event(&a, "yielded") && has_event(&a, "branch-kept") && has_event(&a, "image-received")
-    );
+    assert!(a.has_event("yielded") && a.has_event("branch-kept") && a.has_event("image-received"));
     let branches = a.json(&["branch", "list", "g"]);
     let branch = branches["branches"][0]["name"].as_str().unwrap_or_else(|| panic!("{branches}"));
     a.run(&["image", "open", "g", "--branch", branch, "--name", "tail"]);

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use crate::support::load::{VOLUME_BLOCKS, VOLUMES, contents};
+use crate::support::load::{VOLUME_BLOCKS, VOLUMES, client, contents, wait_until_level};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -19,11 +19,6 @@ fn pair(dir: &std::path::Path, limits_of_b: &str) -> (Appliance, Appliance) {
     }
     a.run(&["replicate", "g", "--to", "b"]);
     (a, b)
-}
-
-fn client(node: &Appliance, volume: &str) -> tidelog::nbd::Client {
-    let address = tidelog::nbd::NbdAddress::Unix(node.nbd_socket());
-    tidelog::nbd::Client::connect(&address, &format!("g/{volume}")).unwrap()
 }
 
 /// Stamps blocks of all volumes; different numbers are different bytes.
@@ -43,22 +38,6 @@ fn write_stamps(a: &Appliance, number: u64, blocks: std::ops::Range<u64>) {
     });
 }
 
-fn wait_until_streaming(a: &Appliance, b: &Appliance) {
-    wait_for("b to stream", || {
-        let (here, there) = (a.status("g"), b.status("g"));
-        let streams = [&here, &there]
-            .iter()
-            .all(|status| status["peers"][0]["replication_state"] == "streaming");
-        (streams && here["log"]["head_lsn"] == there["log"]["head_lsn"]).then_some(())
-    });
-}
-
-fn has_event(node: &Appliance, code: &str) -> bool {
-    let events = node.json(&["events"]);
-    let mut events = events["events"].as_array().cloned().unwrap_or_default().into_iter();
-    events.any(|event| event["code"] == code)
-}
-
 fn left_behind(rewound: &Value) -> String {
     format!("lsn:{}", rewound["from"]["lsn"])
 }
@@ -76,7 +55,7 @@ fn images_before_inside_and_behind_a_rewind_are_the_same_on_both_nodes() {
     write_stamps(&a, 3, 0..48);
     let last = contents(&a, "");
     a.run(&["volume", "create", "g/new", "--size", "1M"]);
-    wait_until_streaming(&a, &b);
+    wait_until_level(&a, &b);
     // A host that is there is not overtaken, unless that is asked for. Given on the secondary.
     let mut host = client(&a, VOLUMES[0]);
     let refused = b.command(&["rewind", "g", "--to", "before"]);
@@ -85,7 +64,7 @@ fn images_before_inside_and_behind_a_rewind_are_the_same_on_both_nodes() {
     assert!(told.contains("--force"), "{told}");
     let rewound = b.json(&["rewind", "g", "--to", "before", "--force"]);
     assert!(host.read(0, &mut [0; 512]).is_err(), "it was cut off");
-    wait_until_streaming(&a, &b);
+    wait_until_level(&a, &b);
     let points = ["before", "inside", &left_behind(&rewound), "now"];
     let check = |nodes: [&Appliance; 2], what: &str| {
         for node in nodes {
@@ -98,7 +77,7 @@ fn images_before_inside_and_behind_a_rewind_are_the_same_on_both_nodes() {
             assert_eq!(timeline["rewinds"].as_array().map(Vec::len), Some(1), "{timeline}");
             assert_eq!(timeline["rewinds"][0]["to"]["lsn"], rewound["to"]["lsn"]);
             assert!(node.run(&["timeline", "g"]).contains("REWIND FROM"));
-            assert!(has_event(node, "rewound"), "{what}: {}", node.node);
+            assert!(node.has_event("rewound"), "{what}: {}", node.node);
         }
     };
     check([&a, &b], "live");
@@ -109,17 +88,17 @@ fn images_before_inside_and_behind_a_rewind_are_the_same_on_both_nodes() {
         node.kill();
         node.restart();
     }
-    wait_until_streaming(&a, &b);
+    wait_until_level(&a, &b);
     check([&a, &b], "after kill -9");
     // Undone on the other node, after it has taken over.
     a.run(&["switchover", "g"]);
-    wait_until_streaming(&b, &a);
+    wait_until_level(&b, &a);
     assert_eq!(contents(&b, ""), before);
     b.run(&["rewind", "g", "--to", &left_behind(&rewound)]);
     assert_eq!(contents(&b, ""), last);
     let volumes = b.json(&["volume", "list"]).to_string();
     assert!(volumes.contains("new"), "{volumes}");
-    wait_until_streaming(&b, &a);
+    wait_until_level(&b, &a);
     a.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     assert_eq!(contents(&a, "@end"), last);
     for node in [&a, &b] {
@@ -144,7 +123,7 @@ fn a_copy_that_has_folded_past_the_moment_keeps_its_image_until_another_comes() 
         }
         large.flush().unwrap();
     }
-    wait_until_streaming(&a, &b);
+    wait_until_level(&a, &b);
     wait_for("b to fold", || {
         let horizon = b.status("g")["log"]["horizon_lsn"].as_u64()?;
         (horizon > moment).then_some(())
@@ -153,9 +132,9 @@ fn a_copy_that_has_folded_past_the_moment_keeps_its_image_until_another_comes() 
     b.run(&["pause", "g"]);
     let rewound = a.json(&["rewind", "g", "--to", "before", "--force"]);
     b.run(&["resume", "g"]);
-    wait_for("b to be told", || has_event(&b, "rewind-needs-image").then_some(()));
-    wait_for("an image to come", || has_event(&b, "image-received").then_some(()));
-    wait_until_streaming(&a, &b);
+    wait_for("b to be told", || b.has_event("rewind-needs-image").then_some(()));
+    wait_for("an image to come", || b.has_event("image-received").then_some(()));
+    wait_until_level(&a, &b);
     b.run(&["image", "open", "g", "--at", "now", "--name", "back"]);
     assert_eq!(contents(&b, "@back"), before);
     assert_eq!(contents(&a, ""), before);
@@ -163,11 +142,11 @@ fn a_copy_that_has_folded_past_the_moment_keeps_its_image_until_another_comes() 
     assert_eq!(contents(&a, "@last"), last);
     // It goes on by the log, and takes over.
     write_stamps(&a, 4, 10..20);
-    wait_until_streaming(&a, &b);
+    wait_until_level(&a, &b);
     let end = contents(&a, "");
     b.kill();
     b.restart();
-    wait_until_streaming(&a, &b);
+    wait_until_level(&a, &b);
     a.run(&["switchover", "g"]);
     assert_eq!(contents(&b, ""), end);
 }

@@ -201,6 +201,19 @@ impl Appliance {
             .unwrap_or_else(|| panic!("node {}: no group {group} in {status}", self.node))
     }
 
+    /// The texts of its events with a code, oldest first.
+    pub fn events(&self, code: &str) -> Vec<String> {
+        let events = self.json(&["events"]);
+        let events = events["events"].as_array().cloned().unwrap_or_default();
+        let of_code = events.iter().filter(|event| event["code"] == code);
+        of_code.map(|event| event["text"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Whether it has told such an event.
+    pub fn has_event(&self, code: &str) -> bool {
+        !self.events(code).is_empty()
+    }
+
     /// The lines that the process logged as errors, over all its starts.
     pub fn errors(&self) -> Vec<String> {
         let text = fs::read_to_string(self.dir.join("serve.log")).unwrap();

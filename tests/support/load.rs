@@ -113,12 +113,27 @@ fn write(writer: u64, address: &NbdAddress, history: &Mutex<History>, stop: &Ato
     }
 }
 
+/// A client of a volume of the group, or of an image of one (`VOLUME@IMAGE`).
+pub fn client(node: &Appliance, volume: &str) -> Client {
+    Client::connect(&NbdAddress::Unix(node.nbd_socket()), &format!("g/{volume}")).unwrap()
+}
+
+/// Waits until both nodes stream, and their logs end at the same position.
+pub fn wait_until_level(a: &Appliance, b: &Appliance) {
+    wait_for("b to stream", || {
+        let (here, there) = (a.status("g"), b.status("g"));
+        let streams = [&here, &there]
+            .iter()
+            .all(|status| status["peers"][0]["replication_state"] == "streaming");
+        (streams && here["log"]["head_lsn"] == there["log"]["head_lsn"]).then_some(())
+    });
+}
+
 /// What both volumes hold, read through NBD; `suffix` names an image.
 pub fn contents(node: &Appliance, suffix: &str) -> HashMap<(usize, u64), u64> {
     let mut held = HashMap::new();
     for (volume, name) in VOLUMES.iter().enumerate() {
-        let address = NbdAddress::Unix(node.nbd_socket());
-        let mut client = Client::connect(&address, &format!("g/{name}{suffix}")).unwrap();
+        let mut client = client(node, &format!("{name}{suffix}"));
         let mut bytes = vec![0; usize::try_from(client.size_bytes()).unwrap()];
         client.read(0, &mut bytes).unwrap();
         held.extend(read_stamps(volume, &bytes).unwrap());
