@@ -270,7 +270,7 @@ pub(super) fn settle(
     // rather than one with a gap whose far side looks whole.
     let behind = segments.numbers().into_iter().rev().filter(|number| *number > last);
     for number in behind.collect::<Vec<_>>() {
-        let found = remains(segments, number, at)?;
+        let found = remains(segments, number, at, |_| false)?;
         if found.last_end.is_some() {
             let to = branch.dir(&**disk)?.join(segment_name(number));
             segments.take_out(number, Some(&to))?;
@@ -284,7 +284,7 @@ pub(super) fn settle(
         let start = Lsn(number * segment_bytes);
         let kept = at.bytes_since(start).min(segment_bytes);
         let cut_off = kept < segment_bytes
-            && (chain_end > at || remains(segments, number, at)?.last_end.is_some());
+            && (chain_end > at || remains(segments, number, at, |_| false)?.last_end.is_some());
         if cut_off {
             let to = branch.dir(&**disk)?.join(segment_name(number));
             copy(segments, &*segment.file, &to, segment_bytes)?;

@@ -223,6 +223,11 @@ fn wants_sync(header: &Header) -> bool {
         || matches!(header.known_kind(), Some(Kind::FlushMark | Kind::Control))
 }
 
+fn body_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {
+    let start = place + header.header_bytes() as usize;
+    &bytes[start..start + header.body_bytes() as usize]
+}
+
 fn payload_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {
     let start = place + header.header_bytes() as usize;
     &bytes[start..start + header.payload_bytes as usize]
@@ -251,7 +256,7 @@ impl Pending {
             if self.bytes.len() - place < record_bytes as usize {
                 return Ok(());
             }
-            if !pad && !header.payload_is_whole(payload_of(&self.bytes, place, &header)) {
+            if !pad && !header.body_is_whole(body_of(&self.bytes, place, &header)) {
                 return Err((lsn, "payload checksum differs".to_owned()));
             }
             self.next = Some((place + record_bytes as usize, header.checksum));

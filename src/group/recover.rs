@@ -34,7 +34,7 @@ use crate::log::reader::{Remains, ScanEnd, Scanner, remains};
 use crate::log::record::{Header, Kind};
 use crate::log::segment::Segments;
 use crate::log::writer::Writer;
-use crate::units::{Incarnation, LogTime, Lsn, Name, NodeId, Position, VolumeNumber};
+use crate::units::{EpochId, Incarnation, LogTime, Lsn, Name, NodeId, Position, VolumeNumber};
 
 /// What recovery found.
 #[derive(Clone, Debug, Default)]
@@ -120,7 +120,7 @@ impl Group {
             |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
         let scan_to = |end| {
             let scan = |remember: &BTreeSet<Lsn>| {
-                scan(&segments, &horizon, before.durable, end, remember, own)
+                scan(&segments, &horizon, before.durable, end, remember, context.node.id, own)
             };
             let mut found = scan(&BTreeSet::new());
             // A record goes back: what it goes back to is remembered on the way next time.
@@ -334,6 +334,7 @@ fn scan(
     mark: Lsn,
     end: Lsn,
     remember: &BTreeSet<Lsn>,
+    me: NodeId,
     own: impl Fn(&Content) -> bool,
 ) -> io::Result<Found> {
     let start = checkpoint(horizon);
@@ -353,7 +354,7 @@ fn scan(
     loop {
         let at = scanner.at();
         if at >= end {
-            found.remains = remains_behind(segments, at)?;
+            found.remains = found.behind(segments, at, me)?;
             break;
         }
         if at.segment_offset(segment_bytes) == 0
@@ -369,7 +370,7 @@ fn scan(
         let header = match scanner.next(at >= mark) {
             Ok(header) => header,
             Err(ScanEnd::Payload(header)) => {
-                let behind = remains_behind(segments, header.end())?;
+                let behind = found.behind(segments, header.end(), me)?;
                 let proven = if own(&found.content) { behind.durable } else { Lsn::ZERO };
                 let control = header.kind == Kind::Control as u8;
                 if control || mark.max(proven) < header.end() {
@@ -384,7 +385,7 @@ fn scan(
             }
             Err(ScanEnd::Io(cause)) => return Err(cause),
             Err(_) => {
-                found.remains = remains_behind(segments, scanner.at().advance(8))?;
+                found.remains = found.behind(segments, scanner.at().advance(8), me)?;
                 break;
             }
         };
@@ -396,6 +397,23 @@ fn scan(
 }
 
 impl Found {
+    /// What stands at its own position from here on, in any segment. What was received and did not
+    /// fit on a full disk can still stand there, behind a reign that began here since: what that
+    /// calls durable is so where it was written.
+    fn behind(&self, segments: &Segments, from: Lsn, me: NodeId) -> io::Result<Remains> {
+        let reigns = self.content.table.view(Vec::new()).epochs;
+        let theirs = reigns.iter().filter(|reign| reign.author != me).map(|reign| reign.id);
+        let theirs: BTreeSet<EpochId> = theirs.collect();
+        let first = from.segment_number(segments.segment_bytes());
+        let mut all = Remains::default();
+        for number in segments.numbers().into_iter().filter(|number| *number >= first) {
+            let found = remains(segments, number, from, |reign| theirs.contains(&reign))?;
+            all.last_end = all.last_end.max(found.last_end);
+            all.durable = all.durable.max(found.durable);
+        }
+        Ok(all)
+    }
+
     /// Takes the next record; what it does is done when its request is whole.
     fn take(&mut self, header: Header, payload: Vec<u8>, request: &mut Vec<(Header, Vec<u8>)>) {
         self.chain_end = header.end();
@@ -412,18 +430,6 @@ impl Found {
             }
         }
     }
-}
-
-/// What stands at its own position from here on, in any segment.
-pub(super) fn remains_behind(segments: &Segments, from: Lsn) -> io::Result<Remains> {
-    let first = from.segment_number(segments.segment_bytes());
-    let mut all = Remains::default();
-    for number in segments.numbers().into_iter().filter(|number| *number >= first) {
-        let found = remains(segments, number, from)?;
-        all.last_end = all.last_end.max(found.last_end);
-        all.durable = all.durable.max(found.durable);
-    }
-    Ok(all)
 }
 
 /// Opens what is in the base, and removes what a fold could no longer remove: the files of volumes

@@ -55,9 +55,9 @@ fn whole_records(gap: Gap, bytes: &[u8], segment_bytes: u64) -> Vec<Gap> {
         let (record_bytes, pad) = (header.record_bytes(), header.kind == Kind::Pad as u8);
         let placed = if pad { record_bytes == room } else { fits(record_bytes, room) };
         let from = header.header_bytes() as usize;
-        let payload = rest.get(from..from + header.payload_bytes as usize);
+        let body = rest.get(from..from + header.body_bytes() as usize);
         let there = pad || rest.len() as u64 >= record_bytes;
-        let whole = pad || payload.is_some_and(|payload| header.payload_is_whole(payload));
+        let whole = pad || body.is_some_and(|body| header.body_is_whole(body));
         if !(placed && there && whole) {
             break;
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::log::record::{HEADER_BYTES, Header, Kind, RecordError};
 use crate::log::segment::{Segment, Segments, fits};
-use crate::units::{Chain, Lsn};
+use crate::units::{Chain, EpochId, Lsn};
 
 /// Bytes that a scan reads at least at a time.
 const WINDOW_BYTES: usize = 128 << 10;
@@ -25,7 +25,7 @@ pub enum ScanEnd {
     /// The record would not leave its segment as the rules want it.
     #[error("record: it does not fit its segment")]
     Placement,
-    /// The header is whole, the payload is not.
+    /// The header is whole, the payload, or the zeros behind it, are not.
     #[error("record: payload checksum differs")]
     Payload(Box<Header>),
     /// The disk could not read.
@@ -116,10 +116,10 @@ impl<'a> Scanner<'a> {
         self.payload = 0..0;
         if header.payload_bytes > 0 && (payloads || header.kind == Kind::Control as u8) {
             let header_bytes = header.header_bytes();
-            self.fill(header_bytes + u64::from(header.payload_bytes), room)?;
+            self.fill(record_bytes, room)?;
             let start = (self.at.bytes_since(self.window_at) + header_bytes) as usize;
             self.payload = start..start + header.payload_bytes as usize;
-            if !header.payload_is_whole(&self.window[self.payload.clone()]) {
+            if !header.body_is_whole(&self.window[start..start + header.body_bytes() as usize]) {
                 return Err(ScanEnd::Payload(Box::new(header)));
             }
         }
@@ -183,17 +183,23 @@ impl<'a> Scanner<'a> {
 pub struct Remains {
     /// End of the last whole record that stands at its own position, where there is one.
     pub last_end: Option<Lsn>,
-    /// The highest `durable` that such a record tells.
+    /// The highest `durable` that such a record tells of this node's disk.
     pub durable: Lsn,
 }
 
 /// Looks at every place where a record could start in `[from, end of segment)` for records that
-/// stand at their own position: what was written behind a gap.
+/// stand at their own position: what was written behind a gap. `elsewhere` says of a reign that
+/// another node's disk is meant by what its records call durable.
 ///
 /// # Errors
 ///
 /// What the disk says.
-pub fn remains(segments: &Segments, number: u64, from: Lsn) -> io::Result<Remains> {
+pub fn remains(
+    segments: &Segments,
+    number: u64,
+    from: Lsn,
+    elsewhere: impl Fn(EpochId) -> bool,
+) -> io::Result<Remains> {
     let segment_bytes = segments.segment_bytes();
     let mut found = Remains::default();
     let Some(segment) = segments.get(number) else { return Ok(found) };
@@ -216,7 +222,9 @@ pub fn remains(segments: &Segments, number: u64, from: Lsn) -> io::Result<Remain
                 && header.lsn.0 == start + offset + place
             {
                 found.last_end = found.last_end.max(Some(header.end()));
-                found.durable = found.durable.max(header.durable);
+                if !elsewhere(header.epoch) {
+                    found.durable = found.durable.max(header.durable);
+                }
             }
             place += 8;
         }

@@ -191,7 +191,7 @@ impl Header {
         if self.kind == Kind::Pad as u8 {
             self.length
         } else {
-            self.header_bytes() + u64::from(self.payload_bytes).next_multiple_of(ALIGNMENT)
+            self.header_bytes() + self.body_bytes()
         }
     }
 
@@ -339,6 +339,21 @@ impl Header {
     #[must_use]
     pub fn follows(&self, lsn: Lsn, chain: Chain) -> bool {
         self.lsn == lsn && self.chain == chain
+    }
+
+    /// Bytes behind header and CRC list: the payload, and zeros up to a multiple of 8.
+    #[must_use]
+    pub fn body_bytes(&self) -> u64 {
+        u64::from(self.payload_bytes).next_multiple_of(ALIGNMENT)
+    }
+
+    /// Checks all that stands behind the CRC list of a record that is no pad: the payload by its
+    /// CRCs, the padding by being zeros. `body` is exactly [`Header::body_bytes`] long.
+    #[must_use]
+    pub fn body_is_whole(&self, body: &[u8]) -> bool {
+        body.len() as u64 == self.body_bytes()
+            && self.payload_is_whole(&body[..self.payload_bytes as usize])
+            && body[self.payload_bytes as usize..].iter().all(|byte| *byte == 0)
     }
 
     /// Checks the payload against the CRC list. `payload` is exactly `payload_bytes` long.

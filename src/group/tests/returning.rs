@@ -415,3 +415,34 @@ fn a_branch_that_is_given_up_is_there_as_a_whole_or_never_again_at_every_crash()
     }
     assert!(found[0] > 0 && found[1] > 0, "{found:?}");
 }
+
+#[test]
+fn what_a_full_disk_left_of_a_received_log_is_no_damage_behind_a_reign_that_began_here() {
+    for pages in 2..20 {
+        let (a, b) = (Bench::new("a", 1), Bench::new("b", 2));
+        let group = a.create();
+        let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+        let copy = b.create_copy();
+        super::pins::follow(&group, &copy);
+        // Each record calls what is before it durable, on the primary.
+        for block in 0..30u64 {
+            write(&group, volume.number, block * 4096, &[1 + block as u8; 4096]);
+            group.sync_now().unwrap();
+        }
+        let (from, head) = (copy.received_end(), group.positions().head);
+        let mut bytes = vec![0; head.bytes_since(from) as usize];
+        group.read_log(from, &mut bytes).unwrap();
+        b.disk.inject(Fault::NoSpace { bytes: pages * 4096 });
+        let taken = copy.append_received(from, &bytes);
+        assert!(taken.is_err(), "{pages} pages: {taken:?}");
+        b.disk.clear_faults();
+        copy.promote("the primary is dead").unwrap();
+        let end = end_of(&copy);
+        drop(copy);
+        let (copy, recovery) = b.open();
+        let (state, why, _) = copy.data_state();
+        assert_eq!((state, why), (DataState::Consistent, None), "{pages} pages: {recovery:?}");
+        assert_eq!(recovery.damaged, [], "{pages} pages");
+        assert!(end_of(&copy).0 >= end.0, "{pages} pages: the reign is gone");
+    }
+}
