@@ -65,6 +65,8 @@ pub struct Group {
     pub(super) dir: PathBuf,
     pub(super) identity: NewGroup,
     pub(super) incarnation: Incarnation,
+    /// Times that the log was cut back since the start.
+    pub(super) cuts: AtomicU64,
     pub(super) segments: Arc<Segments>,
     pub(super) core: Mutex<Core>,
     pub(super) meta: Mutex<MetaFile>,
@@ -372,6 +374,7 @@ impl Group {
             dir: dir.to_owned(),
             identity,
             incarnation: meta.meta.incarnation,
+            cuts: AtomicU64::new(0),
             segments,
             core: Mutex::new(core),
             meta: Mutex::new(meta),
@@ -443,6 +446,12 @@ impl Group {
     #[must_use]
     pub fn incarnation(&self) -> Incarnation {
         self.incarnation
+    }
+
+    /// How often the log was cut back since the start.
+    #[must_use]
+    pub fn cuts(&self) -> u64 {
+        self.cuts.load(Ordering::Acquire)
     }
 
     /// Whose turn it is to write.

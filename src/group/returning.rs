@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::json;
@@ -321,6 +322,7 @@ impl Group {
             let kept = keeping.kept();
             let name = kept.as_ref().map_or("", |branch| &branch.name);
             core.cut_to(cut, writer, content);
+            self.cuts.fetch_add(1, Ordering::AcqRel);
             self.set_durable(&mut core, at);
             for image in core.images.values().filter(|image| image.leaves_log_at() > at) {
                 image.break_hold(&format!("its moment left the history; it is in branch {name}"));

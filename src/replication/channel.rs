@@ -36,7 +36,7 @@ use super::wire::{Message, StopCode};
 
 pub use self::state::{Acked, Parted, Remote, ReplicationState, Told};
 use self::state::{Follower, Lookup, Sender};
-use self::trouble::Trouble;
+use self::trouble::{Refused, Trouble};
 
 /// Log frames of a stream that wait in the shell at most; the next is cut when one was sent, so
 /// that what was appended meanwhile goes along.
@@ -92,6 +92,8 @@ pub struct Channel {
     parted: Option<Parted>,
     /// A disk error ended the last stream; it is tried again.
     trouble: Option<Trouble>,
+    /// This peer refused, and another one that was asked did too.
+    refused: Refused,
     /// People were told that replication stopped, and not yet that it goes on.
     told_stopped: bool,
     /// Whether the shell knows that this peer's stream is followed.
@@ -165,6 +167,7 @@ impl Channel {
             lookup: None,
             rpo_alarm: false,
             trouble: None,
+            refused: Refused::default(),
             told_stopped: false,
             told_follows: false,
             shipping: None,
@@ -291,11 +294,29 @@ impl Channel {
             let group = self.local.id.0;
             self.stop(context, group, follower.stream, StopCode::NotPrimary, &reason);
         }
+        // Another peer's history was taken: what this one sends does not continue the log any more.
+        let cut = before.cuts != self.local.cuts;
+        if cut {
+            // The age that was told was that of what is gone.
+            self.told = None;
+        }
+        let ends = self.follower.as_ref().is_some_and(|it| it.appended > self.local.history.head);
+        if cut
+            && ends
+            && let Some(follower) = self.end_following()
+        {
+            let reason = "the log was cut back meanwhile";
+            self.stop(context, self.local.id.0, follower.stream, StopCode::NotPrimary, reason);
+        }
         let follows_changed = before.follows != self.local.follows;
         let asks_nobody = self.follower.is_none() && self.sender.is_none();
-        // Who refused has said why: two that do would else be asked in turn without end.
-        if follows_changed && asks_nobody && !self.needs_a_hand() {
-            self.evaluate(context);
+        if (follows_changed || cut) && asks_nobody {
+            // Two that refuse would else be asked in turn without end.
+            if self.needs_a_hand() {
+                self.ask_later(context.now);
+            } else {
+                self.evaluate(context);
+            }
         }
         if membership_changed && !self.active() {
             self.end_shipment(context);

@@ -133,6 +133,9 @@ struct Node {
     reign_due: bool,
     /// What cuts took off, each with where.
     branches: Vec<(usize, Vec<u8>)>,
+    cuts: u64,
+    /// Times that it asked for the log.
+    asks: u64,
     /// An image that is kept for the peer, and one that comes from it.
     shipment: Option<images::Shipment>,
     staging: Option<images::Staging>,
@@ -181,6 +184,7 @@ impl Node {
         (self.primary, self.recovering, self.reign_due) = (false, false, false);
         self.split_brain = false;
         let branch = self.log.cut(at.0 as usize);
+        self.cuts += 1;
         if !branch.is_empty() {
             self.branches.push((at.0 as usize, branch));
         }
@@ -198,6 +202,7 @@ impl Node {
             durable: Lsn(self.log.durable as u64),
             requests: self.log.bytes.len() as u64 / RECORD_BYTES as u64,
             log_start: Lsn(self.log.start),
+            cuts: self.cuts,
             failed: false,
             retired: self.retired,
             membership: self.membership,
@@ -288,6 +293,8 @@ impl World {
                 split_brain: false,
                 reign_due: false,
                 branches: Vec::new(),
+                cuts: 0,
+                asks: 0,
                 shipment: None,
                 staging: None,
                 switches: 0,
@@ -475,6 +482,7 @@ impl World {
             | Output::Stage { .. }
             | Output::DropStaging { .. } => self.perform_image(side, output),
             Output::Prepare { group, stream } => {
+                self.nodes[side].asks += 1;
                 let staged = self.nodes[side].staged();
                 let log = &mut self.nodes[side].log;
                 log.tail.clear();

@@ -99,6 +99,8 @@ pub struct LocalGroup {
     pub requests: u64,
     /// The lowest position that can be read.
     pub log_start: Lsn,
+    /// How often the log was cut back in this life of the process.
+    pub cuts: u64,
     /// A disk error keeps it from appending.
     pub failed: bool,
     /// It is a copy whose replication was stopped.

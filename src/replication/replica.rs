@@ -37,6 +37,7 @@ pub trait Replica: Send + Sync {
     fn note_peer_lost(&self, peer: NodeId, reason: &str);
     fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)>;
     fn is_asking(&self) -> bool;
+    fn cuts(&self) -> u64;
     fn note_answer(&self, peer: NodeId) -> Result<(), GroupError>;
     fn hold_back(&self, counter: u64, reason: &str);
     fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError>;
@@ -124,6 +125,9 @@ impl Replica for Group {
     }
     fn needs_image(&self) -> Option<String> {
         Group::needs_image(self)
+    }
+    fn cuts(&self) -> u64 {
+        Group::cuts(self)
     }
     fn id(&self) -> GroupId {
         Group::id(self)
@@ -293,6 +297,7 @@ pub fn local_group(group: &dyn Replica, me: NodeId, peer: NodeId, asked_for: boo
         durable: positions.durable,
         requests: positions.requests,
         log_start: group.log_start(),
+        cuts: group.cuts(),
         failed: data_state == DataState::Failed,
         retired: data_state == DataState::Retired,
         membership: membership_of(&control, me, peer, primary, asked_for),

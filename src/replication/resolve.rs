@@ -43,6 +43,14 @@ impl Replication {
         for core in cores.values() {
             let Some(channel) = core.channel(group.id()) else { continue };
             let Some(parted) = channel.parted() else { continue };
+            if let Some(other) = &channel.local().follows {
+                let peer = core.name();
+                return Err(ReplicationError::Refused(format!(
+                    "group {group_name}: this node follows {other}, whose history parts from that \
+                     of {peer} as its own does: resolve it between those two, by `tidelog resolve \
+                     {group_name} --preview` on {peer}"
+                )));
+            }
             let parting = Parting {
                 peer: core.name().clone(),
                 at: parted.at,

@@ -55,6 +55,7 @@ impl Channel {
         follower.asked = None;
         follower.expected = from;
         follower.appended = from;
+        self.refused = Refused::default();
         if std::mem::take(&mut self.local.retired) {
             context.outputs.push(Output::Retire { group: self.local.id, retired: false });
         }

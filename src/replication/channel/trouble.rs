@@ -1,5 +1,6 @@
-//! A stream that ended by an error of a disk, such as one that is full: it is tried again by
-//! itself, and what was wrong stays on show until bytes go through.
+//! What is tried again by itself, with a wait that grows, while what was wrong stays on show: a
+//! stream that ended by an error of a disk, such as one that is full, and a peer that refused where
+//! there are several that may be followed.
 
 use super::*;
 
@@ -18,7 +19,29 @@ pub(super) struct Trouble {
     retry_at: Option<Duration>,
 }
 
+/// Asks that this peer refused since it last granted a stream, where another one refused too.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Refused {
+    count: u32,
+    /// When it is asked again, unless another one is followed by then.
+    asks_again_at: Option<Duration>,
+}
+
+/// The wait after `count` failures in a row.
+fn wait_after(count: u32) -> Duration {
+    RETRY_FIRST.saturating_mul(1 << count.saturating_sub(1).min(10)).min(RETRY_LONGEST)
+}
+
 impl Channel {
+    /// This peer refused, and so did another one meanwhile, or what was followed is not any more:
+    /// things may have changed here by now.
+    pub(super) fn ask_later(&mut self, now: Duration) {
+        if self.local.follows.is_none() && self.refused.asks_again_at.is_none() {
+            self.refused.count = self.refused.count.saturating_add(1);
+            self.refused.asks_again_at = Some(now + wait_after(self.refused.count));
+        }
+    }
+
     /// A primary that takes back what it lost asks as a secondary does.
     fn asks(&self) -> bool {
         !self.local.primary || self.local.recovering
@@ -36,8 +59,7 @@ impl Channel {
             return;
         }
         let count = self.trouble.map_or(1, |trouble| trouble.count.saturating_add(1));
-        let wait = RETRY_FIRST.saturating_mul(1 << (count - 1).min(10)).min(RETRY_LONGEST);
-        let retry_at = self.asks().then_some(now + wait);
+        let retry_at = self.asks().then_some(now + wait_after(count));
         self.trouble = Some(Trouble { count, had: self.follower_has(), retry_at });
     }
 
@@ -75,7 +97,8 @@ impl Channel {
     /// When [`Channel::on_tick`] is due.
     pub(in crate::replication) fn next_wake(&self, lost_after: Duration) -> Option<Duration> {
         let retry = self.trouble.and_then(|trouble| trouble.retry_at);
-        retry.into_iter().chain(self.standing_wake(lost_after)).min()
+        let again = self.refused.asks_again_at;
+        retry.into_iter().chain(again).chain(self.standing_wake(lost_after)).min()
     }
 
     pub(in crate::replication) fn on_tick(&mut self, context: &mut Context<'_>) {
@@ -84,6 +107,12 @@ impl Channel {
         {
             trouble.retry_at = None;
             if self.follower.is_none() {
+                self.evaluate(context);
+            }
+        }
+        if self.refused.asks_again_at.is_some_and(|again_at| again_at <= context.now) {
+            self.refused.asks_again_at = None;
+            if self.follower.is_none() && self.local.follows.is_none() {
                 self.evaluate(context);
             }
         }

@@ -358,3 +358,64 @@ fn a_primary_that_returns_from_before_the_log_keeps_its_tail_and_takes_an_image(
         assert!(world.nodes[0].events.contains(&"yielded"));
     }
 }
+
+#[test]
+fn a_copy_that_was_cut_for_another_peer_takes_its_primarys_log_anew() {
+    for seed in 0..seeds(20) {
+        let mut world = World::new(seed);
+        for _ in 0..20 {
+            world.write(0);
+        }
+        world.run(seconds(3));
+        world.assert_streaming();
+        // Nothing is written afterwards that would show that the stream does not fit.
+        let at = Lsn(10 * 64);
+        let chain = world.nodes[1].log.chain_at(10 * 64);
+        world.nodes[1].yield_to(at, chain, true).unwrap();
+        let local = world.nodes[1].local();
+        world.feed(1, Input::Group(Box::new(local)));
+        // Until it asks anew, its primary knows nothing of that.
+        world.nodes[1].lost_power = true;
+        world.run(seconds(1));
+        world.nodes[1].lost_power = false;
+        world.run(seconds(5));
+        world.assert_streaming();
+        assert_eq!(world.nodes[1].log.head(), world.nodes[0].log.head(), "seed {seed}");
+    }
+}
+
+#[test]
+fn who_was_refused_asks_again_once_no_other_peer_is_followed_but_not_without_end() {
+    let mut world = World::new(9);
+    world.write(0);
+    world.nodes[1].log = world.nodes[0].log.clone();
+    let now = world.now;
+    world.nodes[1].log.append(now, None);
+    let local = world.nodes[1].local();
+    world.feed(1, Input::Group(Box::new(local)));
+    world.run(seconds(10));
+    let blocked = |world: &World| world.state(1).0 == ReplicationState::Blocked;
+    assert!(blocked(&world), "{:?}", world.state(1));
+    let told = |world: &World| {
+        world.nodes[1].events.iter().filter(|code| **code == "replication-blocked").count()
+    };
+    let asked = |world: &World| world.nodes[1].asks;
+    let (told_before, asked_before) = (told(&world), asked(&world));
+    // As if another peer were asked, and refused, as fast as messages go.
+    for _ in 0..10_000 {
+        for follows in [Some("c".parse().unwrap()), None] {
+            let local = LocalGroup { follows, ..world.nodes[1].local() };
+            world.feed(1, Input::Group(Box::new(local)));
+        }
+        world.run(Duration::from_millis(10));
+    }
+    let asks = asked(&world) - asked_before;
+    assert!((4..=8).contains(&asks), "{asks} asks in 100 s");
+    assert_eq!(told(&world), told_before, "it is no news");
+    assert!(blocked(&world), "{:?}", world.state(1));
+    // What was in the way is gone: nobody has to tell it so.
+    world.write(0);
+    world.nodes[1].log = world.nodes[0].log.clone();
+    world.run(seconds(70));
+    world.assert_streaming();
+}
