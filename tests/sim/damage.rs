@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use tidelog::events::{Events, Severity};
-use tidelog::group::{Group, GroupContext};
+use tidelog::group::{Group, GroupContext, GroupError, Recovery};
 use tidelog::io::{Disk, Env, MemoryDisk, OpenMode, SeededEntropy};
 use tidelog::units::Lsn;
 
@@ -77,10 +77,26 @@ impl World {
         Some(Turned { path, offset, lsn })
     }
 
+    /// Opens a group on a copy of the disk of a node.
+    fn open_copy(
+        &self,
+        node: usize,
+        group: usize,
+        disk: &MemoryDisk,
+        events: Events,
+    ) -> Result<(Arc<Group>, Recovery), GroupError> {
+        let this = &self.nodes[node];
+        let env = Env {
+            disk: Arc::new(disk.clone()),
+            clock: this.context().env.clock,
+            entropy: Arc::new(SeededEntropy::new(group as u64)),
+        };
+        Group::open(GroupContext { env, events, ..this.context() }, &group_dir(group))
+    }
+
     fn check_start_on(&mut self, node: usize, group: usize, disk: &MemoryDisk, turned: &Turned) {
         let live = self.nodes[node].group(group).expect("it runs").clone();
-        let (before, start) = (live.positions(), live.log_start());
-        let in_log = turned.lsn.is_some_and(|lsn| (start..before.head).contains(&lsn));
+        let before = live.positions();
         let bytes = contents(&*live).expect("all is well");
         let was = self.groups[group].oracle.read(&bytes).expect("an image");
         let name = self.nodes[node].name.clone();
@@ -93,14 +109,7 @@ impl World {
             }
             true
         });
-        let this = &self.nodes[node];
-        let env = Env {
-            disk: Arc::new(disk.clone()),
-            clock: this.context().env.clock,
-            entropy: Arc::new(SeededEntropy::new(turned.offset)),
-        };
-        let context = GroupContext { env, events, ..this.context() };
-        let opened = match Group::open(context, &group_dir(group)) {
+        let opened = match self.open_copy(node, group, disk, events) {
             Err(error) => {
                 self.say(format_args!("{name} does not start: {error}"));
                 return self.coverage.add("damage that stops a start", 1);
@@ -112,6 +121,16 @@ impl World {
             }
         };
         let (at, from) = (opened.positions(), opened.log_start());
+        // A start gives folded segments back that something held: those that it gives back anyway
+        // may be damaged.
+        let start = if from > live.log_start() {
+            let whole = self.nodes[node].disk.snapshot();
+            let whole = self.open_copy(node, group, &whole, Events::in_memory());
+            whole.map_or(Lsn::ZERO, |(whole, _)| whole.log_start())
+        } else {
+            from
+        };
+        let in_log = turned.lsn.is_some_and(|lsn| (start..before.head).contains(&lsn));
         if let Err(error) = opened.check_log(from, at.head) {
             told.lock().expect("no panic").push(error.to_string());
         }
