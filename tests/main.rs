@@ -11,6 +11,7 @@ mod disk;
 mod failover;
 mod fuzz;
 mod fuzz_bodies;
+mod identity;
 mod kill;
 mod modes;
 mod nbd;

@@ -10,6 +10,7 @@
 //! A connection on which nothing was heard for `lost_after` is dropped. Redialling backs off from
 //! 0.1 s to 5 s, spread by a hash of node and attempt, so that no two nodes keep meeting.
 
+mod lives;
 mod signals;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ use super::epoch::History;
 use super::status::PeerStatus;
 use super::wire::Message;
 
+use self::lives::{Caller, Lives};
 pub use self::signals::{Appended, Input, Output};
 
 /// First wait before dialling again.
@@ -172,6 +174,7 @@ pub struct PeerCore {
     surplus: Vec<(ConnId, Duration)>,
     /// Links in a row that did not last.
     short_links: u32,
+    lives: Lives,
     channels: BTreeMap<GroupId, Channel>,
     /// What the peer announced on this link of groups that it has nothing to do with yet, as far as
     /// this core knows: the news from here may be on its way.
@@ -201,6 +204,7 @@ impl PeerCore {
             clock_offset: None,
             surplus: Vec::new(),
             short_links: 0,
+            lives: Lives::default(),
             channels: BTreeMap::new(),
             early: BTreeMap::new(),
         }
@@ -536,6 +540,10 @@ impl PeerCore {
         incarnation: Incarnation,
         outputs: &mut Vec<Output>,
     ) {
+        if let Caller::OneOfTwo { until, news } = self.lives.hello(now, incarnation) {
+            self.turn_away(now, conn, (until, news), outputs);
+            return;
+        }
         if let Link::Up(up) = &self.link {
             let restarted = up.incarnation != incarnation;
             let same_dialler = up.dialled == dialled;
@@ -577,6 +585,37 @@ impl PeerCore {
         }
         // The first heartbeat goes out before anything is asked for: it bounds the age of answers.
         self.on_tick(now, outputs);
+    }
+
+    /// Two have the peer's identity: what one takes the other has not, so neither is let in.
+    fn turn_away(
+        &mut self,
+        now: Duration,
+        conn: ConnId,
+        (until, news): (Duration, bool),
+        outputs: &mut Vec<Output>,
+    ) {
+        let peer = &self.peer_name;
+        let why = format!(
+            "two appliances that run have the identity of {peer}: one is a copy of the other's \
+             disk; stop it, and half a minute later the other is let in again"
+        );
+        if news {
+            outputs.push(Output::Event {
+                severity: Severity::Error,
+                code: "peer-cloned",
+                group: None,
+                text: format!("peer {peer}: {why}"),
+            });
+        }
+        outputs.push(Output::Close { conn, reason: why.clone() });
+        if let Link::Up(up) = &self.link {
+            outputs.push(Output::Close { conn: up.conn, reason: why.clone() });
+            self.link_down_now(now, why.clone(), outputs);
+        }
+        if let Link::Down { reason, dial_at, dialling, .. } = &mut self.link {
+            (*reason, *dial_at, *dialling) = (why, until, false);
+        }
     }
 
     fn link_down_now(&mut self, now: Duration, reason: String, outputs: &mut Vec<Output>) {

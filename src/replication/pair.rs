@@ -311,7 +311,8 @@ impl Shared {
             if taken {
                 return Err(format!(
                     "the name `{name}` is taken by another node; give one of the two another \
-                     `node` in its configuration"
+                     `node` in its configuration, or where this one was made anew in place of the \
+                     other, `tidelog peer remove {name}` first"
                 ));
             }
             let known = store.by_node(node).cloned();
