@@ -15,6 +15,7 @@ mod identity;
 mod kill;
 mod modes;
 mod nbd;
+mod operator;
 mod repair;
 mod replication;
 mod resync;

@@ -4,8 +4,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
-use tidelog::control::api::Parting;
-use tidelog::control::api::{Branches, Done, GroupInfo, Groups};
+use tidelog::control::api::{Branches, Done, GroupInfo, Groups, Preview};
 use tidelog::units::{Name, Span};
 
 use super::arguments::Assignment;
@@ -148,13 +147,7 @@ pub async fn resolve(session: &Session, arguments: &ResolveArguments) -> Result<
     let group = &arguments.group;
     let path = format!("/v1/groups/{group}/resolve");
     if arguments.preview {
-        let show = |parting: Parting| {
-            format!(
-                "group {group}: {parting}\n`tidelog resolve {group} --discard-local` here keeps what is \
-                 only here as a branch, and follows {}",
-                parting.peer
-            )
-        };
+        let show = |preview: Preview| super::split_brain::show_preview(group, &preview);
         return session.ask("GET", &path, None, show).await;
     }
     let body = json!({ "discard_local": arguments.discard_local });

@@ -12,6 +12,7 @@ mod manual;
 pub mod output;
 mod peer;
 mod serve;
+mod split_brain;
 mod status;
 mod time;
 mod volume;

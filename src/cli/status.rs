@@ -1,10 +1,12 @@
 //! `tidelog status`.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use tidelog::control::api::{BackupCapable, DataState, GroupStatus, PeerStatus, Status, Verdict};
+use tidelog::control::api::{
+    BackupCapable, Branch, DataState, GroupStatus, PeerStatus, Status, Verdict,
+};
 use tidelog::units::{ByteSize, Name};
 
 use super::{Session, output};
@@ -15,6 +17,8 @@ const UNDURABLE_SHOWN_SECONDS: f64 = 3.0;
 const DAMAGE_SHOWN: usize = 5;
 
 /// Show this node's groups: role, log, protection window, peers, and whether they can be backed up
+///
+/// The exit status is 0 wherever the node answers. For a health check use --check.
 #[derive(Args)]
 pub struct StatusArguments {
     /// Only this group
@@ -22,6 +26,14 @@ pub struct StatusArguments {
     /// Show it again every second
     #[arg(long)]
     watch: bool,
+    /// Print only what an operator has to do, a line each, gravest first; exit status 1 where there
+    /// is anything
+    ///
+    /// Exit status 1 also where the node does not answer; 0 means that nothing needs an operator. A
+    /// copy that catches up or takes an image does not count. With --json, `attention` of the
+    /// status: each has `code`, `group` and `text`. docs/trouble.md lists the codes.
+    #[arg(long, conflicts_with = "watch")]
+    check: bool,
 }
 
 pub async fn status(session: &Session, arguments: &StatusArguments) -> Result<()> {
@@ -29,6 +41,9 @@ pub async fn status(session: &Session, arguments: &StatusArguments) -> Result<()
         Some(group) => format!("/v1/status?group={group}"),
         None => "/v1/status".to_owned(),
     };
+    if arguments.check {
+        return check(session, &path).await;
+    }
     if !arguments.watch {
         return session.ask("GET", &path, None, |status| show(&status)).await;
     }
@@ -44,6 +59,26 @@ pub async fn status(session: &Session, arguments: &StatusArguments) -> Result<()
         // Home, and clear from there: no flicker as with clearing first.
         let clear = if output::is_terminal() { "\x1b[H\x1b[J" } else { "" };
         output::print(&format!("{clear}{}", show(&status)))?;
+    }
+}
+
+async fn check(session: &Session, path: &str) -> Result<()> {
+    let Status { node, attention, .. } = session.client.get(path).await?;
+    if session.json {
+        output::print_json(&json!({ "node": node, "attention": attention }))?;
+    } else {
+        for found in &attention {
+            output::print(&found.text)?;
+        }
+    }
+    match attention.first() {
+        None if session.json => Ok(()),
+        None => output::print(&format!("node {node}: nothing needs an operator")),
+        Some(first) => bail!(
+            "node {node}: needs an operator: {}{}; `tidelog status` shows more",
+            first.code,
+            attention[1..].iter().map(|next| format!(", {}", next.code)).collect::<String>()
+        ),
     }
 }
 
@@ -94,9 +129,10 @@ fn show_group(group: &GroupStatus) -> String {
     }
     let log = &group.log;
     lines.push(format!(
-        "  log     {} of {}; head {}, {} not durable yet, {} in the base",
+        "  log     {} used of {} ({} on disk); head {}, {} not durable yet, {} in the base",
         ByteSize(log.used_bytes),
         ByteSize(log.limit_bytes),
+        ByteSize(log.allocated_bytes),
         log.head_lsn,
         ByteSize(log.head_lsn.bytes_since(log.durable_lsn)),
         ByteSize(log.horizon_lsn.0),
@@ -129,7 +165,16 @@ fn show_group(group: &GroupStatus) -> String {
         format!("{} {} ({} clients)", volume.name, ByteSize(volume.size_bytes), volume.clients)
     });
     lines.push(format!("  volumes {}", or_none(volumes.collect())));
+    for volume in &group.volumes {
+        let hosts = volume.hosts.iter();
+        lines.extend(
+            hosts.map(|host| {
+                format!("  host    {}: {}", volume.name, super::volume::show_host(host))
+            }),
+        );
+    }
     lines.extend(group.peers.iter().map(show_peer));
+    lines.extend(group.branches.iter().map(|branch| show_branch(&group.name, branch)));
     lines.push(format!("  backup  {}", capable(&group.backup_capable)));
     if let Some(scrub) = &group.scrub {
         lines.push(format!("  scrub   {}", super::check::show_scrub(scrub)));
@@ -150,16 +195,40 @@ fn or_none(items: Vec<String>) -> String {
     if items.is_empty() { "none".to_owned() } else { items.join(", ") }
 }
 
+/// A tail that is kept here alone, and what can be done with it.
+fn show_branch(group: &Name, branch: &Branch) -> String {
+    format!(
+        "  branch  {name}  {} behind LSN {}, cut {} ({})\n          \
+         `tidelog image open {group} --branch {name}` exports it, \
+         `tidelog branch remove {group} {name}` gives it up",
+        ByteSize(branch.bytes),
+        branch.from.lsn,
+        output::time(branch.cut),
+        if branch.authored { "written here" } else { "received" },
+        name = branch.name,
+    )
+}
+
 fn show_peer(peer: &PeerStatus) -> String {
+    let behind = match &peer.parting {
+        // Neither follows the other, so neither is behind.
+        Some(parting) => parting.to_string(),
+        None if peer.replication_state == "split-brain" => {
+            "where the histories part is not known yet".to_owned()
+        }
+        None => format!(
+            "{} behind ({} operations, {})",
+            ByteSize(peer.lag.bytes),
+            peer.lag.operations,
+            output::seconds(peer.lag.seconds),
+        ),
+    };
     let mut lines = vec![format!(
-        "  peer    {}  {}  {}  {}; {} behind ({} operations, {})",
+        "  peer    {}  {}  {}  {}; {behind}",
         peer.name,
         output::word(&peer.mode),
         peer.link_state,
         peer.replication_state,
-        ByteSize(peer.lag.bytes),
-        peer.lag.operations,
-        output::seconds(peer.lag.seconds),
     )];
     if let Some(reason) = &peer.link_state_reason {
         let since = peer.link_state_since.map_or_else(String::new, output::age);

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Subcommand;
 use serde_json::json;
 
-use tidelog::control::api::{Done, VolumeInfo, Volumes};
+use tidelog::control::api::{Done, Host, VolumeInfo, Volumes};
 use tidelog::units::{ByteSize, Name};
 
 use super::arguments::Member;
@@ -88,18 +88,34 @@ fn show_list(volumes: Volumes) -> String {
             ByteSize(volume.size_bytes).to_string(),
             volume.clients.to_string(),
             output::word(&volume.role),
+            volume.hosts.iter().map(short_host).collect::<Vec<_>>().join(", "),
         ]
     });
     output::table(
-        &["VOLUME", ">SIZE", ">CLIENTS", "ROLE"],
+        &["VOLUME", ">SIZE", ">CLIENTS", "ROLE", "HOSTS"],
         rows.collect(),
         "no volumes; make one with `tidelog volume create GROUP/VOLUME --size SIZE`",
     )
 }
 
+fn short_host(host: &Host) -> String {
+    let image = host.image.as_ref().map_or_else(String::new, |image| format!(" (@{image})"));
+    format!("{}{image}", host.address)
+}
+
+/// A connection, for people: where from, to which image if to one, for how long, and whether it
+/// can only read.
+pub fn show_host(host: &Host) -> String {
+    let read_only = if host.read_only { ", read-only" } else { "" };
+    format!("{} since {}{read_only}", short_host(host), output::time(host.since))
+}
+
 fn show_one(volume: &VolumeInfo) -> String {
+    let hosts = volume.hosts.iter().map(|host| format!("host     {}\n", show_host(host)));
+    let hosts: String = hosts.collect();
     format!(
-        "volume   {}\nsize     {} ({} bytes)\nblocks   {} bytes\nclients  {}\nrole     {}\n",
+        "volume   {}\nsize     {} ({} bytes)\nblocks   {} bytes\nclients  {}\nrole     {}\n\
+         {hosts}",
         volume.export,
         ByteSize(volume.size_bytes),
         volume.size_bytes,

@@ -7,14 +7,15 @@ use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Posit
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use super::attention::Attention;
 pub use crate::backup::{
     BackupEntry, Explanation, Listing as Backups, Manifest, Outcome, Reason, RunStarted, SlotAlarm,
     Verdict as RunVerdict, Verified,
 };
-pub use crate::group::{Branch, DataState};
+pub use crate::group::{Branch, DataState, Host};
 pub use crate::replication::{
-    BackupCapable, DamageInfo, DifferingExtent, Invite, Parting, PeerInfo, PeerStatus, ScrubState,
-    ScrubStatus, Verdict, VerifyState, VerifyStatus,
+    BackupCapable, DamageInfo, DifferingExtent, Invite, Parting, PeerInfo, PeerStatus, Preview,
+    ScrubState, ScrubStatus, Side, SideHost, Verdict, VerifyState, VerifyStatus,
 };
 
 /// Bytes of the block size that volumes announce.
@@ -34,6 +35,8 @@ pub struct Status {
     pub unopened_groups: Vec<UnopenedGroup>,
     /// Slots of jobs that have no backup, or of which nobody can say.
     pub backup_alarms: Vec<SlotAlarm>,
+    /// What an operator has to do, gravest first: what `status --check` tells.
+    pub attention: Vec<Attention>,
 }
 
 /// A group that could not be opened; one that found no room on the disk is tried again.
@@ -81,6 +84,9 @@ pub struct GroupStatus {
     pub peers: Vec<PeerStatus>,
     /// Whether this copy may be backed up now.
     pub backup_capable: BackupCapable,
+    /// Tails that left the history, which this node alone keeps.
+    #[serde(default)]
+    pub branches: Vec<Branch>,
     /// What is damaged of it on this node's disk.
     #[serde(default)]
     pub damage: Vec<DamageInfo>,
@@ -123,8 +129,11 @@ pub struct VolumeStatus {
     pub size_bytes: u64,
     /// Bytes that writes are best a multiple of.
     pub block_size_bytes: u64,
-    /// Connections that have it open.
+    /// Connections that have it open as it is now.
     pub clients: usize,
+    /// Who they are of, and who has an image of it open on this node; oldest first.
+    #[serde(default)]
+    pub hosts: Vec<Host>,
 }
 
 /// Positions and room of a log.
@@ -138,9 +147,12 @@ pub struct LogStatus {
     pub committed_lsn: Lsn,
     /// Up to which it is folded into the base.
     pub horizon_lsn: Lsn,
-    /// Bytes on disk.
+    /// Bytes from the horizon to the head: what the limit counts.
     pub used_bytes: u64,
-    /// Bytes at most.
+    /// Bytes that its segments take on disk, those included that are ready for later use.
+    #[serde(default)]
+    pub allocated_bytes: u64,
+    /// Bytes used at most.
     pub limit_bytes: u64,
     /// Why writers are slowed or refused, where they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -266,8 +278,11 @@ pub struct VolumeInfo {
     pub size_bytes: u64,
     /// Bytes that writes are best a multiple of.
     pub block_size_bytes: u64,
-    /// Connections that have it open.
+    /// Connections that have it open as it is now.
     pub clients: usize,
+    /// Who they are of, and who has an image of it open on this node; oldest first.
+    #[serde(default)]
+    pub hosts: Vec<Host>,
     /// The name of its NBD export.
     pub export: String,
     /// This node's role in its group: only the primary exports it.

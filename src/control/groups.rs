@@ -11,9 +11,11 @@ use super::api::{
     Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PolicyInfo,
     ProtectionWindow, Status, UncleanStart, UnopenedGroup, VOLUME_BLOCK_BYTES, VolumeStatus,
 };
+use super::attention::attention;
 use super::context::Context;
 use super::problem::Problem;
 use super::route::{Answer, Call};
+use super::volumes::{clients, hosts};
 
 /// An answer as JSON.
 pub(super) fn answer<T: serde::Serialize>(value: T) -> Answer {
@@ -27,7 +29,9 @@ pub(super) fn done(what: impl Into<String>) -> Answer {
 
 pub(super) fn status(context: &Context, call: &Call) -> Answer {
     let groups = context.groups(call.query("group"))?;
-    answer(Status {
+    let wanted = |group: &Name| groups.iter().any(|known| known.name() == group);
+    let alarms = context.scheduler.alarms().into_iter().filter(|alarm| wanted(&alarm.group));
+    let mut status = Status {
         node: context.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         groups: groups.iter().map(|group| group_status(context, group)).collect(),
@@ -37,8 +41,11 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
             .into_iter()
             .map(|(id, why)| UnopenedGroup { id, reason: why.reason, since: why.since })
             .collect(),
-        backup_alarms: context.scheduler.alarms(),
-    })
+        backup_alarms: alarms.collect(),
+        attention: Vec::new(),
+    };
+    status.attention = attention(&status);
+    answer(status)
 }
 
 /// What recovery said of a group at this start of the node.
@@ -51,7 +58,6 @@ fn unclean_start(context: &Context, group: &Name) -> Option<UncleanStart> {
 fn group_status(context: &Context, group: &Group) -> GroupStatus {
     let positions = group.positions();
     let control = group.control();
-    let clients = group.clients();
     let (data_state, reason, since) = group.data_state();
     let good = data_state == DataState::Consistent;
     let (full, unfolded, disk) = (group.log_full(), group.fold_failure(), group.disk_room());
@@ -71,11 +77,8 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
                 name: volume.name.clone(),
                 size_bytes: volume.size_bytes,
                 block_size_bytes: VOLUME_BLOCK_BYTES,
-                clients: clients
-                    .iter()
-                    .filter(|(number, _)| *number == volume.number)
-                    .map(|(_, count)| count)
-                    .sum(),
+                clients: clients(group, volume),
+                hosts: hosts(group, volume),
             })
             .collect(),
         log: LogStatus {
@@ -83,7 +86,8 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
             durable_lsn: positions.durable,
             committed_lsn: positions.committed,
             horizon_lsn: positions.horizon,
-            used_bytes: positions.log_used_bytes,
+            used_bytes: positions.head.bytes_since(positions.horizon),
+            allocated_bytes: positions.log_used_bytes,
             limit_bytes: positions.log_limit_bytes,
             full_reason: full.as_ref().map(|full| full.reason.clone()),
             full_since: full.map(|full| full.since),
@@ -95,6 +99,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
         protection_window: window(positions.horizon_time, positions.time),
         peers: context.replication.status(group),
         backup_capable: context.replication.backup_capable(group, None),
+        branches: group.known_branches(),
         damage: context.replication.damage(group),
         scrub: context.replication.scrub_status(group),
         verify: context.replication.verify_status(group),

@@ -82,7 +82,9 @@ fn families(context: &Context) -> Vec<Family> {
     let mut committed =
         gauge("tidelog_log_committed_bytes", "Position up to which the primary is durable");
     let mut horizon = gauge("tidelog_log_horizon_bytes", "Position folded into the base");
-    let mut used = gauge("tidelog_log_used_bytes", "Bytes of the log on disk");
+    let mut used = gauge("tidelog_log_used_bytes", "Bytes of the log from horizon to head");
+    let mut allocated =
+        gauge("tidelog_log_allocated_bytes", "Bytes that segments of the log take on disk");
     let mut limit = gauge("tidelog_log_limit_bytes", "Bytes that the log may take");
     let mut window =
         gauge("tidelog_protection_window_seconds", "How far back one can go, in log time");
@@ -150,7 +152,8 @@ fn families(context: &Context) -> Vec<Family> {
         push(&mut durable, positions.durable.0 as f64);
         push(&mut committed, positions.committed.0 as f64);
         push(&mut horizon, positions.horizon.0 as f64);
-        push(&mut used, positions.log_used_bytes as f64);
+        push(&mut used, positions.head.bytes_since(positions.horizon) as f64);
+        push(&mut allocated, positions.log_used_bytes as f64);
         push(&mut limit, positions.log_limit_bytes as f64);
         push(&mut window, positions.time.since(positions.horizon_time).as_secs_f64());
         push(&mut requests, positions.requests as f64);
@@ -196,6 +199,7 @@ fn families(context: &Context) -> Vec<Family> {
         committed,
         horizon,
         used,
+        allocated,
         limit,
         window,
         requests,

@@ -4,11 +4,12 @@
 //! A request becomes a [`Call`]; `dispatch` finds its [`Route`], sends it on to the group's primary
 //! where the route appends and this node is not it, and leaves an audit event where it changed
 //! state. Handlers (one file per family) turn calls into calls of the rooms below and their answers
-//! into the types of [`api`]. `metrics` reads the rooms' counters when it is asked; `journal` keeps
-//! events in a file.
+//! into the types of [`api`]; `attention` judges a status. `metrics` reads the rooms' counters when
+//! it is asked; `journal` keeps events in a file.
 
 pub mod api;
 
+mod attention;
 mod backups;
 mod checks;
 mod client;
@@ -25,6 +26,7 @@ mod route;
 mod server;
 mod volumes;
 
+pub use attention::{CODES as ATTENTION_CODES, attention};
 pub use client::{Client, ClientError, EventStream, encode};
 pub use context::Context;
 pub use dispatch::{Caller, answer_peers, dispatch};

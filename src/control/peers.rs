@@ -110,9 +110,11 @@ pub(super) fn stop(context: Arc<Context>, call: Call) -> AnswerFuture {
     })
 }
 
-pub(super) fn parting(context: &Context, call: &Call) -> Answer {
-    let group = context.group(call.path("group"))?;
-    answer(context.replication.parting(group.name().as_str())?)
+pub(super) fn preview(context: Arc<Context>, call: Call) -> AnswerFuture {
+    Box::pin(async move {
+        let group = context.group(call.path("group"))?.name().clone();
+        answer(context.replication.preview(group.as_str()).await?)
+    })
 }
 
 pub(super) fn switchover(context: Arc<Context>, call: Call) -> AnswerFuture {
@@ -136,9 +138,14 @@ pub(super) fn resolve(context: Arc<Context>, call: Call) -> AnswerFuture {
             )));
         }
         let parting = context.replication.resolve(group.as_str()).await?;
+        let branches = context.group(group.as_str())?.known_branches().into_iter();
+        let kept = branches.filter(|branch| branch.from.lsn == parting.at);
+        let kept = kept.max_by_key(|branch| branch.cut).map_or_else(String::new, |branch| {
+            format!(", {0}: `tidelog image open {group} --branch {0}` exports it", branch.name)
+        });
         done(format!(
-            "group {group}: {} that only this node had are kept as a branch (`tidelog timeline \
-             {group}`); it follows {} from LSN {}",
+            "group {group}: {} that only this node had are kept as a branch{kept}; it follows {} \
+             from LSN {}",
             ByteSize(parting.local_bytes),
             parting.peer,
             parting.at

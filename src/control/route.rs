@@ -341,8 +341,8 @@ pub static ROUTES: &[Route] = &[
         "GET",
         "/v1/groups/{group}/resolve",
         "resolve preview",
-        "Show where this node's history and its peer's part",
-        Blocking(peers::parting),
+        "Show where this node's history and its peer's part, and what each side has",
+        Async(peers::preview),
     ),
     route(
         "POST",

@@ -1,6 +1,6 @@
 //! Handlers of volumes: list, create, show, resize, delete.
 
-use crate::group::{Group, Volume};
+use crate::group::{Group, Host, Volume};
 use crate::units::{BLOCK_BYTES, Name};
 
 use super::api::{VOLUME_BLOCK_BYTES, VolumeInfo, Volumes};
@@ -25,14 +25,22 @@ fn volume_info(group: &Group, volume: &Volume) -> VolumeInfo {
         size_bytes: volume.size_bytes,
         block_size_bytes: VOLUME_BLOCK_BYTES,
         clients: clients(group, volume),
+        hosts: hosts(group, volume),
         export: format!("{}/{}", group.name(), volume.name),
         role: group.role(),
     }
 }
 
-fn clients(group: &Group, volume: &Volume) -> usize {
+/// Connections that have a volume open as it is now.
+pub(super) fn clients(group: &Group, volume: &Volume) -> usize {
     let of_volume = group.clients().into_iter().filter(|(number, _)| *number == volume.number);
     of_volume.map(|(_, count)| count).sum()
+}
+
+/// Who they are of, and who has an image of it open.
+pub(super) fn hosts(group: &Group, volume: &Volume) -> Vec<Host> {
+    let of_volume = group.hosts().into_iter().filter(|(number, _)| *number == volume.number);
+    of_volume.map(|(_, host)| host).collect()
 }
 
 fn find(group: &Group, name: &str) -> Result<Volume, Problem> {

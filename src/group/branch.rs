@@ -6,6 +6,7 @@
 
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,14 @@ pub struct Branch {
     pub reason: String,
 }
 
+/// The branches of a group as they were last listed, so that status does not wait for a disk.
+#[derive(Default)]
+pub(super) struct Listed {
+    /// Held while they are listed, so that an older list never takes a newer one's place.
+    listing: Mutex<()>,
+    branches: Mutex<Vec<Branch>>,
+}
+
 /// A branch's own part of its image.
 pub(super) struct BranchLog {
     /// The branch's name.
@@ -72,11 +81,7 @@ impl Keeping {
         if self.dir.is_none() {
             let all = self.group_dir.join("branches");
             disk.create_dir(&all)?;
-            let at = self.branch.from.lsn;
-            let names = std::iter::once(format!("cut-{at}"))
-                .chain((2..).map(|number| format!("cut-{at}-{number}")));
-            let name = names.into_iter().find(|name| !disk.exists(&all.join(name)));
-            self.branch.name = name.expect("numbers do not end");
+            self.branch.name = free_name(disk, &all, self.branch.from.lsn);
             let dir = all.join(&self.branch.name);
             disk.create_dir(&dir)?;
             let about = serde_json::to_vec_pretty(&self.branch)?;
@@ -93,7 +98,21 @@ impl Keeping {
     }
 }
 
+/// The name of the next branch that leaves the history at a position.
+fn free_name(disk: &dyn Disk, all: &Path, at: Lsn) -> String {
+    let names = std::iter::once(format!("cut-{at}"))
+        .chain((2..).map(|number| format!("cut-{at}-{number}")));
+    let name = names.into_iter().find(|name| !disk.exists(&all.join(name)));
+    name.expect("numbers do not end")
+}
+
 impl Group {
+    /// The name that a branch from a position would have, were it cut off now.
+    #[must_use]
+    pub fn next_branch(&self, at: Lsn) -> String {
+        free_name(&*self.context.env.disk, &self.dir.join("branches"), at)
+    }
+
     /// Gives up a branch: what is in it is lost.
     ///
     /// # Errors
@@ -116,6 +135,7 @@ impl Group {
         files::discard(&**disk, &all.join(&branch.name))
             .map_err(|cause| self.io(format!("remove branch {name}"), &cause))?;
         self.sweep_soon();
+        self.branches()?;
         Ok(branch)
     }
 
@@ -204,6 +224,12 @@ impl Group {
         }
     }
 
+    /// The branches as they were last listed, which is after every change: asks no disk.
+    #[must_use]
+    pub fn known_branches(&self) -> Vec<Branch> {
+        self.listed.branches.lock().expect("no holder panics").clone()
+    }
+
     /// The branches that are kept, by where they leave the history. One whose description cannot be
     /// read is among them with its name, so that nothing that was kept is out of sight.
     ///
@@ -214,11 +240,9 @@ impl Group {
         let disk = &self.context.env.disk;
         let all = self.dir.join("branches");
         let io = |cause| self.io(format!("list {}", all.display()), &cause);
-        if !disk.exists(&all) {
-            return Ok(Vec::new());
-        }
+        let _one_at_a_time = self.listed.listing.lock().expect("no holder panics");
         let mut branches = Vec::new();
-        let names = disk.list(&all).map_err(io)?;
+        let names = if disk.exists(&all) { disk.list(&all).map_err(io)? } else { Vec::new() };
         for name in names.into_iter().filter(|name| !files::is_discarded(name)) {
             let text = files::load(&**disk, &all.join(&name).join(ABOUT));
             let about = text.and_then(|text| Ok(serde_json::from_slice::<Branch>(&text)?));
@@ -230,6 +254,7 @@ impl Group {
         branches.sort_by(|one, other| {
             one.from.lsn.cmp(&other.from.lsn).then_with(|| one.cut.cmp(&other.cut))
         });
+        self.listed.branches.lock().expect("no holder panics").clone_from(&branches);
         Ok(branches)
     }
 }

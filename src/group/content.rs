@@ -361,12 +361,12 @@ impl About<'_> {
 }
 
 /// The kind of a record. A control record of a later version is one too: it is carried along.
-fn kind_of(header: &Header) -> Option<Kind> {
+pub(super) fn kind_of(header: &Header) -> Option<Kind> {
     if header.kind == Kind::Control as u8 { Some(Kind::Control) } else { header.known_kind() }
 }
 
 /// Reads a body; `None` for what a later version wrote.
-fn read_control(kind: u32, version: u8, body: &[u8]) -> Result<Option<Control>, String> {
+pub(super) fn read_control(kind: u32, version: u8, body: &[u8]) -> Result<Option<Control>, String> {
     if version != 1 {
         return Ok(None);
     }

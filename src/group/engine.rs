@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Map, json};
 
+use super::branch::Listed;
 use super::clients::Clients;
 use super::clock::{self, LogClock};
 use super::content::Content;
@@ -102,6 +103,7 @@ pub struct Group {
     pub(super) workers: Workers,
     pub(super) listeners: RwLock<Vec<Listener>>,
     pub(super) clients: Clients,
+    pub(super) listed: Listed,
     /// What looked damaged to readers, for whoever checks.
     pub(super) suspects: Mutex<BTreeSet<DamagedPart>>,
 }
@@ -397,6 +399,7 @@ impl Group {
             workers: Workers::default(),
             listeners: RwLock::default(),
             clients: Clients::default(),
+            listed: Listed::default(),
             suspects: Mutex::default(),
             context,
         })

@@ -315,6 +315,7 @@ use content::VOLUME_BYTES_MAX;
 /// Called once when a wait ends; must not block.
 pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
 
+mod account;
 mod append;
 mod branch;
 mod clients;
@@ -358,9 +359,10 @@ mod sync;
 mod timeline;
 mod worker;
 
+pub use account::{Account, VolumeAccount};
 pub use append::REQUEST_BYTES_MAX;
 pub use branch::Branch;
-pub use clients::{ClientGuard, HangUp};
+pub use clients::{ClientGuard, HangUp, Host};
 pub use engine::{Group, NewGroup};
 pub use image::Image;
 pub use moment::Cost;

@@ -350,6 +350,17 @@ impl Group {
         error
     }
 
+    /// Whether an operator may have this node yield from a position on: what [`Group::yield_to`]
+    /// looks at first, but for what is not synced yet.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn may_discard(&self, at: Lsn) -> Result<(), GroupError> {
+        let _ = self.sync_now();
+        self.check_yield(&self.lock(), at, Discard::Authored)
+    }
+
     fn check_yield(&self, core: &Core, at: Lsn, discard: Discard) -> Result<(), GroupError> {
         self.failed_error(core)?;
         let (name, head) = (self.name(), core.writer.head());
@@ -398,6 +409,9 @@ impl Group {
     }
 
     pub(super) fn tell_of_branch(&self, branch: &Branch) {
+        if let Err(error) = self.branches() {
+            tracing::warn!("{error}");
+        }
         let origin = if branch.authored { "written here" } else { "received" };
         self.emit(
             Severity::Warning,

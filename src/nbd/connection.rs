@@ -30,7 +30,7 @@ pub(super) fn serve(
             tracing::info!(export = %name, "nbd: client connected");
             let to_end = Arc::clone(socket);
             let hang_up = Box::new(move || to_end.shutdown(Shutdown::Both));
-            let _client = agreed.device.attach(hang_up);
+            let _client = agreed.device.attach(&socket.address(), hang_up);
             // From here on the group does not go back by itself: had it done so before, then the
             // client would have been told of something else.
             let end = if agreed.device.info() == agreed.info {

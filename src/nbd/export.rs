@@ -69,8 +69,9 @@ pub trait Device: Send + Sync {
     fn info(&self) -> ExportInfo;
     /// The volume that requests and reads name.
     fn volume(&self) -> VolumeNumber;
-    /// Counts a client until the guard is dropped; `hang_up` ends its connection.
-    fn attach(&self, hang_up: HangUp) -> Box<dyn Any + Send>;
+    /// Counts a client until the guard is dropped; `hang_up` ends its connection, which comes from
+    /// `address`.
+    fn attach(&self, address: &str, hang_up: HangUp) -> Box<dyn Any + Send>;
     /// Whether requests are still served; if not, why, for a client that is told ESHUTDOWN.
     fn check_serving(&self) -> Result<(), GroupError> {
         Ok(())

@@ -180,8 +180,8 @@ impl Device for LiveVolume {
         self.volume.number
     }
 
-    fn attach(&self, hang_up: HangUp) -> Box<dyn Any + Send> {
-        Box::new(self.group.client_until(self.volume.number, hang_up))
+    fn attach(&self, address: &str, hang_up: HangUp) -> Box<dyn Any + Send> {
+        Box::new(self.group.client_until(self.volume.number, address, hang_up))
     }
 
     fn check_serving(&self) -> Result<(), GroupError> {
@@ -240,8 +240,10 @@ impl Device for ImageVolume {
         self.volume.number
     }
 
-    fn attach(&self, _hang_up: HangUp) -> Box<dyn Any + Send> {
-        Box::new(Arc::clone(&self.image))
+    fn attach(&self, address: &str, _hang_up: HangUp) -> Box<dyn Any + Send> {
+        let client =
+            self.image.group().image_client(self.volume.number, self.image.name(), address);
+        Box::new((client, Arc::clone(&self.image)))
     }
 
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {

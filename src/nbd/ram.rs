@@ -108,7 +108,7 @@ impl Device for RamDevice {
         VolumeNumber(1)
     }
 
-    fn attach(&self, _hang_up: HangUp) -> Box<dyn Any + Send> {
+    fn attach(&self, _address: &str, _hang_up: HangUp) -> Box<dyn Any + Send> {
         self.clients.fetch_add(1, Ordering::SeqCst);
         Box::new(Client(Arc::clone(&self.clients)))
     }

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{MsgFlags, getsockopt, recv, send};
 
 /// A stream of bytes in both directions, used by several threads at once: one receives, one sends.
 pub trait Socket: Send + Sync {
@@ -19,6 +20,10 @@ pub trait Socket: Send + Sync {
     fn send_now(&self, bytes: &[u8]) -> io::Result<usize>;
     /// Ends one or both directions, waking who waits in them.
     fn shutdown(&self, how: Shutdown);
+    /// Where it comes from, for people.
+    fn address(&self) -> String {
+        "unknown".to_owned()
+    }
     /// Bounds every later wait for bytes; `None` waits for ever.
     fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
 }
@@ -89,6 +94,17 @@ impl Socket for Stream {
             Stream::Unix(stream) => stream.shutdown(how),
             Stream::Tcp(stream) => stream.shutdown(how),
         };
+    }
+
+    fn address(&self) -> String {
+        let found = match self {
+            Stream::Tcp(stream) => stream.peer_addr().map(|address| address.to_string()),
+            // Whoever connected: it has no address of its own.
+            Stream::Unix(stream) => getsockopt(stream, PeerCredentials)
+                .map(|by| format!("process {} of user {}", by.pid(), by.uid()))
+                .map_err(io::Error::from),
+        };
+        found.unwrap_or_else(|_| "unknown".to_owned())
     }
 
     fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {

@@ -11,15 +11,16 @@ use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
 use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
 
-use super::channel::Remote;
+use super::channel::ReplicationState;
 use super::copy;
 use super::core::{Input, PeerCore};
 use super::epoch::{Relation, compare};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
 use super::repair;
 use super::replica::Replica;
+use super::resolve;
 use super::service::{Replication, ReplicationError, Shared};
-use super::status::{PeerStatus, secondary_lag};
+use super::status::{PeerStatus, secondary_lag, why};
 use super::switchover;
 use super::verify;
 
@@ -43,6 +44,7 @@ impl Replication {
         self.on_blocking_call(CREATE_COPY, Shared::create_copy);
         self.on_blocking_call(copy::METHOD, Shared::report_copies);
         self.on_blocking_call(switchover::METHOD, Shared::take_over);
+        self.on_blocking_call(resolve::METHOD, Shared::tell_side);
         self.on_blocking_call(repair::RECORDS, Shared::give_records);
         self.on_blocking_call(repair::BLOCKS, Shared::give_blocks);
         self.on_blocking_call(verify::OPEN, Shared::open_for_verify);
@@ -274,9 +276,56 @@ impl Replication {
     /// node knows that it is behind. `None` where nothing speaks against it.
     #[must_use]
     pub fn promote_refusal(&self, group: GroupId) -> Option<String> {
+        let replica = self.shared.replica(group);
         let cores = self.shared.cores.lock().expect("no holder panics");
-        refusal_to_promote(cores.values(), group)
+        let cannot_serve = replica.and_then(|replica| {
+            let (state, reason, _) = replica.data_state();
+            let failed = (state == DataState::Failed)
+                .then(|| reason.unwrap_or_else(|| "no reason is known".to_owned()));
+            let reigning = cores.values().find(|core| reigns(core, group));
+            let primary = reigning.map(PeerCore::name);
+            refusal_of_own_disk(replica.name(), failed, replica.why_full(), primary)
+        });
+        cannot_serve.or_else(|| refusal_to_promote(cores.values(), group))
     }
+}
+
+/// Why a copy is no use as primary by the state of its own disk, and what helps: a switchover would
+/// be refused too.
+fn refusal_of_own_disk(
+    group: &Name,
+    failed: Option<String>,
+    full: Option<String>,
+    primary: Option<&Name>,
+) -> Option<String> {
+    let no_harm = |then: &str| match primary {
+        Some(primary) => format!(
+            "{primary} is connected and serves as its primary, so hosts stay there; {then}, and it \
+             takes from {primary} what it lacks; when `tidelog status {group}` says `streaming`, \
+             `tidelog switchover {group}` changes sides"
+        ),
+        None => format!("{then}, then `tidelog promote {group}` again, or promote another copy"),
+    };
+    if let Some(why) = failed {
+        let help = no_harm("restart this node once its disk is well");
+        return Some(format!(
+            "group {group}: the disk under this copy failed ({why}), so it could take no writes, by \
+             `--force` neither; {help}"
+        ));
+    }
+    // Without a primary it may serve reads at least, and its log may be folded yet.
+    let (why, _) = full.zip(primary)?;
+    let help = no_harm("make room for the log here");
+    Some(format!("group {group}: hosts could not write here: {why}; {help}"))
+}
+
+/// The peer is connected and reigns over a group of which this node has a copy.
+fn reigns(core: &PeerCore, group: GroupId) -> bool {
+    let Some(channel) = core.channel(group) else { return false };
+    let (local, Some(remote)) = (channel.local(), channel.remote()) else { return false };
+    // One that has come back after this node's reign began waits for this node to go on.
+    let superseded = remote.history.counter() < local.history.counter();
+    core.conn().is_some() && !local.primary && remote.primary && !(remote.recovering && superseded)
 }
 
 /// The same, by the cores of all peers.
@@ -292,16 +341,23 @@ pub fn refusal_to_promote<'a>(
         }
         let name = &local.name;
         let peer = core.name();
-        // One that has come back after this node's reign began waits for this node to go on.
-        let reigns = |remote: &Remote| {
-            let superseded = remote.history.counter() < local.history.counter();
-            remote.primary && !(remote.recovering && superseded)
-        };
-        if core.conn().is_some() && channel.remote().is_some_and(reigns) {
+        if reigns(core, group) {
+            let (state, reason, _) = channel.state();
+            let first = match state {
+                ReplicationState::Streaming | ReplicationState::CatchingUp => format!(
+                    "`tidelog switchover {name}` changes sides and loses nothing; if {peer} has \
+                     just died, try again in a moment"
+                ),
+                // A switchover would be refused.
+                _ => format!(
+                    "this copy does not follow it now: replication is {}: {reason}; when it \
+                     follows again, `tidelog switchover {name}` changes sides and loses nothing",
+                    state.text()
+                ),
+            };
             return Some(format!(
-                "group {name}: {peer} is connected and is its primary; `tidelog switchover \
-                 {name}` changes sides and loses nothing; if {peer} has just died, try again \
-                 in a moment; `tidelog promote {name} --force` reigns beside it"
+                "group {name}: {peer} is connected and is its primary; {first}; `tidelog promote \
+                 {name} --force` reigns beside it"
             ));
         }
         if let Some(remote) = channel.remote().filter(|remote| !remote.primary)
@@ -382,7 +438,7 @@ fn copy_facts(
     let channel = core.channel(group.id())?;
     let local = channel.local();
     let super::core::Membership::Member { rpo_target, .. } = local.membership else { return None };
-    let (replication, reason, _) = channel.state();
+    let (replication, ..) = channel.state();
     let (compared, mismatch) = channel.comparison();
     let own = !local.primary;
     let acked = channel.acked();
@@ -401,7 +457,7 @@ fn copy_facts(
         peer: core.name().to_string(),
         link_down: core.link_down().map(|(since, _)| now.saturating_sub(since)),
         replication,
-        replication_reason: reason.to_owned(),
+        replication_reason: why(channel),
         lag,
         lag_limit,
         data_state: None,

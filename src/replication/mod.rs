@@ -53,7 +53,7 @@ pub use self::pair::{Invite, PeerInfo};
 pub use self::pairing::{INVITE_VALID, TRIES};
 pub use self::peers::Peer;
 pub use self::replica::{Replica, Replicas};
-pub use self::resolve::Parting;
+pub use self::resolve::{Parting, Preview, Side, SideHost};
 pub use self::rpc::{BoxFuture, Handler, PeerContext};
 pub use self::scrub::{ScrubState, ScrubStatus};
 pub use self::service::{Replication, ReplicationConfig, ReplicationError};

@@ -1,14 +1,24 @@
-//! The end of a split brain: what each side would keep, and yielding by command.
+//! The end of a split brain: what each side has, and yielding by command.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
-use crate::group::Discard;
-use crate::units::{ByteSize, Lsn, Name};
+use crate::group::{Account, Discard, Group, Host, Role, View};
+use crate::units::{ByteSize, GroupId, Lsn, Name};
 
-use super::core::Input;
-use super::service::{Replication, ReplicationError};
+use super::channel::{Channel, Parted};
+use super::core::{Input, Membership};
+use super::epoch::{Relation, compare};
+use super::replica::{Replica, membership_of};
+use super::rpc::PeerContext;
+use super::service::{Replication, ReplicationError, Shared};
+
+pub(super) const METHOD: &str = "replication.side";
+/// The peer reads its log from the parting on.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where this node's history and its peer's part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,8 +29,68 @@ pub struct Parting {
     pub at: Lsn,
     /// Bytes of log behind it that only this node has; they are what yielding keeps as a branch.
     pub local_bytes: u64,
-    /// Bytes of log behind it that only the peer has; unknown while it is not connected.
+    /// Bytes of log behind it that only the peer has, at least; unknown while it is not connected.
     pub peer_bytes: Option<u64>,
+}
+
+/// What there is to know before one side yields.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preview {
+    /// Where the histories part.
+    #[serde(flatten)]
+    pub parting: Parting,
+    /// The name of the branch that yielding here would keep; none where it would keep nothing.
+    pub branch: Option<String>,
+    /// Why yielding here would be refused now, where it would.
+    pub refused: Option<String>,
+    /// This node's side.
+    pub local: Side,
+    /// The peer's side.
+    pub remote: Side,
+}
+
+/// One side of a split brain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Side {
+    /// The node.
+    pub node: Name,
+    /// What only it has; none where that is not known.
+    pub account: Option<Account>,
+    /// Who has its volumes or images of them open.
+    pub hosts: Vec<SideHost>,
+    /// Why `account` is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unknown: Option<String>,
+}
+
+/// A connection to a volume of one side.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SideHost {
+    /// The volume's name.
+    pub volume: String,
+    /// Who.
+    #[serde(flatten)]
+    pub host: Host,
+}
+
+impl Side {
+    fn of(node: Name, group: &Group, at: Lsn) -> Side {
+        let volumes = group.volumes();
+        let name = |number| {
+            let found = volumes.iter().find(|volume| volume.number == number);
+            found.map_or_else(|| format!("volume {number}"), |volume| volume.name.to_string())
+        };
+        let hosts = group.hosts().into_iter();
+        let hosts = hosts.map(|(number, host)| SideHost { volume: name(number), host }).collect();
+        match group.account(at) {
+            Ok(account) => Side { node, account: Some(account), hosts, unknown: None },
+            Err(error) => Side { node, account: None, hosts, unknown: Some(error.to_string()) },
+        }
+    }
+
+    fn unknown(node: Name, why: String) -> Side {
+        Side { node, account: None, hosts: Vec::new(), unknown: Some(why) }
+    }
 }
 
 impl Replication {
@@ -30,13 +100,13 @@ impl Replication {
     ///
     /// Where the group is unknown, or nothing has parted.
     pub fn parting(&self, group_name: &str) -> Result<Parting, ReplicationError> {
-        self.find_parting(group_name).map(|(parting, _)| parting)
+        self.find_parting(group_name).map(|(parting, ..)| parting)
     }
 
     fn find_parting(
         &self,
         group_name: &str,
-    ) -> Result<(Parting, super::channel::Parted), ReplicationError> {
+    ) -> Result<(Parting, Parted, Arc<dyn Replica>), ReplicationError> {
         let shared = &self.shared;
         let group = shared.groups.by_name(group_name)?;
         let cores = shared.cores.lock().expect("no holder panics");
@@ -51,18 +121,48 @@ impl Replication {
                      {group_name} --preview` on {peer}"
                 )));
             }
-            let parting = Parting {
-                peer: core.name().clone(),
-                at: parted.at,
-                local_bytes: channel.local().history.head.bytes_since(parted.at),
-                peer_bytes: channel.remote().map(|it| it.history.head.bytes_since(parted.at)),
-            };
-            return Ok((parting, parted));
+            return Ok((parting_at(core.name(), channel, parted.at), parted, group));
         }
         Err(ReplicationError::Refused(format!(
             "group {group_name}: no peer has told of a history that parts from this one; `tidelog \
              status {group_name}` shows the state of replication"
         )))
+    }
+
+    /// What each side has, and what yielding here would do. The peer is asked for its side.
+    ///
+    /// # Errors
+    ///
+    /// Where the group is unknown, or nothing has parted.
+    pub async fn preview(&self, group_name: &str) -> Result<Preview, ReplicationError> {
+        let shared = &self.shared;
+        let (mut parting, parted, group) = self.find_parting(group_name)?;
+        let engine = shared.groups.engine(group.id());
+        let engine = engine.ok_or_else(|| {
+            ReplicationError::Refused(format!("group {group_name}: is not open; try again"))
+        })?;
+        let me = shared.context.node.name.clone();
+        let own = tokio::task::spawn_blocking(move || {
+            let refused = engine.may_discard(parted.at).err().map(|error| error.to_string());
+            (Side::of(me, &engine, parted.at), engine.next_branch(parted.at), refused)
+        });
+        let body = json!(Ask { group: group.id(), at: parted.at });
+        let told = self.call(parting.peer.as_str(), METHOD, body, ANSWER_TIMEOUT).await;
+        let remote = match told.map(serde_json::from_value::<Side>) {
+            Ok(Ok(side)) => Side { node: parting.peer.clone(), ..side },
+            Ok(Err(error)) => Side::unknown(parting.peer.clone(), error.to_string()),
+            Err(error) => Side::unknown(parting.peer.clone(), error.to_string()),
+        };
+        let down = |_| ReplicationError::Refused("this node shuts down".to_owned());
+        let (local, branch, refused) = own.await.map_err(down)?;
+        if let Some(account) = &local.account {
+            parting.local_bytes = account.to.bytes_since(parting.at);
+        }
+        if let Some(account) = &remote.account {
+            parting.peer_bytes = Some(account.to.bytes_since(parting.at));
+        }
+        let branch = (parting.local_bytes > 0).then_some(branch);
+        Ok(Preview { parting, branch, refused, local, remote })
     }
 
     /// Has this node yield: what only it has is kept as a branch, and it follows the peer.
@@ -71,9 +171,8 @@ impl Replication {
     ///
     /// Where nothing has parted, clients are connected, or the base is further.
     pub async fn resolve(&self, group_name: &str) -> Result<Parting, ReplicationError> {
-        let (parting, parted) = self.find_parting(group_name)?;
+        let (parting, parted, group) = self.find_parting(group_name)?;
         let shared = Arc::clone(&self.shared);
-        let group = shared.groups.by_name(group_name)?;
         let peer = shared.peer_named(parting.peer.as_str())?.node;
         let work = move || {
             group.yield_to(parted.at, parted.chain, Discard::Authored)?;
@@ -85,6 +184,55 @@ impl Replication {
     }
 }
 
+/// What a peer is asked for.
+#[derive(Serialize, Deserialize)]
+struct Ask {
+    group: GroupId,
+    at: Lsn,
+}
+
+impl Shared {
+    /// Tells a peer of the group what only this node has.
+    pub(super) fn tell_side(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
+        let Ask { group, at } = serde_json::from_value(body.clone())
+            .map_err(|error| format!("a request that is not understood: {error}"))?;
+        let asked_for = self.peer(peer.node).map(|peer| peer.copies).unwrap_or_default();
+        let group = self.groups.engine(group).filter(|group| {
+            let primary = group.role() == Role::Primary;
+            let asked_for = asked_for.contains(&group.id());
+            let member = membership_of(&group.control(), self.me(), peer.node, primary, asked_for);
+            member != Membership::Stranger
+        });
+        let group = group.ok_or("it has no such group")?;
+        let side = Side::of(self.context.node.name.clone(), &group, at);
+        serde_json::to_value(side).map_err(|error| error.to_string())
+    }
+}
+
+fn parting_at(peer: &Name, channel: &Channel, at: Lsn) -> Parting {
+    Parting {
+        peer: peer.clone(),
+        at,
+        local_bytes: channel.local().history.head.bytes_since(at),
+        peer_bytes: channel.remote().map(|remote| remote.history.head.bytes_since(at)),
+    }
+}
+
+/// Where the two of a split brain part, as far as that is known.
+pub(super) fn known_parting(peer: &Name, channel: &Channel) -> Option<Parting> {
+    let by_histories = || {
+        let (mine, theirs) = (&channel.local().history, &channel.remote()?.history);
+        match compare(mine, theirs) {
+            Relation::Same => None,
+            Relation::TheirsIsPrefix => Some(theirs.head),
+            Relation::MineIsPrefix => Some(mine.head),
+            Relation::Diverged { common, .. } => Some(common),
+        }
+    };
+    let at = channel.parted().map(|parted| parted.at).or_else(by_histories)?;
+    Some(parting_at(peer, channel, at))
+}
+
 impl std::fmt::Display for Parting {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Parting { peer, at, local_bytes, peer_bytes } = self;
@@ -94,7 +242,7 @@ impl std::fmt::Display for Parting {
             ByteSize(*local_bytes)
         )?;
         match peer_bytes {
-            Some(bytes) => write!(f, "{}", ByteSize(*bytes)),
+            Some(bytes) => write!(f, "{} or more", ByteSize(*bytes)),
             None => write!(f, "unknown while it is not connected"),
         }
     }

@@ -14,6 +14,7 @@ use crate::units::{LogTime, Lsn};
 use super::channel::{Channel, ReplicationState};
 use super::copy::CopyReport;
 use super::core::{Membership, PeerCore};
+use super::resolve::{Parting, known_parting};
 
 /// How far a copy is behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -69,6 +70,9 @@ pub struct PeerStatus {
     /// Since when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replication_state_since: Option<LogTime>,
+    /// Where the histories of a split brain part, as far as that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parting: Option<Parting>,
     /// What the secondary of the two has received.
     pub received_lsn: Lsn,
     /// What of it survives power loss there.
@@ -103,7 +107,7 @@ impl PeerStatus {
             Membership::Member { rpo_target, mode } => (rpo_target, mode),
             _ => (None, Mode::Async),
         };
-        let (state, reason, since) = channel.state();
+        let (state, _, since) = channel.state();
         let (link_state, link_reason) = match core.link_down() {
             None => ("connected", None),
             Some((since, reason)) if core.can_dial() => ("connecting", Some((reason, since))),
@@ -115,6 +119,10 @@ impl PeerStatus {
         let view =
             if local.primary { primary_view(channel, now) } else { secondary_view(channel, now) };
         let peer_is_primary = channel.remote().map_or(!local.primary, |remote| remote.primary);
+        let parting = (state == ReplicationState::SplitBrain)
+            .then(|| known_parting(core.name(), channel))
+            .flatten();
+        let reason = why(channel);
         Some(PeerStatus {
             name: core.name().to_string(),
             mode,
@@ -129,8 +137,9 @@ impl PeerStatus {
             link_state_reason: link_reason.map(|(reason, _)| reason.to_owned()),
             link_state_since: link_reason.map(|(_, since)| monotonic(since)),
             replication_state: state.text().to_owned(),
-            replication_state_reason: (!streaming).then(|| reason.to_owned()),
+            replication_state_reason: (!streaming).then_some(reason),
             replication_state_since: (!streaming).then(|| monotonic(since)),
+            parting,
             received_lsn: view.received,
             durable_lsn: view.durable,
             lag: view.lag,
@@ -187,6 +196,20 @@ impl PeerStatus {
         self.replication_state_since = self.replication_state_since.map(convert);
         self
     }
+}
+
+/// Why replication with a peer is as it is. The figures that a split brain was found with are those
+/// of that moment, so they are left out: `parting` has those of now.
+pub(super) fn why(channel: &Channel) -> String {
+    let (state, reason, _) = channel.state();
+    if state != ReplicationState::SplitBrain {
+        return reason.to_owned();
+    }
+    let group = &channel.local().name;
+    format!(
+        "both nodes are primary; stop the hosts of the one that is to yield, then `tidelog resolve \
+         {group} --preview` and `tidelog resolve {group} --discard-local` there"
+    )
 }
 
 fn monotonic(time: Duration) -> LogTime {

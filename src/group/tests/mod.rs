@@ -1,5 +1,6 @@
 //! Groups on a disk in memory, driven without threads.
 
+mod account;
 mod basic;
 mod branches;
 mod clock;

@@ -97,7 +97,7 @@ fn going_back_is_refused_while_clients_are_connected_and_force_cuts_them_off() {
     drop(own);
     let guard = Arc::new(std::sync::Mutex::new(None));
     let (ring, hung_up) = std::sync::mpsc::channel();
-    let connected = group.client_until(volume, Box::new(move || ring.send(()).unwrap()));
+    let connected = group.client_until(volume, "a host", Box::new(move || ring.send(()).unwrap()));
     *guard.lock().unwrap() = Some(connected);
     let client = std::thread::spawn(move || {
         hung_up.recv().unwrap();

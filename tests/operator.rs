@@ -1,0 +1,350 @@
+//! What an operator sees where something is wrong, and whether what it recommends works: hosts, the
+//! log's size, split brains, branches, `promote` on a copy that cannot serve, `status --check`.
+
+use nix::errno::Errno as Code;
+use serde_json::{Value, json};
+use tidelog::nbd::{Client, NbdAddress};
+
+use crate::support::faulty::{Call, Faults};
+use crate::support::{Appliance, Setup, free_address, wait_for};
+
+const MEBIBYTE: u64 = 1 << 20;
+
+/// A primary `a` with volume `g/v`, and a copy on `b` that streams.
+fn pair(a: &Appliance, b: &Appliance) {
+    a.pair_with(b);
+    a.run(&["group", "create", "g"]);
+    a.run(&["volume", "create", "g/v", "--size", "4M"]);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_until(a, "b to stream", |peer| peer["replication_state"] == "streaming");
+}
+
+/// Waits until the first peer in a node's status is as wanted; the whole status then.
+fn wait_until(node: &Appliance, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+    wait_for(what, || {
+        let status = node.status("g");
+        holds(&status["peers"][0]).then_some(status)
+    })
+}
+
+fn connect(node: &Appliance, export: &str) -> Client {
+    Client::connect(&NbdAddress::Unix(node.nbd_socket()), export).unwrap()
+}
+
+fn write(node: &Appliance, byte: u8) {
+    let mut client = connect(node, "g/v");
+    client.write(0, &[byte; 8192]).unwrap();
+    client.disconnect().unwrap();
+    wait_for("the connection to be gone", || {
+        (node.status("g")["volumes"][0]["clients"] == 0).then_some(())
+    });
+}
+
+/// `status --check`: its exit status, what it prints, and the line beside it.
+fn check(node: &Appliance) -> (Option<i32>, String, String) {
+    let output = node.command(&["status", "--check"]);
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+fn refusal(node: &Appliance, arguments: &[&str]) -> String {
+    let output = node.command(arguments);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn the_hosts_of_a_volume_are_named_where_it_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let tcp = free_address();
+    let more = format!("[[nbd]]\nlisten = \"tcp:{tcp}\"\n");
+    let a = Appliance::start(&dir.path().join("a"), Setup { more, ..Setup::new("a") });
+    a.run(&["group", "create", "g"]);
+    a.run(&["volume", "create", "g/v", "--size", "1M"]);
+    a.run(&["image", "open", "g", "--at", "now", "--name", "i"]);
+    let hosts = || a.json(&["volume", "show", "g/v"])["hosts"].as_array().cloned().unwrap();
+    assert_eq!(hosts(), Vec::<Value>::new());
+    let near = connect(&a, "g/v");
+    let far = Client::connect(&NbdAddress::Tcp(tcp.clone()), "g/v@i").unwrap();
+    let own = format!("process {} of user {}", std::process::id(), nix::unistd::getuid());
+    let found = wait_for("both", || Some(hosts()).filter(|hosts| hosts.len() == 2));
+    assert_eq!((&found[0]["address"], &found[0]["read_only"]), (&json!(own), &json!(false)));
+    assert_eq!((&found[1]["image"], &found[1]["read_only"]), (&json!("i"), &json!(true)));
+    let address = found[1]["address"].as_str().unwrap();
+    let parsed: std::net::SocketAddr = address.parse().unwrap();
+    assert!(parsed.ip().is_loopback() && address != tcp, "{address}");
+    let since: jiff::Timestamp = found[0]["since"].as_str().unwrap().parse().unwrap();
+    assert!(since <= jiff::Timestamp::now(), "{since}");
+    let status = a.status("g");
+    assert_eq!(status["volumes"][0]["hosts"], json!(found));
+    assert_eq!(status["volumes"][0]["clients"], 1, "whoever reads an image is in nobody's way");
+    for command in [&["status"][..], &["volume", "show", "g/v"]] {
+        let shown = a.run(command);
+        assert!(shown.contains(&format!("{own} since ")), "{shown}");
+        assert!(shown.contains(&format!("{address} (@i) since ")), "{shown}");
+        assert!(shown.contains("read-only"), "{shown}");
+    }
+    assert!(a.run(&["volume", "list"]).contains(&own));
+    drop((near, far));
+    wait_for("both to be gone", || hosts().is_empty().then_some(()));
+}
+
+#[test]
+fn the_size_of_a_log_is_what_is_used_of_its_limit_and_beside_it_what_it_takes_on_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    a.run(&["group", "create", "g"]);
+    a.run(&["volume", "create", "g/v", "--size", "4M"]);
+    let mut client = connect(&a, "g/v");
+    client.write(0, &vec![1; MEBIBYTE as usize]).unwrap();
+    let log = a.status("g")["log"].clone();
+    let number = |key: &str| log[key].as_u64().unwrap();
+    let used = number("head_lsn") - number("horizon_lsn");
+    assert_eq!(number("used_bytes"), used);
+    assert!((MEBIBYTE..2 * MEBIBYTE).contains(&used), "{log}");
+    assert!(number("allocated_bytes") >= 64 * MEBIBYTE, "a segment at least: {log}");
+    let shown = a.run(&["status", "g"]);
+    assert!(shown.contains("  log     1 MiB used of 10 GiB ("), "{shown}");
+    let on_disk = number("allocated_bytes") / MEBIBYTE;
+    assert!(shown.contains(&format!("({on_disk} MiB on disk)")), "{shown}");
+}
+
+#[test]
+fn a_split_brain_shows_what_each_side_has_and_what_yielding_keeps() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    pair(&a, &b);
+    for node in [&a, &b] {
+        let (code, said, beside) = check(node);
+        assert_eq!((code, &*beside), (Some(0), ""), "{said}");
+        assert!(said.contains(&format!("node {}: nothing needs an operator", node.node)), "{said}");
+    }
+    b.run(&["promote", "g", "--force"]);
+    for node in [&a, &b] {
+        wait_until(node, "the split brain", |peer| peer["replication_state"] == "split-brain");
+    }
+    write(&a, 1);
+    write(&b, 2);
+    write(&b, 3);
+    a.run(&["bookmark", "g", "after"]);
+    let preview = wait_for("where they part", || {
+        let output = a.command(&["--json", "resolve", "g", "--preview"]);
+        let preview = serde_json::from_slice::<Value>(&output.stdout);
+        output.status.success().then(|| preview.unwrap())
+    });
+
+    // Status says where they part, and not that one is behind the other.
+    for (node, other) in [(&a, "b"), (&b, "a")] {
+        let status = node.status("g");
+        let parting = &status["peers"][0]["parting"];
+        assert_eq!((&parting["at"], &parting["peer"]), (&preview["at"], &json!(other)), "{status}");
+        let shown = node.run(&["status", "g"]);
+        let line = shown.lines().find(|line| line.starts_with("  peer")).unwrap();
+        assert!(!shown.contains("so far"), "what was so when it began is no more: {shown}");
+        assert!(line.contains("split-brain; histories part at LSN"), "{line}");
+        assert!(line.contains(&format!("only on {other}:")) && !line.contains("behind"), "{line}");
+        let (code, said, beside) = check(node);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("both nodes are primary") && said.contains("--preview"), "{said}");
+        assert_eq!(beside.lines().count(), 1, "{beside}");
+        assert!(beside.contains("split-brain"), "{beside}");
+        // Plain status answers, and so is done.
+        assert!(node.command(&["status"]).status.success());
+    }
+
+    let host = connect(&b, "g/v");
+    let preview = wait_for("the host on b", || {
+        let preview = a.json(&["resolve", "g", "--preview"]);
+        (preview["remote"]["hosts"].as_array()?.len() == 1).then_some(preview)
+    });
+    let (local, remote) = (&preview["local"], &preview["remote"]);
+    assert_eq!((&local["node"], &remote["node"]), (&json!("a"), &json!("b")), "{preview}");
+    let written = |side: &Value| side["account"]["volumes"][0]["written_bytes"].clone();
+    assert_eq!((written(local), written(remote)), (json!(8192), json!(16_384)), "{preview}");
+    assert_eq!(local["account"]["bookmarks"], json!(["after"]));
+    assert_eq!(remote["account"]["bookmarks"], json!([]));
+    for side in [local, remote] {
+        let account = &side["account"];
+        let time = |key: &str| account[key].as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+        assert!(time("first") <= time("last"), "{account}");
+        assert_eq!(account["from"], preview["at"]);
+    }
+    assert_eq!(preview["local_bytes"], local["account"]["bytes"]);
+    assert_eq!(preview["peer_bytes"], remote["account"]["bytes"]);
+    assert_eq!(remote["hosts"][0]["volume"], "v");
+    assert_eq!(preview["refused"], Value::Null);
+    let branch = preview["branch"].as_str().unwrap().to_owned();
+    let shown = a.run(&["resolve", "g", "--preview"]);
+    for part in [
+        "only here, on a: ",
+        "only on b: ",
+        "volume v: 8 KiB written",
+        "volume v: 16 KiB written",
+        "bookmarks: after",
+        "connected to v: process ",
+        "no host is connected",
+        "the side of b survives",
+        &format!("kept there as branch {branch}"),
+        &format!("tidelog image open g --branch {branch}"),
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    // On the other node it is the other way round, and its host is in the way.
+    let there = b.run(&["resolve", "g", "--preview"]);
+    assert!(there.contains("the side of a survives"), "{there}");
+    assert!(there.contains("it would be refused: group g: 1 clients are connected"), "{there}");
+    drop(host);
+
+    // What the peer has is not known where it cannot be asked.
+    b.kill();
+    let shown = wait_for("b to be gone", || {
+        let shown = a.run(&["resolve", "g", "--preview"]);
+        shown.contains("only on b: unknown").then_some(shown)
+    });
+    assert!(shown.contains("what it is: unknown: peer b: is not connected"), "{shown}");
+    b.restart();
+    wait_until(&a, "b to be back", |peer| peer["link_state"] == "connected");
+    let kept = wait_for("a to yield", || {
+        let output = a.command(&["resolve", "g", "--discard-local"]);
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    });
+    assert!(kept.contains(&format!("tidelog image open g --branch {branch}")), "{kept}");
+
+    // Only a has the branch, and its status names it.
+    let status = wait_until(&a, "a to follow", |peer| peer["replication_state"] == "streaming");
+    let found = &status["branches"][0];
+    assert_eq!((&found["name"], &found["from"]["lsn"]), (&json!(branch), &preview["at"]));
+    assert_eq!(found["bytes"], preview["local_bytes"]);
+    let shown = a.run(&["status", "g"]);
+    assert!(shown.contains(&format!("  branch  {branch}  ")), "{shown}");
+    assert!(shown.contains(&format!("tidelog image open g --branch {branch}")), "{shown}");
+    assert!(shown.contains(&format!("tidelog branch remove g {branch}")), "{shown}");
+    assert_eq!(b.status("g")["branches"], json!([]));
+    a.run(&["image", "open", "g", "--branch", &branch, "--name", "kept"]);
+    let mut bytes = [0; 8192];
+    connect(&a, "g/v@kept").read(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [1; 8192]);
+    a.run(&["image", "close", "g@kept"]);
+    a.run(&["branch", "remove", "g", &branch]);
+    assert_eq!(a.status("g")["branches"], json!([]));
+}
+
+/// A copy on `b` whose disk meets a fault while `a` serves on; the faults, and both.
+fn with_faulty_copy(dir: &std::path::Path) -> (Faults, Appliance, Appliance) {
+    let faults = Faults::new(dir);
+    let a = Appliance::start(&dir.join("a"), Setup::new("a"));
+    let setup = Setup { environment: faults.environment(), ..Setup::new("b") };
+    let b = Appliance::start(&dir.join("b"), setup);
+    pair(&a, &b);
+    (faults, a, b)
+}
+
+#[test]
+fn promote_on_a_copy_whose_disk_failed_recommends_what_works_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (faults, a, mut b) = with_faulty_copy(dir.path());
+    faults.set(&[(Call::Sync, Code::EIO, ".seg")]);
+    write(&a, 1);
+    wait_for("the copy to fail", || (b.status("g")["data_state"] == "failed").then_some(()));
+    let said = refusal(&b, &["promote", "g"]);
+    let at = |part: &str| said.find(part).unwrap_or_else(|| panic!("{part}: {said}"));
+    assert!(
+        said.contains("the disk under this copy failed") && said.contains("by `--force` neither")
+    );
+    assert!(said.contains("hosts stay there"), "{said}");
+    assert!(at("restart this node") < at("tidelog switchover"), "what can be done comes first");
+    // It says the truth of both.
+    refusal(&b, &["promote", "g", "--force"]);
+    refusal(&b, &["switchover", "g"]);
+    let (code, told, _) = check(&b);
+    assert!(code == Some(1) && told.contains("restart the node once it is well"), "{told}");
+    let told = wait_for("a to know", || Some(check(&a)).filter(|(code, ..)| *code == Some(1))).1;
+    assert!(told.contains("peer b: "), "{told}");
+    // And what it recommends works.
+    faults.none();
+    b.kill();
+    b.restart();
+    wait_until(&b, "b to stream", |peer| peer["replication_state"] == "streaming");
+    b.run(&["switchover", "g"]);
+    assert_eq!(b.status("g")["role"], "primary");
+}
+
+#[test]
+fn promote_on_a_copy_whose_log_has_no_room_recommends_to_make_some_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let (faults, a, b) = with_faulty_copy(dir.path());
+    faults.set(&[(Call::Write, Code::ENOSPC, ".seg")]);
+    write(&a, 1);
+    let full = wait_for("the copy to be full", || {
+        Some(refusal(&b, &["promote", "g"])).filter(|said| said.contains("make room"))
+    });
+    assert!(full.contains("hosts could not write here: log-full"), "{full}");
+    assert!(full.find("make room") < full.find("tidelog switchover"), "{full}");
+    // Once the disk is asked no more, it is the state of replication that is in the way.
+    let blocked = wait_for("the copy to be blocked", || {
+        Some(refusal(&b, &["promote", "g"])).filter(|said| !said.contains("make room"))
+    });
+    assert!(blocked.contains("this copy does not follow it now"), "{blocked}");
+    faults.none();
+    wait_until(&b, "b to stream", |peer| peer["replication_state"] == "streaming");
+    let well = refusal(&b, &["promote", "g"]);
+    assert!(well.contains("its primary; `tidelog switchover g` changes sides"), "{well}");
+    b.run(&["switchover", "g"]);
+}
+
+#[test]
+fn the_switchover_that_is_recommended_beside_a_full_primary_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let setup = Setup { environment: faults.environment(), ..Setup::new("a") };
+    let a = Appliance::start(&dir.path().join("a"), setup);
+    let b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    pair(&a, &b);
+    write(&a, 1);
+    faults.set(&[(Call::Write, Code::ENOSPC, ".seg"), (Call::Create, Code::ENOSPC, "/log/")]);
+    let mut client = connect(&a, "g/v");
+    client.write(0, &[2; 4096]).unwrap_err();
+    drop(client);
+    let (code, told, _) = check(&a);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("group g: log-full: writes are refused"), "{told}");
+    let said = refusal(&b, &["promote", "g"]);
+    assert!(said.contains("`tidelog switchover g` changes sides"), "{said}");
+    b.run(&["switchover", "g"]);
+    write(&b, 3);
+    assert_eq!(b.status("g")["role"], "primary");
+}
+
+#[test]
+fn a_health_check_ends_with_1_where_an_operator_must_act_and_says_why_in_a_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    pair(&a, &b);
+    assert_eq!(check(&a).0, Some(0));
+    let codes = |node: &Appliance| {
+        let output = node.command(&["--json", "status", "--check"]);
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let found = told["attention"].as_array().unwrap().iter();
+        let codes = found.map(|one| one["code"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+        assert_eq!(output.status.success(), codes.is_empty(), "{told}");
+        codes
+    };
+    assert_eq!(codes(&a), Vec::<String>::new());
+    a.run(&["pause", "g"]);
+    wait_for("the pause", || (codes(&a) == ["paused"]).then_some(()));
+    let (code, said, beside) = check(&a);
+    assert_eq!((code, said.lines().count(), beside.lines().count()), (Some(1), 1, 1), "{said}");
+    assert!(said.starts_with("group g: peer b: replication is paused"), "{said}");
+    assert!(said.contains("`tidelog resume g`"), "{said}");
+    a.run(&["resume", "g"]);
+    wait_for("all to be well", || (codes(&a).is_empty()).then_some(()));
+    b.stop();
+    wait_for("the link to be down", || (codes(&a) == ["link-down"]).then_some(()));
+    // Only of the group that is asked for; a node that is not there is no health either.
+    a.run(&["group", "create", "other"]);
+    assert!(a.command(&["status", "other", "--check"]).status.success());
+    assert_eq!(b.command(&["status", "--check"]).status.code(), Some(1));
+    assert_eq!(a.command(&["status", "--check", "--watch"]).status.code(), Some(2));
+}
