@@ -304,7 +304,10 @@ impl Inode {
         });
     }
 
-    /// Zeros in a range; whole pages become holes.
+    /// Zeros in a range; whole pages become holes. That what is a hole in the cache alone is one
+    /// on the disk with the next sync holds also behind a failed one, where the same bytes would
+    /// have to be written again: a file system keeps holes in its journal, not in pages that a
+    /// failed sync calls clean.
     fn punch(&mut self, offset: u64, bytes: u64) {
         let end = offset.saturating_add(bytes).min(self.cache.bytes);
         if offset >= end {
@@ -312,10 +315,11 @@ impl Inode {
         }
         let holes = offset.div_ceil(PAGE)..end / PAGE;
         let touched = offset / PAGE..end.div_ceil(PAGE);
-        let present: Vec<u64> =
-            self.cache.pages.range(touched).map(|(number, _)| *number).collect();
+        let cached = self.cache.pages.range(touched.clone()).map(|(number, _)| *number);
+        let durable = self.durable.pages.range(touched).map(|(number, _)| *number);
+        let present: BTreeSet<u64> = cached.chain(durable).collect();
         for page in present {
-            if holes.contains(&page) {
+            if holes.contains(&page) || !self.cache.pages.contains_key(&page) {
                 self.cache.pages.remove(&page);
                 self.note_sectors(page * PAGE, PAGE);
             } else {

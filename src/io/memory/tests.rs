@@ -104,6 +104,24 @@ fn after_a_failed_sync_the_cache_lies_and_the_next_sync_does_not_help() {
 }
 
 #[test]
+fn a_hole_that_is_made_again_behind_a_failed_sync_is_on_the_disk_with_the_next() {
+    for seed in 0..50 {
+        let disk = MemoryDisk::new();
+        let file = new_file(&disk, "/f");
+        file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
+        file.sync().unwrap();
+        disk.sync_dir(Path::new("/")).unwrap();
+        disk.inject(Fault::FailedSync { operation: 0 });
+        file.punch_hole(2048, 6144).unwrap();
+        assert!(file.sync().is_err());
+        file.punch_hole(2048, 6144).unwrap();
+        file.sync().unwrap();
+        let held = bytes_of(&disk.crash(seed), "/f").unwrap();
+        assert_eq!(held[2048..], [0; 6144], "seed {seed}");
+    }
+}
+
+#[test]
 fn power_off_stops_a_program_at_each_operation() {
     let program = |disk: &MemoryDisk| -> io::Result<()> {
         let file = disk.open(Path::new("/f"), OpenMode::Create)?;
