@@ -112,7 +112,7 @@ fn the_size_of_a_log_is_what_is_used_of_its_limit_and_beside_it_what_it_takes_on
 #[test]
 fn a_split_brain_shows_what_each_side_has_and_what_yielding_keeps() {
     let dir = tempfile::tempdir().unwrap();
-    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
     let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
     pair(&a, &b);
     for node in [&a, &b] {
@@ -221,6 +221,10 @@ fn a_split_brain_shows_what_each_side_has_and_what_yielding_keeps() {
     assert!(shown.contains(&format!("tidelog image open g --branch {branch}")), "{shown}");
     assert!(shown.contains(&format!("tidelog branch remove g {branch}")), "{shown}");
     assert_eq!(b.status("g")["branches"], json!([]));
+    let before = a.status("g")["branches"].clone();
+    a.kill();
+    a.restart();
+    assert_eq!(a.status("g")["branches"], before, "they are known from the start on");
     a.run(&["image", "open", "g", "--branch", &branch, "--name", "kept"]);
     let mut bytes = [0; 8192];
     connect(&a, "g/v@kept").read(0, &mut bytes).unwrap();
