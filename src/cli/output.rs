@@ -10,10 +10,17 @@ use serde_json::Value;
 
 use tidelog::units::{LogTime, Position};
 
+/// Text as it is safe to show: what a host or a peer put into a name or a reason does not command
+/// the terminal.
+fn shown(text: &str) -> String {
+    let commands = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    text.chars().map(|c| if commands(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
 /// Prints text, ended by a line break.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.trim_end().as_bytes())?;
+    out.write_all(shown(text.trim_end()).as_bytes())?;
     out.write_all(b"\n")?;
     out.flush()?;
     Ok(())
@@ -35,7 +42,7 @@ pub fn print_json(value: &Value) -> Result<()> {
 /// Prints why a command failed.
 pub fn print_error(text: &str) {
     let line = text.lines().collect::<Vec<_>>().join(" ");
-    let _ = writeln!(std::io::stderr(), "tidelog: {line}");
+    let _ = writeln!(std::io::stderr(), "tidelog: {}", shown(&line));
 }
 
 /// Whether a person reads standard output.
@@ -167,6 +174,12 @@ pub fn position(position: &Position) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_wrote_does_not_command_the_terminal() {
+        let text = "volume \u{1b}[2Jx\r\u{9b}1m\tis\nÜ here";
+        assert_eq!(shown(text), "volume \u{fffd}[2Jx\u{fffd}\u{fffd}1m\tis\nÜ here");
+    }
 
     #[test]
     fn tables_are_aligned_and_durations_short() {

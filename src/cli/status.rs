@@ -56,9 +56,11 @@ pub async fn status(session: &Session, arguments: &StatusArguments) -> Result<()
             continue;
         }
         let status: Status = session.client.get(&path).await?;
-        // Home, and clear from there: no flicker as with clearing first.
-        let clear = if output::is_terminal() { "\x1b[H\x1b[J" } else { "" };
-        output::print(&format!("{clear}{}", show(&status)))?;
+        if output::is_terminal() {
+            // Home, and clear from there: no flicker as with clearing first.
+            output::print_bytes(b"\x1b[H\x1b[J")?;
+        }
+        output::print(&show(&status))?;
     }
 }
 
