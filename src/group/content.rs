@@ -129,10 +129,11 @@ impl Content {
                     Some(Control::Volume(record)) if !is_volume_size(record.size_bytes) => {
                         Err(format!("a volume has {} bytes", record.size_bytes))
                     }
-                    Some(Control::Rewind(record))
-                        if record.to > header.lsn || record.highest_volume > VOLUME_NUMBER_MAX =>
-                    {
-                        Err(format!("a rewind goes to {}", record.to))
+                    Some(Control::Rewind(record)) if record.to > header.lsn => {
+                        Err(format!("a rewind goes to lsn:{}, which is behind it", record.to))
+                    }
+                    Some(Control::Rewind(record)) if record.highest_volume > VOLUME_NUMBER_MAX => {
+                        Err(format!("a rewind knows a volume {}", record.highest_volume))
                     }
                     _ => Ok(()),
                 }

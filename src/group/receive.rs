@@ -118,7 +118,9 @@ impl Group {
                 .count();
             let mut last = (first + count).min(complete - 1);
             let (place, header) = &pending.records[last];
-            if let Some(record) = goes_back(header, payload_of(&pending.bytes, *place, header)) {
+            let payload = payload_of(&pending.bytes, *place, header);
+            if let Some(record) = goes_back(header, payload) {
+                core.content.check(header, payload).map_err(|what| wrong(header.lsn, what))?;
                 if core.is_ready_to_go_back(record.to) {
                     went_back.push((header.lsn, record));
                 } else if last == first {
@@ -259,9 +261,20 @@ impl Pending {
             if !pad && !header.body_is_whole(body_of(&self.bytes, place, &header)) {
                 return Err((lsn, "payload checksum differs".to_owned()));
             }
+            if header.kind == Kind::Control as u8 && !self.is_request(&header) {
+                return Err((lsn, "a control record is a part of a larger request".to_owned()));
+            }
             self.next = Some((place + record_bytes as usize, header.checksum));
             self.records.push((place, header));
         }
+    }
+
+    /// Whether the next record is a request of its own, as each control record is: what it changes
+    /// is what the records behind it are checked against, and these must not take it back.
+    fn is_request(&self, next: &Header) -> bool {
+        let pad = Kind::Pad as u8;
+        let before = self.records.iter().rev().find(|(_, header)| header.kind != pad);
+        next.is_last_of_request() && before.is_none_or(|(_, header)| header.is_last_of_request())
     }
 
     /// How many of the records make whole requests.

@@ -269,7 +269,9 @@ impl Group {
                 (core.horizon.clone(), core.content.rewinds.clone())
             };
             match replay(&self.segments, &horizon, &rewinds, lsn) {
-                Ok((content, end)) if end.lsn == lsn => return Ok(content),
+                Ok((content, end)) if end.lsn == lsn && content.remembered.end == lsn => {
+                    return Ok(content);
+                }
                 Ok(_) => return Err(self.refused(format!("lsn:{lsn} is not the end of a request"))),
                 // A fold has overtaken it.
                 Err(_) if self.lock().timeline.horizon().lsn > horizon.position.lsn => {}

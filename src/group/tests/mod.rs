@@ -6,6 +6,7 @@ mod branches;
 mod clock;
 mod failures;
 mod fold;
+mod hostile;
 mod images;
 mod model;
 mod moments;

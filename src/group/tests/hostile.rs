@@ -1,0 +1,263 @@
+//! Records of going back that no primary would write: from a peer that lies, and on a disk that was
+//! written by one. Checksums are right; nothing is lost, and nothing is made up.
+
+use super::moments::{all, group_with_volume};
+use super::pins::follow;
+use super::*;
+use crate::io::OpenMode;
+use crate::log::control::ControlKind;
+use crate::log::record::{Header, Kind, flags, payload_crcs};
+use crate::log::segment::segment_name;
+use crate::units::Chain;
+
+/// A record that continues a log, as a peer sends it.
+fn record(at: &Header, kind: Kind, flags: u16, body: &[u8]) -> (Header, Vec<u8>) {
+    let write = kind == Kind::Write;
+    let mut header = Header {
+        kind: kind as u8,
+        version: 1,
+        flags,
+        payload_bytes: body.len() as u32,
+        volume: VolumeNumber(u32::from(write)),
+        control_kind: if write { 0 } else { ControlKind::Rewind as u32 },
+        offset: 0,
+        length: if write { body.len() as u64 } else { 0 },
+        lsn: at.end(),
+        chain: at.checksum,
+        requests: at.requests + u64::from(flags & flags::LAST_OF_REQUEST != 0),
+        crcs: payload_crcs(0, body),
+        ..at.clone()
+    };
+    let mut bytes = Vec::new();
+    header.encode(&mut bytes);
+    bytes.extend_from_slice(body);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+    (header, bytes)
+}
+
+const CONTROL: u16 = flags::LAST_OF_REQUEST | flags::MUST_UNDERSTAND;
+
+/// The last record of a group's log.
+fn last(group: &Group) -> Header {
+    let positions = group.positions();
+    let mut bytes = vec![0; positions.head.0 as usize];
+    group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+    let mut at = 0;
+    loop {
+        let header = Header::decode(&bytes[at..]).unwrap();
+        if header.end() == positions.head {
+            return header;
+        }
+        at = header.end().0 as usize;
+    }
+}
+
+fn goes_to(to: u64, highest_volume: u32) -> Vec<u8> {
+    format!(r#"{{"to":{to},"time":"2026-11-26T05:00:00Z","highest_volume":{highest_volume}}}"#)
+        .into_bytes()
+}
+
+/// A primary that has folded a part; its positions: a request's end that is folded, one that is
+/// not, and behind that the end of a record inside of a request, and of a pad.
+fn primary(bench: &Bench) -> (Arc<Group>, VolumeNumber, [Lsn; 4]) {
+    let (group, volume) = group_with_volume(bench);
+    let folded = write(&group, volume, 0, &[1; 40_000]);
+    super::moments::fold(bench, &group);
+    set_policy(&group, 3600, 64 << 20);
+    let kept = write(&group, volume, 4096, &[2; 20_000]);
+    // Longer than a record may be in a segment of this size: a request of several.
+    let end = write(&group, volume, 0, &[3; 50_000]);
+    group.sync_now().unwrap();
+    let mut bytes = vec![0; end.bytes_since(kept) as usize];
+    group.read_log(kept, &mut bytes).unwrap();
+    let (mut inside, mut at) = ([None; 2], kept);
+    while at < end {
+        let header = Header::decode(&bytes[at.bytes_since(kept) as usize..]).unwrap();
+        at = header.end();
+        if !header.is_last_of_request() {
+            inside[usize::from(header.kind == Kind::Pad as u8)] = Some(at);
+        }
+    }
+    (group, volume, [folded, kept, inside[0].unwrap(), inside[1].unwrap()])
+}
+
+#[test]
+fn a_peers_rewind_that_cannot_be_is_refused_with_its_reason_and_the_copy_stays_what_it_was() {
+    let (a, b) = (Bench::new("a", 1), Bench::new("b", 2));
+    let (group, volume, [_, kept, inside, pad]) = primary(&a);
+    let copy = b.create_copy();
+    follow(&group, &copy);
+    set_policy(&group, 0, 64 << 20);
+    follow(&group, &copy);
+    let (at, head) = (last(&group), group.positions().head);
+    let one = |body: &[u8]| record(&at, Kind::Control, CONTROL, body).1;
+    let mut deep = vec![b'['; 6000];
+    deep.extend(vec![b']'; 6000]);
+    let mut other_chain = at.clone();
+    other_chain.checksum = Chain(at.checksum.0 ^ 1);
+    let block = [9; 4096];
+    let half = record(&at, Kind::Write, 0, &block);
+    let behind_half = record(&half.0, Kind::Control, CONTROL, &goes_to(kept.0, 1));
+    let whole = record(&at, Kind::Write, flags::LAST_OF_REQUEST, &block);
+    let behind_whole = record(&whole.0, Kind::Control, CONTROL, &goes_to(inside.0, 1));
+    let cases = [
+        ("beyond the head", one(&goes_to(head.0 + 4096, 1)), "which is behind it"),
+        ("at the end of all", one(&goes_to(Lsn::MAX.0, 1)), "which is behind it"),
+        ("beyond any log", one(&goes_to(u64::MAX, 1)), ""),
+        ("inside of a request", one(&goes_to(inside.0, 1)), "not the end of a request"),
+        ("behind a pad", one(&goes_to(pad.0, 1)), "not the end of a request"),
+        ("inside of a record", one(&goes_to(inside.0 + 8, 1)), "not the end of a request"),
+        ("nowhere", one(&goes_to(kept.0 + 3, 1)), "not the end of a request"),
+        ("more volumes than there can be", one(&goes_to(kept.0, u32::MAX)), "knows a volume"),
+        ("no JSON", one(b"{\"to\":12,"), "control record"),
+        ("no text", one(&[0xff; 300]), "control record"),
+        ("nothing", one(b""), "control record"),
+        ("another shape", one(b"{\"to\":[],\"time\":7}"), "kind 9"),
+        ("a negative place", one(b"{\"to\":-1,\"time\":0,\"highest_volume\":1}"), "kind 9"),
+        ("without end", one(&deep), "control record"),
+        (
+            "of another history",
+            record(&other_chain, Kind::Control, CONTROL, &goes_to(kept.0, 1)).1,
+            "does not continue this log",
+        ),
+        (
+            "that ends no request",
+            record(&at, Kind::Control, flags::MUST_UNDERSTAND, &goes_to(kept.0, 1)).1,
+            "a part of a larger request",
+        ),
+        (
+            "behind half of a request",
+            [half.1, behind_half.1].concat(),
+            "a part of a larger request",
+        ),
+    ];
+    let before = (all(&*copy, volume), copy.positions().head, copy.positions().request_end);
+    assert_eq!(before.1, head);
+    for (what, bytes, reason) in &cases {
+        // As it comes, and cut.
+        for cut in [bytes.len(), 97, 8] {
+            let mut refused = None;
+            for part in bytes.chunks(cut) {
+                match copy.append_received(copy.received_end(), part) {
+                    Ok(_) => {}
+                    Err(error) => {
+                        refused = Some(error.to_string());
+                        break;
+                    }
+                }
+            }
+            let refused = refused.unwrap_or_else(|| panic!("{what}: taken"));
+            assert!(refused.contains(reason) && !refused.contains('\n'), "{what}: {refused}");
+            let positions = copy.positions();
+            let now = (all(&*copy, volume), positions.head, positions.request_end);
+            assert!(now == before, "{what}: changed");
+            assert_eq!(copy.needs_image(), None, "{what}");
+            assert_eq!(copy.received_end(), head, "{what}: nothing of it waits");
+        }
+    }
+    assert_eq!(b.event_codes().iter().filter(|code| *code == "rewound").count(), 0);
+    // What is whole before it is kept.
+    let both = [whole.1, behind_whole.1].concat();
+    let refused = copy.append_received(head, &both).unwrap_err().to_string();
+    assert!(refused.contains("not the end of a request"), "{refused}");
+    assert_eq!(copy.positions().head, whole.0.end());
+    let expected = [&block[..], &before.0[4096..]].concat();
+    assert!(all(&*copy, volume) == expected);
+    // Also on its disk.
+    copy.sync_now().unwrap();
+    drop(copy);
+    let (copy, _) = b.after_crash(1).open();
+    assert_eq!(copy.positions().head, whole.0.end());
+    assert!(all(&*copy, volume) == expected);
+}
+
+#[test]
+fn a_peers_rewind_to_before_the_base_asks_for_an_image_and_the_true_log_is_followed_on() {
+    let (a, b) = (Bench::new("a", 3), Bench::new("b", 4));
+    let (group, volume, [folded, ..]) = primary(&a);
+    let copy = b.create_copy();
+    follow(&group, &copy);
+    set_policy(&group, 0, 64 << 20);
+    follow(&group, &copy);
+    super::moments::fold(&b, &copy);
+    let (at, before) = (last(&group), all(&*copy, volume));
+    for to in [0, folded.0, copy.positions().horizon.0 - 8] {
+        let lie = record(&at, Kind::Control, CONTROL, &goes_to(to, 1)).1;
+        let refused = copy.append_received(copy.received_end(), &lie).unwrap_err().to_string();
+        assert!(refused.contains("an image takes its place"), "{to}: {refused}");
+        assert!(copy.needs_image().is_some() && all(&*copy, volume) == before, "{to}");
+    }
+    write(&group, volume, 0, &[5; 4096]);
+    follow(&group, &copy);
+    assert!(all(&*copy, volume) == all(&*group, volume));
+    copy.promote("test").unwrap();
+    assert_eq!(copy.needs_image(), None, "an operator has decided");
+}
+
+/// The body of a record, by the places in a primary's log and its head.
+type Body = fn([Lsn; 4], Lsn) -> Vec<u8>;
+
+/// A disk says what no peer was believed: the group opens with all that was, and shows nothing that
+/// such a record would have made of it.
+#[test]
+fn a_rewind_on_disk_that_cannot_be_opens_with_all_that_was_before_it() {
+    let cases: [(&str, Body, bool); 8] = [
+        ("beyond the head", |_, head| goes_to(head.0 + 4096, 1), false),
+        ("beyond any log", |_, _| goes_to(u64::MAX, 1), false),
+        ("no JSON", |_, _| b"{\"to\":12,".to_vec(), false),
+        ("no text", |_, _| vec![0xff; 300], false),
+        // What it goes back to would have to be known: no image goes past it.
+        ("before the base", |[folded, ..], _| goes_to(folded.0 - 8, 1), true),
+        ("inside of a request", |[_, _, inside, _], _| goes_to(inside.0, 1), true),
+        ("behind a pad", |[.., pad], _| goes_to(pad.0, 1), true),
+        ("nowhere", |[_, kept, ..], _| goes_to(kept.0 + 3, 1), true),
+    ];
+    for (what, body, barrier) in cases {
+        for as_copy in [false, true] {
+            let what = format!("{what}, as a copy: {as_copy}");
+            let (a, b) = (Bench::new("a", 5), Bench::new("b", 6));
+            let (group, volume, places) = primary(&a);
+            let (bench, group) = if as_copy {
+                let copy = b.create_copy();
+                follow(&group, &copy);
+                (b, copy)
+            } else {
+                (a, group)
+            };
+            let (at, head) = (last(&group), group.positions().head);
+            let (was, [_, kept, ..]) = (all(&*group, volume), places);
+            let at_kept = |group: &Group| {
+                let open = group.open_image(&Point::Lsn(kept), None, "test", None).unwrap();
+                let shown = all(&*open, volume);
+                group.close_this_image(&open).unwrap();
+                shown
+            };
+            let was_kept = at_kept(&group);
+            group.close().unwrap();
+            drop(group);
+            let lie = record(&at, Kind::Control, CONTROL, &body(places, head));
+            let file = dir().join("log").join(segment_name(head.segment_number(SEGMENT)));
+            let file = bench.disk.open(&file, OpenMode::ReadWrite).unwrap();
+            let slices = [std::io::IoSlice::new(&lie.1)];
+            file.write_at(&slices, head.segment_offset(SEGMENT)).unwrap();
+            file.sync().unwrap();
+            let (group, recovery) = bench.open();
+            assert_eq!((recovery.cut, recovery.damaged.len()), (None, 0), "{what}");
+            assert!(group.positions().head >= head, "{what}: nothing is cut");
+            assert!(all(&*group, volume) == was && at_kept(&group) == was_kept, "{what}");
+            let now = group.open_image(&Point::Now, None, "test", None);
+            assert_eq!(now.is_err(), barrier, "{what}: {:?}", now.err());
+            let before = group.open_image(&Point::Lsn(head), None, "test", None).unwrap();
+            assert!(all(&*before, volume) == was, "{what}");
+            // No fold makes it of the base either.
+            bench.pass(5000);
+            group.note_committed(group.positions().head);
+            group.sync_now().unwrap();
+            let folded = group.fold_now();
+            if barrier {
+                assert!(group.positions().horizon <= head, "{what}: {folded:?}");
+            }
+            assert!(all(&*group, volume) == was && all(&*before, volume) == was, "{what}, folded");
+        }
+    }
+}
