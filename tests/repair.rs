@@ -59,7 +59,10 @@ impl Link {
 }
 
 /// More than an eighth of the log's limit: that much is folded at a time.
-const FOLDED_BYTES: u64 = 40 << 20;
+const FILLED_BYTES: u64 = 40 << 20;
+/// An eighth, but for the request that its end lies in. What is filled beyond it may stay in the
+/// log, where the fold began before all of it was older than the window.
+const FOLDED_BYTES: u64 = 31 << 20;
 const LARGE_BYTES: u64 = 48 << 20;
 
 /// A node with a group whose log is folded soon.
@@ -82,7 +85,7 @@ fn grouped(a: Appliance) -> Appliance {
 fn fill(a: &Appliance) {
     let mut large = client(a, "large");
     let mut bytes = vec![0; 1 << 20];
-    for part in 0..FOLDED_BYTES >> 20 {
+    for part in 0..FILLED_BYTES >> 20 {
         for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&((part << 32) + index as u64).to_le_bytes());
         }
@@ -91,7 +94,7 @@ fn fill(a: &Appliance) {
     large.flush().unwrap();
     wait_for("the log to be folded", || {
         let horizon = a.status("g")["log"]["horizon_lsn"].as_u64()?;
-        (horizon >= FOLDED_BYTES - (1 << 20)).then_some(())
+        (horizon >= FOLDED_BYTES).then_some(())
     });
     for (index, volume) in VOLUMES.iter().enumerate() {
         let mut client = client(a, volume);
@@ -173,7 +176,7 @@ fn what_rotted_is_named_with_its_place_and_speaks_against_a_backup() {
     let (whole, told) = scrub(&a);
     assert!(whole, "{told}");
     assert_eq!(told["scrub"]["state"], "done");
-    assert!(told["scrub"]["read_bytes"].as_u64().unwrap() >= FOLDED_BYTES, "{told}");
+    assert!(told["scrub"]["read_bytes"].as_u64().unwrap() >= FILLED_BYTES, "{told}");
 
     turn_in_log(&a);
     turn(&base_of_large(&a, "img"), (5 << 20) + 4096 + 7);
@@ -248,7 +251,7 @@ fn pair_by(dir: &Path, links: Option<[&Link; 2]>) -> (Appliance, Appliance) {
     fill(&a);
     wait_for("both to have the same, and to have folded", || {
         let logs = [&a, &b].map(|node| node.status("g")["log"].clone());
-        let folded = logs.iter().all(|log| log["horizon_lsn"].as_u64() > Some(FOLDED_BYTES / 2));
+        let folded = logs.iter().all(|log| log["horizon_lsn"].as_u64() >= Some(FOLDED_BYTES));
         let whole = logs.iter().all(|log| log["durable_lsn"] == logs[0]["head_lsn"]);
         (folded && whole).then_some(())
     });
@@ -333,16 +336,36 @@ fn a_read_that_meets_damage_fails_and_is_right_once_the_peer_has_been_asked() {
 #[test]
 fn a_primary_whose_log_is_damaged_in_the_middle_takes_it_from_its_copy() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut a, _b) = pair(dir.path());
+    let (mut a, b) = pair(dir.path());
+    // A record of the greatest length, and others behind it.
+    let long = vec![7; 1 << 20];
+    let mut host = client(&a, "large");
+    host.write(0, &long).unwrap();
+    host.write(LARGE_BYTES - 4096, &[8; 4096]).unwrap();
+    host.flush().unwrap();
+    host.disconnect().unwrap();
     let held = contents(&a, "");
-    let horizon = a.status("g")["log"]["horizon_lsn"].as_u64().unwrap() as usize;
+    wait_for("b to have it durably", || {
+        let logs = [&a, &b].map(|node| node.status("g")["log"].clone());
+        (logs[1]["durable_lsn"] == logs[0]["head_lsn"]).then_some(())
+    });
     a.stop();
-    // The header of a record that is not folded, and behind which others stand.
+    // Its header, and that of a short one before it.
     let log = files(&a, "log", "seg");
     let bytes = std::fs::read(&log[0]).unwrap();
-    let magic = |at: &usize| bytes[*at..].starts_with(b"TLR1");
-    let at = (horizon + 4096..bytes.len() - 8).step_by(8).find(magic).unwrap();
-    turn(&log[0], at as u64 + 50);
+    let bytes = &bytes[..];
+    let header_of = |payload_bytes: u32| {
+        let is_it = move |at: &usize| {
+            bytes[*at..].starts_with(b"TLR1")
+                && bytes[*at + 12..*at + 16] == payload_bytes.to_le_bytes()
+        };
+        (0..bytes.len() - 16).step_by(8).rev().filter(is_it).map(|at| at as u64)
+    };
+    let at = header_of(1 << 20).next().unwrap();
+    let short = header_of(4096).find(|short| *short < at).unwrap();
+    assert!(header_of(4096).next().unwrap() > at, "others stand behind it");
+    turn(&log[0], at + 50);
+    turn(&log[0], short + 50);
     a.restart();
     let status = a.status("g");
     assert_eq!(status["data_state"], "failed", "{status}");
@@ -354,6 +377,9 @@ fn a_primary_whose_log_is_damaged_in_the_middle_takes_it_from_its_copy() {
         (status["data_state"] == "consistent" && status.get("role_reason").is_none()).then_some(())
     });
     assert_eq!(contents(&a, ""), held);
+    let mut found = vec![0; 1 << 20];
+    client(&a, "large").read(0, &mut found).unwrap();
+    assert!(found == long);
 }
 
 fn verify(node: &Appliance) -> (bool, Value) {
@@ -370,7 +396,7 @@ fn equal_copies_are_told_so_by_hashes_and_no_data_moves() {
     let links = [Link::open(), Link::open()];
     let (a, b) = pair_by(dir.path(), Some([&links[0], &links[1]]));
     let taken = || links.iter().map(|link| link.bytes.load(Ordering::Relaxed)).sum::<u64>();
-    assert!(taken() > FOLDED_BYTES / 100, "the copy went over them: {} bytes", taken());
+    assert!(taken() > FILLED_BYTES / 100, "the copy went over them: {} bytes", taken());
     let compared = LARGE_BYTES + 2 * VOLUME_BLOCKS * BLOCK_BYTES as u64;
     for node in [&a, &b] {
         let before = taken();

@@ -114,21 +114,22 @@ impl Shared {
         for _ in 0..GAPS_MAX {
             let gap = group.gap(segment).map_err(|error| error.to_string())?;
             let Some(gap) = gap else { return Ok(()) };
-            let mut mended = Mended::Short;
+            let (mut mended, mut given) = (Mended::Short, false);
             for bytes in ASK_BYTES {
                 let ask = AskRecords { group: group.id(), at: gap.at, chain: gap.chain, bytes };
                 let records = bytes_of(&self.ask(peer, RECORDS, json!(ask))?)?;
-                if records.is_empty() {
-                    let at = gap.at;
-                    return Err(format!("has no whole record at {at} that continues this log"));
-                }
+                // Nothing, where the first one is longer than that.
+                given = !records.is_empty();
                 mended = group.mend_log(gap, &records).map_err(|error| error.to_string())?;
                 if mended != Mended::Short {
                     break;
                 }
             }
+            let at = gap.at;
+            if !given {
+                return Err(format!("has no whole record at {at} that continues this log"));
+            }
             if mended == Mended::Short {
-                let at = gap.at;
                 return Err(format!("its records at {at} do not lead to what is whole here"));
             }
         }
