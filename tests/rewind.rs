@@ -3,11 +3,13 @@
 
 use serde_json::Value;
 
-use crate::support::load::{VOLUME_BLOCKS, VOLUMES, client, contents, wait_until_level};
+use crate::support::load::{
+    Load, VOLUME_BLOCKS, VOLUMES, client, contents, hold, wait_until_level,
+};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
-fn pair(dir: &std::path::Path, limits_of_b: &str) -> (Appliance, Appliance) {
+fn pair(dir: &std::path::Path, limits_of_b: &str, mode: &str) -> (Appliance, Appliance) {
     let a = Appliance::start(&dir.join("a"), Setup::new("a"));
     let more = limits_of_b.to_owned();
     let b = Appliance::start(&dir.join("b"), Setup { more, ..Setup::new("b") });
@@ -17,7 +19,7 @@ fn pair(dir: &std::path::Path, limits_of_b: &str) -> (Appliance, Appliance) {
         let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
         a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
     }
-    a.run(&["replicate", "g", "--to", "b"]);
+    a.run(&["replicate", "g", "--to", "b", "--mode", mode]);
     (a, b)
 }
 
@@ -45,7 +47,7 @@ fn left_behind(rewound: &Value) -> String {
 #[test]
 fn images_before_inside_and_behind_a_rewind_are_the_same_on_both_nodes() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut a, mut b) = pair(dir.path(), "");
+    let (mut a, mut b) = pair(dir.path(), "", "async");
     write_stamps(&a, 1, 0..64);
     a.run(&["bookmark", "g", "before"]);
     let before = contents(&a, "");
@@ -106,10 +108,73 @@ fn images_before_inside_and_behind_a_rewind_are_the_same_on_both_nodes() {
     }
 }
 
+/// Thousands of these number stamps, as no request of a load's hosts is numbered.
+const STAMPS: u64 = 1000;
+
+#[test]
+fn hosts_whose_answers_wait_for_the_copy_go_on_behind_a_rewind_and_both_nodes_have_it_all() {
+    for mode in ["receive", "sync"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut a, b) = pair(dir.path(), "", mode);
+        wait_for("answers to wait for b", || {
+            let peer = a.status("g")["peers"][0].clone();
+            let streaming = peer["replication_state"] == "streaming";
+            (streaming && peer["degraded_reason"].is_null()).then_some(())
+        });
+        let mut points = Vec::new();
+        for (number, name) in [(1, "before"), (2, "inside"), (3, "last")] {
+            write_stamps(&a, number * STAMPS, number * 16..number * 32 + 32);
+            a.run(&["bookmark", "g", name]);
+            points.push((name.to_owned(), contents(&a, "")));
+        }
+        let before = points[0].1.clone();
+        let mut host = client(&a, VOLUMES[0]);
+        let rewound = a.json(&["rewind", "g", "--to", "before", "--force"]);
+        assert!(host.read(0, &mut [0; 512]).is_err(), "{mode}: it was cut off");
+        points.push((left_behind(&rewound), points[2].1.clone()));
+        let load = Load::start(a.nbd_socket());
+        load.wait_for_more(200);
+        let peer = a.status("g")["peers"][0].clone();
+        assert_eq!((&peer["mode"], &peer["degraded"]), (&mode.into(), &false.into()), "{peer}");
+        let check = |nodes: &[&Appliance], when: &str| {
+            for node in nodes {
+                for (point, expected) in &points {
+                    node.run(&["image", "open", "g", "--at", point, "--name", "look"]);
+                    let shown = contents(node, "@look");
+                    assert_eq!(&shown, expected, "{mode}, {when}: {point} on {}", node.node);
+                    node.run(&["image", "close", "g@look"]);
+                }
+                assert!(node.has_event("rewound"), "{mode}: {}", node.node);
+            }
+        };
+        check(&[&a, &b], "under load");
+        load.wait_for_more(200);
+        // The primary is gone in the middle of it: what it answered is on the copy, on top of what
+        // it went back to.
+        a.kill();
+        let history = load.stop();
+        b.run(&["promote", "g", "--force"]);
+        let held = contents(&b, "");
+        let of_hosts = held.iter().map(|(place, id)| {
+            let stamped = *id >= STAMPS * 1000;
+            assert!(!stamped || before[place] == *id, "{mode}: {place:?} holds {id}");
+            (*place, if stamped { 0 } else { *id })
+        });
+        hold(mode, history.faults(&of_hosts.collect(), Some(history.now())));
+        check(&[&b], "after the promote");
+        a.restart();
+        wait_until_level(&b, &a);
+        a.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
+        assert_eq!(contents(&a, "@end"), held, "{mode}: the other node");
+        check(&[&a], "back as the copy");
+        a.run(&["image", "close", "g@end"]);
+    }
+}
+
 #[test]
 fn a_copy_that_has_folded_past_the_moment_keeps_its_image_until_another_comes() {
     let dir = tempfile::tempdir().unwrap();
-    let (a, mut b) = pair(dir.path(), "[limits]\nwindow = \"1s\"\nlog_limit = \"256M\"");
+    let (a, mut b) = pair(dir.path(), "[limits]\nwindow = \"1s\"\nlog_limit = \"256M\"", "async");
     a.run(&["volume", "create", "g/large", "--size", "64M"]);
     write_stamps(&a, 1, 0..64);
     let before = contents(&a, "");
