@@ -12,9 +12,9 @@ use super::peer::ReplicationView;
 use super::reach::Known;
 use super::run::PeerPhase;
 use super::scheduler::{Inner, RunKey};
-use crate::group::{DataState, Group, Role};
+use crate::group::{ControlView, DataState, Group, Role};
 use crate::log::control::JobRecord;
-use crate::units::{EpochId, GroupId, LogTime, Name, Span};
+use crate::units::{EpochId, GroupId, LogTime, Name, NodeId, Span};
 
 /// How long a peer may take to say how it is.
 const PEER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -58,34 +58,43 @@ pub(super) struct Nodes {
     pub other: Option<Name>,
 }
 
+/// The nodes that hold a group beside `this` one.
+pub fn others(control: &ControlView, this: NodeId) -> Vec<Name> {
+    let members = control.members.iter().filter(|member| !member.removed && member.node != this);
+    members.map(|member| member.name.clone()).collect()
+}
+
+/// The node with which `this` one shares the slots of a group: a copy with its primary, a primary
+/// with a copy. `against` tells of a node whether it is not linked, and whether anything else
+/// speaks against it: of several copies one of which neither is true, else the first.
+pub fn counterpart(
+    control: &ControlView,
+    this: NodeId,
+    role: Role,
+    against: impl Fn(&Name) -> (bool, bool),
+) -> Option<Name> {
+    match (role, control.epochs.last()) {
+        (Role::Secondary, Some(epoch)) if epoch.author != this => Some(epoch.author_name.clone()),
+        // A primary; or demoted, and nobody was promoted yet.
+        _ => {
+            let mut names = others(control, this);
+            if names.len() > 1 {
+                names.sort_by_cached_key(against);
+            }
+            names.into_iter().next()
+        }
+    }
+}
+
 impl Inner {
     /// Who holds a group beside this node.
     pub(super) fn nodes(&self, group: &Group) -> Nodes {
         let role = group.role();
         let retired = group.data_state().0 == DataState::Retired;
-        let control = group.control();
-        let this = &self.context.node;
-        let member = || {
-            let members =
-                control.members.iter().filter(|member| !member.removed && member.node != this.id);
-            // Of several copies one that is linked and has nothing against it, else the first.
-            let mut names: Vec<Name> = members.map(|member| member.name.clone()).collect();
-            if names.len() > 1 {
-                names.sort_by_cached_key(|name| {
-                    let view = self.peers.view(group, Some(name));
-                    (view.link_lost.is_some(), !view.reasons.is_empty())
-                });
-            }
-            names.into_iter().next()
-        };
-        let other = match role {
-            Role::Primary => member(),
-            Role::Secondary => match control.epochs.last() {
-                Some(epoch) if epoch.author != this.id => Some(epoch.author_name.clone()),
-                // Demoted, and nobody was promoted yet.
-                _ => member(),
-            },
-        };
+        let other = counterpart(&group.control(), self.context.node.id, role, |name| {
+            let view = self.peers.view(group, Some(name));
+            (view.link_lost.is_some(), !view.reasons.is_empty())
+        });
         Nodes { role, replicated: other.is_some(), retired, other }
     }
 

@@ -50,6 +50,7 @@ pub use commands::{Listing, RestoreTarget, Verified};
 pub use decision::{Decision, Explanation, REASON_CODES, Verdict, decide, explain};
 pub use error::BackupError;
 pub use facts::{AssumeError, Facts, GivenUp, NodeFacts, Reason, ReplicationFacts};
+pub use gather::{counterpart, others};
 pub use job::{Comparison, Condition, JobError, JobSettings, Placement};
 pub use jobs::{JobChange, changed_job};
 pub use objects::{FileObjects, MemoryObjects, Objects};

@@ -2,7 +2,7 @@
 //! is `timekeeper`.
 //!
 //! Every node looks for itself, whatever its own runs ended as: once the time of a slot is over, at
-//! the repository, and where that is out of sight here, through the eyes of the peer. As long as
+//! the repository, and where that is out of sight here, through the eyes of its peers. As long as
 //! the answer is not that the backup is there it looks again, since a repository comes back into
 //! sight, and a late run may still bring what was missing.
 
@@ -27,7 +27,7 @@ pub enum Found {
 }
 
 impl Found {
-    /// From what this node sees in the repository, and where it sees nothing, what its peer does.
+    /// From what this node sees in the repository, and where it sees nothing, what its peers do.
     pub fn from(here: Result<bool, String>, there: impl FnOnce() -> Option<bool>) -> Found {
         let made = here.or_else(|error| there().ok_or(error));
         match made {

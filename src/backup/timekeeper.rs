@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::active::OpenedBy;
-use super::gather::{ObserveAnswer, ObserveCall};
+use super::gather::{ObserveAnswer, ObserveCall, others};
 use super::job::JobSettings;
 use super::overdue::{Found, LOOK_AGAIN, newest_over};
 use super::run::PeerPhase;
@@ -16,7 +16,7 @@ use super::slot::Schedule;
 use crate::events::Severity;
 use crate::group::Group;
 use crate::log::control::JobRecord;
-use crate::units::LogTime;
+use crate::units::{LogTime, Name};
 
 impl Inner {
     pub(super) fn keep_time(self: &Arc<Self>) {
@@ -110,16 +110,18 @@ impl Inner {
         }
     }
 
-    /// Whether the backup of a slot is there, as far as this node or its peer can see.
+    /// Whether the backup of a slot is there, as far as any node of the group can see.
     fn look_for_result(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) -> Found {
-        Found::from(self.result(job, slot), || {
-            let peer = self.nodes(group).other?;
+        let ask = |peer: Name| {
             let call = ObserveCall { group: group.id(), job: job.id, slot: Some(slot) };
             let call =
                 self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
             let answer = self.runtime.block_on(call).ok()?;
             let answer: ObserveAnswer = serde_json::from_value(answer).ok()?;
             answer.made.or((answer.phase == PeerPhase::Done).then_some(true))
+        };
+        Found::from(self.result(job, slot), || {
+            others(&group.control(), self.context.node.id).into_iter().find_map(ask)
         })
     }
 

@@ -26,11 +26,12 @@ pub struct Basis {
     /// A later backup makes up for it.
     made_up_for: bool,
     seen_here: bool,
+    /// By another node of the group that this one can ask.
     seen_there: bool,
 }
 
 impl World {
-    /// Whether a node can ask its peer of a group of two.
+    /// Whether a node can ask another.
     pub fn hears(&self, node: usize, peer: usize) -> bool {
         let linked = self.nodes[node].links[&peer].core.link_down().is_none();
         linked && self.nodes[peer].up && !self.weather(node, peer).partitioned
@@ -47,10 +48,11 @@ impl World {
         if !keeper.watches.entry(group).or_default().is_due(slot, now, LOOK_AGAIN) {
             return;
         }
-        let peer = self.other_member(group, node);
         let found = Found::from(self.sees_result(node, group, slot), || {
-            let answers = self.hears(node, peer);
-            answers.then(|| self.sees_result(peer, group, slot).ok()).flatten()
+            self.asked_by(node, group).into_iter().find_map(|peer| {
+                let answers = self.hears(node, peer);
+                answers.then(|| self.sees_result(peer, group, slot).ok()).flatten()
+            })
         });
         let keeper = &mut self.nodes[node].keeper;
         if !keeper.watches.entry(group).or_default().found(slot, &found) {
@@ -82,7 +84,7 @@ impl World {
             return;
         }
         let made = |slot: &LogTime| backups.done.contains_key(&(group, *slot));
-        let peer = self.other_member(group, node);
+        let seen = |peer: &usize| self.hears(node, *peer) && backups.is_in_sight(*peer);
         let basis = Basis {
             life: self.nodes[node].life,
             slot,
@@ -92,7 +94,7 @@ impl World {
                 .range((group, slot)..)
                 .any(|((of, later), _)| *of == group && *later > slot),
             seen_here: backups.is_in_sight(node),
-            seen_there: self.hears(node, peer) && backups.is_in_sight(peer),
+            seen_there: self.asked_by(node, group).iter().any(seen),
         };
         let now = self.nodes[node].monotonic();
         let keeper = &mut self.nodes[node].keeper;

@@ -1,4 +1,4 @@
-//! The backups of a group: a slot every minute, the pure scheduler and its run on each node,
+//! The backups of each group: a slot every minute, the pure scheduler and its run on each node,
 //! and a repository of small objects that a node may lose sight of.
 //!
 //! The slots, the decision, the way through a slot and the claims are the library's; what its
@@ -13,7 +13,7 @@ use std::time::Duration;
 use tidelog::backup::{
     Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Objects, Observation, Outcome,
     PeerPhase, Placement, Reason, ReplicationFacts, Schedule, SlotResult, SlotRun, SlotStore,
-    Watch,
+    Watch, counterpart, others,
 };
 use tidelog::group::{DataState, Image, Point, Role};
 use tidelog::replication::ReplicationState;
@@ -131,7 +131,7 @@ impl Backups {
 }
 
 impl World {
-    /// Each group of two gets a job that is due every minute.
+    /// Each group gets a job that is due every minute.
     pub fn begin_backups(&mut self) {
         let objects = Arc::new(MemoryObjects::new());
         let reach =
@@ -163,10 +163,32 @@ impl World {
         }
     }
 
-    /// The other node of a group of two.
-    pub fn other_member(&self, group: usize, node: usize) -> usize {
-        let members = &self.groups[group].members;
-        members[usize::from(members[0] == node)]
+    fn node_named(&self, name: &Name) -> usize {
+        self.nodes.iter().position(|node| node.name == *name).expect("a node of this world")
+    }
+
+    /// The nodes of a group that a node can ask of its slots.
+    pub fn asked_by(&self, node: usize, group: usize) -> Vec<usize> {
+        let Some(found) = self.nodes[node].group(group) else { return Vec::new() };
+        let names = others(&found.control(), self.nodes[node].id);
+        names.iter().map(|name| self.node_named(name)).collect()
+    }
+
+    /// With whom a node shares the slots of a group.
+    fn counterpart(&self, node: usize, group: usize) -> Option<usize> {
+        let found = self.nodes[node].group(group)?;
+        let against = |name: &Name| {
+            let core = &self.nodes[node].links[&self.node_named(name)].core;
+            (core.link_down().is_some(), !self.is_healthy(node, self.node_named(name), group))
+        };
+        let other = counterpart(&found.control(), self.nodes[node].id, found.role(), against);
+        other.map(|name| self.node_named(&name))
+    }
+
+    fn is_healthy(&self, node: usize, peer: usize, group: usize) -> bool {
+        let channel = self.nodes[node].links[&peer].core.channel(self.groups[group].id);
+        let state = channel.map(|channel| channel.state().0);
+        matches!(state, Some(ReplicationState::Streaming | ReplicationState::CatchingUp))
     }
 
     /// Whether the repository holds the result of a slot, as a node sees it.
@@ -201,11 +223,9 @@ impl World {
             return;
         }
         for group in self.nodes[node].copies.keys().copied().collect::<Vec<_>>() {
-            if self.groups[group].members.len() == 2 {
-                self.open_slots(node, group);
-                self.look_for_overdue(node, group);
-                self.check_alarms(node, group);
-            }
+            self.open_slots(node, group);
+            self.look_for_overdue(node, group);
+            self.check_alarms(node, group);
         }
         let open: Vec<_> = self.nodes[node].keeper.open.keys().copied().collect();
         for (group, slot) in open {
@@ -286,24 +306,24 @@ impl World {
     /// What a node sees of a slot, and what its peer says.
     fn facts(&self, node: usize, group: usize, slot: LogTime) -> (Facts, Option<PeerPhase>) {
         let name = |text: &str| text.parse::<Name>().expect("a name");
-        let peer = self.other_member(group, node);
-        let core = &self.nodes[node].links[&peer].core;
-        let now = self.nodes[node].monotonic();
-        let link_lost = core.link_down().map(|(since, _)| Span(now.saturating_sub(since)));
-        let answers = self.hears(node, peer);
-        let state = core.channel(self.groups[group].id).map(|channel| channel.state().0);
-        let healthy =
-            matches!(state, Some(ReplicationState::Streaming | ReplicationState::CatchingUp));
+        let found = self.nodes[node].group(group).expect("it runs");
+        let (role, here) = (found.role(), self.node_facts(node, group));
+        let peer = self.counterpart(node, group);
+        let (mut there, mut phase) = (here.clone(), None);
+        let (mut healthy, mut link_lost) = (true, None);
+        if let Some(peer) = peer {
+            let now = self.nodes[node].monotonic();
+            let lost = self.nodes[node].links[&peer].core.link_down();
+            link_lost = lost.map(|(since, _)| Span(now.saturating_sub(since)));
+            healthy = self.is_healthy(node, peer, group);
+            there = NodeFacts::unknown(self.nodes[peer].name.clone());
+            if self.hears(node, peer) {
+                there = self.node_facts(peer, group);
+                let open = self.nodes[peer].keeper.open.get(&(group, slot));
+                phase = Some(open.map_or(PeerPhase::Unknown, |open| open.phase.clone()));
+            }
+        }
         let lag = if healthy { Some(Span::from_secs(1)) } else { link_lost };
-        let (here, phase) = (self.node_facts(node, group), {
-            let open = self.nodes[peer].keeper.open.get(&(group, slot));
-            answers.then(|| open.map_or(PeerPhase::Unknown, |open| open.phase.clone()))
-        });
-        let there = match answers {
-            true => self.node_facts(peer, group),
-            false => NodeFacts::unknown(self.nodes[peer].name.clone()),
-        };
-        let role = self.nodes[node].group(group).map_or(Role::Secondary, |found| found.role());
         let (primary, secondary) = match role {
             Role::Primary => (here, there),
             Role::Secondary => (there, here),
@@ -313,8 +333,8 @@ impl World {
             job: name("minutely"),
             slot: Some(slot),
             role,
-            replicated: true,
-            retired: false,
+            replicated: peer.is_some(),
+            retired: found.data_state().0 == DataState::Retired,
             replication: ReplicationFacts {
                 healthy,
                 reasons: Vec::new(),
@@ -337,7 +357,8 @@ impl World {
 
     fn go_on_deciding(&mut self, node: usize, group: usize, slot: LogTime, open: &mut Open) {
         let Some(found) = self.nodes[node].group(group).cloned() else { return };
-        if found.awaits_answer() {
+        // The job is in the log, with the members.
+        if found.awaits_answer() || found.control().members.is_empty() {
             return;
         }
         let (facts, peer) = self.facts(node, group, slot);
@@ -356,6 +377,8 @@ impl World {
                 self.coverage.add(what, 1);
                 if outcome == Outcome::Delegated {
                     self.nodes[node].keeper.made(group, slot);
+                    let three = self.groups[group].members.len() > 2;
+                    self.coverage.add("backups delegated to one of two", u64::from(three));
                 }
                 let why = format!("{outcome:?}");
                 open.phase = PeerPhase::Ended { outcome, why };
@@ -470,6 +493,8 @@ impl World {
                 *count += 1;
                 assert_eq!(*count, 1, "group {group}: two backups of slot {slot}");
                 self.coverage.add("backups done", 1);
+                let three = self.groups[group].members.len() > 2;
+                self.coverage.add("backups done of groups of three", u64::from(three));
                 self.coverage.add("backups taken over", u64::from(making.number > 1));
                 self.say(format_args!("{} has made {slot}", self.nodes[node].name));
                 open.phase = PeerPhase::Done;
@@ -504,7 +529,6 @@ impl World {
         };
         let wanted: Vec<(usize, LogTime)> = calm
             .iter()
-            .filter(|group| self.groups[**group].members.len() == 2)
             .filter_map(|group| Some((*group, next(self, *group)?)))
             // With clocks that were set back it may lie before the job was made.
             .filter(|(_, slot)| *slot > backups.since)
@@ -516,12 +540,14 @@ impl World {
                 // Clocks that were set leave slots that one node has dealt with and another not.
                 let walls = self.groups[*group].members.iter().map(|node| self.nodes[*node].wall());
                 let walls: Vec<LogTime> = walls.collect();
-                self.groups[*group].members.iter().all(open) && walls[0] == walls[1]
+                self.groups[*group].members.iter().all(open)
+                    && walls.iter().all(|wall| *wall == walls[0])
             })
             .collect();
         // The slot comes within a minute, and each node has its chance.
         self.run(Duration::from_secs(60 + 20 + 2 * 15 + 20));
         for (group, slot) in wanted {
+            let three = self.groups[group].members.len() > 2;
             let backups = self.backups.as_ref().expect("backups are made");
             let made = backups.done.get(&(group, slot)).copied().unwrap_or_default();
             let objects = backups.objects.clone();
@@ -529,6 +555,7 @@ impl World {
             let result = store.result().expect("within reach");
             assert_eq!(made, 1, "group {group}: slot {slot} has no backup; result: {result:?}");
             self.coverage.add("slots proved", 1);
+            self.coverage.add("slots proved of groups of three", u64::from(three));
         }
     }
 }
