@@ -590,7 +590,12 @@ fn every_proof_applies_to_the_sources_and_names_a_test() {
             offences.push(format!("{path}: {}", String::from_utf8_lossy(&check.stderr).trim()));
         }
         let test = text.lines().find_map(|line| line.strip_prefix("Test: ")).unwrap_or_default();
-        if test.is_empty() || !tests.contains(&format!("fn {test}(")) {
+        let known = if text.contains("\nSuite: clients\n") {
+            root().join(format!("tests/clients/{test}.sh")).exists()
+        } else {
+            tests.contains(&format!("fn {test}("))
+        };
+        if test.is_empty() || !known {
             offences.push(format!("{path}: no test is called `{test}`"));
         }
     }
