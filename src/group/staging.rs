@@ -153,6 +153,9 @@ pub(super) struct Staging {
     unsynced: BTreeSet<VolumeNumber>,
     unsynced_bytes: u64,
     cursor: Place,
+    /// A part could not be staged: what comes behind it, and its end, are refused until the image
+    /// goes on from what is here.
+    gap: bool,
 }
 
 fn wrong(what: impl Into<String>) -> io::Error {
@@ -190,6 +193,7 @@ impl Staging {
             unsynced: BTreeSet::new(),
             unsynced_bytes: 0,
             cursor: Place::default(),
+            gap: false,
         }
     }
 
@@ -277,6 +281,7 @@ impl Staging {
         self.incoming.clear();
         self.control = None;
         self.cursor = Place::default();
+        self.gap = false;
         self.store_state()
     }
 
@@ -286,6 +291,23 @@ impl Staging {
     ///
     /// What is wrong with the part (`InvalidData`), or what the disk says.
     pub(super) fn put(&mut self, part: ImagePart) -> io::Result<()> {
+        if self.gap {
+            return Err(wrong("a part before this one could not be staged"));
+        }
+        let put = self.put_part(part);
+        // A part that is refused changes nothing, and may come again as it should be.
+        if put.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::InvalidData) {
+            // Nor is all that the memory takes for staged on the disk: only what a start finds.
+            let group_dir = self.dir.parent().unwrap_or(&self.dir);
+            if let Ok(found) = Staging::open(self.disk.clone(), group_dir) {
+                *self = found;
+            }
+            self.gap = true;
+        }
+        put
+    }
+
+    fn put_part(&mut self, part: ImagePart) -> io::Result<()> {
         match part {
             ImagePart::Control { offset, total, bytes } => self.put_control(offset, total, &bytes),
             ImagePart::Data { at, crcs, data } => self.put_data(at, &crcs, &data),

@@ -462,6 +462,51 @@ fn a_copy_in_the_middle_of_an_image_is_promoted_as_it_was() {
 }
 
 #[test]
+fn a_part_that_could_not_be_staged_leaves_no_gap_whatever_comes_behind_it() {
+    let seed = 0;
+    let mut failed = 0;
+    for later in (0..200).step_by(4) {
+        let pair = Pair::new(seed);
+        let dice = Dice(SeededEntropy::new(seed));
+        pair.primary.create_volume(name("v"), VOLUME).unwrap();
+        for number in 0..40 {
+            act(&dice, &pair.primary, &pair.here, number);
+        }
+        assert!(pair.follow());
+        for number in 40..120 {
+            act(&dice, &pair.primary, &pair.here, number);
+        }
+        pair.fold();
+        let head = pair.copy.positions().head;
+        let shipment = pair.primary.ship(&b(), Some(head), head, None).unwrap();
+        pair.copy.begin_image(&shipment.offer()).unwrap();
+        let at = pair.there.disk.operations() + later;
+        pair.there.disk.inject(Fault::Error { operation: at });
+        // What was on its way comes all the same.
+        let (mut errors, mut last) = (0, Ok(()));
+        while let Some(part) = shipment.next().unwrap() {
+            last = pair.copy.stage(part).map(|_| ());
+            errors += usize::from(last.is_err());
+        }
+        if errors == 0 {
+            break;
+        }
+        failed += 1;
+        assert!(last.is_err(), "seed {seed}, {later}: the end is taken behind a gap");
+        pair.there.disk.clear_faults();
+        // Only what failed behind the end of the image was not needed.
+        let whole = pair.copy.switch_to_image().is_ok();
+        assert!(!whole || errors == 1, "seed {seed}, {later}");
+        pair.primary.end_shipment(&b());
+        if !whole {
+            pair.resync();
+        }
+        pair.check(&format!("seed {seed}, {later}"));
+    }
+    assert!(failed > 3, "seed {seed}: {failed} parts failed");
+}
+
+#[test]
 fn what_is_staged_survives_the_power() {
     let mut pair = Pair::new(5);
     let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
