@@ -76,6 +76,7 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("src/io/memory.rs", "the fault model of the disk, part by part"),
     ("src/control/route.rs", "the table of routes"),
     ("src/replication/cluster.rs", "the simulated world of the core's tests, whole"),
+    ("src/group/tests/resync.rs", "one pair of nodes, and every way an image can end"),
     ("src/replication/core.rs", "the state machine's inputs, one by one"),
     ("src/replication/wire.rs", "the whole wire in one file"),
     ("tests/replication.rs", "two nodes over real sockets, subject by subject"),
