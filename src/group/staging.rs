@@ -285,6 +285,11 @@ impl Staging {
         self.store_state()
     }
 
+    /// Refuses what comes until the image goes on from what is here.
+    pub(super) fn behind_a_gap(self) -> Staging {
+        Staging { gap: true, ..self }
+    }
+
     /// Takes the next part. After `End` all of it is durable, and may be switched to.
     ///
     /// # Errors
@@ -294,20 +299,6 @@ impl Staging {
         if self.gap {
             return Err(wrong("a part before this one could not be staged"));
         }
-        let put = self.put_part(part);
-        // A part that is refused changes nothing, and may come again as it should be.
-        if put.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::InvalidData) {
-            // Nor is all that the memory takes for staged on the disk: only what a start finds.
-            let group_dir = self.dir.parent().unwrap_or(&self.dir);
-            if let Ok(found) = Staging::open(self.disk.clone(), group_dir) {
-                *self = found;
-            }
-            self.gap = true;
-        }
-        put
-    }
-
-    fn put_part(&mut self, part: ImagePart) -> io::Result<()> {
         match part {
             ImagePart::Control { offset, total, bytes } => self.put_control(offset, total, &bytes),
             ImagePart::Data { at, crcs, data } => self.put_data(at, &crcs, &data),

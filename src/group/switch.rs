@@ -131,7 +131,17 @@ impl Group {
                 return Err(self.refused("has gone on from where the image began"));
             }
         }
-        known.put(part).map_err(|cause| self.io("stage an image", &cause))?;
+        if let Err(cause) = known.put(part) {
+            // A part that is refused changes nothing, and may come again as it should be. After an
+            // error of the disk not all that the memory takes for staged is there: what a start
+            // would find is, and without that the image begins anew.
+            if cause.kind() != std::io::ErrorKind::InvalidData {
+                let found = Staging::open(self.context.env.disk.clone(), &self.dir);
+                *staging = found.ok().map(Staging::behind_a_gap);
+                self.note_receiving(staging.as_ref());
+            }
+            return Err(self.io("stage an image", &cause));
+        }
         let progress = known.state.progress;
         self.note_receiving(staging.as_ref());
         Ok(progress)
