@@ -9,8 +9,7 @@ use serde_json::Value;
 use tidelog::nbd::{Client, ClientError, Errno, NbdAddress};
 
 use crate::support::faulty::{Call, Faults, SmallDisk};
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, client, contents, hold};
-use crate::support::oracle::BLOCK_BYTES;
+use crate::support::load::{Load, client, contents, create_volumes, hold};
 use crate::support::{Appliance, Setup, pause, wait_for};
 
 /// Bytes of the volume that makes a log long.
@@ -23,10 +22,7 @@ const STALL: Duration = Duration::from_secs(2);
 fn make_group(a: &Appliance) {
     a.run(&["group", "create", "g"]);
     a.run(&["group", "set", "g", "log_limit=256M"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(a);
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
 }
 

@@ -1,6 +1,6 @@
 //! A failover and the return of the old primary, with real processes under load.
 
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
+use crate::support::load::{Load, contents, create_volumes, hold};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -33,10 +33,7 @@ fn kill_9_of_the_primary_promote_and_its_return_end_in_order_both_ways() {
     let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["replicate", "g", "--to", "b"]);
     wait_for("b to stream", || {
         (a.status("g")["peers"][0]["replication_state"] == "streaming").then_some(())
@@ -118,10 +115,7 @@ fn a_switchover_under_load_loses_nothing_and_is_refused_where_it_would() {
     let b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     let refused = |node: &Appliance, why: &str| {
         let refused = node.command(&["switchover", "g"]);
         let error = String::from_utf8_lossy(&refused.stderr).into_owned();

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::load::{VOLUME_BLOCKS, VOLUMES, client, contents, wait_until_level};
+use crate::support::load::{client, contents, create_volumes, wait_until_level};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -13,10 +13,7 @@ fn pair(dir: &Path) -> (Appliance, Appliance) {
     let b = Appliance::start(&dir.join("b"), Setup::new("b"));
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["replicate", "g", "--to", "b"]);
     write(&a, 1_000_000);
     wait_until_level(&a, &b);

@@ -2,8 +2,7 @@
 //! `scripts/soak`): no answered write is lost, every image
 //! on the secondary is a prefix, and both nodes go on by themselves.
 
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
-use crate::support::oracle::BLOCK_BYTES;
+use crate::support::load::{Load, contents, create_volumes, hold};
 use crate::support::{Appliance, Setup, wait_for};
 
 const KILLS: usize = 20;
@@ -59,10 +58,7 @@ fn answered_writes_survive_kill_9_of_either_node_twenty_times() {
     a.run(&["group", "create", "g"]);
     // Short enough that the log is folded meanwhile, far longer than a node is away.
     a.run(&["group", "set", "g", "window=20s"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["replicate", "g", "--to", "b"]);
     wait_until_streaming(&a);
 

@@ -3,7 +3,7 @@
 
 use std::sync::mpsc::{self, Receiver};
 
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
+use crate::support::load::{Load, contents, create_volumes, hold};
 use crate::support::oracle::BLOCK_BYTES;
 use crate::support::{Appliance, Setup, wait_for};
 use nix::sys::signal::Signal;
@@ -14,10 +14,7 @@ fn pair(dir: &std::path::Path, mode: &[&str]) -> (Appliance, Appliance) {
     let b = Appliance::start(&dir.join("b"), Setup::new("b"));
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&[&["replicate", "g", "--to", "b"], mode].concat());
     wait_until_required(&a);
     (a, b)

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, client, contents, hold};
+use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, client, contents, create_volumes, hold};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -73,10 +73,7 @@ fn node(dir: &Path) -> Appliance {
 fn grouped(a: Appliance) -> Appliance {
     a.run(&["group", "create", "g"]);
     a.run(&["group", "set", "g", "window=1s", "log_limit=256M"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
     a
 }

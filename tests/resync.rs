@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use crate::support::load::{VOLUME_BLOCKS, VOLUMES, client, contents, wait_until_level};
+use crate::support::load::{VOLUMES, client, contents, create_volumes, wait_until_level};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
 
@@ -18,10 +18,7 @@ fn pair(dir: &std::path::Path) -> (Appliance, Appliance) {
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
     a.run(&["group", "set", "g", "window=1s", "log_limit=256M"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
     (a, b)
 }

@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use crate::support::load::{
-    Load, VOLUME_BLOCKS, VOLUMES, client, contents, hold, wait_until_level,
+    Load, VOLUMES, client, contents, create_volumes, hold, wait_until_level,
 };
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
@@ -15,10 +15,7 @@ fn pair(dir: &std::path::Path, limits_of_b: &str, mode: &str) -> (Appliance, App
     let b = Appliance::start(&dir.join("b"), Setup { more, ..Setup::new("b") });
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["replicate", "g", "--to", "b", "--mode", mode]);
     (a, b)
 }

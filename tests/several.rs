@@ -3,8 +3,7 @@
 
 use serde_json::Value;
 
-use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, contents, hold};
-use crate::support::oracle::BLOCK_BYTES;
+use crate::support::load::{Load, contents, create_volumes, hold};
 use crate::support::{Appliance, Setup, wait_for};
 
 fn peer_of(node: &Appliance, peer: &str) -> Value {
@@ -42,10 +41,7 @@ fn a_group_with_two_copies_survives_its_primary_and_takes_it_back() {
     a.pair_with(&c);
     b.pair_with(&c);
     a.run(&["group", "create", "g"]);
-    for volume in VOLUMES {
-        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
-        a.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
-    }
+    create_volumes(&a);
     a.run(&["replicate", "g", "--to", "b"]);
     a.run(&["replicate", "g", "--to", "c"]);
     wait_until_all_follow(&a, [&b, &c]);

@@ -113,6 +113,14 @@ fn write(writer: u64, address: &NbdAddress, history: &Mutex<History>, stop: &Ato
     }
 }
 
+/// Makes the volumes that are written to.
+pub fn create_volumes(node: &Appliance) {
+    for volume in VOLUMES {
+        let size = (VOLUME_BLOCKS * BLOCK_BYTES as u64).to_string();
+        node.run(&["volume", "create", &format!("g/{volume}"), "--size", &size]);
+    }
+}
+
 /// A client of a volume of the group, or of an image of one (`VOLUME@IMAGE`).
 pub fn client(node: &Appliance, volume: &str) -> Client {
     Client::connect(&NbdAddress::Unix(node.nbd_socket()), &format!("g/{volume}")).unwrap()
