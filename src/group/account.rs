@@ -113,17 +113,11 @@ impl Group {
     }
 
     fn unreadable(&self, at: Lsn, end: &ScanEnd) -> GroupError {
-        let group = self.name().clone();
         match end {
             // It was folded, or cut, meanwhile.
-            ScanEnd::NoSegment(_) => GroupError::NotCovered {
-                group,
-                point: format!("lsn:{at}"),
-                from: self.log_start(),
-                to: self.positions().head,
-            },
+            ScanEnd::NoSegment(_) => self.not_in_log(at, self.positions().head),
             ScanEnd::Io(cause) => self.io(format!("read the log at LSN {at}"), cause),
-            other => GroupError::Damaged { group, what: format!("log at LSN {at}: {other}") },
+            other => self.damaged(format!("log at LSN {at}: {other}")),
         }
     }
 }

@@ -112,6 +112,16 @@ impl Group {
         self.refused(format!("lsn:{lsn} is not kept on this node: {reason}"))
     }
 
+    /// A position that the log, whose head is `to`, does not reach.
+    pub(super) fn not_in_log(&self, at: Lsn, to: Lsn) -> GroupError {
+        GroupError::NotCovered {
+            group: self.name().clone(),
+            point: format!("lsn:{at}"),
+            from: self.log_start(),
+            to,
+        }
+    }
+
     pub(super) fn not_covered(&self, core: &Core, point: &str) -> GroupError {
         GroupError::NotCovered {
             group: self.name().clone(),

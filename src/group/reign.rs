@@ -170,12 +170,7 @@ impl Group {
     /// Where the range is not below the head, or was folded.
     pub fn read_log(&self, from: Lsn, buffer: &mut [u8]) -> Result<(), GroupError> {
         let (head, end) = (self.lock().writer.head(), from.0.checked_add(buffer.len() as u64));
-        let not_covered = || GroupError::NotCovered {
-            group: self.name().clone(),
-            point: format!("lsn:{from}"),
-            from: self.log_start(),
-            to: head,
-        };
+        let not_covered = || self.not_in_log(from, head);
         if end.is_none_or(|end| end > head.0) || from < self.log_start() {
             return Err(not_covered());
         }

@@ -81,16 +81,10 @@ impl Group {
         if from >= to {
             return Ok(0);
         }
-        let not_covered = |at: Lsn| GroupError::NotCovered {
-            group: self.name().clone(),
-            point: format!("lsn:{at}"),
-            from: self.log_start(),
-            to: head,
-        };
         let Some(chain) = self.chain_at(from) else {
             // Folded since the caller asked where the log starts: nothing is wrong with it.
             if from < self.log_start() {
-                return Err(not_covered(from));
+                return Err(self.not_in_log(from, head));
             }
             let segment = from.segment_number(self.segment_bytes());
             let what = format!("log at {from}, segment {segment}: no record starts here");
@@ -98,7 +92,7 @@ impl Group {
         };
         match self.follow_whole(from, chain, to) {
             Ok((end, _)) => Ok(end.bytes_since(from)),
-            Err((at, ScanEnd::NoSegment(_))) => Err(not_covered(at)),
+            Err((at, ScanEnd::NoSegment(_))) => Err(self.not_in_log(at, head)),
             Err((at, cause)) => Err(self.damaged(self.describe(at, &cause))),
         }
     }
