@@ -231,8 +231,7 @@ fn body_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {
 }
 
 fn payload_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {
-    let start = place + header.header_bytes() as usize;
-    &bytes[start..start + header.payload_bytes as usize]
+    &body_of(bytes, place, header)[..header.payload_bytes as usize]
 }
 
 impl Pending {

@@ -300,9 +300,8 @@ impl Channel {
             // The age that was told was that of what is gone.
             self.told = None;
         }
-        let ends = self.follower.as_ref().is_some_and(|it| it.appended > self.local.history.head);
         if cut
-            && ends
+            && self.follower.as_ref().is_some_and(|it| it.appended > self.local.history.head)
             && let Some(follower) = self.end_following()
         {
             let reason = "the log was cut back meanwhile";

@@ -707,10 +707,14 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// The wait after `count` failures in a row, from 1 on.
+pub(super) fn doubling(first: Duration, longest: Duration, count: u32) -> Duration {
+    first.saturating_mul(1 << count.saturating_sub(1).min(10)).min(longest)
+}
+
 /// Half to all of a wait that doubles, by a hash of who waits and how often.
 fn back_off(seed: &[u8], attempts: u32) -> Duration {
-    let doubled = DIAL_FIRST.saturating_mul(1 << (attempts.saturating_sub(1)).min(10));
-    let longest = doubled.min(DIAL_LONGEST);
+    let longest = doubling(DIAL_FIRST, DIAL_LONGEST, attempts);
     let hash = xxh3_64(&[seed, &attempts.to_le_bytes()].concat());
     longest.mul_f64(0.5 + 0.5 * (hash % 1024) as f64 / 1024.0)
 }

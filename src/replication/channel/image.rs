@@ -8,6 +8,7 @@
 
 use super::*;
 use crate::group::{ImageOffer, ImageProgress, Reached, Staged};
+use crate::replication::core::doubling;
 use crate::replication::wire::{PAYLOAD_BYTES_MAX, WirePosition, WireReached, WireStaged};
 use crate::units::{EpochId, LogTime, Position, VolumeNumber};
 
@@ -94,7 +95,7 @@ impl Channel {
             self.sent.in_a_row += 1;
             let more = self.sent.in_a_row.saturating_sub(IMAGES_IN_A_ROW);
             if more > 0 {
-                let wait = WAIT_FIRST.saturating_mul(1 << (more - 1).min(10)).min(WAIT_LONGEST);
+                let wait = doubling(WAIT_FIRST, WAIT_LONGEST, more);
                 self.sent.not_before = Some(context.now + wait);
                 let text = format!(
                     "group {name}: {} cannot keep up: the log passed it again after each of {} \

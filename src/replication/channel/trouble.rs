@@ -3,6 +3,7 @@
 //! there are several that may be followed.
 
 use super::*;
+use crate::replication::core::doubling;
 
 /// First wait before the secondary asks again.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -29,7 +30,7 @@ pub(super) struct Refused {
 
 /// The wait after `count` failures in a row.
 fn wait_after(count: u32) -> Duration {
-    RETRY_FIRST.saturating_mul(1 << count.saturating_sub(1).min(10)).min(RETRY_LONGEST)
+    doubling(RETRY_FIRST, RETRY_LONGEST, count)
 }
 
 impl Channel {
