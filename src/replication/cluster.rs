@@ -715,6 +715,14 @@ impl World {
         }
     }
 
+    /// The secondary has what its primary wrote, and something that it lacks.
+    fn get_ahead(&mut self) {
+        self.write(0);
+        self.nodes[1].log = self.nodes[0].log.clone();
+        let now = self.now;
+        self.nodes[1].log.append(now, None);
+    }
+
     /// An operator has a side yield.
     fn resolve(&mut self, side: usize) {
         let parted = self.nodes[side].core.channel(GROUP).unwrap().parted();

@@ -87,14 +87,20 @@ fn a_name_that_was_not_synced_may_be_lost_or_come_back() {
     }
 }
 
-#[test]
-fn after_a_failed_sync_the_cache_lies_and_the_next_sync_does_not_help() {
+/// A file `/f` of so many durable ones, of which the next sync fails.
+fn failing_next_sync(bytes: usize) -> (MemoryDisk, Arc<dyn DiskFile>) {
     let disk = MemoryDisk::new();
     let file = new_file(&disk, "/f");
-    file.write_at(&[IoSlice::new(&[1; 4096])], 0).unwrap();
+    file.write_at(&[IoSlice::new(&vec![1; bytes])], 0).unwrap();
     file.sync().unwrap();
     disk.sync_dir(Path::new("/")).unwrap();
     disk.inject(Fault::FailedSync { operation: 0 });
+    (disk, file)
+}
+
+#[test]
+fn after_a_failed_sync_the_cache_lies_and_the_next_sync_does_not_help() {
+    let (disk, file) = failing_next_sync(4096);
     file.write_at(&[IoSlice::new(&[2; 4096])], 0).unwrap();
     assert!(file.sync().is_err());
     assert_eq!(bytes_of(&disk, "/f").unwrap(), vec![2; 4096], "the cache shows it");
@@ -106,12 +112,7 @@ fn after_a_failed_sync_the_cache_lies_and_the_next_sync_does_not_help() {
 #[test]
 fn a_hole_that_is_made_again_behind_a_failed_sync_is_on_the_disk_with_the_next() {
     for seed in 0..50 {
-        let disk = MemoryDisk::new();
-        let file = new_file(&disk, "/f");
-        file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
-        file.sync().unwrap();
-        disk.sync_dir(Path::new("/")).unwrap();
-        disk.inject(Fault::FailedSync { operation: 0 });
+        let (disk, file) = failing_next_sync(8192);
         file.punch_hole(2048, 6144).unwrap();
         assert!(file.sync().is_err());
         file.punch_hole(2048, 6144).unwrap();

@@ -120,10 +120,7 @@ fn a_secondary_that_is_ahead_or_of_another_history_is_left_alone() {
             world.nodes[1].log.append(now, Some((EpochId(99), node_id(1), 0)));
             world.nodes[1].log.append(now, None);
         } else {
-            world.write(0);
-            world.nodes[1].log = world.nodes[0].log.clone();
-            let now = world.now;
-            world.nodes[1].log.append(now, None);
+            world.get_ahead();
         }
         let local = world.nodes[1].local();
         world.feed(1, Input::Group(Box::new(local)));

@@ -387,10 +387,7 @@ fn a_copy_that_was_cut_for_another_peer_takes_its_primarys_log_anew() {
 #[test]
 fn who_was_refused_asks_again_once_no_other_peer_is_followed_but_not_without_end() {
     let mut world = World::new(9);
-    world.write(0);
-    world.nodes[1].log = world.nodes[0].log.clone();
-    let now = world.now;
-    world.nodes[1].log.append(now, None);
+    world.get_ahead();
     let local = world.nodes[1].local();
     world.feed(1, Input::Group(Box::new(local)));
     world.run(seconds(10));
