@@ -172,9 +172,11 @@ impl Group {
                 let settled = before[index].as_ref() == Some(&pieces);
                 match trouble {
                     // Maps forget before segments leave: the same place twice is nobody's any more.
+                    // It is in a branch where a cut failed half-way.
                     Trouble::Moved if settled && gate.is_some() => {
+                        let gone = || self.damaged("log: its segment is gone".to_owned());
                         reads[index].result =
-                            Err(self.damaged("log: its segment is gone".to_owned()));
+                            Err(self.failed_error(&self.lock()).err().unwrap_or_else(gone));
                     }
                     Trouble::Moved => open.push(index),
                     Trouble::Checksum(lsn) if settled => {

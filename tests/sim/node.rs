@@ -399,7 +399,7 @@ impl World {
             let oracle = &self.groups[group].oracle;
             let flushed = match copy.sure[..] {
                 // On a node that takes hosts' requests: elsewhere it is another disk that has them.
-                [sure] if copy.line.is_some() => oracle.flushed(sure),
+                [sure] if copy.line.is_some() => oracle.flushed(node, sure),
                 _ => None,
             };
             // What hosts were told is durable counts more than what the disk was seen to take.

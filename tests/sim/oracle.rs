@@ -53,8 +53,8 @@ pub struct Request {
     pub answered: bool,
     /// When its host made it, by the world's time.
     pub sent: u64,
-    /// An answered flush covers it.
-    pub flushed: bool,
+    /// Nodes on whose disk an answered flush covers it, a bit each.
+    pub flushed: u32,
     /// A power failure or a failed disk may have taken it: no answered flush covered it then.
     pub excused: bool,
     /// Where it is, if it was appended.
@@ -103,7 +103,7 @@ impl Request {
             fua: false,
             answered: false,
             sent: 0,
-            flushed: false,
+            flushed: 0,
             excused: false,
             place: None,
             covers: Vec::new(),
@@ -262,23 +262,25 @@ impl Oracle {
         if what == What::Flush {
             for covered in self.request(id).covers.clone() {
                 if self.includes(place, covered) {
-                    self.note_flushed(covered);
+                    self.note_flushed(self.node_of(place.line), covered);
                 }
             }
         }
         if fua {
-            self.note_flushed(place);
+            self.note_flushed(self.node_of(place.line), place);
         }
     }
 
-    /// All up to a place survives a power failure of its node.
-    fn note_flushed(&mut self, mut place: Place) {
+    /// All up to a place survives a power failure of `node`.
+    fn note_flushed(&mut self, node: usize, mut place: Place) {
         loop {
             for index in (0..place.index).rev() {
                 let id = self.lines[place.line].requests[index];
-                if std::mem::replace(&mut self.request_mut(id).flushed, true) {
+                let nodes = &mut self.request_mut(id).flushed;
+                if *nodes & 1 << node != 0 {
                     return;
                 }
+                *nodes |= 1 << node;
             }
             // Where it is not known which of several lines goes on here, less is demanded.
             match self.lines[place.line].parents[..] {
@@ -288,11 +290,13 @@ impl Oracle {
         }
     }
 
-    /// Up to where all that a place holds was flushed, as far as that is known.
-    pub fn flushed(&self, mut place: Place) -> Option<Place> {
+    /// Up to where all that a place holds was flushed on a node, as far as that is known: another
+    /// that reigned behind it may have flushed more of it, on its own disk.
+    pub fn flushed(&self, node: usize, mut place: Place) -> Option<Place> {
+        let on_it = |id: &u64| self.request(*id).flushed & 1 << node != 0;
         loop {
             let requests = &self.lines[place.line].requests[..place.index];
-            if let Some(index) = requests.iter().rposition(|id| self.request(*id).flushed) {
+            if let Some(index) = requests.iter().rposition(on_it) {
                 return Some(Place { line: place.line, index: index + 1 });
             }
             match self.lines[place.line].parents[..] {
@@ -308,7 +312,7 @@ impl Oracle {
         for index in 0..place.index {
             let line = &self.lines[place.line];
             let id = line.requests[index];
-            if line.node == node && !self.request(id).flushed {
+            if line.node == node && self.request(id).flushed == 0 {
                 self.request_mut(id).excused = true;
             }
         }
@@ -412,9 +416,10 @@ pub fn check_teeth() {
     }
     let flush = oracle.send(request(What::Flush, 0, 0));
     oracle.append(line, flush);
-    assert_eq!(oracle.flushed(oracle.end_of(line)), None, "not answered yet");
+    assert_eq!(oracle.flushed(0, oracle.end_of(line)), None, "not answered yet");
     oracle.answer(flush);
-    assert_eq!(oracle.flushed(oracle.end_of(line)), Some(Place { line, index: 3 }));
+    assert_eq!(oracle.flushed(0, oracle.end_of(line)), Some(Place { line, index: 3 }));
+    assert_eq!(oracle.flushed(1, oracle.end_of(line)), None, "on the disk of another");
     let other = oracle.begin(1, vec![Place { line, index: 1 }], image(1, 0));
     assert!(oracle.includes(Place { line: other, index: 0 }, Place { line, index: 1 }));
     assert!(!oracle.includes(Place { line: other, index: 0 }, Place { line, index: 2 }));

@@ -345,6 +345,9 @@ impl World {
             let _ = found.close_image(closing.image.name());
             return;
         }
+        if self.nodes[node].copies[&group].half_cut {
+            return;
+        }
         let at = found.positions();
         let reach = at.head.bytes_since(at.horizon.min(at.head));
         let lsn = Lsn(at.horizon.0 + self.chance.below(reach + 1));
