@@ -743,9 +743,8 @@ async fn a_stopped_copy_is_retired_and_gets_no_more() {
     let pair = Pair::replicating().await;
     pair.a.replication.stop("g", "b").await.unwrap();
     let copy = pair.b.group();
-    wait_for("the copy to be retired", || {
-        (copy.data_state().0 == DataState::Retired).then_some(())
-    });
+    wait_for("the copy to be retired", || pair.b.has_event("copy-retired").then_some(()));
+    assert_eq!(copy.data_state().0, DataState::Retired);
     let end = copy.positions().head;
     write(&pair.a.group(), &SeededEntropy::new(9), 5);
     let judged = pair.b.replication.backup_capable(&copy, None);
@@ -819,8 +818,8 @@ async fn a_copy_that_was_away_when_it_was_stopped_is_retired_when_it_is_back() {
     write(&pair.a.group(), &SeededEntropy::new(15), 5);
     pair.open_link();
     let retired = |node: &Node| (node.group().data_state().0 == DataState::Retired).then_some(());
-    wait_for("the copy to be retired", || retired(&pair.b));
-    assert!(pair.b.has_event("copy-retired"));
+    wait_for("the copy to be retired", || pair.b.has_event("copy-retired").then_some(()));
+    retired(&pair.b).unwrap();
     let judged = pair.b.replication.backup_capable(&pair.b.group(), None);
     assert!(judged.reasons.iter().any(|reason| reason.code == "retired"), "{judged:?}");
 

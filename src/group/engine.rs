@@ -483,14 +483,24 @@ impl Group {
     }
 
     /// Marks the copy as one that no longer follows its primary, or takes that back; durable on
-    /// return.
+    /// return, and told once.
     ///
     /// # Errors
     ///
     /// What the disk says.
     pub fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
         self.update_meta(|meta| meta.retired = retired)?;
-        self.lock().retired = retired.then(|| self.context.env.clock.wall());
+        let mut core = self.lock();
+        let (before, head) = (core.retired, core.writer.head());
+        core.retired = retired.then(|| before.unwrap_or_else(|| self.context.env.clock.wall()));
+        drop(core);
+        if retired && before.is_none() {
+            let text = format!(
+                "replication to this node was stopped: the copy stays readable, as of LSN {head}, \
+                 and is not backed up any more"
+            );
+            self.emit(Severity::Warning, "copy-retired", text, serde_json::Value::Null);
+        }
         self.notify();
         Ok(())
     }

@@ -226,16 +226,6 @@ impl Channel {
         if by_primary && follows && !self.local.primary && !self.local.retired {
             self.local.retired = true;
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });
-            context.outputs.push(Output::Event {
-                severity: Severity::Warning,
-                code: "copy-retired",
-                group: Some(self.local.name.clone()),
-                text: format!(
-                    "group {}: {} stopped replicating it to this node: the copy stays readable, \
-                     as of LSN {}, and is not backed up any more",
-                    self.local.name, context.peer_name, mine.head
-                ),
-            });
         }
         let reason = format!("replication was stopped on {}", context.peer_name);
         self.set_state(context, ReplicationState::Idle, reason);
