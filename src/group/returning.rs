@@ -333,6 +333,7 @@ impl Group {
             None
         };
         drop(core);
+        self.fail_held();
         if let Some(branch) = kept {
             self.tell_of_branch(&branch);
         }

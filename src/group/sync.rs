@@ -185,9 +185,14 @@ impl Group {
         core.required.peers().iter().map(|(node, peer)| (*node, peer.clone())).collect()
     }
 
-    /// This node is primary no more: what its peers were to hold is answered by nobody.
+    /// This node is primary no more: what its peers were to hold is answered by nobody, and what
+    /// was cut off is not answered as what came to stand there instead.
     pub(super) fn fail_held(&self) {
-        let failed = std::mem::take(&mut self.waiters.lock().expect("no holder panics").peers);
+        let mut waiters = self.waiters.lock().expect("no holder panics");
+        let Waiting { here, peers } = &mut *waiters;
+        let hosts = |waiter: &mut Waiter| waiter.wish != Wish::Sync;
+        let failed: Vec<Waiter> = peers.drain(..).chain(here.extract_if(.., hosts)).collect();
+        drop(waiters);
         for waiter in failed {
             (waiter.done)(Err(GroupError::NotPrimary { group: self.name().clone() }));
         }

@@ -1,16 +1,22 @@
 //! Primaries that come back, and tails that are cut.
 
+use std::sync::Mutex;
+
 use super::*;
 use crate::io::{Fault, OpenMode};
 use crate::log::control::{MemberRecord, Mode, OnLoss};
 use crate::units::Chain;
 
 fn join(group: &Group, node: u8) {
+    join_as(group, node, Mode::default(), OnLoss::default());
+}
+
+fn join_as(group: &Group, node: u8, mode: Mode, on_loss: OnLoss) {
     let member = MemberRecord {
         node: NodeId([node; 16]),
         name: name("peer"),
-        mode: Mode::default(),
-        on_loss: OnLoss::default(),
+        mode,
+        on_loss,
         rpo_target: None,
         removed: false,
         other: serde_json::Map::new(),
@@ -347,6 +353,34 @@ fn a_branch_whose_description_cannot_be_read_is_shown_and_can_be_removed() {
     assert_eq!(group.branches().unwrap().len(), 1);
     group.remove_branch(&good.name).unwrap();
     assert!(group.branches().unwrap().is_empty());
+}
+
+#[test]
+fn what_waits_for_a_peer_is_refused_by_a_yield_and_never_answered_as_something_else() {
+    let bench = Bench::new("a", 41);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    let peer = NodeId([9; 16]);
+    join_as(&group, 9, Mode::Sync, OnLoss::Block);
+    group.sync_now().unwrap();
+    let (at, chain) = end_of(&group);
+    group.note_peer_holds(peer, at, at);
+    write(&group, volume.number, 0, &[1; 4096]);
+    let (head, _) = end_of(&group);
+    let answers = Arc::new(Mutex::new(Vec::new()));
+    let answer = |name: &'static str| -> Done {
+        let answers = Arc::clone(&answers);
+        Box::new(move |result| answers.lock().unwrap().push((name, result.is_ok())))
+    };
+    group.when_held(head, answer("write"));
+    group.when_durable(head, answer("flush"));
+    assert_eq!(*answers.lock().unwrap(), []);
+    group.yield_to(at, chain, Discard::Authored).unwrap();
+    let told = std::mem::take(&mut *answers.lock().unwrap());
+    assert_eq!(told, [("write", false), ("flush", false)]);
+    // The peer's word for what is in the branch comes late.
+    group.note_peer_holds(peer, head, head);
+    assert_eq!(*answers.lock().unwrap(), []);
 }
 
 #[test]
