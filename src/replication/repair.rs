@@ -111,29 +111,10 @@ impl Shared {
     }
 
     fn repair_log(&self, group: &Group, segment: u64, peer: &str) -> Result<(), String> {
-        for _ in 0..GAPS_MAX {
-            let gap = group.gap(segment).map_err(|error| error.to_string())?;
-            let Some(gap) = gap else { return Ok(()) };
-            let (mut mended, mut given) = (Mended::Short, false);
-            for bytes in ASK_BYTES {
-                let ask = AskRecords { group: group.id(), at: gap.at, chain: gap.chain, bytes };
-                let records = bytes_of(&self.ask(peer, RECORDS, json!(ask))?)?;
-                // Nothing, where the first one is longer than that.
-                given = !records.is_empty();
-                mended = group.mend_log(gap, &records).map_err(|error| error.to_string())?;
-                if mended != Mended::Short {
-                    break;
-                }
-            }
-            let at = gap.at;
-            if !given {
-                return Err(format!("has no whole record at {at} that continues this log"));
-            }
-            if mended == Mended::Short {
-                return Err(format!("its records at {at} do not lead to what is whole here"));
-            }
-        }
-        Err(format!("there are more than {GAPS_MAX} gaps in the segment; the rest is next"))
+        mend_log(group, segment, |gap, bytes| {
+            let ask = AskRecords { group: group.id(), at: gap.at, chain: gap.chain, bytes };
+            bytes_of(&self.ask(peer, RECORDS, json!(ask))?)
+        })
     }
 
     fn repair_base(
@@ -143,20 +124,14 @@ impl Shared {
         chunk: u64,
         peer: Option<&str>,
     ) -> Result<(), String> {
-        let (wanted, at) = group.wanted_blocks(volume, chunk);
-        let blocks = match peer {
-            Some(peer) if !wanted.is_empty() => {
-                let ask = AskBlocks { group: group.id(), volume, at, blocks: wanted };
-                let answer = self.ask(peer, BLOCKS, json!(ask))?;
-                let told: Vec<(u64, Value)> = serde_json::from_value(answer)
-                    .map_err(|error| format!("its answer is not understood: {error}"))?;
-                let blocks = told.iter().map(|(block, bytes)| Ok((*block, bytes_of(bytes)?)));
-                blocks.collect::<Result<BTreeMap<_, _>, String>>()?
-            }
-            _ => BTreeMap::new(),
-        };
-        group.mend_base(volume, chunk, &blocks).map_err(|error| error.to_string())?;
-        Ok(())
+        mend_base(group, volume, chunk, |at, wanted| {
+            let Some(peer) = peer else { return Ok(BTreeMap::new()) };
+            let ask = AskBlocks { group: group.id(), volume, at, blocks: wanted };
+            let answer = self.ask(peer, BLOCKS, json!(ask))?;
+            let told: Vec<(u64, Value)> = serde_json::from_value(answer)
+                .map_err(|error| format!("its answer is not understood: {error}"))?;
+            told.iter().map(|(block, bytes)| Ok((*block, bytes_of(bytes)?))).collect()
+        })
     }
 
     /// A group that a peer asks about, where that is its business.
@@ -194,6 +169,59 @@ impl Shared {
             blocks.into_iter().map(|(block, bytes)| (block, hex::encode(bytes))).collect();
         Ok(json!(blocks))
     }
+}
+
+/// Closes the gaps of a segment with what `ask` brings of a peer: whole records that continue a
+/// gap, so many bytes of them at most.
+///
+/// # Errors
+///
+/// Why the segment is not whole.
+pub fn mend_log(
+    group: &Group,
+    segment: u64,
+    mut ask: impl FnMut(Gap, u64) -> Result<Vec<u8>, String>,
+) -> Result<(), String> {
+    for _ in 0..GAPS_MAX {
+        let gap = group.gap(segment).map_err(|error| error.to_string())?;
+        let Some(gap) = gap else { return Ok(()) };
+        let (mut mended, mut given) = (Mended::Short, false);
+        for bytes in ASK_BYTES {
+            let records = ask(gap, bytes)?;
+            // Nothing, where the first one is longer than that.
+            given = !records.is_empty();
+            mended = group.mend_log(gap, &records).map_err(|error| error.to_string())?;
+            if mended != Mended::Short {
+                break;
+            }
+        }
+        let at = gap.at;
+        if !given {
+            return Err(format!("has no whole record at {at} that continues this log"));
+        }
+        if mended == Mended::Short {
+            return Err(format!("its records at {at} do not lead to what is whole here"));
+        }
+    }
+    Err(format!("there are more than {GAPS_MAX} gaps in the segment; the rest is next"))
+}
+
+/// Makes a chunk of the base right with what `ask` brings of a peer: blocks, by number, as they are
+/// at a position.
+///
+/// # Errors
+///
+/// Why the chunk is not whole; without one it may still lack what the peer has not.
+pub fn mend_base(
+    group: &Group,
+    volume: VolumeNumber,
+    chunk: u64,
+    ask: impl FnOnce(Lsn, Vec<u64>) -> Result<BTreeMap<u64, Vec<u8>>, String>,
+) -> Result<(), String> {
+    let (wanted, at) = group.wanted_blocks(volume, chunk);
+    let blocks = if wanted.is_empty() { BTreeMap::new() } else { ask(at, wanted)? };
+    group.mend_base(volume, chunk, &blocks).map_err(|error| error.to_string())?;
+    Ok(())
 }
 
 /// A request of a peer.

@@ -5,6 +5,7 @@
 pub use super::channel::{Channel, Parted};
 pub use super::commands::refusal_to_promote;
 pub use super::core::{ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings};
+pub use super::repair::{mend_base, mend_log};
 pub use super::replica::local_group;
 pub use super::switchover::may_take_over;
 pub use super::worker::{Job, perform};

@@ -18,11 +18,12 @@ use super::world::World;
 const TURNS: usize = 2;
 
 /// Where a bit was turned.
-struct Turned {
-    path: PathBuf,
-    offset: u64,
+pub struct Turned {
+    pub path: PathBuf,
+    pub offset: u64,
+    pub mask: u8,
     /// The position in the log, where it is in a segment that holds something there.
-    lsn: Option<Lsn>,
+    pub lsn: Option<Lsn>,
 }
 
 impl fmt::Display for Turned {
@@ -51,7 +52,8 @@ impl World {
         }
     }
 
-    fn turn_a_bit(&mut self, disk: &MemoryDisk, group: usize) -> Option<Turned> {
+    /// Turns a bit somewhere in the log or the base of a group.
+    pub fn turn_a_bit(&mut self, disk: &MemoryDisk, group: usize) -> Option<Turned> {
         let dir = group_dir(group).join(self.chance.of(&["log", "log", "base"]));
         let names = disk.list(&dir).unwrap_or_default();
         let names: Vec<&String> = names
@@ -74,7 +76,7 @@ impl World {
         let number = name.strip_suffix(".seg").filter(|_| holds);
         let number = number.and_then(|number| number.parse::<u64>().ok());
         let lsn = number.map(|number| Lsn(number * SEGMENT_BYTES + offset));
-        Some(Turned { path, offset, lsn })
+        Some(Turned { path, offset, mask, lsn })
     }
 
     /// Opens a group on a copy of the disk of a node.

@@ -22,6 +22,7 @@ mod modes;
 mod network;
 mod node;
 mod oracle;
+mod repairs;
 mod rewinds;
 mod story;
 mod switchover;

@@ -153,7 +153,7 @@ impl World {
         let members = self.groups[group].members.clone();
         let member = self.chance.of(&members);
         let up = self.nodes[node].up;
-        match self.chance.below(31) {
+        match self.chance.below(33) {
             0 | 1 if up => self.die(node, Death::Kill),
             2 | 3 if up => self.die(node, Death::Power),
             4 | 5 if up => {
@@ -209,6 +209,7 @@ impl World {
                 let span = self.chance.of(&[1, 7, 12]);
                 self.hang_disk(node, Duration::from_secs(span));
             }
+            28 | 29 => self.damage_alive(member, group),
             _ => {}
         }
         for node in 0..self.nodes.len() {
