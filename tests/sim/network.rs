@@ -169,7 +169,9 @@ impl World {
             return;
         }
         let weather = self.weather(from, to);
-        let unlucky = self.chance.one_in(weather.cut_one_in);
+        // Behind a partition nobody could be told, and what is sent later would follow on half of a
+        // message.
+        let unlucky = self.chance.one_in(weather.cut_one_in) && !weather.partitioned;
         let keep = self.chance.below(bytes.len() as u64 + 1) as usize;
         let delay = self.delay(from, to).as_nanos() as u64;
         if unlucky {
