@@ -176,15 +176,14 @@ pub(super) fn finish_at_start(
     Ok(())
 }
 
-/// Removes every segment, and what belongs to one.
+/// Removes every segment and what belongs to one, spares too: the image may lie before what they
+/// hold.
 fn drop_old_log(disk: &dyn Disk, log_dir: &Path) -> io::Result<()> {
     if !disk.exists(log_dir) {
         return Ok(());
     }
     for name in disk.list(log_dir)? {
-        if !name.ends_with(".spare") {
-            disk.remove(&log_dir.join(name))?;
-        }
+        disk.remove(&log_dir.join(name))?;
     }
     disk.sync_dir(log_dir)
 }

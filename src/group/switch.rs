@@ -330,6 +330,8 @@ impl Group {
         for number in self.segments.numbers().into_iter().rev() {
             self.segments.take_out(number, None)?;
         }
+        // The image may lie before what they hold.
+        self.segments.drop_idle()?;
         self.context.env.disk.sync_dir(self.segments.dir())?;
         self.update_meta(|meta| meta.old_log = false)
             .map_err(|error| std::io::Error::other(error.to_string()))?;

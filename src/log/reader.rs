@@ -222,7 +222,8 @@ pub fn remains(
                 && header.lsn.0 == start + offset + place
             {
                 found.last_end = found.last_end.max(Some(header.end()));
-                if !elsewhere(header.epoch) {
+                // No writer calls durable what it has not written yet: it is a host's bytes.
+                if header.durable <= header.lsn && !elsewhere(header.epoch) {
                     found.durable = found.durable.max(header.durable);
                 }
             }

@@ -3,8 +3,9 @@
 //!
 //! A segment is named and its directory synced before its first append. A folded segment becomes a
 //! spare once no reader holds it, and takes the name of a later segment as it is: its old records
-//! carry other positions, so a scan ends where the new ones do. Bytes that were cut off never come
-//! back as a spare, since their positions will be used again.
+//! carry other positions, so a scan ends where the new ones do. Bytes whose positions will be used
+//! again never come back as a spare: what was cut off is taken out, and a log that begins anew
+//! drops what is idle.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -259,6 +260,28 @@ impl Segments {
         // Some file systems free the space only when the name is gone from the disk.
         self.disk.sync_dir(&self.dir)?;
         Ok(!spares.is_empty())
+    }
+
+    /// Removes every file that holds no part of the log, also those that a reader still holds: the
+    /// log begins anew, and their positions will be used again. The directory is synced by the
+    /// caller.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn drop_idle(&self) -> io::Result<()> {
+        let mut idle = self.idle.lock().expect("no holder panics");
+        let Idle { folded, spares, .. } = &mut *idle;
+        while let Some(segment) = folded.last() {
+            self.disk.remove(&self.dir.join(segment_name(segment.number)))?;
+            self.drop_index(segment.number)?;
+            folded.pop();
+        }
+        while let Some(spare) = spares.last() {
+            self.disk.remove(&self.dir.join(spare))?;
+            spares.pop();
+        }
+        Ok(())
     }
 
     /// Puts `file`, which has been synced under the name `temporary`, in the place of a segment.

@@ -262,3 +262,43 @@ fn an_index_without_its_segment_is_not_that_of_a_later_one() {
     let _group = bench.open();
     assert!(bench.disk.exists(&index(1)) && !bench.disk.exists(&index(7)));
 }
+
+#[test]
+fn a_payload_that_looks_like_a_record_proves_nothing_durable() {
+    use crate::log::record::{Header, Kind, flags, header_bytes};
+    use crate::units::Chain;
+    let bench = Bench::new("a", 17);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    group.sync_now().unwrap();
+    let at = group.positions().head;
+    let mut imitation = Header {
+        kind: Kind::FlushMark as u8,
+        version: 1,
+        flags: flags::LAST_OF_REQUEST,
+        payload_bytes: 0,
+        volume: VolumeNumber(0),
+        control_kind: 0,
+        offset: 0,
+        length: 0,
+        // Where a host that knows its position has it land.
+        lsn: at.advance(header_bytes(1) as u64),
+        epoch: group.positions().epoch,
+        time: group.positions().time,
+        durable: Lsn::MAX,
+        requests: 0,
+        chain: Chain(0),
+        checksum: Chain(0),
+        crcs: Vec::new(),
+    };
+    let mut data = Vec::new();
+    imitation.encode(&mut data);
+    data.resize(4096, 0);
+    write(&group, volume.number, 0, &data);
+    drop(group);
+    // What carries it is lost.
+    bench.disk.damage(&dir().join("log").join(segment_name(0)), at.0 + 8, 1, 0xff);
+    let (group, recovery) = bench.open();
+    assert_eq!(group.data_state().0, DataState::Consistent, "{:?}", group.data_state());
+    assert_eq!(recovery.cut, Some((at, imitation.end())), "it is seen there");
+}

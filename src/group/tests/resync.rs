@@ -611,3 +611,60 @@ fn a_received_tail_that_is_in_nobodys_history_is_kept_as_a_branch_by_the_switch(
         .and_then(|shipment| pair.copy.begin_image(&shipment.offer()));
     assert!(error.unwrap_err().to_string().contains("were written by b"));
 }
+
+#[test]
+fn an_image_that_goes_back_leaves_no_file_whose_records_could_stand_in_their_old_place() {
+    let pair = Pair::new(8);
+    let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
+    write(&pair.primary, volume, 0, &[1; 4096]);
+    pair.primary.sync_now().unwrap();
+    // The primary's disk is put back to here; with the rest a reign leaves that nobody knows then.
+    let before = pair.here.after_crash(9);
+    pair.primary.demote().unwrap();
+    pair.primary.promote("test").unwrap();
+    while pair.primary.positions().head.segment_number(SEGMENT) < 3 {
+        write(&pair.primary, volume, 0, &[2; 16 << 10]);
+        pair.primary.sync_now().unwrap();
+    }
+    pair.follow();
+    pair.there.pass(5);
+    // A reader holds it, and it would be a spare when that is gone.
+    let held = pair.copy.segments.get(1).unwrap();
+    let horizon = pair.copy.fold_now().unwrap();
+    assert_eq!(horizon.segment_number(SEGMENT), 3);
+    drop(pair.primary);
+    let primary = before.open().0;
+    primary.begin_epoch(primary.new_epoch("test", 9)).unwrap();
+    write(&primary, volume, 8192, &[3; 4096]);
+    let pair = Pair { here: before, primary, ..pair };
+    let spares = |disk: &MemoryDisk| {
+        let names = disk.list(&dir().join("log")).unwrap();
+        names.iter().filter(|name| name.ends_with(".spare")).count()
+    };
+    assert!(spares(&pair.there.disk) > 0 && held.number == 1);
+    assert!(send(&pair.primary, &pair.copy, None, Lsn::ZERO, usize::MAX));
+    pair.there.disk.record();
+    let at = pair.copy.switch_to_image().unwrap().lsn;
+    assert!(at < horizon, "{at}");
+    drop(held);
+    pair.copy.segments.collect().unwrap();
+    assert_eq!(spares(&pair.there.disk), 0);
+    for (boundary, disk) in pair.there.disk.take_recorded().into_iter().enumerate() {
+        let disk = Arc::new(disk.crash(boundary as u64));
+        let after = Bench { disk, ..pair.there.after_crash(0) };
+        let (copy, _) = after.open();
+        let gone_back = copy.positions().head == at;
+        assert!(!gone_back || spares(&after.disk) == 0, "boundary {boundary}");
+    }
+    // It reigns, and loses an end that was not durable where an old segment might stand.
+    pair.copy.promote("test").unwrap();
+    while pair.copy.positions().head.segment_number(SEGMENT) < 1 {
+        pair.copy.sync_now().unwrap();
+        write(&pair.copy, volume, 0, &[4; 16 << 10]);
+    }
+    for seed in 0..16 {
+        let after = pair.there.after_crash(seed);
+        let state = after.open().0.data_state();
+        assert_eq!(state.0, DataState::Consistent, "seed {seed}: {state:?}");
+    }
+}
