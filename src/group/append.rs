@@ -10,7 +10,7 @@ use super::content::{VOLUME_NUMBER_MAX, is_volume_size};
 use super::engine::{Core, Group, is_callers, volume_named};
 use super::{BookmarkRecord, GroupError, Op, Request, Role, Volume};
 use crate::extent_map::Freed;
-use crate::log::control::{Consistency, Control, EpochRecord, VolumeRecord};
+use crate::log::control::{COUNTER_MAX, Consistency, Control, EpochRecord, VolumeRecord};
 use crate::log::record::{Kind, flags, payload_crcs};
 use crate::log::segment::payload_bytes_max;
 use crate::log::writer::{Draft, Stamp};
@@ -340,7 +340,10 @@ impl Group {
             }
             // One more than the last, also where that came between the decision and now.
             let last = core.view.epochs.last().map_or(0, |last| last.counter);
-            epoch.counter = epoch.counter.max(last + 1);
+            epoch.counter = epoch.counter.max(last.saturating_add(1));
+            if epoch.counter > COUNTER_MAX {
+                return Err(self.refused("has used all numbers of reigns; make another group"));
+            }
             // A pad before it belongs to the reign already: here the histories part.
             epoch.first_lsn = core.writer.head();
             let control = Control::Epoch(epoch.clone());

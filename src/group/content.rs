@@ -13,8 +13,8 @@ use super::rewound::Rewinds;
 use super::{ControlView, RewindView, Volume};
 use crate::base::{ControlEntry, ControlState};
 use crate::extent_map::{ExtentMap, Freed};
-use crate::log::control::Control;
-use crate::log::record::{Header, Kind, flags};
+use crate::log::control::{COUNTER_MAX, Control};
+use crate::log::record::{ALIGNMENT, HEADER_BYTES, Header, Kind, flags};
 use crate::units::{
     BLOCK_BYTES, EpochId, LogTime, Lsn, Name, NodeId, Position, SECTOR_BYTES, VolumeNumber,
 };
@@ -23,6 +23,9 @@ use crate::units::{
 pub(super) const VOLUME_NUMBER_MAX: VolumeNumber = VolumeNumber(u32::MAX - 1);
 /// Bytes of a volume at most: what the map and the base count with.
 pub(super) const VOLUME_BYTES_MAX: u64 = 1 << 60;
+
+/// The highest place that an image of a peer may be at: as much again is left for the log.
+const PLACE_MAX: Lsn = Lsn(Lsn::MAX.0 / 2);
 
 /// Whether a volume may have so many bytes.
 pub(super) fn is_volume_size(bytes: u64) -> bool {
@@ -90,8 +93,10 @@ impl Content {
         let mut content = Content { remembered, ..Content::default() };
         for entry in &state.entries {
             let control = read_control(entry.kind, entry.version, entry.body.get().as_bytes());
-            // What does not parse was refused when it came in; here it is carried along.
-            let entry = Entry { raw: entry.clone(), control: control.unwrap_or(None) };
+            // What does not fit was refused when it came in; here it is carried along.
+            let fits = check_control(entry.lsn, control.as_ref().ok().and_then(Option::as_ref));
+            let control = if fits.is_ok() { control.unwrap_or(None) } else { None };
+            let entry = Entry { raw: entry.clone(), control };
             content.apply_entry(entry, &mut Vec::new());
         }
         content
@@ -120,23 +125,8 @@ impl Content {
             }
             Some(Kind::Control) => {
                 raw_json(payload)?;
-                match read_control(header.control_kind, header.version, payload)? {
-                    Some(Control::Volume(record))
-                        if record.number.0 == 0 || record.number > VOLUME_NUMBER_MAX =>
-                    {
-                        Err(format!("a volume has the number {}", record.number))
-                    }
-                    Some(Control::Volume(record)) if !is_volume_size(record.size_bytes) => {
-                        Err(format!("a volume has {} bytes", record.size_bytes))
-                    }
-                    Some(Control::Rewind(record)) if record.to > header.lsn => {
-                        Err(format!("a rewind goes to lsn:{}, which is behind it", record.to))
-                    }
-                    Some(Control::Rewind(record)) if record.highest_volume > VOLUME_NUMBER_MAX => {
-                        Err(format!("a rewind knows a volume {}", record.highest_volume))
-                    }
-                    _ => Ok(()),
-                }
+                let control = read_control(header.control_kind, header.version, payload)?;
+                check_control(header.lsn, control.as_ref())
             }
             Some(Kind::FlushMark | Kind::Pad) | None => Ok(()),
         }
@@ -373,6 +363,59 @@ pub(super) fn read_control(kind: u32, version: u8, body: &[u8]) -> Result<Option
     }
     Control::from_json(kind, body)
         .map_err(|error| format!("control record of kind {kind}: {error}"))
+}
+
+/// Whether what a control record at `lsn` says can be.
+fn check_control(lsn: Lsn, control: Option<&Control>) -> Result<(), String> {
+    match control {
+        Some(Control::Volume(record))
+            if record.number.0 == 0 || record.number > VOLUME_NUMBER_MAX =>
+        {
+            Err(format!("a volume has the number {}", record.number))
+        }
+        Some(Control::Volume(record)) if !is_volume_size(record.size_bytes) => {
+            Err(format!("a volume has {} bytes", record.size_bytes))
+        }
+        Some(Control::Epoch(record)) if record.counter > COUNTER_MAX => {
+            Err(format!("a reign has the number {}", record.counter))
+        }
+        Some(Control::Rewind(record)) if record.to > lsn => {
+            Err(format!("a rewind goes to lsn:{}, which is behind it", record.to))
+        }
+        Some(Control::Rewind(record)) if record.highest_volume > VOLUME_NUMBER_MAX => {
+            Err(format!("a rewind knows a volume {}", record.highest_volume))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a group can be what a peer's control state says.
+pub(super) fn check_state(state: &ControlState) -> Result<(), String> {
+    let at = state.position.lsn;
+    check_place(at)?;
+    // Each has a record of its own at least.
+    if state.requests > at.0 / HEADER_BYTES as u64 {
+        return Err(format!("{} requests up to LSN {at}", state.requests));
+    }
+    for entry in &state.entries {
+        if entry.lsn >= at {
+            return Err(format!("a control record at LSN {}, behind LSN {at}", entry.lsn));
+        }
+        let control = read_control(entry.kind, entry.version, entry.body.get().as_bytes())?;
+        check_control(entry.lsn, control.as_ref())?;
+    }
+    Ok(())
+}
+
+/// Whether a record may end at a place that a peer names, with room for a log behind it.
+pub(super) fn check_place(lsn: Lsn) -> Result<(), String> {
+    if lsn > PLACE_MAX {
+        return Err(format!("no log is as long as LSN {lsn}"));
+    }
+    if !lsn.0.is_multiple_of(ALIGNMENT) {
+        return Err(format!("no record ends at LSN {lsn}"));
+    }
+    Ok(())
 }
 
 fn raw_json(payload: &[u8]) -> Result<Box<RawValue>, String> {

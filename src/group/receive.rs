@@ -22,8 +22,9 @@ pub(super) struct Pending {
     bytes: Vec<u8>,
     /// Whole records at the start of `bytes`, with the place of each.
     records: Vec<(usize, Header)>,
-    /// Where the next record starts in `bytes`, and what it must continue; `None` at the head.
-    next: Option<(usize, Chain)>,
+    /// Where the next record starts in `bytes`, and the chain and the requests that it must
+    /// continue; `None` at the head.
+    next: Option<(usize, Chain, u64)>,
 }
 
 impl Group {
@@ -102,7 +103,8 @@ impl Group {
         let mut pending = std::mem::take(&mut core.pending);
         pending.bytes.extend_from_slice(bytes);
         let head = core.writer.head();
-        let parsed = pending.parse(head, core.writer.chain(), self.segment_bytes());
+        let behind = (core.writer.chain(), core.writer.requests());
+        let parsed = pending.parse(head, behind, self.segment_bytes());
         let complete = pending.complete();
         let mut from = 0;
         let mut first = 0;
@@ -236,9 +238,14 @@ fn payload_of<'a>(bytes: &'a [u8], place: usize, header: &Header) -> &'a [u8] {
 
 impl Pending {
     /// Finds whole records behind those that are known.
-    fn parse(&mut self, head: Lsn, chain: Chain, segment_bytes: u64) -> Result<(), (Lsn, String)> {
+    fn parse(
+        &mut self,
+        head: Lsn,
+        (chain, requests): (Chain, u64),
+        segment_bytes: u64,
+    ) -> Result<(), (Lsn, String)> {
         loop {
-            let (place, chain) = self.next.unwrap_or((0, chain));
+            let (place, chain, requests) = self.next.unwrap_or((0, chain, requests));
             let lsn = head.advance(place as u64);
             let header = match Header::decode(&self.bytes[place..]) {
                 Ok(header) => header,
@@ -247,6 +254,11 @@ impl Pending {
             };
             if !header.follows(lsn, chain) {
                 return Err((lsn, "the record does not continue this log".to_owned()));
+            }
+            let expected = requests.checked_add(u64::from(header.is_last_of_request()));
+            if Some(header.requests) != expected {
+                let what = format!("the record counts {} requests", header.requests);
+                return Err((lsn, format!("{what}, there were {requests} before it")));
             }
             let room = segment_bytes - lsn.segment_offset(segment_bytes);
             let record_bytes = header.record_bytes();
@@ -263,7 +275,7 @@ impl Pending {
             if header.kind == Kind::Control as u8 && !self.is_request(&header) {
                 return Err((lsn, "a control record is a part of a larger request".to_owned()));
             }
-            self.next = Some((place + record_bytes as usize, header.checksum));
+            self.next = Some((place + record_bytes as usize, header.checksum, header.requests));
             self.records.push((place, header));
         }
     }
@@ -291,7 +303,9 @@ impl Pending {
         }
         if bytes > 0 {
             self.next = match self.next {
-                Some((place, chain)) if !self.records.is_empty() => Some((place - bytes, chain)),
+                Some((place, chain, requests)) if !self.records.is_empty() => {
+                    Some((place - bytes, chain, requests))
+                }
                 _ => None,
             };
         }

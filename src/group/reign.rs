@@ -37,7 +37,7 @@ impl Group {
                     "the record at {lsn} must be understood, and this version does not; upgrade the node"
                 )));
             }
-            let counter = last.counter + 1;
+            let counter = last.counter.saturating_add(1);
             core.pending = super::receive::Pending::default();
             counter
         };

@@ -152,7 +152,8 @@ impl Group {
         let due = self.meta.lock().expect("no holder panics").meta.reign_due;
         if due || above.is_some() || !own {
             let reason = if above.is_some() { "promote" } else { "recovery" };
-            self.begin_epoch(self.new_epoch(reason, above.unwrap_or_default() + 1))?;
+            let counter = above.unwrap_or_default().saturating_add(1);
+            self.begin_epoch(self.new_epoch(reason, counter))?;
             self.update_meta(|meta| meta.reign_due = false)?;
         }
         self.lock().asking = None;

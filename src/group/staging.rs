@@ -13,7 +13,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::content::Content;
+use super::content::{Content, check_state};
 use super::files;
 use super::ranges::{Place, RANGE_BYTES, Range, Ranges};
 use crate::base::{BaseVolume, ControlState};
@@ -334,6 +334,7 @@ impl Staging {
         if (position.epoch, position.lsn) != (image.epoch, image.lsn) {
             return Err(wrong(format!("control state: is of LSN {}", position.lsn)));
         }
+        check_state(&control).map_err(|what| wrong(format!("control state: {what}")))?;
         self.open_volumes(&control)?;
         control.store(&*self.disk, &self.dir)?;
         self.control = Some(control);

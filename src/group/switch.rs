@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use serde_json::json;
 
 use super::branch::{Branch, Keeping, keep_segments};
-use super::content::Content;
+use super::content::{Content, check_place};
 use super::engine::{Core, Group, checkpoint};
 use super::merging::Merging;
 use super::outlast::Outlasting;
@@ -64,6 +64,9 @@ impl Group {
             // What is shown of the image before this one may still be in its place.
             let _no_fold = self.fold_lock.lock().expect("no holder panics");
             self.finish_merge()?;
+        }
+        for place in [offer.position.lsn, offer.common] {
+            check_place(place).map_err(|what| self.refused(format!("is sent an image: {what}")))?;
         }
         let mut staging = self.staging.lock().expect("no holder panics");
         let (head, chain, epoch) = {

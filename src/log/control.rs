@@ -148,10 +148,13 @@ pub struct GroupRecord {
     pub other: Map<String, Value>,
 }
 
+/// The highest number of a reign; a group that has used it up takes no other.
+pub const COUNTER_MAX: u64 = 1 << 62;
+
 /// One reign of one primary. Its header's epoch id is the new one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EpochRecord {
-    /// Counts the reigns of the group, from 1.
+    /// Counts the reigns of the group, from 1 to [`COUNTER_MAX`].
     pub counter: u64,
     /// Random.
     pub id: EpochId,

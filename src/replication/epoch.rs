@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::log::control::EpochRecord;
+use crate::log::control::{COUNTER_MAX, EpochRecord};
 use crate::units::{Chain, EpochId, Lsn, NodeId};
 
 use super::wire::{WireEpoch, WireHistory};
@@ -89,8 +89,8 @@ impl History {
         }
     }
 
-    /// From the wire. `None` where it is impossible: positions above 2^63, reigns out of order or
-    /// behind the head.
+    /// From the wire. `None` where it is impossible: positions above 2^63, reigns out of order,
+    /// behind the head or without a number that a reign may have.
     #[must_use]
     pub fn from_wire(wire: &WireHistory) -> Option<History> {
         if wire.head > Lsn::MAX.0 {
@@ -101,7 +101,7 @@ impl History {
             let after_previous = reigns.last().is_none_or(|last| {
                 epoch.first_lsn > last.first_lsn.0 && epoch.counter > last.counter
             });
-            if !after_previous || epoch.first_lsn >= wire.head {
+            if !after_previous || epoch.first_lsn >= wire.head || epoch.counter > COUNTER_MAX {
                 return None;
             }
             reigns.push(Reign {
@@ -230,6 +230,9 @@ mod tests {
         let mut backwards = good.clone();
         backwards.epochs.swap(0, 1);
         assert_eq!(History::from_wire(&backwards), None);
+        let mut uncounted = good.clone();
+        uncounted.epochs[1].counter = COUNTER_MAX + 1;
+        assert_eq!(History::from_wire(&uncounted), None);
         let mut far = good;
         far.head = u64::MAX;
         assert_eq!(History::from_wire(&far), None);

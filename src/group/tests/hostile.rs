@@ -1,11 +1,12 @@
-//! Records of going back that no primary would write: from a peer that lies, and on a disk that was
-//! written by one. Checksums are right; nothing is lost, and nothing is made up.
+//! Records and images that no primary would make: from a peer that lies, and on a disk that was
+//! written by one. Checksums are right; nothing is lost, nothing is made up, and nobody panics.
 
 use super::moments::{all, group_with_volume};
 use super::pins::follow;
 use super::*;
+use crate::base::ControlState;
 use crate::io::OpenMode;
-use crate::log::control::ControlKind;
+use crate::log::control::{COUNTER_MAX, ControlKind};
 use crate::log::record::{Header, Kind, flags, payload_crcs};
 use crate::log::segment::segment_name;
 use crate::units::Chain;
@@ -260,4 +261,200 @@ fn a_rewind_on_disk_that_cannot_be_opens_with_all_that_was_before_it() {
             assert!(all(&*group, volume) == was && all(&*before, volume) == was, "{what}, folded");
         }
     }
+}
+
+/// An image of a group as a liar sends it: how far the copy takes it.
+fn send_image(
+    group: &Group,
+    copy: &Group,
+    offer: impl FnOnce(&mut ImageOffer),
+    control: impl FnOnce(&mut ControlState),
+) -> Result<Position, GroupError> {
+    group.end_shipment(&name("b"));
+    let shipment = group.ship(&name("b"), None, Lsn::ZERO, None).unwrap();
+    let (mut offered, mut bytes) = (shipment.offer(), Vec::new());
+    offer(&mut offered);
+    copy.begin_image(&offered)?;
+    while let Some(part) = shipment.next().unwrap() {
+        let ImagePart::Control { total, bytes: some, .. } = &part else {
+            copy.stage(part)?;
+            continue;
+        };
+        bytes.extend_from_slice(some);
+        if bytes.len() as u64 == *total {
+            break;
+        }
+    }
+    let mut state = ControlState::decode(&bytes).unwrap();
+    state.position = offered.position;
+    control(&mut state);
+    let bytes = bytes::Bytes::from(state.encode());
+    copy.stage(ImagePart::Control { offset: 0, total: bytes.len() as u64, bytes })?;
+    while let Some(part) = shipment.next().unwrap() {
+        copy.stage(part)?;
+    }
+    copy.switch_to_image()
+}
+
+/// Changes the body of each entry that says `from`.
+fn say(state: &mut ControlState, from: &str, to: &str) {
+    let mut changed = 0;
+    for entry in &mut state.entries {
+        let body = entry.body.get().replace(from, to);
+        changed += usize::from(body != entry.body.get());
+        entry.body = serde_json::value::RawValue::from_string(body).unwrap();
+    }
+    assert!(changed > 0, "{from}: nobody says so");
+}
+
+#[test]
+fn an_image_that_no_primary_has_is_refused_and_a_true_one_is_taken_after_it() {
+    type Offer = fn(&mut ImageOffer);
+    type State = fn(&mut ControlState);
+    let cases: [(&str, Offer, State, &str); 13] = [
+        ("at the end of all", |offer| offer.position.lsn = Lsn::MAX, |_| (), "no log"),
+        ("near it", |offer| offer.position.lsn = Lsn(Lsn::MAX.0 - (64 << 10)), |_| (), "no log"),
+        ("inside of eight bytes", |offer| offer.position.lsn.0 -= 4, |_| (), "no record"),
+        ("parting beyond all", |offer| offer.common = Lsn(u64::MAX - 7), |_| (), "no log"),
+        ("parting inside of eight bytes", |offer| offer.common = Lsn(3), |_| (), "no record"),
+        (
+            "a volume twice, with half a block",
+            |_| (),
+            |state| {
+                let is_volume = |it: &&crate::base::ControlEntry| it.body.get().contains("size_");
+                let mut again = state.entries.iter().find(is_volume).unwrap().clone();
+                let body =
+                    again.body.get().replace("\"size_bytes\":3145728", "\"size_bytes\":1000");
+                assert!(body.contains(":1000"), "{body}");
+                again.body = serde_json::value::RawValue::from_string(body).unwrap();
+                state.entries.push(again);
+            },
+            "a volume has 1000 bytes",
+        ),
+        (
+            "a volume without a number",
+            |_| (),
+            |state| say(state, "\"number\":1", "\"number\":0"),
+            "a volume has the number 0",
+        ),
+        (
+            "no JSON of its kind",
+            |_| (),
+            |state| say(state, "\"size_bytes\":3145728", "\"size_bytes\":[]"),
+            "control record of kind 3",
+        ),
+        (
+            "a reign too high",
+            |_| (),
+            |state| say(state, "\"counter\":1", &format!("\"counter\":{}", u64::MAX)),
+            "a reign has the number",
+        ),
+        ("an entry behind it", |_| (), |state| state.entries[0].lsn = state.position.lsn, "behind"),
+        (
+            "an entry of nowhere",
+            |_| (),
+            |state| state.entries.last_mut().unwrap().lsn = Lsn(u64::MAX),
+            "behind",
+        ),
+        ("requests without end", |_| (), |state| state.requests = u64::MAX, "requests"),
+        (
+            "more requests than records",
+            |_| (),
+            |state| state.requests = state.position.lsn.0 / 96 + 1,
+            "requests",
+        ),
+    ];
+    for (what, offer, control, reason) in cases {
+        let (a, b) = (Bench::new("a", 7), Bench::new("b", 8));
+        let (group, volume, _) = primary(&a);
+        let copy = b.create_copy();
+        let refused = send_image(&group, &copy, offer, control).map(|_| ()).unwrap_err();
+        let refused = refused.to_string();
+        assert!(refused.contains(reason) && !refused.contains('\n'), "{what}: {refused}");
+        assert_eq!((copy.positions().head, copy.volumes()), (Lsn::ZERO, Vec::new()), "{what}");
+        copy.write_indices();
+        copy.close().unwrap();
+        drop(copy);
+        let (copy, _) = b.open();
+        send_image(&group, &copy, |_| (), |_| ()).unwrap();
+        assert!(all(&*copy, volume) == all(&*group, volume), "{what}");
+        copy.promote("test").unwrap();
+        write(&copy, volume, 0, &[6; 4096]);
+    }
+}
+
+#[test]
+fn a_record_counts_the_requests_before_it_or_is_refused() {
+    let (a, b) = (Bench::new("a", 9), Bench::new("b", 10));
+    let (group, volume, _) = primary(&a);
+    set_policy(&group, 0, 64 << 20);
+    let copy = b.create_copy();
+    follow(&group, &copy);
+    let (at, before) = (last(&group), copy.positions());
+    let body = [9; 4096];
+    for (flags, requests) in [
+        (flags::LAST_OF_REQUEST, u64::MAX),
+        (flags::LAST_OF_REQUEST, at.requests),
+        (flags::LAST_OF_REQUEST, at.requests + 2),
+        (flags::LAST_OF_REQUEST, 0),
+        (0, at.requests + 1),
+        (0, u64::MAX),
+    ] {
+        let (mut header, bytes) = record(&at, Kind::Write, flags, &body);
+        header.requests = requests;
+        let mut lie = Vec::new();
+        header.encode(&mut lie);
+        lie.extend_from_slice(&bytes[lie.len()..]);
+        let refused = copy.append_received(copy.received_end(), &lie).unwrap_err().to_string();
+        assert!(refused.contains(&format!("counts {requests} requests")), "{refused}");
+        assert_eq!((copy.positions(), copy.received_end()), (before, before.head));
+    }
+    // The second record of one delivery is held against the first of it, wherever it is cut.
+    let one = record(&at, Kind::Write, 0, &body);
+    let two = record(&one.0, Kind::Write, flags::LAST_OF_REQUEST, &body);
+    assert_eq!(two.0.requests, at.requests + 1);
+    let both = [one.1, two.1].concat();
+    for part in both.chunks(1000) {
+        copy.append_received(copy.received_end(), part).unwrap();
+    }
+    assert_eq!(copy.positions().requests, at.requests + 1);
+    copy.promote("test").unwrap();
+    write(&copy, volume, 0, &[6; 4096]);
+}
+
+#[test]
+fn a_reign_with_a_number_that_none_has_is_refused_and_the_last_number_ends_in_an_error() {
+    let (a, b) = (Bench::new("a", 11), Bench::new("b", 12));
+    let (group, ..) = primary(&a);
+    super::returning::join(&group, 9);
+    set_policy(&group, 0, 64 << 20);
+    let copy = b.create_copy();
+    follow(&group, &copy);
+    let at = last(&group);
+    let reign = |counter: u64| {
+        let epoch = EpochRecord { first_lsn: at.end(), ..group.new_epoch("promote", counter) };
+        let body = Control::Epoch(epoch).to_json();
+        let (mut header, bytes) = record(&at, Kind::Control, CONTROL, &body);
+        header.control_kind = ControlKind::Epoch as u32;
+        let mut lie = Vec::new();
+        header.encode(&mut lie);
+        lie.extend_from_slice(&bytes[lie.len()..]);
+        lie
+    };
+    for counter in [u64::MAX, COUNTER_MAX + 1] {
+        let refused = copy.append_received(at.end(), &reign(counter)).unwrap_err().to_string();
+        assert!(refused.contains("a reign has the number"), "{refused}");
+        assert_eq!(copy.positions().head, at.end());
+    }
+    copy.append_received(at.end(), &reign(COUNTER_MAX)).unwrap();
+    let refused = copy.promote("test").unwrap_err().to_string();
+    assert!(refused.contains("numbers of reigns"), "{refused}");
+    assert_eq!(copy.role(), Role::Secondary);
+    // A primary that is held back by such a reign of a peer.
+    group.close().unwrap();
+    drop(group);
+    let (group, _) = a.open();
+    group.hold_back(u64::MAX, "a liar reigns");
+    let refused = group.serve().unwrap_err().to_string();
+    assert!(refused.contains("numbers of reigns"), "{refused}");
 }

@@ -7,7 +7,7 @@ use crate::io::{Fault, OpenMode};
 use crate::log::control::{MemberRecord, Mode, OnLoss};
 use crate::units::Chain;
 
-fn join(group: &Group, node: u8) {
+pub(super) fn join(group: &Group, node: u8) {
     join_as(group, node, Mode::default(), OnLoss::default());
 }
 
