@@ -125,11 +125,16 @@ impl Group {
                 core.content.check(header, payload).map_err(|what| wrong(header.lsn, what))?;
                 if core.is_ready_to_go_back(record.to) {
                     went_back.push((header.lsn, record));
-                } else if last == first {
-                    stopped = Some(Taken::UpTo { rewind: header.lsn, to: record.to });
-                    break;
                 } else {
-                    last -= 1;
+                    // It may stay out: so does a pad before it, since a log ends with a request.
+                    let pad = Kind::Pad as u8;
+                    let before = &pending.records[first..last];
+                    let Some(end) = before.iter().rposition(|(_, header)| header.kind != pad)
+                    else {
+                        stopped = Some(Taken::UpTo { rewind: header.lsn, to: record.to });
+                        break;
+                    };
+                    last = first + end;
                 }
             }
             let part = &pending.records[first..=last];

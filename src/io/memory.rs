@@ -251,6 +251,14 @@ impl Content {
         self.bytes = bytes;
     }
 
+    /// How many of the bytes can be written before a page is needed for which there is no room.
+    fn room(&self, offset: u64, bytes: u64, new_pages: u64) -> u64 {
+        let pages = offset / PAGE..(offset + bytes).div_ceil(PAGE);
+        let mut missing = pages.filter(|page| !self.pages.contains_key(page));
+        let first = missing.nth(new_pages as usize);
+        first.map_or(bytes, |page| (page * PAGE).saturating_sub(offset))
+    }
+
     fn new_pages(&self, offset: u64, bytes: u64) -> u64 {
         let range = offset / PAGE..(offset + bytes).div_ceil(PAGE);
         let present = self.pages.range(range.clone()).count() as u64;
@@ -916,8 +924,8 @@ impl DiskFile for MemoryFile {
         };
         let granted = state.grant(wanted.min(room)) / PAGE * PAGE;
         if granted < wanted {
-            // Pages that exist already and the first of the new ones are written, to be simple.
-            keep = keep.min(granted as usize);
+            let content = &inode(&mut state, self.number).cache;
+            keep = content.room(offset, keep as u64, granted / PAGE) as usize;
             outcome = Err(io::ErrorKind::StorageFull.into());
         }
         inode(&mut state, self.number).write(&data[..keep], offset);

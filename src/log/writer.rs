@@ -123,7 +123,7 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// What the disk says. Any part may be in the file, behind the head.
+    /// What the disk says. Where it is full, nothing is behind the head; else any part may be.
     pub fn append(&mut self, drafts: Vec<Draft<'_>>, stamp: Stamp) -> io::Result<Vec<Header>> {
         let segment_bytes = self.segments.segment_bytes();
         let (mut at, mut chain, mut requests) = (self.head, self.chain, self.requests);
@@ -234,7 +234,8 @@ impl Writer {
         }
         let mut tail = Vec::new();
         let run_count = runs.len();
-        for (index, run) in runs.iter_mut().enumerate() {
+        for index in 0..run_count {
+            let run = &mut runs[index];
             let over = run.bytes % PAGE;
             if index + 1 == run_count {
                 assert_eq!(over as u64, end.0 % BLOCK_BYTES, "the last run ends at the new head");
@@ -245,10 +246,34 @@ impl Writer {
             if over > 0 {
                 run.push(Part::Zeros(PAGE - over));
             }
-            let segment = self.segments.ensure(run.number)?;
-            segment.file.write_at(&run.slices(), run.offset)?;
+            let segment = self.segments.ensure(run.number);
+            let written =
+                segment.and_then(|segment| segment.file.write_at(&run.slices(), run.offset));
+            if let Err(cause) = written {
+                if cause.kind() == io::ErrorKind::StorageFull {
+                    self.take_back(&runs[..=index])?;
+                }
+                return Err(cause);
+            }
         }
         Ok(tail)
+    }
+
+    /// The disk was full in the middle of a write. Whole records of it may be there, which a start
+    /// would take for something that was lost: they are overwritten. Where there is no room for
+    /// that either, nothing was written.
+    fn take_back(&self, runs: &[Run<'_>]) -> io::Result<()> {
+        for (index, run) in runs.iter().enumerate() {
+            let Some(segment) = self.segments.get(run.number) else { continue };
+            let kept: &[u8] = if index == 0 { &self.tail } else { &[] };
+            let parts = vec![Part::Bytes(kept), Part::Zeros(run.bytes - kept.len())];
+            let before = Run { parts, ..*run };
+            match segment.file.write_at(&before.slices(), run.offset) {
+                Err(cause) if cause.kind() != io::ErrorKind::StorageFull => return Err(cause),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 

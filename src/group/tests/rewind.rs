@@ -359,6 +359,45 @@ fn a_copy_that_has_folded_too_far_stays_as_it_was_until_an_image_comes() {
 }
 
 #[test]
+fn a_copy_that_cannot_go_back_ends_with_a_request_also_where_a_pad_stands_before_the_record() {
+    let (a, b) = (Bench::new("a", 14), Bench::new("b", 15));
+    let (group, volume) = group_with_volume(&a);
+    write(&group, volume, 0, &[1; 4096]);
+    let to = end(&group);
+    write(&group, volume, 4096, &[2; 4096]);
+    let copy = b.create_copy();
+    follow(&group, &copy);
+    fold(&b, &copy);
+    let room = || SEGMENT - end(&group).segment_offset(SEGMENT);
+    // Too little for the record, and more than nothing.
+    while room() >= 280 {
+        if room() > 20_000 {
+            write(&group, volume, 8192, &[3; 16384]);
+        } else {
+            one(&group, volume, Op::Trim { offset: 0, length: 512 }).unwrap();
+        }
+    }
+    let before = end(&group);
+    let rewound = group.rewind(&Point::Lsn(to), false).unwrap();
+    group.sync_now().unwrap();
+    let head = copy.positions().head;
+    let mut bytes = vec![0; rewound.at.bytes_since(head) as usize];
+    group.read_log(head, &mut bytes).unwrap();
+    assert!(copy.append_received(head, &bytes).is_err());
+    assert!(before.segment_number(SEGMENT) < rewound.at.segment_number(SEGMENT), "a pad");
+    assert_eq!(copy.positions().head, before);
+    // From the pad on it is asked again, and refused again.
+    let rest = &bytes[before.bytes_since(head) as usize..];
+    assert!(copy.append_received(before, rest).is_err());
+    assert_eq!(copy.positions().head, before);
+    copy.close().unwrap();
+    drop(copy);
+    let (copy, recovery) = b.open();
+    assert_eq!(recovery.cut, None);
+    assert_eq!((copy.positions().head, copy.branches().unwrap()), (before, Vec::new()));
+}
+
+#[test]
 fn a_cut_takes_a_rewind_with_it_and_the_branch_shows_it() {
     for to_before in [true, false] {
         let bench = Bench::new("a", 13);

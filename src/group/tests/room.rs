@@ -158,3 +158,55 @@ fn a_log_that_blocks_is_folded_no_further_than_its_peer_has_and_says_so() {
     group.note_peer_needs(peer, end, false);
     assert!(fold() > end);
 }
+
+#[test]
+fn what_a_full_disk_has_of_an_append_is_taken_back_and_no_start_finds_it() {
+    let (mut across, mut inside) = (0, 0);
+    for pages in 0..11 {
+        for received in [false, true] {
+            let what = format!("{pages} pages, received: {received}");
+            let (a, b) = (Bench::new("a", 20), Bench::new("b", 21));
+            [&a, &b].into_iter().for_each(|bench| bench.clock.set_boot(1));
+            let primary = a.create();
+            let volume = primary.create_volume(name("v"), 1 << 20).unwrap().number;
+            let copy = b.create_copy();
+            let (bench, group) = if received { (&b, &copy) } else { (&a, &primary) };
+            let take = || {
+                let from = copy.positions().head;
+                let mut bytes = vec![0; primary.positions().head.bytes_since(from) as usize];
+                primary.read_log(from, &mut bytes).unwrap();
+                copy.append_received(from, &bytes).map(|_| ())
+            };
+            // Room for two records of the five.
+            while SEGMENT - primary.positions().head.segment_offset(SEGMENT) > 20_000 {
+                write(&primary, volume, 0, &[1; 8192]);
+            }
+            take().unwrap();
+            group.sync_now().unwrap();
+            let head = group.positions().head;
+            let data = [2; 8192];
+            let op = Op::Write { offset: 8192, data: &data };
+            let batch = [Request { volume, op, fua: false }; 5];
+            bench.disk.inject(Fault::NoSpace { bytes: pages * 4096 });
+            let results = primary.append(&batch);
+            let refused = if received { take().is_err() } else { results[0].is_err() };
+            assert!(refused, "{what}: there was room");
+            assert_eq!(group.positions().head, head, "{what}");
+            let next = group.segments.get(head.segment_number(SEGMENT) + 1).is_some();
+            *(if next { &mut across } else { &mut inside }) += 1;
+            bench.disk.clear_faults();
+            // Over the first of what was refused.
+            if !received {
+                write(group, volume, 0, &[3; 512]);
+            }
+            let (head, read_before) = (group.positions().head, read(&**group, volume, 0, 65536));
+            drop((primary, copy));
+            let (group, recovery) = bench.open();
+            assert_eq!(recovery.cut, None, "{what}");
+            assert_eq!(group.positions().head, head, "{what}");
+            assert_eq!(group.branches().unwrap(), Vec::new(), "{what}");
+            assert!(read(&*group, volume, 0, 65536) == read_before, "{what}");
+        }
+    }
+    assert!(across > 4 && inside > 4, "{across} {inside}");
+}
