@@ -356,8 +356,15 @@ impl Group {
         };
         self.report();
         self.notify();
-        appended?;
+        let end = appended?;
         self.sync_now()?;
+        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
+        // again.
+        self.update_meta(|meta| {
+            meta.reigns = true;
+            (meta.demoted, meta.retired, meta.reign_due) = (false, false, false);
+            meta.durable = meta.durable.max(end);
+        })?;
         Ok(epoch)
     }
 

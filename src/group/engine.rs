@@ -284,6 +284,7 @@ impl Group {
             incarnation: Incarnation(context.env.entropy.next_u64()),
             clean: false,
             demoted: false,
+            reigns: false,
             retired: false,
             failed: false,
             reign_due: false,

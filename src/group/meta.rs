@@ -54,6 +54,7 @@ const SPLIT_BRAIN: u32 = 32;
 const YIELDING: u32 = 64;
 const MERGING: u32 = 128;
 const OLD_LOG: u32 = 256;
+const REIGNS: u32 = 512;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +77,9 @@ pub(super) struct Meta {
     pub clean: bool,
     /// This node gave up its reign.
     pub demoted: bool,
+    /// The last reign is this node's, and its record was durable: what the log cannot tell where it
+    /// is damaged before that record.
+    pub reigns: bool,
     /// Replication was stopped here.
     pub retired: bool,
     /// A sync failed.
@@ -144,6 +148,7 @@ impl Meta {
             (self.yielding, YIELDING),
             (self.merging, MERGING),
             (self.old_log, OLD_LOG),
+            (self.reigns, REIGNS),
         ];
         let mut raw = RawSlot {
             magic: MAGIC,
@@ -193,6 +198,7 @@ impl Meta {
             yielding: flags & YIELDING != 0,
             merging: flags & MERGING != 0,
             old_log: flags & OLD_LOG != 0,
+            reigns: flags & REIGNS != 0,
             boot: Some(raw.boot.get()).filter(|boot| *boot != 0),
             log_begin: Lsn(raw.log_begin.get()),
             births_from: Lsn(raw.births_from.get()),
@@ -268,8 +274,8 @@ mod tests {
             "544944454d455441",
             // version
             "02000000",
-            // flags: clean, demoted, failed, reign due, split brain, yielding, merging
-            "fb000000",
+            // flags: clean, demoted, failed, reign due, split brain, yielding, merging, reigns
+            "fb020000",
             // sequence
             "0900000000000000",
             // group
@@ -296,7 +302,7 @@ mod tests {
             // births_from
             "0006000000000000",
             // checksum
-            "7e52b9d55c4c2e4d",
+            "a4237806970116ad",
         ))
         .unwrap();
         let meta = Meta {
@@ -309,6 +315,7 @@ mod tests {
             incarnation: Incarnation(0x3132_3334_3536_3738),
             clean: true,
             demoted: true,
+            reigns: true,
             retired: false,
             failed: true,
             reign_due: true,

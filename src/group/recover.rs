@@ -132,7 +132,8 @@ impl Group {
             found.map_err(|cause| io("read log", &cause))
         };
         let mut found = scan_to(if before.yielding { before.durable } else { Lsn::MAX })?;
-        let primary = own(&found.content);
+        // Where what was durable is missing, the record of its reign may be among it.
+        let primary = own(&found.content) || before.reigns && found.chain_end < before.durable;
         let proven = |durable: Lsn| if primary { durable } else { Lsn::ZERO };
         let decision = decide(&RecoveryFacts {
             chain_end: found.chain_end,
@@ -201,6 +202,7 @@ impl Group {
                 meta.durable = at;
                 meta.yielding = false;
                 meta.failed = false;
+                meta.reigns = primary;
                 meta.reign_due |= primary && lost;
             }
         })

@@ -45,9 +45,6 @@ impl Group {
         let durable = self.sync_now()?;
         self.update_meta(|meta| meta.durable = meta.durable.max(durable))?;
         let epoch = self.begin_epoch(self.new_epoch(reason, counter))?;
-        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
-        // again.
-        self.update_meta(|meta| (meta.demoted, meta.retired) = (false, false))?;
         {
             let mut core = self.lock();
             (core.retired, core.needs_image) = (None, None);
@@ -112,7 +109,7 @@ impl Group {
         }
         self.fail_held();
         self.update_meta(|meta| {
-            meta.demoted = true;
+            (meta.demoted, meta.reigns) = (true, false);
             meta.split_brain = false;
             meta.durable = meta.durable.max(durable);
         })?;

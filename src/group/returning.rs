@@ -154,7 +154,6 @@ impl Group {
             let reason = if above.is_some() { "promote" } else { "recovery" };
             let counter = above.unwrap_or_default().saturating_add(1);
             self.begin_epoch(self.new_epoch(reason, counter))?;
-            self.update_meta(|meta| meta.reign_due = false)?;
         }
         self.lock().asking = None;
         self.space.notify_all();
@@ -277,7 +276,7 @@ impl Group {
         let authored = authored_behind(&core.view.epochs, self.context.node.id, at, head);
         let committed = if core.role == Role::Primary { at } else { core.committed.min(at) };
         let noted = self.update_meta(|meta| {
-            meta.demoted = true;
+            (meta.demoted, meta.reigns) = (true, false);
             meta.reign_due = false;
             meta.split_brain = false;
             meta.durable = at;

@@ -302,3 +302,67 @@ fn a_payload_that_looks_like_a_record_proves_nothing_durable() {
     assert_eq!(group.data_state().0, DataState::Consistent, "{:?}", group.data_state());
     assert_eq!(recovery.cut, Some((at, imitation.end())), "it is seen there");
 }
+
+#[test]
+fn a_primary_whose_damage_hides_its_own_reign_stops_and_keeps_its_log() {
+    for promoted in [false, true] {
+        for closed in [false, true] {
+            let what = format!("promoted: {promoted}, closed: {closed}");
+            let (a, b) = (Bench::new("a", 18), Bench::new("b", 19));
+            let group = a.create();
+            let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+            let start = group.positions().head;
+            write(&group, volume, 0, &[1; 60_000]);
+            let (bench, group, at) = if promoted {
+                let copy = b.create_copy();
+                let mut bytes = vec![0; group.positions().head.0 as usize];
+                group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+                copy.append_received(Lsn::ZERO, &bytes).unwrap();
+                copy.promote("test").unwrap();
+                (&b, copy, start.0)
+            } else {
+                (&a, group, 0)
+            };
+            if closed {
+                write(&group, volume, 4096, &[2; 60_000]);
+                group.close().unwrap();
+            }
+            let right = read(&*group, volume, 0, 1 << 16);
+            let epochs = group.control().epochs.clone();
+            drop(group);
+            let log = dir().join("log");
+            let before = bench.disk.list(&log).unwrap();
+            let path = log.join(segment_name(0));
+            bench.disk.damage(&path, at + 10, 1, 0xff);
+            for start in 0..2 {
+                let (group, recovery) = bench.open();
+                let state = group.data_state();
+                assert_eq!(state.0, DataState::Failed, "{what}, start {start}: {state:?}");
+                assert_eq!((group.role(), recovery.as_copy), (Role::Primary, false), "{what}");
+                assert_eq!(group.branches().unwrap(), Vec::new(), "{what}");
+                assert_eq!(bench.disk.list(&log).unwrap(), before, "{what}");
+                assert!(group.promote("test").is_err() && group.demote().is_err(), "{what}");
+                let refused = group.yield_to(Lsn(at), None, Discard::Authored);
+                assert!(refused.is_err(), "{what}");
+            }
+            // What was damaged is right again.
+            bench.disk.damage(&path, at + 10, 1, 0xff);
+            let (group, _) = bench.open();
+            assert_eq!(
+                (group.role(), group.data_state().0),
+                (Role::Primary, DataState::Consistent)
+            );
+            assert!(read(&*group, volume, 0, 1 << 16) == right, "{what}");
+            let now = group.control().epochs.clone();
+            assert_eq!(now[..epochs.len()], epochs, "{what}");
+            // One that gave up its reign is a copy, which has again what it lost when it follows.
+            group.demote().unwrap();
+            group.close().unwrap();
+            drop(group);
+            bench.disk.damage(&path, at + 10, 1, 0xff);
+            let (group, recovery) = bench.open();
+            assert_eq!((group.role(), recovery.as_copy), (Role::Secondary, true), "{what}");
+            assert_eq!(group.positions().head, Lsn(at), "{what}");
+        }
+    }
+}
