@@ -44,7 +44,7 @@ pub(super) struct Active {
     pub(super) progress: Progress,
     started: Duration,
     run_limit: Span,
-    scheduled: bool,
+    opened_by: OpenedBy,
 }
 
 impl Active {
@@ -114,7 +114,7 @@ impl Inner {
                     progress: Progress::new(),
                     started: now,
                     run_limit: settings.run_limit,
-                    scheduled: job.schedule.is_some(),
+                    opened_by,
                 },
             );
             running
@@ -141,6 +141,11 @@ impl Inner {
             self.forget(&key);
             BackupError::Internal(error.to_string())
         })
+    }
+
+    /// Whether a slot is further ahead than clocks may differ by.
+    pub(super) fn is_ahead(&self, slot: LogTime) -> bool {
+        slot > self.context.env.clock.wall().after(self.config.allowance.0)
     }
 
     fn forget(&self, key: &RunKey) {
@@ -235,7 +240,7 @@ impl Inner {
                 active.run_limit
             );
             active.stop.stop(text.clone());
-            if active.scheduled {
+            if active.opened_by == OpenedBy::Schedule {
                 self.history.set_handled(key.job, key.slot);
             }
             let role = self.registry.by_id(key.group).map_or(Role::Secondary, |g| g.role());
@@ -267,10 +272,12 @@ impl Inner {
 
     /// A run is over: what it was stays known for those who ask.
     pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
-        if task.job.schedule.is_some() && task.running_on.is_none() {
+        let mut state = self.lock();
+        let opened_by = state.active.get(&task.key).map(|active| active.opened_by);
+        // A run by command is none of the schedule's slots.
+        if opened_by == Some(OpenedBy::Schedule) && task.running_on.is_none() {
             self.history.set_handled(task.key.job, task.key.slot);
         }
-        let mut state = self.lock();
         let first = state
             .active
             .get(&task.key)
@@ -279,7 +286,8 @@ impl Inner {
         state.remember_decided(task.key, first);
         let proved =
             matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
-        if proved {
+        // What a clock that is ahead calls its slot makes up for nothing that is to come.
+        if proved && !self.is_ahead(task.key.slot) {
             state.alarms.remove(&(task.group.name().clone(), task.job.name.clone()));
             state.watches.entry(task.key.job).or_default().made(task.key.slot);
         }

@@ -6,8 +6,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::{BackupEntry, Manifest, Outcome, Unreachable, VolumeChecksum};
-use super::claim::SlotStore;
+use super::claim::{Holder, SlotStore};
 use super::error::BackupError;
+use super::facts::Reason;
+use super::job::JobSettings;
+use super::overdue::time_of_slot;
 use super::reach::Reach;
 use super::repository::{RepositoryConfig, RepositoryError};
 use super::restore::{FileSink, RestoreSink};
@@ -73,7 +76,7 @@ impl Scheduler {
         let id = id.to_owned();
         blocking(move || {
             let (repository, entry, manifest) = inner.find(&id)?;
-            Ok((inner.judged(&repository, entry, &manifest), manifest))
+            Ok((inner.judged(&repository, entry, &manifest)?, manifest))
         })
         .await
     }
@@ -219,8 +222,8 @@ impl Inner {
     /// for when the repository cannot be read.
     fn snapshots(&self, reach: &Reach) -> Result<Vec<BackupEntry>, RepositoryError> {
         let listed = reach.opened()?.list()?.into_iter();
-        let entries: Vec<BackupEntry> =
-            listed.map(|(entry, manifest)| self.judged(reach, entry, &manifest)).collect();
+        let judged = listed.map(|(entry, manifest)| self.judged(reach, entry, &manifest));
+        let entries = judged.collect::<Result<Vec<BackupEntry>, RepositoryError>>()?;
         self.history.set_seen(&reach.repository().config().name, &entries);
         Ok(entries)
     }
@@ -239,21 +242,45 @@ impl Inner {
         repository: &Reach,
         mut entry: BackupEntry,
         manifest: &Manifest,
-    ) -> BackupEntry {
+    ) -> Result<BackupEntry, RepositoryError> {
         let objects = repository.objects();
         let id = entry.id.clone().unwrap_or_default();
         entry.branch = self.mark(objects.as_ref(), &id);
-        let store = SlotStore::new(objects, manifest.job_id, manifest.slot);
-        entry.outcome = match store.result() {
-            Ok(Some(result)) if result.id == id => {
+        let mut store = SlotStore::new(objects, manifest.job_id, manifest.slot);
+        let unread = |error: std::io::Error| RepositoryError::Failed {
+            name: repository.repository().config().name.clone(),
+            what: format!("the result of slot {}", manifest.slot),
+            cause: error.to_string(),
+        };
+        entry.outcome = match store.result().map_err(unread)? {
+            Some(result) if result.id == id => {
                 entry.bytes_read = result.bytes_read;
                 Outcome::Done
             }
-            Ok(Some(_)) => Outcome::Superseded,
-            _ if entry.branch.is_some() => Outcome::Failed,
-            _ => Outcome::Running,
+            Some(_) => Outcome::Superseded,
+            None if entry.branch.is_some() => Outcome::Failed,
+            None => {
+                let now = self.context.env.clock.monotonic();
+                let ended = matches!(store.look(now).map_err(unread)?.holder, Holder::Ended(..));
+                if ended || self.is_past_run(manifest) {
+                    let text = "the run ended before it could write the slot's result";
+                    entry.reasons.push(Reason::new("no-result", text));
+                    Outcome::Failed
+                } else {
+                    Outcome::Running
+                }
+            }
         };
-        entry
+        Ok(entry)
+    }
+
+    /// Whether no run may still be at work on a backup: the time of its slot is over.
+    fn is_past_run(&self, manifest: &Manifest) -> bool {
+        let group = self.registry.by_id(manifest.group_id).map(|group| group.control());
+        let job = group.as_ref().and_then(|g| g.jobs.iter().find(|job| job.id == manifest.job_id));
+        let settings = job.and_then(|job| JobSettings::parse(&job.settings).ok());
+        let until = time_of_slot(&settings.unwrap_or_default(), self.config.allowance);
+        self.context.env.clock.wall() > manifest.slot.after(until)
     }
 
     fn find(&self, id: &str) -> Result<(Arc<Reach>, BackupEntry, Manifest), BackupError> {

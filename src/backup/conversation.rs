@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::active::OpenedBy;
+use super::catalog::Outcome;
 use super::claim::SlotStore;
 use super::facts::Facts;
 use super::gather::{ObserveAnswer, ObserveCall};
@@ -127,6 +128,12 @@ impl Inner {
         let call: ObserveCall = serde_json::from_value(body).map_err(|error| error.to_string())?;
         let slot = call.slot.ok_or("backup.start: no slot")?;
         let (group, job) = self.of_peer(&peer, call.group, call.job)?;
+        if self.is_ahead(slot) {
+            let now = self.context.env.clock.wall();
+            return Err(format!(
+                "backup: got the slot {slot}, and it is {now} here; set the clocks of both nodes"
+            ));
+        }
         let settings = JobSettings::parse(&job.settings).map_err(|error| error.to_string())?;
         self.open(&group, job, settings, slot, OpenedBy::Command)
             .map_err(|error| error.to_string())?;
@@ -172,7 +179,11 @@ impl Inner {
         if let Some(active) = self.lock().active.get(&key) {
             return active.phase.clone();
         }
-        if let Some(run) = self.history.run(group.name(), &job.name, slot) {
+        let run = self.history.run(group.name(), &job.name, slot);
+        // One that passed by here may have been made elsewhere.
+        if let Some(run) = run
+            && (run.outcome != Outcome::Missed || self.result(job, slot) != Ok(true))
+        {
             let why: Vec<_> = run.reasons.iter().map(|reason| reason.text.as_str()).collect();
             return PeerPhase::Ended { outcome: run.outcome, why: why.join("; ") };
         }

@@ -45,7 +45,12 @@ impl History {
                 tracing::warn!("{}: is damaged, and begun anew: {error}", path.display());
                 Remembered::default()
             }),
-            Err(_) => Remembered::default(),
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::warn!("{}: is begun anew: {error}", path.display());
+                }
+                Remembered::default()
+            }
         };
         History { path: path.to_path_buf(), remembered: Mutex::new(remembered) }
     }
@@ -61,6 +66,14 @@ impl History {
         let mut remembered = self.lock();
         let known = remembered.handled.entry(job.to_string()).or_insert(slot);
         *known = (*known).max(slot);
+        self.write(&remembered);
+    }
+
+    /// A job's slots behind `slot` are to come: what is remembered of them was read off a clock
+    /// that was ahead.
+    pub fn take_back_handled(&self, job: EpochId, slot: LogTime) {
+        let mut remembered = self.lock();
+        remembered.handled.insert(job.to_string(), slot);
         self.write(&remembered);
     }
 

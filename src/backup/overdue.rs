@@ -48,8 +48,13 @@ pub fn newest_over(
     since: LogTime,
     now: LogTime,
 ) -> Option<LogTime> {
-    let until = settings.deadline.0 + settings.run_limit.0 + allowance.0;
-    schedule.newest(now.before(until)).filter(|slot| *slot > since)
+    schedule.newest(now.before(time_of_slot(settings, allowance))).filter(|slot| *slot > since)
+}
+
+/// From when a slot is due until no run may still bring its backup.
+#[must_use]
+pub fn time_of_slot(settings: &JobSettings, allowance: Span) -> Duration {
+    settings.deadline.0 + settings.run_limit.0 + allowance.0
 }
 
 /// What a node knows, and still wants to know, of the slots of a job whose time is over.

@@ -120,6 +120,20 @@ impl Schedule {
         due
     }
 
+    /// Up to where slots count as dealt with at `now`, where what is remembered lies further ahead
+    /// than clocks may differ by: a clock was wrong, and would keep the job from what is due until
+    /// then. The newest slot is looked at again: if it was made, that is known by the slot.
+    #[must_use]
+    pub fn taken_back(
+        &self,
+        handled: LogTime,
+        now: LogTime,
+        allowance: Duration,
+    ) -> Option<LogTime> {
+        let before = |slot: LogTime| self.newest(LogTime(slot.0 - 1)).unwrap_or(LogTime(0));
+        (handled > now.after(allowance)).then(|| self.newest(now).map_or(now, before))
+    }
+
     /// By how much local times near `time` may be out of the order of their instants. Where the
     /// zone is not set forward or back thereabouts, they are in order, to the minute.
     fn shift_around(&self, time: LogTime) -> Duration {
@@ -255,6 +269,13 @@ mod tests {
         let back = schedule.due(since, handled, time("2026-11-19T02:30:00Z"), hour);
         assert_eq!((back.open, back.missed.len()), (None, 0));
         assert_eq!(back.next, Some(time("2026-11-21T02:00:00Z")));
+        // One that was wrong by more than clocks may differ by is forgotten.
+        let (now, allowance) = (time("2026-11-19T02:30:00Z"), Duration::from_secs(600));
+        let before = time("2026-11-18T02:00:00Z");
+        assert_eq!(schedule.taken_back(time("2027-11-19T00:00:00Z"), now, allowance), Some(before));
+        assert_eq!(schedule.taken_back(now.after(allowance), now, allowance), None);
+        let due = schedule.due(since, Some(before), now, hour);
+        assert_eq!((due.open, due.missed.len()), (Some(time("2026-11-19T02:00:00Z")), 0));
         let new = time("2026-11-23T02:10:00Z");
         let due = schedule.due(new, None, time("2026-11-23T02:30:00Z"), hour);
         assert_eq!((due.open, due.missed.len()), (None, 0));

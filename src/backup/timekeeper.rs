@@ -1,5 +1,6 @@
 //! The scheduler's clockwork: which slots are due, which went by, and which never got a backup.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,11 +28,20 @@ impl Inner {
             // A sample, so that the load over the last seconds is known when it is asked for.
             let _ = self.meter.measure(self.context.env.clock.monotonic());
             self.give_up_stuck();
+            let mut scheduled = BTreeMap::new();
             for group in self.registry.groups() {
                 for job in group.control().jobs.iter().filter(|job| !job.removed) {
                     self.keep_job(&group, job);
+                    if job.schedule.is_some() {
+                        scheduled.insert((group.name().clone(), job.name.clone()), job.since);
+                    }
                 }
             }
+            // Of a job that is gone, or is another since, nobody misses a slot.
+            self.lock().alarms.retain(|name, alarm| {
+                let since = scheduled.get(name);
+                since.is_some_and(|since| alarm.slot > *since) && !self.is_ahead(alarm.slot)
+            });
             self.wait(Duration::from_secs(1));
         }
     }
@@ -51,10 +61,14 @@ impl Inner {
             }
         };
         let now = self.context.env.clock.wall();
-        let due = schedule.due(job.since, self.history.handled(job.id), now, settings.deadline.0);
-        for slot in due.missed {
-            self.miss(group, job, slot, now);
+        let mut handled = self.history.handled(job.id);
+        let back = handled.and_then(|at| schedule.taken_back(at, now, self.config.allowance.0));
+        if let Some(back) = back {
+            self.history.take_back_handled(job.id, back);
+            handled = Some(back);
         }
+        let due = schedule.due(job.since, handled, now, settings.deadline.0);
+        self.miss(group, job, due.missed);
         if let Some(slot) = due.open
             && let Err(error) =
                 self.open(group, job.clone(), settings.clone(), slot, OpenedBy::Schedule)
@@ -64,19 +78,37 @@ impl Inner {
         self.look_for_overdue(group, job, &schedule, &settings, now);
     }
 
-    fn miss(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime, now: LogTime) {
-        let key = RunKey { group: group.id(), job: job.id, slot };
-        if self.lock().active.contains_key(&key) {
-            return;
+    /// Slots that went by unseen here: told where no other node has made them either.
+    fn miss(self: &Arc<Self>, group: &Arc<Group>, job: &JobRecord, slots: Vec<LogTime>) {
+        let is_open = |slot| {
+            let key = RunKey { group: group.id(), job: job.id, slot };
+            self.lock().active.contains_key(&key)
+        };
+        let slots: Vec<LogTime> = slots.into_iter().filter(|slot| !is_open(*slot)).collect();
+        let Some(newest) = slots.last() else { return };
+        self.history.set_handled(job.id, *newest);
+        let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
+        let look = move || {
+            for slot in slots {
+                if inner.history.run(group.name(), &job.name, slot).is_none()
+                    && inner.look_for_result(&group, &job, slot) != Found::Made
+                {
+                    inner.tell_missed(&group, &job, slot);
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("backup-missed".to_owned()).spawn(look)
+        {
+            tracing::error!("no thread to look for slots that went by: {error}");
         }
-        self.history.set_handled(job.id, slot);
-        if self.history.run(group.name(), &job.name, slot).is_some() {
-            return;
-        }
-        let node = self.context.node.name.clone();
+    }
+
+    fn tell_missed(&self, group: &Group, job: &JobRecord, slot: LogTime) {
+        let (node, now) = (self.context.node.name.clone(), self.context.env.clock.wall());
         let entry = missed_entry(group.name(), &job.name, slot, node, group.role(), now);
         self.history.add(entry);
-        let text = "the slot was missed: its deadline was over before this node saw it";
+        let text = "the slot was missed: its deadline was over before this node saw it, and no \
+                    backup of it is known";
         self.emit(Severity::Warning, "backup-missed", group.name(), &job.name, Some(slot), text);
     }
 

@@ -1,5 +1,6 @@
 //! Who makes the backup of two nodes, what the other says, and that a slot never gets two.
 
+mod clocks;
 mod faults;
 mod rig;
 
@@ -336,7 +337,7 @@ fn a_run_without_a_result_takes_its_snapshot_back() {
 }
 
 /// A pair whose job has its first slot in a minute.
-fn scheduled(settings: Value) -> (Pair, Arc<ManualClock>, LogTime) {
+pub(crate) fn scheduled(settings: Value) -> (Pair, Arc<ManualClock>, LogTime) {
     let (pair, clock) = Pair::by_clock(settings);
     let change = JobChange { schedule: Some("1 2 * * *".to_owned()), ..JobChange::default() };
     pair.a.scheduler.set_job("g", name("nightly"), change).unwrap();
@@ -344,7 +345,7 @@ fn scheduled(settings: Value) -> (Pair, Arc<ManualClock>, LogTime) {
     (pair, clock, time("2026-11-24T02:01:00Z"))
 }
 
-fn alarm_states(node: &Node) -> Vec<(String, LogTime)> {
+pub(crate) fn alarm_states(node: &Node) -> Vec<(String, LogTime)> {
     node.scheduler.alarms().into_iter().map(|alarm| (alarm.state, alarm.slot)).collect()
 }
 
