@@ -351,6 +351,8 @@ impl Group {
             if let Ok(end) = end {
                 assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
                 core.role = Role::Primary;
+                let now = core.clock.last();
+                core.required.begin_anew(now);
             }
             end
         };

@@ -291,8 +291,11 @@ impl Group {
         owner: &str,
         expires_after: Option<Duration>,
     ) -> Result<Arc<Image>, GroupError> {
-        let position = self.resolve(point)?.position();
-        self.open_kept(position, None, name, owner, expires_after)
+        let (position, live) = match point {
+            Point::Now => self.now().map(|(position, live)| (position, Some(live)))?,
+            _ => (self.resolve(point)?.position(), None),
+        };
+        self.open_kept(position, (None, live), name, owner, expires_after)
     }
 
     /// Opens an image of a branch: the group as it was when the branch was cut off.
@@ -308,13 +311,25 @@ impl Group {
         owner: &str,
     ) -> Result<Arc<Image>, GroupError> {
         let branch = self.branch(branch)?;
-        self.open_kept(branch.to, Some(branch.name), name, owner, None)
+        self.open_kept(branch.to, (Some(branch.name), None), name, owner, None)
+    }
+
+    /// The last end of a request, and the content there: whatever is appended behind it, nothing
+    /// has to be replayed.
+    fn now(&self) -> Result<(Position, Content), GroupError> {
+        let core = self.lock();
+        let end = core.timeline.end();
+        if end.lsn == Lsn::ZERO {
+            return Err(self.no_image_yet());
+        }
+        self.check_barrier(&core, end.lsn)?;
+        Ok((end.position(), core.content.clone()))
     }
 
     fn open_kept(
         &self,
         position: Position,
-        branch: Option<String>,
+        (branch, live): (Option<String>, Option<Content>),
         name: Option<Name>,
         owner: &str,
         expires_after: Option<Duration>,
@@ -328,7 +343,7 @@ impl Group {
             expires: expires_after.map(|after| opened.after(after)),
             branch,
         };
-        let image = self.build_image(kept)?;
+        let image = self.build_image(kept, live)?;
         if let Err(error) = self.keep_images() {
             // What the next start would not know of is no hold that anybody may rely on.
             self.lock().images.remove(image.name());
@@ -347,7 +362,12 @@ impl Group {
             .expect("numbers do not end")
     }
 
-    pub(super) fn build_image(&self, kept: KeptImage) -> Result<Arc<Image>, GroupError> {
+    /// Makes an image of `live`, which is the content at its position, or of what the log says.
+    pub(super) fn build_image(
+        &self,
+        kept: KeptImage,
+        mut live: Option<Content>,
+    ) -> Result<Arc<Image>, GroupError> {
         let branch = kept.branch.as_ref().map(|name| self.branch(name)).transpose()?;
         let lsn = branch.as_ref().map_or(kept.position.lsn, |branch| branch.from.lsn);
         let group = self.me.upgrade().expect("it is being used");
@@ -358,7 +378,7 @@ impl Group {
                 let core = self.lock();
                 self.check_barrier(&core, lsn)?;
                 self.check_covered(&core, lsn)?;
-                let live = lsn == core.timeline.end().lsn && branch.is_none();
+                let at_end = lsn == core.timeline.end().lsn && branch.is_none();
                 let horizon = core.horizon.clone();
                 // Behind the horizon nothing but the moment itself is there.
                 let state = if lsn < horizon.position.lsn {
@@ -368,7 +388,8 @@ impl Group {
                 };
                 let state = state.ok_or_else(|| self.not_covered(&core, &format!("lsn:{lsn}")))?;
                 let rewinds = core.content.rewinds.clone();
-                (live.then(|| core.content.clone()), state, rewinds)
+                let live = live.take().or_else(|| at_end.then(|| core.content.clone()));
+                (live, state, rewinds)
             };
             rewinds.cut(lsn);
             let content = match live {

@@ -59,7 +59,7 @@ impl Group {
                 }
                 // Where nothing is yet, every point is before the first record.
                 if core.timeline.end().lsn == Lsn::ZERO {
-                    return Err(self.refused("has no image yet; wait until its primary sent one"));
+                    return Err(self.no_image_yet());
                 }
                 Err(self.not_covered(&core, "a moment before the first record"))
             }
@@ -68,6 +68,10 @@ impl Group {
             }
             _ => Err(self.not_covered(&core, &format!("{point:?}"))),
         }
+    }
+
+    pub(super) fn no_image_yet(&self) -> GroupError {
+        self.refused("has no image yet; wait until its primary sent one")
     }
 
     /// A point that the log no longer covers, and that is kept: none but the very position is.

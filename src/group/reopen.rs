@@ -98,13 +98,13 @@ impl Group {
 
     fn reopen_image(&self, image: KeptImage) -> Result<(), GroupError> {
         if image.branch.is_some() {
-            return self.build_image(image).map(|_| ());
+            return self.build_image(image, None).map(|_| ());
         }
         // A cut may have taken its moment away, and other records may have grown over the place.
         let (was, found) = (image.position, self.resolve(&Point::Lsn(image.position.lsn))?);
         if (found.epoch, found.lsn) != (was.epoch, was.lsn) {
             return Err(self.refused(format!("LSN {} of its epoch left the history", was.lsn)));
         }
-        self.build_image(image).map(|_| ())
+        self.build_image(image, None).map(|_| ())
     }
 }

@@ -106,6 +106,15 @@ impl Required {
         self.set_floors();
     }
 
+    /// A reign of this node begins: what peers acknowledged before is of another history.
+    pub(super) fn begin_anew(&mut self, now: LogTime) {
+        for peer in self.peers.values_mut() {
+            (peer.received, peer.durable) = (Lsn::ZERO, Lsn::ZERO);
+            peer.away.get_or_insert_with(|| ("it has not caught up yet".to_owned(), now));
+        }
+        self.set_floors();
+    }
+
     /// A peer acknowledged so much of a log that ends at `head`.
     pub(super) fn holds(
         &mut self,
@@ -242,6 +251,20 @@ mod tests {
         assert!(floors.allow(Lsn(8192), true));
         assert!(!floors.allow(Lsn(8193), false));
         assert_eq!(required.blocked_by().unwrap().1, "gone");
+    }
+
+    #[test]
+    fn what_was_acknowledged_before_a_reign_answers_nobody_in_it() {
+        for (on_loss, waits) in [(OnLoss::Block, true), (OnLoss::Continue, false)] {
+            let mut required = required(Mode::Sync, on_loss);
+            let floors = required.floors();
+            required.holds(PEER, Lsn(8192), Lsn(8192), Lsn(8192));
+            required.begin_anew(LogTime(6));
+            assert_eq!(!floors.allow(Lsn(4096), false), waits, "{on_loss:?}");
+            assert!(required.peers()[&PEER].away.is_some(), "not before it has caught up");
+            required.holds(PEER, Lsn(4096), Lsn(4096), Lsn(4096));
+            assert!(floors.allow(Lsn(4096), true) && !floors.allow(Lsn(4097), false));
+        }
     }
 
     #[test]

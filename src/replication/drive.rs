@@ -57,6 +57,17 @@ impl Shared {
             Output::FollowChanged { group } => {
                 self.group_changed(group);
             }
+            // At once, in the order of the peer's words, and before any cut that comes later.
+            Output::PeerHolds { group, received, durable } => {
+                if let Some(group) = self.groups.by_id(group) {
+                    group.note_peer_holds(peer, received, durable);
+                }
+            }
+            Output::PeerLost { group, reason } => {
+                if let Some(group) = self.groups.by_id(group) {
+                    group.note_peer_lost(peer, &reason);
+                }
+            }
             Output::Event { severity, code, group, text } => {
                 let group = group.as_ref().map(|name| name.as_str());
                 self.context.events.emit(severity, code, group, text, Value::Null);
@@ -145,4 +156,142 @@ pub(super) async fn drive(shared: Arc<Shared>, mut queue: mpsc::UnboundedReceive
         conn.close("this node shuts down".to_owned());
     }
     locked(&shared.workers).clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::Path;
+    use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+    use std::sync::{Condvar, Mutex};
+
+    use super::*;
+    use crate::events::Events;
+    use crate::group::{GroupContext, LocalLimits, NodeIdentity, Registry};
+    use crate::io::{Disk, DiskFile, Env, ManualClock, MemoryDisk, OpenMode, SeededEntropy, Space};
+    use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
+    use crate::replication::service::{Replication, ReplicationConfig};
+    use crate::units::{LogTime, Lsn, Name};
+
+    /// A disk where, once it is told to, nothing gets a new name before it is let go.
+    struct StuckDisk {
+        disk: MemoryDisk,
+        stuck: Mutex<bool>,
+        let_go: Condvar,
+        reached: SyncSender<()>,
+    }
+
+    impl StuckDisk {
+        fn new() -> (Arc<StuckDisk>, Receiver<()>) {
+            let (reached, seen) = sync_channel(64);
+            let (disk, stuck, let_go) = (MemoryDisk::new(), Mutex::default(), Condvar::new());
+            (Arc::new(StuckDisk { disk, stuck, let_go, reached }), seen)
+        }
+
+        fn set_stuck(&self, stuck: bool) {
+            *self.stuck.lock().unwrap() = stuck;
+            self.let_go.notify_all();
+        }
+    }
+
+    impl Disk for StuckDisk {
+        fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+            self.disk.open(path, mode)
+        }
+        fn create_dir(&self, path: &Path) -> io::Result<()> {
+            self.disk.create_dir(path)
+        }
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            let mut stuck = self.stuck.lock().unwrap();
+            if *stuck {
+                let _ = self.reached.try_send(());
+            }
+            while *stuck {
+                stuck = self.let_go.wait(stuck).unwrap();
+            }
+            drop(stuck);
+            self.disk.rename(from, to)
+        }
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            self.disk.remove(path)
+        }
+        fn remove_dir(&self, path: &Path) -> io::Result<()> {
+            self.disk.remove_dir(path)
+        }
+        fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+            self.disk.list(path)
+        }
+        fn exists(&self, path: &Path) -> bool {
+            self.disk.exists(path)
+        }
+        fn sync_dir(&self, path: &Path) -> io::Result<()> {
+            self.disk.sync_dir(path)
+        }
+        fn space(&self, path: &Path) -> io::Result<Space> {
+            self.disk.space(path)
+        }
+    }
+
+    fn member(node: NodeId, name: &str, mode: Mode) -> Control {
+        Control::Member(MemberRecord {
+            node,
+            name: name.parse().unwrap(),
+            mode,
+            on_loss: OnLoss::Block,
+            rpo_target: None,
+            removed: false,
+            other: serde_json::Map::new(),
+        })
+    }
+
+    #[tokio::test]
+    async fn what_a_required_peer_holds_waits_for_no_image_of_another() {
+        let (disk, reached) = StuckDisk::new();
+        let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
+        let entropy = Arc::new(SeededEntropy::new(1));
+        let context = GroupContext {
+            env: Env { disk: disk.clone(), clock, entropy },
+            node: NodeIdentity { id: NodeId([1; 16]), name: "a".parse().unwrap() },
+            limits: LocalLimits::default(),
+            events: Events::in_memory(),
+        };
+        let registry = Registry::open(context.clone(), Path::new("/groups")).unwrap();
+        let group = registry.create("g".parse().unwrap(), Some(1 << 20)).unwrap();
+        let (waited_for, behind) = (NodeId([2; 16]), NodeId([3; 16]));
+        group.append_control(member(waited_for, "b", Mode::Sync)).unwrap();
+        group.append_control(member(behind, "c", Mode::Async)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let config = ReplicationConfig {
+            listen: None,
+            advertise: None,
+            state_dir: dir.path().to_owned(),
+            heartbeat: Duration::from_secs(1),
+            lost_after: Duration::from_secs(5),
+        };
+        let replication = Replication::start(config, context, registry.clone()).unwrap();
+        let shared = &replication.shared;
+        let head = group.positions().head;
+        let (sender, answered) = sync_channel(1);
+        group.sync_now().unwrap();
+        group.when_durable(head, Box::new(move |done| sender.send(done).unwrap()));
+        let wait = Duration::from_secs(60);
+        // The image for the one that is behind does not get ready.
+        disk.set_stuck(true);
+        let peer: Name = "c".parse().unwrap();
+        let (id, common, staged) = (group.id(), Lsn::ZERO, None);
+        let ship = Output::Ship { group: id, stream: 1, peer, since: None, common, staged };
+        shared.perform(behind, ship, None);
+        reached.recv_timeout(wait).unwrap();
+        let holds = Output::PeerHolds { group: id, received: head, durable: head };
+        shared.perform(waited_for, holds, None);
+        answered.recv_timeout(wait).expect("a host waits for the image").unwrap();
+        // A loss is told as soon, and in the order of what was heard.
+        let lost = Output::PeerLost { group: id, reason: "gone".to_owned() };
+        shared.perform(waited_for, lost, None);
+        let away = group.required_peers()[0].1.away.clone();
+        assert_eq!(away.map(|(reason, _)| reason), Some("gone".to_owned()));
+        disk.set_stuck(false);
+        replication.shutdown();
+        registry.close();
+    }
 }

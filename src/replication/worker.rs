@@ -38,15 +38,6 @@ pub enum Job {
     Committed {
         lsn: Lsn,
     },
-    PeerHolds {
-        peer: NodeId,
-        received: Lsn,
-        durable: Lsn,
-    },
-    PeerLost {
-        peer: NodeId,
-        reason: String,
-    },
     Serve {
         peer: NodeId,
     },
@@ -95,7 +86,8 @@ pub enum Job {
 }
 
 impl Job {
-    /// What an output has the group's thread do; the output itself where it touches no log.
+    /// What an output has the group's thread do; the output itself where it touches no log, or
+    /// may not wait.
     ///
     /// # Errors
     ///
@@ -110,10 +102,6 @@ impl Job {
                 (group, Job::Append { peer, stream, position, bytes })
             }
             Output::Committed { group, lsn } => (group, Job::Committed { lsn }),
-            Output::PeerHolds { group, received, durable } => {
-                (group, Job::PeerHolds { peer, received, durable })
-            }
-            Output::PeerLost { group, reason } => (group, Job::PeerLost { peer, reason }),
             Output::Retire { group, retired } => (group, Job::Retire { retired }),
             Output::Serve { group } => (group, Job::Serve { peer }),
             Output::HoldBack { group, counter, reason } => {
@@ -139,6 +127,9 @@ impl Job {
             | Output::SendLog { .. }
             | Output::SendPart { .. }
             | Output::FollowChanged { .. }
+            // Hosts wait for these: not behind an image for another peer.
+            | Output::PeerHolds { .. }
+            | Output::PeerLost { .. }
             | Output::Event { .. } => return Err(output),
         })
     }
@@ -272,10 +263,6 @@ pub fn perform(
             }
         }
         Job::Committed { lsn } => group.note_committed(lsn),
-        Job::PeerHolds { peer, received, durable } => {
-            group.note_peer_holds(peer, received, durable);
-        }
-        Job::PeerLost { peer, reason } => group.note_peer_lost(peer, &reason),
         Job::Retire { retired } => {
             if let Err(error) = group.set_retired(retired) {
                 tracing::error!("group {}: mark as retired: {error}", group.name());

@@ -345,6 +345,18 @@ impl World {
                     copy.dirty.store(true, Ordering::Relaxed);
                 }
             }
+            Output::PeerHolds { group, received, durable } => {
+                let group = self.group_number(group);
+                if let Some(found) = self.nodes[node].group(group) {
+                    found.note_peer_holds(self.nodes[peer].id, received, durable);
+                }
+            }
+            Output::PeerLost { group, reason } => {
+                let group = self.group_number(group);
+                if let Some(found) = self.nodes[node].group(group) {
+                    found.note_peer_lost(self.nodes[peer].id, &reason);
+                }
+            }
             Output::Event { code, text, .. } => {
                 self.coverage.event(code);
                 self.say(format_args!("{} tells {code}: {text}", self.nodes[node].name));

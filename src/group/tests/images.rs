@@ -1,5 +1,7 @@
 //! What no image goes past, and which images a restart finds.
 
+use std::sync::Mutex;
+
 use super::*;
 use crate::extent_map::Freed;
 use crate::io::Fault;
@@ -194,4 +196,56 @@ fn who_closes_an_image_late_does_not_close_another_that_has_its_name() {
     assert_eq!(read(&*second, volume.number, 0, 4096), [1; 4096]);
     group.close_this_image(&second).unwrap();
     assert!(group.images().is_empty());
+}
+
+/// A clock that lets something happen when it is looked at, once.
+struct HookClock {
+    clock: Arc<ManualClock>,
+    hook: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Clock for HookClock {
+    fn wall(&self) -> LogTime {
+        let hook = self.hook.lock().unwrap().take();
+        if let Some(hook) = hook {
+            hook();
+        }
+        self.clock.wall()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.clock.monotonic()
+    }
+
+    fn boot(&self) -> Option<u64> {
+        self.clock.boot()
+    }
+}
+
+/// The first record cannot be read any more: whatever replays the log fails.
+#[test]
+fn an_image_of_now_replays_nothing_whatever_is_written_meanwhile() {
+    let bench = Bench::new("a", 60);
+    let clock = Arc::new(HookClock { clock: bench.clock.clone(), hook: Mutex::default() });
+    let mut context = bench.context();
+    context.env.clock = clock.clone();
+    let new = NewGroup { id: GROUP, name: name("g"), segment_bytes: SEGMENT };
+    let group = Group::create(context, &dir(), new).unwrap();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    set_policy(&group, 3600, 64 << 20);
+    let path = dir().join("log").join(crate::log::segment::segment_name(0));
+    bench.disk.inject(crate::io::Fault::Unreadable { path, offset: 0, length: 8 });
+    let before = write(&group, volume, 0, &[1; 4096]);
+    write(&group, volume, 0, &[2; 4096]);
+    let replayed = group.open_image(&Point::Lsn(before), None, "test", None);
+    assert!(replayed.is_err(), "it is replayed, and that fails");
+    let writer = group.clone();
+    *clock.hook.lock().unwrap() = Some(Box::new(move || {
+        write(&writer, volume, 0, &[3; 4096]);
+    }));
+    let image = group.open_image(&Point::Now, None, "test", None).unwrap();
+    assert!(clock.hook.lock().unwrap().is_none(), "it was written meanwhile");
+    assert_eq!(read(&*image, volume, 0, 4096), [2; 4096]);
+    assert_eq!(read(&*group, volume, 0, 4096), [3; 4096]);
+    assert!(image.position().lsn < group.positions().head);
 }
