@@ -104,6 +104,10 @@ impl Socket for Script {
     fn set_receive_timeout(&self, _timeout: Option<Duration>) -> io::Result<()> {
         Ok(())
     }
+
+    fn set_send_timeout(&self, _timeout: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Whatever a server says to our client.

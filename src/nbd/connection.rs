@@ -77,26 +77,34 @@ impl From<&'static str> for NoAgreement {
     }
 }
 
-/// A socket that gives up at a deadline, so that a client who sends a byte now and then does not
-/// hold a connection for ever.
+/// Bytes that are sent in one call before a deadline. Each of the pieces that the kernel makes of a
+/// longer one may wait as long as the whole, on a Unix socket.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// A socket that gives up at a deadline, so that a client who sends a byte now and then, or never
+/// reads what he asked for, does not hold a connection for ever.
 struct Deadline<'a> {
     socket: &'a dyn Socket,
     clock: &'a dyn Clock,
     at: Duration,
 }
 
+impl Deadline<'_> {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.at.saturating_sub(self.clock.monotonic());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
 impl Socket for Deadline<'_> {
     fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.at.saturating_sub(self.clock.monotonic());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.socket.set_receive_timeout(Some(left))?;
+        self.socket.set_receive_timeout(Some(self.left()?))?;
         self.socket.receive(buffer)
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.send(bytes)
+        self.socket.set_send_timeout(Some(self.left()?))?;
+        self.socket.send(&bytes[..bytes.len().min(PIECE_BYTES)])
     }
 
     fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
@@ -109,6 +117,10 @@ impl Socket for Deadline<'_> {
 
     fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.socket.set_receive_timeout(timeout)
+    }
+
+    fn set_send_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_send_timeout(timeout)
     }
 }
 
@@ -124,7 +136,7 @@ fn negotiate<'s>(
     let at = clock.monotonic().saturating_add(shared.limits.handshake_timeout);
     let limited = Deadline { socket, clock, at };
     let mut input = Input::new();
-    send_all(socket, greeting().as_bytes())?;
+    send_all(&limited, greeting().as_bytes())?;
     let flags = input.hold(&limited, 4)?.ok_or(CUT_OFF)?;
     let flags = u32::from_be_bytes(flags.try_into().expect("4 bytes were asked for"));
     input.consume(4);
@@ -158,13 +170,14 @@ fn negotiate<'s>(
             }
             _ => None,
         };
-        send_all(socket, &replies)?;
+        send_all(&limited, &replies)?;
         replies.clear();
         match step {
             Step::Continue => {}
             Step::Close(reason) => return Err(reason.into()),
             Step::Transmit(agreed) => {
                 socket.set_receive_timeout(None)?;
+                socket.set_send_timeout(None)?;
                 return Ok((agreed, input, kept));
             }
         }

@@ -66,6 +66,10 @@ impl Socket for Playback {
     fn set_receive_timeout(&self, _timeout: Option<Duration>) -> io::Result<()> {
         Ok(())
     }
+
+    fn set_send_timeout(&self, _timeout: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Serves what `input` says, at most `step` bytes at once, from a small device in memory; what the

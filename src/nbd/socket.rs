@@ -26,6 +26,8 @@ pub trait Socket: Send + Sync {
     }
     /// Bounds every later wait for bytes; `None` waits for ever.
     fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+    /// Bounds every later wait for room; `None` waits for ever.
+    fn set_send_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
 }
 
 /// Sends all bytes, waiting for room.
@@ -111,6 +113,13 @@ impl Socket for Stream {
         match self {
             Stream::Unix(stream) => stream.set_read_timeout(timeout),
             Stream::Tcp(stream) => stream.set_read_timeout(timeout),
+        }
+    }
+
+    fn set_send_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Stream::Unix(stream) => stream.set_write_timeout(timeout),
+            Stream::Tcp(stream) => stream.set_write_timeout(timeout),
         }
     }
 }

@@ -1,13 +1,15 @@
 //! Clients that misbehave, vanish or flood: nobody else suffers, and nothing panics.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tidelog::nbd::NbdLimits;
 use tidelog::nbd::fuzz::{converse, fuzz_client, fuzz_handshake, fuzz_transmission, opening};
-use tidelog::nbd::wire::{self, command, command_flag};
+use tidelog::nbd::wire::{self, command, command_flag, option};
+use tidelog::nbd::{NbdAddress, NbdCounters, NbdLimits, NbdListen, RamDevice, RamExports, listen};
 use zerocopy::IntoBytes;
 
 use super::rig::*;
@@ -95,6 +97,45 @@ fn a_slow_handshake_is_given_up() {
     assert_eq!(raw.rest(), b"");
     let mut patient = rig.client("g/v");
     patient.flush().unwrap();
+}
+
+#[test]
+fn a_client_that_never_reads_in_the_handshake_is_given_up() {
+    let limits =
+        NbdLimits { handshake_timeout: Duration::from_millis(200), ..NbdLimits::default() };
+    let devices = (0..1000).map(|n| Arc::new(RamDevice::new(&format!("g/v{n}"), 512, true)));
+    let exports = Arc::new(RamExports(devices.collect()));
+    let dir = tempfile::tempdir().unwrap();
+    let counters = Arc::new(NbdCounters::default());
+    let unix = NbdAddress::Unix(dir.path().join("s"));
+    for (turn, address) in (1..).zip([unix, NbdAddress::Tcp("127.0.0.1:0".to_owned())]) {
+        let listen_on = NbdListen::new(address);
+        let server =
+            listen(listen_on, exports.clone(), limits.clone(), Arc::clone(&counters)).unwrap();
+        let mut asked = 3u32.to_be_bytes().to_vec();
+        for _ in 0..256 {
+            wire::put_option(&mut asked, option::LIST, b"");
+        }
+        // 256 lists of 34 kB: more than a socket's buffers hold.
+        let client: Box<dyn Send> = match server.local_addr() {
+            NbdAddress::Unix(path) => {
+                let mut client = UnixStream::connect(path).unwrap();
+                client.write_all(&asked).unwrap();
+                Box::new(client)
+            }
+            NbdAddress::Tcp(at) => {
+                let mut client = TcpStream::connect(at.as_str()).unwrap();
+                client.write_all(&asked).unwrap();
+                Box::new(client)
+            }
+        };
+        crate::support::wait_for("the client to come and to be given up", || {
+            let came = counters.connections_total.value() == turn;
+            (came && counters.connections.value() == 0).then_some(())
+        });
+        drop(client);
+        server.shutdown();
+    }
 }
 
 #[test]
