@@ -1,11 +1,14 @@
 //! What a keeper tells of its device: a file per device in `/run`, and a lock that it holds while
-//! it runs.
+//! it runs. Others ask who holds the lock and never take it, or they would be in the way of a
+//! keeper that starts.
 
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use serde::{Deserialize, Serialize};
 
 /// Where the files are. It lasts as long as the kernel's devices do: until the next boot.
@@ -44,24 +47,39 @@ fn path(index: u32, ending: &str) -> PathBuf {
 }
 
 /// A keeper's right to a device; ends with the process.
-pub struct Lock(#[expect(dead_code, reason = "holds the lock")] Flock<File>);
+pub struct Lock(#[expect(dead_code, reason = "holds the lock")] File);
 
 /// Takes the lock of a device; `None` where another keeper has it.
 pub fn lock(index: u32) -> io::Result<Option<Lock>> {
     std::fs::create_dir_all(DIRECTORY)?;
-    let path = path(index, "lock");
-    let file = File::options().create(true).truncate(false).write(true).open(path)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(held) => Ok(Some(Lock(held))),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, errno)) => Err(errno.into()),
-    }
+    lock_file(&path(index, "lock"))
 }
 
 /// Whether a keeper runs.
 pub fn is_kept(index: u32) -> bool {
-    let Ok(file) = File::open(path(index, "lock")) else { return false };
-    Flock::lock(file, FlockArg::LockSharedNonblock).is_err()
+    is_locked(&path(index, "lock"))
+}
+
+/// A lock of a whole file, for whoever has it open.
+fn whole() -> libc::flock {
+    let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
+    libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 }
+}
+
+fn lock_file(path: &Path) -> io::Result<Option<Lock>> {
+    let file = File::options().create(true).truncate(false).write(true).open(path)?;
+    match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole())) {
+        Ok(_) => Ok(Some(Lock(file))),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn is_locked(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let mut found = whole();
+    let asked = fcntl(&file, FcntlArg::F_OFD_GETLK(&mut found));
+    asked.is_err() || found.l_type != libc::F_UNLCK as i16
 }
 
 impl State {
@@ -80,5 +98,45 @@ impl State {
     /// Takes away what was shown of a device.
     pub fn remove(index: u32) {
         let _ = std::fs::remove_file(path(index, "json"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_lock_has_one_holder_and_is_seen_while_it_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        assert!(!is_locked(&path), "there is none");
+        let held = lock_file(&path).unwrap().expect("it is free");
+        assert!(is_locked(&path));
+        assert!(lock_file(&path).unwrap().is_none(), "another keeper stays away");
+        drop(held);
+        assert!(!is_locked(&path));
+    }
+
+    /// A keeper that was started again while a monitor ran `attach --status` ended at once, because
+    /// asking took a shared lock for a moment.
+    #[test]
+    fn asking_who_keeps_a_device_is_never_in_a_keepers_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        drop(lock_file(&path).unwrap().expect("it is free"));
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        is_locked(&path);
+                    }
+                });
+            }
+            let refused = (0..20_000).filter(|_| !matches!(lock_file(&path), Ok(Some(_)))).count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(refused, 0);
+        });
     }
 }
