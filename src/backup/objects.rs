@@ -10,8 +10,12 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use super::door::sync_dir;
+
+/// How old what a writer left half-made is when it is taken away: the writer is gone by then.
+const LEFT_BEHIND: Duration = Duration::from_secs(24 * 3600);
 
 /// The door to the small objects of a repository. Names are relative, with `/` between their parts.
 pub trait Objects: Send + Sync {
@@ -44,16 +48,36 @@ impl FileObjects {
         FileObjects { root, writer, count: AtomicU64::new(0) }
     }
 
-    /// Writes the body under a temporary name in the same directory, synced.
+    /// Writes the body under a temporary name, synced, and makes the directory that it is for. All
+    /// temporary names are in the root, where those that a crash left behind are found.
     fn write_temporary(&self, path: &Path, body: &[u8]) -> io::Result<(PathBuf, PathBuf)> {
         let dir = path.parent().unwrap_or(&self.root).to_path_buf();
         self.make_dir(&dir)?;
         let number = self.count.fetch_add(1, Ordering::Relaxed);
-        let temporary = dir.join(format!(".new-{:016x}-{number}", self.writer));
+        let temporary = self.root.join(format!(".new-{:016x}-{number}", self.writer));
         let mut file = fs::File::create(&temporary)?;
         file.write_all(body)?;
         file.sync_all()?;
         Ok((dir, temporary))
+    }
+
+    /// Removes the temporary files that are much older than `temporary`, by the file system's own
+    /// clock. A writer that stood still for so long fails when it goes on, and has made nothing.
+    fn remove_left_behind(&self, temporary: &Path) -> io::Result<()> {
+        let written = |path: &Path| fs::metadata(path).and_then(|found| found.modified());
+        let now: SystemTime = written(temporary)?;
+        for entry in fs::read_dir(&self.root)? {
+            let entry = entry?;
+            if !entry.file_name().to_string_lossy().starts_with(".new-") {
+                continue;
+            }
+            // Another node may remove it at the same time.
+            let Ok(then) = written(&entry.path()) else { continue };
+            if now.duration_since(then).is_ok_and(|age| age > LEFT_BEHIND) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        Ok(())
     }
 
     /// Makes a directory below the root, durably.
@@ -109,6 +133,9 @@ impl Objects for FileObjects {
     fn create(&self, name: &str, body: &[u8]) -> io::Result<bool> {
         let path = self.path(name);
         let (dir, temporary) = self.write_temporary(&path, body)?;
+        if let Err(error) = self.remove_left_behind(&temporary) {
+            tracing::debug!(%error, "backup: what a crash left behind could not be looked for");
+        }
         let linked = match fs::hard_link(&temporary, &path) {
             Ok(()) => Ok(true),
             // A lost answer of a network file system can be our own success.
@@ -251,6 +278,34 @@ mod tests {
             assert!(error.contains(&dir.path().display().to_string()), "{error}");
         }
         assert_eq!(fs::read_dir(dir.path()).expect("there").count(), 0, "nothing was made");
+    }
+
+    #[test]
+    fn what_a_crash_left_half_made_is_gone_a_day_later() {
+        let dir = repository();
+        let root = dir.path().join("tidelog");
+        let objects = FileObjects::new(root.clone(), 1);
+        assert!(objects.create("slots/x/claim-1", b"a").expect("created"));
+        let day = Duration::from_secs(24 * 3600);
+        for (name, age) in [(".new-a", 2 * day), (".new-b", day / 2), ("c", 2 * day)] {
+            let file = fs::File::create(root.join(name)).expect("made");
+            let now = file.metadata().and_then(|found| found.modified()).expect("a time");
+            file.set_modified(now - age).expect("set");
+        }
+        objects.replace("slots/x/claim-1", b"b").expect("replaced");
+        assert!(root.join(".new-a").exists(), "only a claim looks for it");
+        assert!(objects.create("slots/y/claim-1", b"a").expect("created"));
+        let mut left: Vec<_> = fs::read_dir(&root)
+            .expect("there")
+            .map(|entry| entry.expect("read").file_name().into_string().expect("a name"))
+            .collect();
+        left.sort();
+        assert_eq!(left, [".new-b", "c", "slots"]);
+        assert_eq!(objects.read("slots/x/claim-1").expect("read"), Some(b"b".to_vec()));
+        for slot in ["x", "y"] {
+            let files = fs::read_dir(root.join("slots").join(slot)).expect("there").count();
+            assert_eq!(files, 1, "nothing temporary is left in a slot");
+        }
     }
 
     #[test]
