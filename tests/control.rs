@@ -1,12 +1,17 @@
 //! The control socket of a running node: commands, errors with codes, audit, events, metrics.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::Permissions;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use nix::libc;
 use serde_json::Value;
 
-use super::support::{Appliance, Setup, wait_for};
+use super::support::{Appliance, Setup, free_address, wait_for};
 
 /// One HTTP request on the control socket; status, content type and body.
 fn request(appliance: &Appliance, method: &str, path: &str, body: &str) -> (u16, String, String) {
@@ -299,4 +304,99 @@ fn commands_that_append_work_on_a_secondary_too() {
     assert_eq!(a.status("g")["peers"][0]["rpo_target_seconds"], 5.0);
     assert_eq!(b.status("g")["role"], "secondary");
     assert_eq!(b.status("g")["peers"][0]["name"], "a");
+}
+
+/// Connections of a user to a socket, on which nothing is said.
+fn silent(socket: &Path, uid: u32, count: usize) -> Vec<UnixStream> {
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(move || {
+            let same = -1 as libc::c_long;
+            // SAFETY: the call takes numbers alone. It changes this thread, where the C library's
+            // function would change the process.
+            let failed =
+                unsafe { libc::syscall(libc::SYS_setresuid, same, libc::c_long::from(uid), same) };
+            assert_eq!(failed, 0, "this test acts as other users: it needs root");
+            (0..count).map(|_| UnixStream::connect(socket).unwrap()).collect()
+        });
+        opening.join().unwrap()
+    })
+}
+
+/// Whether the other side has closed a connection on which it never says anything.
+fn is_closed(read: std::io::Result<usize>) -> bool {
+    match read {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() != ErrorKind::WouldBlock,
+    }
+}
+
+#[test]
+fn idle_connections_take_their_own_users_places_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Appliance::start(dir.path(), Setup::new("a"));
+    let (allowed, stranger) = (54_321, 54_322);
+    node.stop();
+    let path = dir.path().join("tidelog.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let allow = format!("[control]\nallow = [\"{allowed}\"]\n");
+    std::fs::write(&path, text.replace("[control]\n", &allow)).unwrap();
+    node.restart();
+    let socket = node.control_socket();
+    for on_the_way in [dir.path(), socket.parent().unwrap()] {
+        std::fs::set_permissions(on_the_way, Permissions::from_mode(0o711)).unwrap();
+    }
+    let open = |uid: u32| {
+        let idle = silent(&socket, uid, 100);
+        idle.iter().for_each(|connection| connection.set_nonblocking(true).unwrap());
+        idle
+    };
+    let closed = |idle: &[UnixStream]| {
+        idle.iter().filter(|connection| is_closed((&**connection).read(&mut [0]))).count()
+    };
+    let idle = open(allowed);
+    wait_for("an allowed user's to be closed but 16", || (closed(&idle) >= 84).then_some(()));
+    let strange = open(stranger);
+    wait_for("a stranger's to be closed but 2", || (closed(&strange) >= 98).then_some(()));
+    assert_eq!(node.json(&["status"])["node"], "a", "it answers all the while");
+    assert!(closed(&idle) < 100, "who came first keeps his places");
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", node.pid())).unwrap().count();
+    assert!(descriptors < 100, "{descriptors} are open");
+
+    let ask = |uid: u32| {
+        let mut connection = silent(&socket, uid, 1).pop().unwrap();
+        let mut answer = String::new();
+        // Where there is no place the connection is closed before all of it was said.
+        write!(connection, "GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n").ok()?;
+        connection.read_to_string(&mut answer).ok()?;
+        Some(answer.split(' ').nth(1)?.to_owned())
+    };
+    drop(idle);
+    assert_eq!(wait_for("a place of the user", || ask(allowed)), "200");
+    assert_eq!(wait_for("a place for a stranger, whose connections end", || ask(stranger)), "403");
+    assert!(closed(&strange) >= 99, "a stranger's idle connection does not last");
+}
+
+#[test]
+fn idle_connections_to_the_metrics_listener_are_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = free_address();
+    let more = format!("[metrics]\nlisten = \"{address}\"");
+    let node = Appliance::start(dir.path(), Setup { more, ..Setup::new("a") });
+    let connect = || TcpStream::connect(&address).unwrap();
+    let idle: Vec<TcpStream> = (0..100).map(|_| connect()).collect();
+    idle.iter().for_each(|connection| connection.set_nonblocking(true).unwrap());
+    wait_for("all but 8 to be closed", || {
+        let closed = idle.iter().filter(|connection| is_closed((&**connection).read(&mut [0])));
+        (closed.count() >= 92).then_some(())
+    });
+    assert_eq!(node.json(&["status"])["node"], "a");
+    drop(idle);
+    let answer = wait_for("a place", || {
+        let mut answer = String::new();
+        let mut connection = connect();
+        write!(connection, "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").ok()?;
+        connection.read_to_string(&mut answer).ok()?;
+        (!answer.is_empty()).then_some(answer)
+    });
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("tidelog_"), "{answer}");
 }

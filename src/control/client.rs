@@ -149,7 +149,12 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::from(body.map_or_else(String::new, |body| body.to_string())))
             .map_err(|error| self.broken(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| {
+            self.broken(&format!(
+                "closed before its answer ({error}): the node ends, or holds as many connections \
+                 of this user as it may"
+            ))
+        })?;
         if response.status().is_success() {
             return Ok(response);
         }

@@ -13,6 +13,7 @@ mod attention;
 mod backups;
 mod checks;
 mod client;
+mod connections;
 mod context;
 mod dispatch;
 mod groups;

@@ -8,22 +8,20 @@ use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::connect_info::{ConnectInfo, Connected};
-use axum::extract::{Query, Request, State};
+use axum::extract::{Query, Request};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::serve::IncomingStream;
 use hyper::body::Frame;
 use serde_json::{Map, Value};
-use tokio::net::UnixListener;
+use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::cause;
 use crate::events::Event;
 use crate::units::LogTime;
 
+use super::connections::{Admitted, Places, REQUEST_TIMEOUT, serve, told_to_stop};
 use super::context::Context;
 use super::dispatch::{Caller, dispatch};
 use super::metrics::metrics_text;
@@ -36,6 +34,21 @@ const BODY_BYTES_MAX: usize = 1 << 20;
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Events that wait for a slow follower before it is cut off.
 const FOLLOWER_EVENTS_MAX: usize = 1024;
+/// Connections of root and this node's own user. A follower of events holds one.
+const OWN_CONNECTIONS_MAX: usize = 64;
+/// Connections of all users that the configuration allows, and of each.
+const ALLOWED_CONNECTIONS_MAX: usize = 64;
+const ALLOWED_USER_CONNECTIONS_MAX: usize = 16;
+/// Connections of all other users, who are told that they may not, and of each.
+const STRANGERS_MAX: usize = 8;
+const STRANGER_CONNECTIONS_MAX: usize = 2;
+/// How long a stranger may take to be told.
+const STRANGER_LIFETIME: Duration = Duration::from_secs(5);
+/// Connections to the metrics listener, and those of one address.
+const SCRAPERS_MAX: usize = 64;
+const SCRAPER_CONNECTIONS_MAX: usize = 8;
+/// How long a scrape may take, the reading of its answer included.
+const SCRAPER_LIFETIME: Duration = Duration::from_secs(60);
 
 /// A listener that could not be opened: what, why, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -68,16 +81,20 @@ impl ControlServer {
         };
         let listener = bind(&path, shared).await?;
         let (stop, stopped) = watch::channel(false);
-        let state = ServerState { context, stopped: stopped.clone() };
-        let app = Router::new().fallback(answer).with_state(state);
-        let service = app.into_make_service_with_connect_info::<PeerUid>();
-        let task = tokio::spawn(async move {
-            let serving =
-                axum::serve(listener, service).with_graceful_shutdown(told_to_stop(stopped));
-            if let Err(error) = serving.await {
-                tracing::error!("control socket: {error}");
-            }
-        });
+        let places = ControlPlaces::new();
+        let admit = move |stream: &UnixStream, _: &_| {
+            let uid = stream.peer_cred().ok()?.uid();
+            let allow = context.config.read().expect("no holder panics").control.allow.clone();
+            let (places, lifetime) = places.of(uid, &allow);
+            let Some(place) = places.take(uid) else {
+                tracing::debug!(uid, "control socket: too many connections of a user");
+                return None;
+            };
+            let state = ServerState { context: context.clone(), stopped: stopped.clone() };
+            let answer = move |request| answer(state.clone(), uid, request);
+            Some(Admitted { place, request_timeout: REQUEST_TIMEOUT, lifetime, answer })
+        };
+        let task = tokio::spawn(serve(listener, stop.subscribe(), admit));
         Ok(ControlServer { path, stop, task })
     }
 
@@ -87,10 +104,6 @@ impl ControlServer {
         let _ = tokio::time::timeout(Duration::from_secs(5), self.task).await;
         let _ = std::fs::remove_file(&self.path);
     }
-}
-
-async fn told_to_stop(mut stopped: watch::Receiver<bool>) {
-    let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
 /// Takes the path. A socket that nobody answers on is a dead node's, and is replaced.
@@ -130,13 +143,31 @@ async fn bind(path: &Path, shared: bool) -> Result<UnixListener, ServerError> {
     Ok(listener)
 }
 
-/// The user at the other end, as the kernel says; `None` where it does not.
-#[derive(Clone, Copy, Debug)]
-struct PeerUid(Option<u32>);
+/// The places of the control socket, by what a user may do.
+struct ControlPlaces {
+    own: Arc<Places<u32>>,
+    allowed: Arc<Places<u32>>,
+    strangers: Arc<Places<u32>>,
+}
 
-impl Connected<IncomingStream<'_, UnixListener>> for PeerUid {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> PeerUid {
-        PeerUid(stream.io().peer_cred().ok().map(|credentials| credentials.uid()))
+impl ControlPlaces {
+    fn new() -> ControlPlaces {
+        ControlPlaces {
+            own: Places::new(OWN_CONNECTIONS_MAX, OWN_CONNECTIONS_MAX),
+            allowed: Places::new(ALLOWED_CONNECTIONS_MAX, ALLOWED_USER_CONNECTIONS_MAX),
+            strangers: Places::new(STRANGERS_MAX, STRANGER_CONNECTIONS_MAX),
+        }
+    }
+
+    /// The places that a user has a share of, and how long he may keep one.
+    fn of(&self, uid: u32, allow: &[String]) -> (&Arc<Places<u32>>, Duration) {
+        if is_own(uid) {
+            (&self.own, Duration::MAX)
+        } else if is_allowed(uid, allow) {
+            (&self.allowed, Duration::MAX)
+        } else {
+            (&self.strangers, STRANGER_LIFETIME)
+        }
     }
 }
 
@@ -146,10 +177,14 @@ struct ServerState {
     stopped: watch::Receiver<bool>,
 }
 
+/// Root, and this node's own user.
+fn is_own(uid: u32) -> bool {
+    uid == 0 || uid == nix::unistd::geteuid().as_raw()
+}
+
 /// Root, this node's own user, and those that the configuration allows.
 fn is_allowed(uid: u32, allow: &[String]) -> bool {
-    uid == 0
-        || uid == nix::unistd::geteuid().as_raw()
+    is_own(uid)
         || allow.iter().any(|name| {
             name.parse() == Ok(uid)
                 || nix::unistd::User::from_name(name)
@@ -159,11 +194,7 @@ fn is_allowed(uid: u32, allow: &[String]) -> bool {
         })
 }
 
-async fn answer(
-    State(state): State<ServerState>,
-    ConnectInfo(PeerUid(uid)): ConnectInfo<PeerUid>,
-    request: Request,
-) -> Response {
+async fn answer(state: ServerState, uid: u32, request: Request) -> Response {
     match answer_checked(state, uid, request).await {
         Ok(response) => response,
         Err(problem) => problem_response(&problem),
@@ -172,18 +203,18 @@ async fn answer(
 
 async fn answer_checked(
     state: ServerState,
-    uid: Option<u32>,
+    uid: u32,
     request: Request,
 ) -> Result<Response, Problem> {
     let allow = state.context.config.read().expect("no holder panics").control.allow.clone();
-    let Some(uid) = uid.filter(|uid| is_allowed(*uid, &allow)) else {
-        let who = uid.map_or("a user unknown to the kernel".to_owned(), |uid| format!("uid {uid}"));
+    if !is_allowed(uid, &allow) {
+        let who = format!("uid {uid}");
         return Err(Problem::new(
             403,
             "forbidden",
             format!("control socket: {who} may not use it; add the user to allow under [control]"),
         ));
-    };
+    }
     let (parts, body) = request.into_parts();
     let Query(query): Query<Vec<(String, String)>> = Query::try_from_uri(&parts.uri)
         .map_err(|error| Problem::invalid(format!("query: {error}")))?;
@@ -202,7 +233,9 @@ async fn answer_checked(
 }
 
 async fn read_body(body: Body) -> Result<Map<String, Value>, Problem> {
-    let bytes = to_bytes(body, BODY_BYTES_MAX).await.map_err(|error| {
+    let body = tokio::time::timeout(REQUEST_TIMEOUT, to_bytes(body, BODY_BYTES_MAX)).await;
+    let late = |_| Problem::new(408, "timeout", "body: it did not come in time; send it again");
+    let bytes = body.map_err(late)?.map_err(|error| {
         Problem::new(413, "too-large", format!("body: {error}; {BODY_BYTES_MAX} bytes at most"))
     })?;
     if bytes.is_empty() {
@@ -230,6 +263,14 @@ async fn metrics(context: &Arc<Context>) -> Result<Response, Problem> {
         .map_err(|error| Problem::new(500, "bug", error.to_string()))?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+}
+
+async fn answer_scraper(context: Arc<Context>, request: Request) -> Response {
+    let result = match (request.method().as_str(), request.uri().path()) {
+        ("GET", "/metrics") => metrics(&context).await,
+        _ => Err(Problem::not_found("only GET /metrics is answered here")),
+    };
+    result.unwrap_or_else(|problem| problem_response(&problem))
 }
 
 /// The events held from `since` on, and, unless `follow` is false, those to come.
@@ -326,7 +367,7 @@ impl hyper::body::Body for EventBody {
 /// The metrics listener: plain HTTP, `GET /metrics` alone.
 pub struct MetricsServer {
     address: std::net::SocketAddr,
-    task: tokio::task::JoinHandle<()>,
+    stop: watch::Sender<bool>,
 }
 
 impl MetricsServer {
@@ -348,20 +389,20 @@ impl MetricsServer {
         };
         let listener = tokio::net::TcpListener::bind(listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        let handler = |State(context): State<Arc<Context>>, request: Request| async move {
-            let result = match (request.method().as_str(), request.uri().path()) {
-                ("GET", "/metrics") => metrics(&context).await,
-                _ => Err(Problem::not_found("only GET /metrics is answered here")),
+        let places = Places::new(SCRAPERS_MAX, SCRAPER_CONNECTIONS_MAX);
+        let admit = move |_: &TcpStream, from: &std::net::SocketAddr| {
+            let Some(place) = places.take(from.ip().to_canonical()) else {
+                tracing::debug!(%from, "metrics: too many connections");
+                return None;
             };
-            result.unwrap_or_else(|problem| problem_response(&problem))
+            let context = context.clone();
+            let answer = move |request| answer_scraper(context.clone(), request);
+            let (request_timeout, lifetime) = (REQUEST_TIMEOUT, SCRAPER_LIFETIME);
+            Some(Admitted { place, request_timeout, lifetime, answer })
         };
-        let app = Router::new().fallback(handler).with_state(context);
-        let task = tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, app).await {
-                tracing::error!("metrics: {error}");
-            }
-        });
-        Ok(MetricsServer { address, task })
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(serve(listener, stopped, admit));
+        Ok(MetricsServer { address, stop })
     }
 
     /// Where it listens.
@@ -370,9 +411,9 @@ impl MetricsServer {
         self.address
     }
 
-    /// Ends.
+    /// Lets nobody in any more.
     pub fn stop(self) {
-        self.task.abort();
+        let _ = self.stop.send(true);
     }
 }
 
