@@ -58,6 +58,8 @@ pub(super) struct Content {
     pub rewinds: Rewinds,
     /// What those go back to, while they are applied.
     pub remembered: Remembered,
+    /// A fold up to here had begun, and the log ends before it: the base is no moment, nor is this.
+    pub base_ahead: Option<Lsn>,
 }
 
 /// A control record that counts.

@@ -470,10 +470,14 @@ impl Group {
         let core = self.lock();
         if let Some((reason, since)) = &core.failed {
             (DataState::Failed, Some(reason.clone()), *since)
-        } else if let (Lsn::ZERO, Some(progress)) = (core.writer.head(), core.receiving) {
+        } else if let Some(progress) = core.receiving
+            && (core.writer.head() == Lsn::ZERO || core.content.base_ahead.is_some())
+        {
             let (done, total) = (ByteSize(progress.done_bytes), ByteSize(progress.total_bytes));
             let reason = format!("the first image is coming: {done} of {total}");
             (DataState::ReceivingImage, Some(reason), LogTime(0))
+        } else if let Some(target) = core.content.base_ahead {
+            (DataState::None, Some(self.base_is_ahead(target).to_string()), LogTime(0))
         } else if core.writer.head() == Lsn::ZERO {
             (DataState::None, Some("no image has arrived yet".to_owned()), LogTime(0))
         } else if let Some(since) = core.retired {

@@ -187,12 +187,20 @@ impl Group {
             return Ok(());
         }
         if target > end {
-            let what = format!("the log ends at {end}, and a fold up to {target} had begun");
-            return Err(GroupError::Damaged { group: self.name().clone(), what });
+            return Err(self.base_is_ahead(target));
         }
         let from = self.lock().timeline.before_lsn(target);
         let found = self.follow_to(from, |header| header.end() <= target)?;
         self.fold_to(found).map(|_| ())
+    }
+
+    /// The log ends before `target`, up to which a fold had begun.
+    pub(super) fn base_is_ahead(&self, target: Lsn) -> GroupError {
+        self.damaged(format!(
+            "the log here ends before LSN {target}, up to which a part of it is in the base \
+             already, so that nothing here is a moment of the group: a copy is sent an image by \
+             its primary, a primary goes on once its log is repaired"
+        ))
     }
 
     /// Folds all of the log, whatever its policy is, for who holds the lock of the folder: an image

@@ -63,7 +63,7 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DataState {
-    /// No image yet.
+    /// No image yet, or none any more: what is damaged here is no moment of the group.
     None,
     /// No image yet, and one is coming.
     ReceivingImage,

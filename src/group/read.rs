@@ -221,6 +221,9 @@ impl Group {
         (offset, length): (u64, u64),
         limit: usize,
     ) -> Result<Vec<Piece>, GroupError> {
+        if let Some(target) = content.base_ahead {
+            return Err(self.base_is_ahead(target));
+        }
         let known = content.volumes.get(&volume).ok_or_else(|| self.no_volume(volume))?;
         let end = offset.checked_add(length);
         let Some(end) = end.filter(|end| *end <= known.volume.size_bytes) else {

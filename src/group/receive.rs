@@ -96,6 +96,9 @@ impl Group {
         if let Err(error) = self.failed_error(&core) {
             return Err(wrong(at, error.to_string()));
         }
+        if let Some(target) = core.content.base_ahead {
+            return Err(wrong(at, self.base_is_ahead(target).to_string()));
+        }
         if at != end {
             return Err(wrong(at, format!("got bytes at {at}, expected {end}")));
         }

@@ -214,6 +214,7 @@ impl Group {
             .map_err(|cause| io("open base", &cause))?;
         let mut content = std::mem::take(&mut found.content);
         content.forget_remembered();
+        content.base_ahead = Some(before.fold_target).filter(|target| *target > end.lsn);
         let scanned_bytes = found.chain_end.bytes_since(horizon.position.lsn);
         let timeline = found.timeline.clone();
         let group =

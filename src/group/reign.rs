@@ -37,6 +37,9 @@ impl Group {
                     "the record at {lsn} must be understood, and this version does not; upgrade the node"
                 )));
             }
+            if let Some(target) = core.content.base_ahead {
+                return Err(self.base_is_ahead(target));
+            }
             let counter = last.counter.saturating_add(1);
             core.pending = super::receive::Pending::default();
             counter

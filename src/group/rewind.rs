@@ -338,6 +338,14 @@ impl Group {
     /// Why the log of the primary cannot be followed further here, so that an image has to come.
     #[must_use]
     pub fn needs_image(&self) -> Option<String> {
-        self.lock().needs_image.clone()
+        let core = self.lock();
+        let ahead = || core.content.base_ahead.map(|target| self.base_is_ahead(target).to_string());
+        core.needs_image.clone().or_else(ahead)
+    }
+
+    /// Whether that has to be all of an image: what is here is none.
+    #[must_use]
+    pub fn needs_whole_image(&self) -> bool {
+        self.lock().content.base_ahead.is_some()
     }
 }

@@ -77,9 +77,12 @@ impl Group {
         if offer.since.is_some_and(|since| since != head || offer.common != head) {
             return Err(self.refused(format!("ends at LSN {head}, not where the image goes on")));
         }
+        let partial = offer.since.is_some();
+        if partial && self.needs_whole_image() {
+            return Err(self.refused("holds no image that one could be a change of"));
+        }
         self.lock().pending = Pending::default();
         let io = |cause| self.io("stage an image", &cause);
-        let partial = offer.since.is_some();
         let goes_on = staging.as_ref().is_some_and(|known| {
             (known.state.old_head, known.state.old_chain, known.state.partial)
                 == (head, chain, partial)

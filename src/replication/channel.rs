@@ -32,7 +32,7 @@ use crate::units::{ByteSize, Chain, GroupId, Lsn, Name};
 use super::core::{Appended, ConnId, LocalGroup, Membership, Output, Settings};
 use super::epoch::{History, Relation};
 use super::lag::Marks;
-use super::wire::{Message, StopCode};
+use super::wire::{Message, NeedsImage, StopCode};
 
 pub use self::state::{Acked, Parted, Remote, ReplicationState, Told};
 use self::state::{Follower, Lookup, Sender};
@@ -105,9 +105,9 @@ pub struct Channel {
     /// What the peer has of an image, as it said when it asked.
     staged_there: Option<Staged>,
     /// The peer cannot take the log that follows its own.
-    needs_image_there: bool,
+    needs_image_there: NeedsImage,
     /// This node cannot.
-    needs_image: bool,
+    needs_image: NeedsImage,
     /// What is staged here may not be needed any more.
     has_staged: bool,
     /// The shell may keep an image for the peer.
@@ -173,8 +173,8 @@ impl Channel {
             shipping: None,
             receiving: None,
             staged_there: None,
-            needs_image_there: false,
-            needs_image: false,
+            needs_image_there: NeedsImage::No,
+            needs_image: NeedsImage::No,
             has_staged: false,
             may_be_kept: true,
             sent: image::Sent::default(),

@@ -25,7 +25,7 @@ use super::channel::ReplicationState;
 use super::core::{Appended, ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings};
 use super::epoch::{History, Reign};
 use super::status::secondary_lag;
-use super::wire::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, Message};
+use super::wire::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, Message, NeedsImage};
 
 const GROUP: GroupId = GroupId([7; 16]);
 const RECORD_BYTES: usize = 64;
@@ -141,6 +141,8 @@ struct Node {
     staging: Option<images::Staging>,
     /// Images that took the place of what was here.
     switches: u32,
+    /// What its log lacks besides the log; all of an image ends that.
+    needs: NeedsImage,
     lost_power: bool,
     incarnation: u64,
     up: bool,
@@ -298,6 +300,7 @@ impl World {
                 shipment: None,
                 staging: None,
                 switches: 0,
+                needs: NeedsImage::No,
                 lost_power: false,
                 incarnation: side as u64 + 1,
                 up: true,
@@ -483,7 +486,7 @@ impl World {
             | Output::DropStaging { .. } => self.perform_image(side, output),
             Output::Prepare { group, stream } => {
                 self.nodes[side].asks += 1;
-                let staged = self.nodes[side].staged();
+                let (staged, needs) = (self.nodes[side].staged(), self.nodes[side].needs);
                 let log = &mut self.nodes[side].log;
                 log.tail.clear();
                 let input = Input::Prepared {
@@ -493,7 +496,7 @@ impl World {
                     durable: Lsn(log.durable as u64),
                     requests: log.head().0 / RECORD_BYTES as u64,
                     staged,
-                    needs_image: false,
+                    needs_image: needs,
                 };
                 self.later(side, input);
             }

@@ -12,6 +12,7 @@ use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Posi
 
 use super::core::{LocalGroup, Membership};
 use super::epoch::History;
+use super::wire::NeedsImage;
 
 /// A group, as far as its log travels. The methods are those of [`Group`].
 #[expect(missing_docs, reason = "each is the method of the same name in the engine")]
@@ -65,7 +66,7 @@ pub trait Replica: Send + Sync {
     fn stage(&self, part: ImagePart) -> Result<ImageProgress, GroupError>;
     fn switch_to_image(&self) -> Result<Position, GroupError>;
     fn drop_staging(&self) -> Result<(), GroupError>;
-    fn needs_image(&self) -> Option<String>;
+    fn needs_image(&self) -> NeedsImage;
 }
 
 /// The groups of a node. The methods are those of [`Registry`].
@@ -123,8 +124,12 @@ impl Replica for Group {
     fn drop_staging(&self) -> Result<(), GroupError> {
         Group::drop_staging(self)
     }
-    fn needs_image(&self) -> Option<String> {
-        Group::needs_image(self)
+    fn needs_image(&self) -> NeedsImage {
+        match Group::needs_image(self) {
+            None => NeedsImage::No,
+            Some(_) if self.needs_whole_image() => NeedsImage::Whole,
+            Some(_) => NeedsImage::Since,
+        }
     }
     fn cuts(&self) -> u64 {
         Group::cuts(self)

@@ -419,6 +419,18 @@ pub struct WirePosition {
     pub time: u64,
 }
 
+/// What a secondary needs instead of the log that follows its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum NeedsImage {
+    /// Nothing: it takes the log.
+    #[default]
+    No,
+    /// What changed since its head: it cannot go back as the log does.
+    Since,
+    /// All of an image: what it holds is none.
+    Whole,
+}
+
 /// Up to a place, what is staged of an image is as of a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct WireReached {
@@ -520,8 +532,8 @@ pub enum Message {
         requests: u64,
         /// What it has of an image, if one was coming.
         staged: Option<WireStaged>,
-        /// It cannot take the log from there on, and needs an image.
-        needs_image: bool,
+        /// It cannot take the log from there on.
+        needs_image: NeedsImage,
     },
     /// The primary grants it.
     Stream {

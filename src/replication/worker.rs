@@ -206,7 +206,7 @@ pub fn perform(
                 durable: positions.durable.min(positions.head),
                 requests: positions.requests,
                 staged,
-                needs_image: group.needs_image().is_some(),
+                needs_image: group.needs_image(),
             };
             return Some((peer, input));
         }

@@ -306,3 +306,98 @@ fn a_disk_that_is_full_in_mid_fold_leaves_every_block_readable() {
         assert!(read(&*group, volume.number, 0, SPREAD as usize) == expected, "{pages} pages");
     }
 }
+
+#[test]
+fn a_copy_damaged_below_a_fold_that_stopped_half_way_is_no_moment_until_an_image_comes() {
+    let (a, b) = (Bench::new("a", 8), Bench::new("b", 9));
+    let primary = a.create();
+    set_policy(&primary, 0, 64 << 20);
+    let volume = primary.create_volume(name("v"), 1 << 20).unwrap().number;
+    let copy = b.create_copy();
+    let follow = |copy: &Group| {
+        let from = copy.positions().head;
+        let mut bytes = vec![0; primary.positions().head.bytes_since(from) as usize];
+        primary.read_log(from, &mut bytes).unwrap();
+        copy.append_received(from, &bytes)?;
+        copy.note_committed(primary.positions().durable);
+        copy.sync_now().unwrap();
+        Ok::<(), ReceiveError>(())
+    };
+    write(&primary, volume, 0, &[1; 64 << 10]);
+    primary.sync_now().unwrap();
+    follow(&copy).unwrap();
+    b.pass(5);
+    let horizon = copy.fold_now().unwrap();
+    let place = write(&primary, volume, 64 << 10, &[2; 512]);
+    for block in 0..32 {
+        write(&primary, volume, block * 8192, &[3; 4096]);
+    }
+    primary.sync_now().unwrap();
+    follow(&copy).unwrap();
+    b.pass(5);
+    b.disk.record();
+    let target = copy.fold_now().unwrap();
+    assert!(target > place && place > horizon);
+    let stopped = b.disk.take_recorded();
+    let segment = crate::log::segment::segment_name(place.segment_number(SEGMENT));
+    let path = dir().join("log").join(segment);
+    let (mut mixed, mut whole) = (0, 0);
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        let what = format!("boundary {boundary}");
+        let disk = Arc::new(disk.crash(boundary as u64));
+        let after = Bench { disk, ..b.after_crash(0) };
+        let begun = {
+            let meta = super::super::meta::MetaFile::open(&*after.disk, &dir().join("meta"));
+            meta.unwrap().unwrap().meta.fold_target >= target
+        };
+        if !after.disk.exists(&path) {
+            // The fold is done, and the segment is a spare.
+            continue;
+        }
+        after.disk.damage(&path, place.segment_offset(SEGMENT) + 10, 1, 0xff);
+        let (copy, recovery) = after.open();
+        if copy.positions().horizon >= target {
+            continue;
+        }
+        assert!(recovery.as_copy && copy.positions().head == place, "{what}");
+        if !begun {
+            whole += 1;
+            assert_eq!(copy.data_state().0, DataState::Consistent, "{what}");
+            follow(&copy).unwrap();
+            assert!(read(&*copy, volume, 0, 1 << 20) == read(&*primary, volume, 0, 1 << 20));
+            continue;
+        }
+        mixed += 1;
+        assert_eq!(copy.data_state().0, DataState::None, "{what}");
+        let refused = copy.promote("test").unwrap_err().to_string();
+        assert!(refused.contains("nothing here is a moment of the group"), "{what}: {refused}");
+        assert!(try_read(&*copy, volume, 0, 512).is_err(), "{what}");
+        assert!(copy.extents(volume, 0, 4096, 9).is_err(), "{what}");
+        assert!(copy.open_image(&Point::Now, None, "test", None).is_err(), "{what}");
+        assert!(follow(&copy).is_err(), "{what}");
+        assert!(copy.needs_image().is_some() && copy.needs_whole_image(), "{what}");
+        // It stays so.
+        copy.close().unwrap();
+        drop(copy);
+        let (copy, _) = after.open();
+        assert!(copy.promote("test").is_err() && copy.needs_whole_image(), "{what}");
+        let change = primary.ship(&name("b"), Some(place), place, None).unwrap();
+        assert!(copy.begin_image(&change.offer()).is_err(), "{what}: a change of what?");
+        let shipment = primary.ship(&name("b"), None, place, None).unwrap();
+        copy.begin_image(&shipment.offer()).unwrap();
+        while let Some(part) = shipment.next().unwrap() {
+            copy.stage(part).unwrap();
+            assert_eq!(copy.data_state().0, DataState::ReceivingImage, "{what}");
+        }
+        copy.switch_to_image().unwrap();
+        primary.end_shipment(&name("b"));
+        assert!(copy.needs_image().is_none(), "{what}");
+        follow(&copy).unwrap();
+        assert!(read(&*copy, volume, 0, 1 << 20) == read(&*primary, volume, 0, 1 << 20));
+        after.pass(5);
+        copy.fold_now().unwrap();
+        copy.promote("test").unwrap();
+        assert!(read(&*copy, volume, 0, 1 << 20) == read(&*primary, volume, 0, 1 << 20));
+    }
+    assert!(mixed > 3 && whole > 0, "{mixed} {whole}");
+}

@@ -6,7 +6,7 @@ use crate::replication::wire::PAYLOAD_BYTES_MAX;
 
 impl Channel {
     /// The log that comes next cannot be followed here, or it can.
-    pub(in crate::replication) fn note_needs_image(&mut self, needs_image: bool) {
+    pub(in crate::replication) fn note_needs_image(&mut self, needs_image: NeedsImage) {
         self.needs_image = needs_image;
     }
 

@@ -81,6 +81,12 @@ impl Channel {
         sends.or_else(|| takes.map(|receiving| (receiving.position.lsn, receiving.progress)))
     }
 
+    /// The peer's log is part of this history up to its `head`, and it needs an image.
+    pub(super) fn ship_behind(&mut self, context: &mut Context<'_>, stream: u64, head: Lsn) {
+        let whole = head == Lsn::ZERO || self.needs_image_there == NeedsImage::Whole;
+        self.ship(context, stream, (!whole).then_some(head), head);
+    }
+
     /// The log begins behind the peer, whose log is part of this history up to `common`.
     pub(super) fn ship(
         &mut self,
@@ -131,6 +137,8 @@ impl Channel {
         let (peer, begins) = (context.peer_name, self.local.log_start);
         let why = if common < begins {
             format!("ends at LSN {common}, and the log here begins at {begins}")
+        } else if self.needs_image_there == NeedsImage::Whole {
+            "holds no moment of the group, since its log is damaged".to_owned()
         } else {
             format!("cannot follow the log behind LSN {common}, where the group went back")
         };

@@ -99,7 +99,7 @@ impl Channel {
     /// The peer's log is part of this history, and ends before this log begins.
     fn log_gone(&mut self, context: &mut Context<'_>, stream: u64, head: Lsn) {
         if self.local.primary {
-            self.ship(context, stream, (head > Lsn::ZERO).then_some(head), head);
+            self.ship_behind(context, stream, head);
             return;
         }
         let reason = format!(
@@ -182,8 +182,8 @@ impl Channel {
             Lookup::Follow { stream, history, acked } => match chain {
                 Some(chain) if chain == history.chain => {
                     self.compared = Some(history.head);
-                    if self.needs_image_there && self.local.primary {
-                        self.ship(context, stream, Some(history.head), history.head);
+                    if self.needs_image_there != NeedsImage::No && self.local.primary {
+                        self.ship_behind(context, stream, history.head);
                     } else {
                         self.grant(context, stream, acked);
                     }

@@ -57,6 +57,9 @@ impl Node {
         if self.primary || staging.old != (self.log.head(), self.log.chain()) {
             return Err("it has gone on".to_owned());
         }
+        if staging.since.is_none() {
+            self.needs = NeedsImage::No;
+        }
         let common = staging.common.0 as usize;
         let branch = self.log.cut(common);
         if !branch.is_empty() {
@@ -273,6 +276,33 @@ fn a_new_copy_of_a_folded_log_begins_with_an_image() {
     assert_eq!(seen, [true; 2], "both sides say so");
     assert_eq!(world.nodes[1].switches, 1);
     world.assert_streaming();
+}
+
+#[test]
+fn a_copy_that_holds_no_moment_is_sent_all_of_an_image_whether_or_not_the_log_reaches_it() {
+    for reached in [true, false] {
+        let mut world = World::new(9);
+        for _ in 0..50 {
+            world.write(0);
+        }
+        world.run(seconds(3));
+        world.assert_streaming();
+        world.stop(1);
+        world.nodes[1].needs = NeedsImage::Whole;
+        for _ in 0..50 {
+            world.write(0);
+        }
+        world.run(seconds(3));
+        while !reached && world.nodes[0].log.start <= world.nodes[1].log.head().0 {
+            world.fold(0);
+        }
+        world.restart(1);
+        world.run(seconds(20));
+        let node = &world.nodes[1];
+        assert_eq!((node.needs, node.switches), (NeedsImage::No, 1), "reached: {reached}");
+        assert!(node.branches.is_empty(), "what it had is part of the history");
+        world.assert_streaming();
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::{ConnId, LocalGroup};
 use crate::events::Severity;
 use crate::group::{ImageOffer, ImageProgress, Staged};
 use crate::replication::epoch::History;
-use crate::replication::wire::Message;
+use crate::replication::wire::{Message, NeedsImage};
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name};
 
 /// What has happened.
@@ -90,7 +90,7 @@ pub enum Input {
         /// What is staged of an image.
         staged: Option<Staged>,
         /// The log of the primary cannot be followed from there on.
-        needs_image: bool,
+        needs_image: NeedsImage,
     },
     /// Answers [`Output::Ship`].
     Shipped {

@@ -198,7 +198,7 @@ fn the_messages_of_version_1_are_frozen() {
                 durable: 0x180,
                 requests: 2,
                 staged: Some(staged()),
-                needs_image: true,
+                needs_image: NeedsImage::Since,
             },
             fields(&[
                 "03000000",
@@ -216,7 +216,7 @@ fn the_messages_of_version_1_are_frozen() {
                 "0040000000000000", // offset
                 POSITION,           // as of
                 "0050000000000000", // bytes staged
-                "01",               // needs an image
+                "01000000",         // needs an image: what changed since
             ]),
         ),
         (
@@ -373,7 +373,7 @@ fn a_message_cut_anywhere_or_with_more_behind_it_is_refused() {
         durable: 1,
         requests: 2,
         staged: Some(staged()),
-        needs_image: false,
+        needs_image: NeedsImage::No,
     };
     let bytes = message.encode().unwrap();
     for cut in 0..bytes.len() {
