@@ -14,7 +14,12 @@ use serde_json::Value;
 use super::support::{Appliance, Setup, free_address, wait_for};
 
 /// One HTTP request on the control socket; status, content type and body.
-fn request(appliance: &Appliance, method: &str, path: &str, body: &str) -> (u16, String, String) {
+pub fn request(
+    appliance: &Appliance,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> (u16, String, String) {
     let mut socket = UnixStream::connect(appliance.control_socket()).unwrap();
     let length = body.len();
     write!(

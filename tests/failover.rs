@@ -1,5 +1,9 @@
 //! A failover and the return of the old primary, with real processes under load.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
+use crate::control::request;
 use crate::support::load::{Load, contents, create_volumes, hold};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
 use crate::support::{Appliance, Setup, wait_for};
@@ -158,6 +162,47 @@ fn a_switchover_under_load_loses_nothing_and_is_refused_where_it_would() {
     for node in [&a, &b] {
         assert_eq!(node.json(&["timeline", "g"])["branches"].as_array().map(Vec::len), Some(0));
         assert_eq!(node.errors(), Vec::<String>::new(), "node {}", node.node);
+    }
+}
+
+/// The client goes as soon as the old primary is none any more, and before the new one is.
+#[test]
+fn a_switchover_whose_client_goes_away_is_carried_to_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["group", "create", "g"]);
+    create_volumes(&a);
+    a.run(&["replicate", "g", "--to", "b"]);
+    for turn in 0..6 {
+        let (from, to) = if turn % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        wait_for("the peer to stream", || {
+            (from.status("g")["peers"][0]["replication_state"] == "streaming").then_some(())
+        });
+        let mut client = UnixStream::connect(from.control_socket()).unwrap();
+        client
+            .write_all(
+                b"POST /v1/groups/g/switchover HTTP/1.1\r\nhost: x\r\n\
+                  content-type: application/json\r\ncontent-length: 2\r\n\r\n{}",
+            )
+            .unwrap();
+        // Without a process for each look: the other half takes milliseconds.
+        let mut looks = 0;
+        while !request(from, "GET", "/v1/groups/g", "").2.contains("\"role\":\"secondary\"") {
+            looks += 1;
+            assert!(looks < 100_000, "the primary does not hand over");
+        }
+        drop(client);
+        wait_for("the new primary", || (to.status("g")["role"] == "primary").then_some(()));
+        wait_for("the end of the command to be told", || {
+            let told = from.json(&["events"])["events"].as_array().unwrap().clone();
+            let audits = told.iter().filter(|event| {
+                let text = event["text"].as_str().unwrap_or_default();
+                event["code"] == "audit" && text.starts_with("switchover") && text.ends_with("done")
+            });
+            (audits.count() == turn / 2 + 1).then_some(())
+        });
     }
 }
 

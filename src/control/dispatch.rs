@@ -62,16 +62,36 @@ pub async fn dispatch(
             format!("node {}: is not the primary either; {from} asked it", context.node.name),
         ));
     }
-    let group = call.path.iter().find(|(name, _)| *name == "group").map(|(_, group)| group.clone());
-    let shown = if route.changes_state() { Some(describe(route, &call)) } else { None };
-    let answer = match primary {
+    if !route.changes_state() {
+        return answer_from(context, caller, route, path, call, primary).await;
+    }
+    // Done to its end, also where the client does not wait for it: a switchover that is given up
+    // between its two halves would leave no primary.
+    let (context, caller, path) = (context.clone(), caller.clone(), path.to_owned());
+    let changing = tokio::spawn(async move {
+        let group = call.path.iter().find(|(name, _)| *name == "group");
+        let group = group.map(|(_, group)| group.clone());
+        let shown = describe(route, &call);
+        let answer = answer_from(&context, &caller, route, &path, call, primary).await;
+        audit(&context, &caller, route, group.as_deref(), &shown, answer.as_ref().err());
+        answer
+    });
+    changing.await.unwrap_or_else(|error| Err(Problem::new(500, "bug", error.to_string())))
+}
+
+/// Answers a call here, or has the primary answer it.
+async fn answer_from(
+    context: &Arc<Context>,
+    caller: &Caller,
+    route: &Route,
+    path: &str,
+    call: Call,
+    primary: Option<String>,
+) -> Result<Value, Problem> {
+    match primary {
         Some(primary) => forward(context, caller, &primary, route, path, &call).await,
         None => answer_here(context, route, call).await,
-    };
-    if let Some(shown) = shown {
-        audit(context, caller, route, group.as_deref(), &shown, answer.as_ref().err());
     }
-    answer
 }
 
 /// The name of the peer that a call must be sent to: it appends, and the primary is that peer.
