@@ -159,7 +159,7 @@ pub(super) async fn drive(shared: Arc<Shared>, mut queue: mpsc::UnboundedReceive
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::io;
     use std::path::Path;
     use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -167,7 +167,7 @@ mod tests {
 
     use super::*;
     use crate::events::Events;
-    use crate::group::{GroupContext, LocalLimits, NodeIdentity, Registry};
+    use crate::group::{Group, GroupContext, LocalLimits, NodeIdentity, Registry};
     use crate::io::{Disk, DiskFile, Env, ManualClock, MemoryDisk, OpenMode, SeededEntropy, Space};
     use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
     use crate::replication::service::{Replication, ReplicationConfig};
@@ -232,7 +232,43 @@ mod tests {
         }
     }
 
-    fn member(node: NodeId, name: &str, mode: Mode) -> Control {
+    /// A node without peers, with one group.
+    pub(in crate::replication) struct Node {
+        pub replication: Arc<Replication>,
+        registry: Arc<Registry>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Node {
+        pub(in crate::replication) fn stop(&self) {
+            self.replication.shutdown();
+            self.registry.close();
+        }
+    }
+
+    pub(in crate::replication) fn node_on(disk: Arc<dyn Disk>) -> (Node, Arc<Group>) {
+        let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
+        let context = GroupContext {
+            env: Env { disk, clock, entropy: Arc::new(SeededEntropy::new(1)) },
+            node: NodeIdentity { id: NodeId([1; 16]), name: "a".parse().unwrap() },
+            limits: LocalLimits::default(),
+            events: Events::in_memory(),
+        };
+        let registry = Registry::open(context.clone(), Path::new("/groups")).unwrap();
+        let group = registry.create("g".parse().unwrap(), Some(1 << 20)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let config = ReplicationConfig {
+            listen: None,
+            advertise: None,
+            state_dir: dir.path().to_owned(),
+            heartbeat: Duration::from_secs(1),
+            lost_after: Duration::from_secs(5),
+        };
+        let replication = Replication::start(config, context, registry.clone()).unwrap();
+        (Node { replication, registry, _dir: dir }, group)
+    }
+
+    pub(in crate::replication) fn member(node: NodeId, name: &str, mode: Mode) -> Control {
         Control::Member(MemberRecord {
             node,
             name: name.parse().unwrap(),
@@ -247,29 +283,11 @@ mod tests {
     #[tokio::test]
     async fn what_a_required_peer_holds_waits_for_no_image_of_another() {
         let (disk, reached) = StuckDisk::new();
-        let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
-        let entropy = Arc::new(SeededEntropy::new(1));
-        let context = GroupContext {
-            env: Env { disk: disk.clone(), clock, entropy },
-            node: NodeIdentity { id: NodeId([1; 16]), name: "a".parse().unwrap() },
-            limits: LocalLimits::default(),
-            events: Events::in_memory(),
-        };
-        let registry = Registry::open(context.clone(), Path::new("/groups")).unwrap();
-        let group = registry.create("g".parse().unwrap(), Some(1 << 20)).unwrap();
+        let (node, group) = node_on(disk.clone());
         let (waited_for, behind) = (NodeId([2; 16]), NodeId([3; 16]));
         group.append_control(member(waited_for, "b", Mode::Sync)).unwrap();
         group.append_control(member(behind, "c", Mode::Async)).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let config = ReplicationConfig {
-            listen: None,
-            advertise: None,
-            state_dir: dir.path().to_owned(),
-            heartbeat: Duration::from_secs(1),
-            lost_after: Duration::from_secs(5),
-        };
-        let replication = Replication::start(config, context, registry.clone()).unwrap();
-        let shared = &replication.shared;
+        let shared = &node.replication.shared;
         let head = group.positions().head;
         let (sender, answered) = sync_channel(1);
         group.sync_now().unwrap();
@@ -291,7 +309,6 @@ mod tests {
         let away = group.required_peers()[0].1.away.clone();
         assert_eq!(away.map(|(reason, _)| reason), Some("gone".to_owned()));
         disk.set_stuck(false);
-        replication.shutdown();
-        registry.close();
+        node.stop();
     }
 }
