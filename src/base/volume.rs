@@ -1,5 +1,6 @@
 //! One volume's image at the horizon: a sparse file, and its sidecar.
 
+use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -160,6 +161,20 @@ impl BaseVolume {
         disk.sync_dir(to)?;
         disk.sync_dir(from)?;
         BaseVolume::open(disk.clone(), to, number)
+    }
+
+    /// The numbers of which files are in a directory.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn numbers(disk: &dyn Disk, dir: &Path) -> io::Result<BTreeSet<VolumeNumber>> {
+        let names = disk.list(dir)?;
+        let number = |name: &String| {
+            let stem = name.strip_suffix(".img").or_else(|| name.strip_suffix(".sum"))?;
+            Some(VolumeNumber(stem.parse().ok()?))
+        };
+        Ok(names.iter().filter_map(number).collect())
     }
 
     fn of(

@@ -90,10 +90,6 @@ impl Merging {
             }
         }
         self.control.store(&**disk, &base_dir)?;
-        let gone: Vec<VolumeNumber> = {
-            let bases = bases.read().expect("no holder panics");
-            bases.keys().filter(|number| !content.volumes.contains_key(number)).copied().collect()
-        };
         let moments = group_dir.join(MOMENTS);
         if disk.exists(&moments) {
             if self.partial {
@@ -103,7 +99,9 @@ impl Merging {
             // What was kept for older moments has lost what it lay above.
             files::discard(&**disk, &moments)?;
         }
-        for number in gone {
+        // All that is there, since the other history may have had volumes of which nothing tells.
+        let gone = BaseVolume::numbers(&**disk, &base_dir)?.into_iter();
+        for number in gone.filter(|number| !content.volumes.contains_key(number)) {
             bases.write().expect("no holder panics").remove(&number);
             BaseVolume::remove_files(&**disk, &base_dir, number)?;
         }

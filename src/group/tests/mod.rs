@@ -19,6 +19,7 @@ mod returning;
 mod rewind;
 mod room;
 mod scrub;
+mod switch;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -8,11 +8,11 @@ use crate::log::control::Consistency;
 const VOLUME: u64 = 3 << 20;
 
 /// A primary with a volume of its own model, and a copy on another node.
-struct Pair {
-    here: Bench,
-    there: Bench,
-    primary: Arc<Group>,
-    copy: Arc<Group>,
+pub(super) struct Pair {
+    pub here: Bench,
+    pub there: Bench,
+    pub primary: Arc<Group>,
+    pub copy: Arc<Group>,
 }
 
 fn b() -> Name {
@@ -20,7 +20,7 @@ fn b() -> Name {
 }
 
 impl Pair {
-    fn new(seed: u64) -> Pair {
+    pub(super) fn new(seed: u64) -> Pair {
         let (here, there) = (Bench::new("a", seed), Bench::new("b", seed + 1000));
         let primary = here.create();
         set_policy(&primary, 0, 1 << 20);
@@ -28,11 +28,11 @@ impl Pair {
         Pair { here, there, primary, copy }
     }
 
-    fn follow(&self) -> bool {
+    pub(super) fn follow(&self) -> bool {
         follow(&self.primary, &self.copy)
     }
 
-    fn fold(&self) {
+    pub(super) fn fold(&self) {
         self.here.pass(5);
         self.primary.sync_now().unwrap();
         self.primary.fold_now().unwrap();
@@ -55,7 +55,7 @@ impl Pair {
     }
 
     /// The node of the copy loses its power and starts again.
-    fn restart_copy(&mut self, seed: u64) {
+    pub(super) fn restart_copy(&mut self, seed: u64) {
         self.there = self.there.after_crash(seed);
         self.copy = self.there.open().0;
     }
@@ -63,7 +63,7 @@ impl Pair {
 
 /// Whether it came by the log alone: a copy that has folded too far to go back as the primary did
 /// is brought up by an image.
-fn follow(primary: &Group, copy: &Group) -> bool {
+pub(super) fn follow(primary: &Group, copy: &Group) -> bool {
     let from = copy.received_end();
     assert!(from >= primary.log_start(), "{from} is not in the log");
     let head = primary.positions().head;
@@ -86,7 +86,13 @@ fn follow(primary: &Group, copy: &Group) -> bool {
     true
 }
 
-fn send(primary: &Group, copy: &Group, since: Option<Lsn>, common: Lsn, parts: usize) -> bool {
+pub(super) fn send(
+    primary: &Group,
+    copy: &Group,
+    since: Option<Lsn>,
+    common: Lsn,
+    parts: usize,
+) -> bool {
     let staged = copy.staged().unwrap();
     let shipment = primary.ship(&b(), since, common, staged.as_ref()).unwrap();
     let offer = shipment.offer();
@@ -102,7 +108,7 @@ fn send(primary: &Group, copy: &Group, since: Option<Lsn>, common: Lsn, parts: u
     false
 }
 
-fn all(group: &Group) -> Vec<(Volume, Vec<u8>)> {
+pub(super) fn all(group: &Group) -> Vec<(Volume, Vec<u8>)> {
     let volumes = group.volumes().into_iter();
     volumes
         .map(|volume| {
@@ -126,7 +132,7 @@ fn difference(one: &[(Volume, Vec<u8>)], other: &[(Volume, Vec<u8>)]) -> Option<
     })
 }
 
-fn same(one: &Group, other: &Group, what: &str) {
+pub(super) fn same(one: &Group, other: &Group, what: &str) {
     assert_eq!(one.positions().chain, other.positions().chain, "{what}");
     assert_eq!(difference(&all(one), &all(other)), None, "{what}");
     let (one, other) = (one.control(), other.control());
