@@ -361,12 +361,12 @@ impl Group {
         let end = appended?;
         self.sync_now()?;
         // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
-        // again.
-        self.update_meta(|meta| {
-            meta.reigns = true;
-            (meta.demoted, meta.retired, meta.reign_due) = (false, false, false);
+        // again. So does an error, and nobody is served meanwhile.
+        self.write_meta(|meta| {
+            (meta.reigns, meta.demoted, meta.retired, meta.reign_due) = (true, false, false, false);
             meta.durable = meta.durable.max(end);
-        })?;
+        })
+        .map_err(|cause| self.fail("write meta", &cause))?;
         Ok(epoch)
     }
 

@@ -610,9 +610,34 @@ impl Group {
         self.core.lock().expect("a panic under the lock ends the process")
     }
 
+    /// Changes `meta`, durably. On a full disk it is what it was. After any other error the next
+    /// start may find it changed or not, and the group fails, so that nothing is done meanwhile
+    /// that does not fit both. For who does not hold the mutex.
     pub(super) fn update_meta(&self, change: impl FnOnce(&mut Meta)) -> Result<(), GroupError> {
-        let mut meta = self.meta.lock().expect("no holder panics");
-        meta.update(change).map_err(|cause| self.io("write meta", &cause))
+        let updated = self.write_meta(change);
+        let failed = updated.map_err(|cause| self.meta_failed(&mut self.lock(), &cause));
+        failed.inspect_err(|_| self.report())
+    }
+
+    /// The same for who holds the mutex, and calls [`Group::report`] after it.
+    pub(super) fn update_meta_locked(
+        &self,
+        core: &mut Core,
+        change: impl FnOnce(&mut Meta),
+    ) -> Result<(), GroupError> {
+        self.write_meta(change).map_err(|cause| self.meta_failed(core, &cause))
+    }
+
+    fn meta_failed(&self, core: &mut Core, cause: &std::io::Error) -> GroupError {
+        match cause.kind() {
+            std::io::ErrorKind::StorageFull => self.io("write meta", cause),
+            _ => self.fail_locked(core, "write meta", cause),
+        }
+    }
+
+    /// The same for who fails the group whatever the error is.
+    pub(super) fn write_meta(&self, change: impl FnOnce(&mut Meta)) -> std::io::Result<()> {
+        self.meta.lock().expect("no holder panics").update(change)
     }
 
     /// Latches a failure of the disk: no write is taken any more until the node starts again.
@@ -655,7 +680,7 @@ impl Group {
             self.space.notify_all();
             self.fail_waiters();
             // Best effort: the disk has just failed.
-            if let Err(error) = self.update_meta(|meta| meta.failed = true) {
+            if let Err(error) = self.write_meta(|meta| meta.failed = true) {
                 tracing::warn!("the failure could not be latched on disk: {error}");
             }
         }

@@ -207,6 +207,11 @@ impl Meta {
     }
 }
 
+/// An error after which nobody knows what the file says.
+fn either(cause: &io::Error) -> io::Error {
+    io::Error::other(cause.to_string())
+}
+
 /// The open file, with what it says.
 pub(super) struct MetaFile {
     file: Arc<dyn DiskFile>,
@@ -219,7 +224,8 @@ impl MetaFile {
     /// Makes the file; the directory is synced by the caller.
     pub(super) fn create(disk: &dyn Disk, path: &Path, meta: Meta) -> io::Result<MetaFile> {
         let file = disk.open(path, OpenMode::Create)?;
-        file.set_len(2 * SLOT_BYTES)?;
+        // No later write needs room for a slot.
+        file.write_at(&[IoSlice::new(&[0; 2 * SLOT_BYTES as usize])], 0)?;
         let mut meta_file = MetaFile { file, sequence: 0, meta };
         meta_file.store()?;
         Ok(meta_file)
@@ -242,6 +248,11 @@ impl MetaFile {
     }
 
     /// Changes the contents and makes them durable. A change that changes nothing writes nothing.
+    ///
+    /// # Errors
+    ///
+    /// After `StorageFull` the file says what it said before; after any other error it may say
+    /// either.
     pub(super) fn update(&mut self, change: impl FnOnce(&mut Meta)) -> io::Result<()> {
         let before = self.meta.clone();
         change(&mut self.meta);
@@ -256,8 +267,13 @@ impl MetaFile {
         let slot = self.sequence % 2;
         let mut bytes = self.meta.encode(self.sequence + 1);
         bytes.resize(SLOT_BYTES as usize, 0);
-        self.file.write_at(&[IoSlice::new(&bytes)], slot * SLOT_BYTES)?;
-        self.file.sync()?;
+        if let Err(cause) = self.file.write_at(&[IoSlice::new(&bytes)], slot * SLOT_BYTES) {
+            let mut found = [0; size_of::<RawSlot>()];
+            let read = self.file.read_at(&mut found, slot * SLOT_BYTES);
+            let is_as_before = read.is_ok() && !bytes.starts_with(&found);
+            return Err(if is_as_before { cause } else { either(&cause) });
+        }
+        self.file.sync().map_err(|cause| either(&cause))?;
         self.sequence += 1;
         Ok(())
     }

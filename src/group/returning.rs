@@ -275,16 +275,17 @@ impl Group {
         let head = core.writer.head();
         let authored = authored_behind(&core.view.epochs, self.context.node.id, at, head);
         let committed = if core.role == Role::Primary { at } else { core.committed.min(at) };
-        let noted = self.update_meta(|meta| {
+        let noted = self.update_meta_locked(&mut core, |meta| {
             (meta.demoted, meta.reigns) = (true, false);
             meta.reign_due = false;
             meta.split_brain = false;
             meta.durable = at;
             meta.yielding = head > at;
         });
-        // Whether the next start finds that or not: what it would cut off may not grow meanwhile.
         if let Err(error) = noted {
-            return Err(self.give_up_cut(core, &std::io::Error::other(error.to_string())));
+            drop(core);
+            self.report();
+            return Err(error);
         }
         core.role = Role::Secondary;
         core.asking = None;
@@ -311,8 +312,7 @@ impl Group {
                     Ok((writer, replayed.map_err(other)?.0))
                 })
                 .and_then(|rebuilt| {
-                    let done = self.update_meta(|meta| meta.yielding = false);
-                    done.map_err(|error| std::io::Error::other(error.to_string()))?;
+                    self.write_meta(|meta| meta.yielding = false)?;
                     Ok(rebuilt)
                 });
             let (writer, content) = match rebuilt {

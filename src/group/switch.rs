@@ -165,8 +165,9 @@ impl Group {
     /// What the disk says.
     pub fn drop_staging(&self) -> Result<(), GroupError> {
         let mut staging = self.staging.lock().expect("no holder panics");
-        // What was switched to is needed until it is in the base.
-        if self.merging().is_some() {
+        // What was switched to is needed until it is in the base; and what a failed group has
+        // staged, the next start may find switched to.
+        if self.merging().is_some() || self.lock().failed.is_some() {
             return Ok(());
         }
         *staging = None;
@@ -255,8 +256,11 @@ impl Group {
             let moments = core.moments.values();
             moments.filter(|moment| !outlasting.has(moment.lsn())).cloned().collect()
         };
-        self.switch_locked(&mut core, merging, &mut outlasting)?;
+        let switched = self.switch_locked(&mut core, merging, &mut outlasting);
         drop(core);
+        // Also where it did not: the group may have failed with it.
+        self.report();
+        switched?;
         let text = format!(
             "an image of the primary took the place of this copy: it is at LSN {} now, was at {}",
             state.image.lsn, state.old_head
@@ -287,7 +291,7 @@ impl Group {
         let state = merging.control.clone();
         let at = state.position.lsn;
         let partial = merging.is_partial();
-        self.update_meta(|meta| {
+        self.update_meta_locked(core, |meta| {
             (meta.merging, meta.old_log) = (true, true);
             (meta.fold_target, meta.horizon, meta.durable, meta.log_begin) = (at, at, at, at);
             if !partial {
@@ -339,8 +343,7 @@ impl Group {
         // The image may lie before what they hold.
         self.segments.drop_idle()?;
         self.context.env.disk.sync_dir(self.segments.dir())?;
-        self.update_meta(|meta| meta.old_log = false)
-            .map_err(|error| std::io::Error::other(error.to_string()))?;
+        self.write_meta(|meta| meta.old_log = false)?;
         let control = &merging.control;
         let at = control.position.lsn;
         self.segments.ensure(at.segment_number(self.segment_bytes()))?;

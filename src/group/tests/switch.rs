@@ -1,7 +1,8 @@
 //! What a switch to an image must not leave behind, whatever the disk says to it.
 
-use super::resync::{Pair, same, send};
+use super::resync::{Pair, all, follow, same, send};
 use super::*;
+use crate::io::Fault;
 
 /// The copy has followed a volume into its base that the primary after a forced promote never
 /// had, and takes all of an image of that one.
@@ -64,4 +65,85 @@ fn a_number_that_another_history_used_shows_nothing_of_its_volume() {
     pair.copy.switch_to_image().unwrap();
     pair.restart_copy(3);
     check_number_used_again(pair, "in the base by the start");
+}
+
+#[test]
+fn a_failed_sync_anywhere_in_the_switch_leaves_the_old_image_or_the_new_one() {
+    let mut stopped = [0, 0];
+    // The second one is of the write that is to latch the first.
+    for count in 1..=2 {
+        for operation in 0.. {
+            let (pair, common) = forked();
+            let (old, new) = (all(&pair.copy), all(&pair.primary));
+            let disk = &pair.there.disk;
+            for _ in 0..count {
+                disk.inject(Fault::FailedSync { operation: disk.operations() + operation });
+            }
+            let switched = pair.copy.switch_to_image();
+            disk.clear_faults();
+            let Err(error) = switched else { break };
+            let what = format!("{count} from operation {operation}: {error}");
+            // The peer ships it anew a second later, and may drop what is staged.
+            pair.primary.end_shipment(&name("b"));
+            let again = pair.primary.ship(&name("b"), None, common, None);
+            let _ = again.and_then(|shipment| pair.copy.begin_image(&shipment.offer()));
+            let _ = pair.copy.drop_staging();
+            drop(pair.copy);
+            for after in [pair.there.after_crash(operation), pair.there] {
+                let (copy, _) = after.open();
+                let found = all(&copy);
+                if found == new {
+                    stopped[1] += 1;
+                } else {
+                    assert!(found == old, "{what}: neither the old image nor the new one");
+                    stopped[0] += 1;
+                    pair.primary.end_shipment(&name("b"));
+                    assert!(send(&pair.primary, &copy, None, common, usize::MAX));
+                    copy.switch_to_image().unwrap();
+                }
+                pair.primary.end_shipment(&name("b"));
+                follow(&pair.primary, &copy);
+                same(&pair.primary, &copy, &what);
+            }
+        }
+    }
+    assert!(stopped.iter().all(|count| *count > 0), "{stopped:?}");
+}
+
+#[test]
+fn an_error_anywhere_in_a_promote_never_ends_in_a_primary_that_the_next_start_demotes() {
+    let faults: [fn(u64) -> Fault; 2] =
+        [|operation| Fault::FailedSync { operation }, |operation| Fault::Error { operation }];
+    let mut stopped = 0;
+    for fault in faults {
+        for operation in 0.. {
+            let bench = Bench::new("a", 5);
+            let group = bench.create();
+            let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+            group.demote().unwrap();
+            bench.disk.inject(fault(bench.disk.operations() + operation));
+            let promoted = group.promote("test");
+            bench.disk.clear_faults();
+            if promoted.is_ok() {
+                break;
+            }
+            stopped += 1;
+            if group.promote("test").is_ok() {
+                write(&group, volume, 0, &[1; 512]);
+                group.sync_now().unwrap();
+                group.mark_durable();
+                drop(group);
+                let (group, _) = bench.open();
+                assert_eq!(group.role(), Role::Primary, "operation {operation}");
+                assert_eq!(read(&*group, volume, 0, 512), [1; 512]);
+                continue;
+            }
+            drop(group);
+            let (group, _) = bench.open();
+            group.promote("test").unwrap();
+            drop(group);
+            assert_eq!(bench.open().0.role(), Role::Primary, "operation {operation}");
+        }
+    }
+    assert!(stopped > 4, "{stopped}");
 }
