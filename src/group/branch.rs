@@ -2,7 +2,8 @@
 //! own, with a file that says what they are. Only an operator removes one.
 //!
 //! A cut never writes into a file that holds cut-off bytes, and never into a branch that is there
-//! already.
+//! already. Until it is whole a branch has a name of its own, the same one at every attempt, so
+//! that a cut that is tried again goes on with what it has; a start ends what a crash has left.
 
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,10 @@ use crate::log::segment::{Segments, segment_name};
 use crate::units::{Chain, LogTime, Lsn, Position};
 
 const ABOUT: &str = "branch.json";
+/// What the name of a branch ends with while segments move there, which are nowhere else.
+const UNFINISHED: &str = ".new";
+/// The same while a log that stays as it is is copied there.
+const COPYING: &str = ".copy";
 
 /// A tail that is not part of the surviving history.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,12 +69,13 @@ pub(super) struct Keeping {
     group_dir: PathBuf,
     branch: Branch,
     dir: Option<PathBuf>,
+    suffix: &'static str,
 }
 
 impl Keeping {
     /// Nothing is made yet; the name of `branch` is given then.
     pub(super) fn new(group_dir: &Path, branch: Branch) -> Keeping {
-        Keeping { group_dir: group_dir.to_owned(), branch, dir: None }
+        Keeping { group_dir: group_dir.to_owned(), branch, dir: None, suffix: UNFINISHED }
     }
 
     /// The branch, where something was kept.
@@ -80,12 +86,19 @@ impl Keeping {
     fn dir(&mut self, disk: &dyn Disk) -> io::Result<&Path> {
         if self.dir.is_none() {
             let all = self.group_dir.join("branches");
-            disk.create_dir(&all)?;
-            self.branch.name = free_name(disk, &all, self.branch.from.lsn);
-            let dir = all.join(&self.branch.name);
+            let dir = all.join(format!("cut-{}{}", self.branch.from.lsn, self.suffix));
+            if self.suffix == COPYING && disk.exists(&dir) {
+                files::discard(disk, &dir)?;
+            }
             disk.create_dir(&dir)?;
-            let about = serde_json::to_vec_pretty(&self.branch)?;
-            files::store(disk, &dir.join(ABOUT), &about)?;
+            match read_about(disk, &dir) {
+                // An attempt that did not end saw all of it.
+                Ok(first) => self.branch = first,
+                Err(_) => {
+                    let about = serde_json::to_vec_pretty(&self.branch)?;
+                    files::store(disk, &dir.join(ABOUT), &about)?;
+                }
+            }
             disk.sync_dir(&all)?;
             disk.sync_dir(&self.group_dir)?;
             self.dir = Some(dir);
@@ -96,6 +109,54 @@ impl Keeping {
     fn sync(&self, disk: &dyn Disk) -> io::Result<()> {
         self.dir.as_ref().map_or(Ok(()), |dir| disk.sync_dir(dir))
     }
+
+    /// All of it is there: it gets its name.
+    fn finish(&mut self, disk: &dyn Disk) -> io::Result<()> {
+        self.sync(disk)?;
+        let Some(dir) = &self.dir else { return Ok(()) };
+        self.branch.name = name_branch(disk, dir, self.branch.from.lsn)?;
+        Ok(())
+    }
+}
+
+/// Gives a branch that is whole its name, durably.
+fn name_branch(disk: &dyn Disk, dir: &Path, at: Lsn) -> io::Result<String> {
+    let all = dir.parent().expect("it is under `branches`");
+    let name = free_name(disk, all, at);
+    disk.rename(dir, &all.join(&name))?;
+    disk.sync_dir(all)?;
+    Ok(name)
+}
+
+/// What a branch says that it is.
+fn read_about(disk: &dyn Disk, dir: &Path) -> io::Result<Branch> {
+    let text = files::load(disk, &dir.join(ABOUT))?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// At the start, once the log is cut: names the branches whose cut did not get to it.
+pub(super) fn finish_branches(disk: &dyn Disk, group_dir: &Path) -> io::Result<Vec<Branch>> {
+    let all = group_dir.join("branches");
+    let names = if disk.exists(&all) { disk.list(&all)? } else { Vec::new() };
+    let mut finished = Vec::new();
+    for unfinished in names.into_iter().filter(|name| name.ends_with(UNFINISHED)) {
+        let dir = all.join(&unfinished);
+        if disk.list(&dir)?.iter().all(|name| name.starts_with("branch.")) {
+            // Nothing moved there.
+            files::discard(disk, &dir)?;
+            continue;
+        }
+        let about = read_about(disk, &dir);
+        let mut branch = about.unwrap_or_else(|cause| unreadable(unfinished, &cause));
+        branch.name = name_branch(disk, &dir, branch.from.lsn)?;
+        finished.push(branch);
+    }
+    Ok(finished)
+}
+
+/// Whether this is the name of a branch that is whole.
+fn is_branch(name: &str) -> bool {
+    !name.contains('.')
 }
 
 /// The name of the next branch that leaves the history at a position.
@@ -153,12 +214,10 @@ impl Group {
         if !self.branches()?.iter().any(|branch| branch.name == name) {
             return Err(self.no_branch(name));
         }
-        let path = self.dir.join("branches").join(name).join(ABOUT);
-        let text = files::load(&**disk, &path);
-        let about = text.and_then(|text| Ok(serde_json::from_slice::<Branch>(&text)?));
-        about
+        let path = self.dir.join("branches").join(name);
+        read_about(&**disk, &path)
             .map(|about| Branch { name: name.to_owned(), ..about })
-            .map_err(|cause| self.io(format!("read {}", path.display()), &cause))
+            .map_err(|cause| self.io(format!("read {}", path.join(ABOUT).display()), &cause))
     }
 
     /// Applies a branch's own whole requests to the content where it leaves the history, behind a
@@ -243,10 +302,8 @@ impl Group {
         let _one_at_a_time = self.listed.listing.lock().expect("no holder panics");
         let mut branches = Vec::new();
         let names = if disk.exists(&all) { disk.list(&all).map_err(io)? } else { Vec::new() };
-        for name in names.into_iter().filter(|name| !files::is_discarded(name)) {
-            let text = files::load(&**disk, &all.join(&name).join(ABOUT));
-            let about = text.and_then(|text| Ok(serde_json::from_slice::<Branch>(&text)?));
-            branches.push(match about {
+        for name in names.into_iter().filter(|name| is_branch(name)) {
+            branches.push(match read_about(&**disk, &all.join(&name)) {
                 Ok(about) => Branch { name, ..about },
                 Err(cause) => unreadable(name, &cause),
             });
@@ -261,18 +318,20 @@ impl Group {
 
 /// What is known of a branch that does not say what it is: its name, which tells where it begins.
 fn unreadable(name: String, cause: &io::Error) -> Branch {
-    let at = name.strip_prefix("cut-").and_then(|rest| rest.split('-').next()?.parse().ok());
+    let at = name.strip_prefix("cut-").and_then(|rest| rest.split(['-', '.']).next()?.parse().ok());
     let from = Position { lsn: Lsn(at.unwrap_or(0)), ..Position::default() };
     let reason = format!("{ABOUT} cannot be read: {cause}");
     // Of the two origins the one that nobody gives up lightly.
     Branch { name, from, to: from, bytes: 0, authored: true, cut: LogTime(0), reason }
 }
 
-/// Removes the branches that were given up, and not removed to the end.
+/// Removes the branches that were given up, and not removed to the end, and what of a log was only
+/// copied.
 pub(super) fn remove_discarded(disk: &dyn Disk, group_dir: &Path) {
     let all = group_dir.join("branches");
     let names = if disk.exists(&all) { disk.list(&all).unwrap_or_default() } else { Vec::new() };
-    for name in names.into_iter().filter(|name| files::is_discarded(name)) {
+    let goes = |name: &String| files::is_discarded(name) || name.ends_with(COPYING);
+    for name in names.into_iter().filter(goes) {
         if let Err(cause) = files::discard(disk, &all.join(&name)) {
             tracing::warn!("{}: branch {name} could not be removed: {cause}", all.display());
         }
@@ -320,8 +379,8 @@ pub(super) fn settle(
         segments.replace(number, &temporary)?;
         segments.drop_index(number)?;
     }
-    branch.sync(&**disk)?;
-    disk.sync_dir(segments.dir())
+    disk.sync_dir(segments.dir())?;
+    branch.finish(&**disk)
 }
 
 /// Copies the segments that hold the log from `from` on, which stays as it is; the branch, where
@@ -332,13 +391,14 @@ pub(super) fn keep_segments(
     branch: &mut Keeping,
 ) -> io::Result<Option<Branch>> {
     let disk = segments.disk();
+    branch.suffix = COPYING;
     let first = from.segment_number(segments.segment_bytes());
     for number in segments.numbers().into_iter().filter(|number| *number >= first) {
         let Some(segment) = segments.get(number) else { continue };
         let to = branch.dir(&**disk)?.join(segment_name(number));
         copy(segments, &*segment.file, &to, segments.segment_bytes())?;
     }
-    branch.sync(&**disk)?;
+    branch.finish(&**disk)?;
     Ok(branch.dir.is_some().then(|| branch.branch.clone()))
 }
 
@@ -351,12 +411,19 @@ fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::
         }
         copied => copied,
     }
+    // Half a copy only takes the room that it lacked.
+    .inspect_err(|_| {
+        let (disk, dir) = (segments.disk(), to.parent().unwrap_or(to));
+        let _ = disk.remove(to).and_then(|()| disk.sync_dir(dir));
+    })
 }
 
 fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
     let disk = segments.disk();
     if disk.exists(to) {
+        // Of an attempt before: its room counts only once it is gone for good.
         disk.remove(to)?;
+        disk.sync_dir(to.parent().unwrap_or(to))?;
     }
     let file = disk.open(to, OpenMode::CreateNew)?;
     file.set_len(segments.segment_bytes())?;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::branch::{Branch, Keeping, remove_discarded, settle};
+use super::branch::{Branch, Keeping, finish_branches, remove_discarded, settle};
 use super::content::Content;
 use super::engine::{Group, beginning, checkpoint};
 use super::holds::{load_moments, remove_bases, volumes_of};
@@ -164,7 +164,7 @@ impl Group {
             }
             RecoveryDecision::Damage { .. } => true,
         };
-        let mut kept = None;
+        let mut kept = Vec::new();
         if unclean && !stopped {
             let last_seen = found.remains.last_end.unwrap_or(found.chain_end);
             let (authored, reason) = if before.yielding {
@@ -186,8 +186,10 @@ impl Group {
             let mut keeping = Keeping::new(dir, branch);
             settle(&segments, before.durable.min(at), at, found.chain_end, &mut keeping)
                 .map_err(|cause| io("settle the end of the log", &cause))?;
-            kept = keeping.kept();
+            kept.extend(keeping.kept());
         }
+        let left = finish_branches(&*disk, dir);
+        kept.extend(left.map_err(|cause| io("name what was cut off", &cause))?);
         segments
             .ensure(at.segment_number(before.segment_bytes))
             .map_err(|cause| io("open segment", &cause))?;
@@ -233,8 +235,8 @@ impl Group {
             ..Recovery::default()
         };
         group.report_recovery(&found, decision, before.failed, lost, &mut recovery);
-        if let Some(branch) = kept {
-            group.tell_of_branch(&branch);
+        for branch in &kept {
+            group.tell_of_branch(branch);
         }
         if stopped {
             let (damaged_at, durable) = damage.expect("that is why");

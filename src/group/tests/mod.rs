@@ -4,6 +4,7 @@ mod account;
 mod basic;
 mod branches;
 mod clock;
+mod cut;
 mod failures;
 mod fold;
 mod hostile;
