@@ -369,7 +369,7 @@ pub use moment::Cost;
 pub use ranges::Place;
 pub use recover::Recovery;
 pub use registry::Registry;
-pub use repair::{Gap, Mended};
+pub use repair::{Gap, Mended, Wanted};
 pub use required::RequiredPeer;
 pub use returning::Discard;
 pub use room::{DiskRoom, Shortage};

@@ -11,6 +11,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::engine::Group;
 use super::staging::born_in;
 use super::{GroupError, Point, Read, View};
@@ -23,6 +25,18 @@ use crate::units::{BLOCK_BYTES, Chain, Lsn, VolumeNumber};
 pub const REPAIR_BYTES_MAX: u64 = 4 << 20;
 /// Blocks that one answer carries at most: those of a chunk.
 pub const REPAIR_BLOCKS_MAX: usize = 256;
+
+/// Blocks of a volume that are the same from one position to another, and are asked for as of any of
+/// them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// The first position.
+    pub from: Lsn,
+    /// The last position.
+    pub to: Lsn,
+    /// Their numbers in the volume.
+    pub blocks: Vec<u64>,
+}
 
 /// Where a log is damaged: no whole record stands at `at` that continues `chain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,46 +206,63 @@ impl Group {
         Scanner::new(&self.segments, end.at, end.chain).next(false).is_ok()
     }
 
-    /// Blocks of a volume for a peer whose base is at `at`: as they are in the image there, where
-    /// that can be had, else as they are now. Those that cannot be read are left out.
+    /// Blocks of a volume for a peer, as they are in an image of its span. Those that cannot be
+    /// read are left out, and where there is no such image here, all.
     ///
     /// # Errors
     ///
-    /// Where there is nothing of the volume here.
+    /// What closing the image says.
     pub fn blocks_for(
         &self,
         volume: VolumeNumber,
-        at: Lsn,
-        blocks: &[u64],
+        wanted: &Wanted,
     ) -> Result<BTreeMap<u64, Vec<u8>>, GroupError> {
-        let image = self.open_image(&Point::Lsn(at), None, "repair", None).ok();
-        let view: &dyn View = match &image {
-            Some(image) => &**image,
-            None => self,
-        };
         let mut found = BTreeMap::new();
-        for block in blocks.iter().take(REPAIR_BLOCKS_MAX) {
+        let at = self.positions().horizon.max(wanted.from);
+        let image = (at <= wanted.to).then(|| {
+            let image = self.open_image(&Point::Lsn(at), None, "repair", None);
+            image.ok()
+        });
+        let Some(image) = image.flatten() else { return Ok(found) };
+        for block in wanted.blocks.iter().take(REPAIR_BLOCKS_MAX) {
             let mut bytes = vec![0; BLOCK_BYTES as usize];
             let offset = block.saturating_mul(BLOCK_BYTES);
             let mut reads = [Read { volume, offset, buffer: &mut bytes, result: Ok(()) }];
-            view.read(&mut reads);
+            image.read(&mut reads);
             let [read] = reads;
             if read.result.is_ok() {
                 found.insert(*block, bytes);
             }
         }
-        if let Some(image) = image {
-            self.close_this_image(&image)?;
-        }
+        self.close_this_image(&image)?;
         Ok(found)
     }
 
-    /// The blocks of a damaged chunk that a peer is asked for, and where the base is.
+    /// The blocks of a damaged chunk that a peer is asked for: as they are where the base is, and
+    /// those that did not change since anywhere behind it, as the peer's base may be further. That
+    /// they have the right sum proves little where data brings its own checksum.
     #[must_use]
-    pub fn wanted_blocks(&self, volume: VolumeNumber, chunk: u64) -> (Vec<u64>, Lsn) {
+    pub fn wanted_blocks(&self, volume: VolumeNumber, chunk: u64) -> Vec<Wanted> {
         let exam = self.base_of(volume).and_then(|base| base.examine(chunk).ok());
-        let horizon = self.positions().horizon;
-        (exam.map(|exam| exam.wanted()).unwrap_or_default(), horizon)
+        let blocks = exam.map(|exam| exam.wanted()).unwrap_or_default();
+        let core = self.lock();
+        let (from, head) = (core.horizon.position.lsn, core.writer.head());
+        let changed = match core.content.volumes.get(&volume) {
+            Some(known) if core.content.rewinds.is_on_path(from, head) => {
+                known.map.changed_since(from)
+            }
+            // A rewind has left out what is in the base.
+            _ => vec![(0, u64::MAX)],
+        };
+        drop(core);
+        let is_changed = |block: &u64| {
+            let (begin, end) = (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
+            changed.iter().any(|(at, length)| *at < end && begin < at.saturating_add(*length))
+        };
+        let (changed, unchanged) = blocks.into_iter().partition(is_changed);
+        let spans = [(from, changed), (head, unchanged)].into_iter();
+        let wanted = spans.map(|(to, blocks)| Wanted { from, to, blocks });
+        wanted.filter(|wanted| !wanted.blocks.is_empty()).collect()
     }
 
     /// Makes a damaged chunk of the base right, with these blocks of a peer as far as the sums here

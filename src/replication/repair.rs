@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::events::Severity;
-use crate::group::{DamagedPart, Found, Gap, Group, Mended, Role};
+use crate::group::{DamagedPart, Found, Gap, Group, Mended, Role, Wanted};
 use crate::units::{Chain, GroupId, Lsn, VolumeNumber};
 
 use super::core::Membership;
@@ -42,9 +42,7 @@ struct AskRecords {
 struct AskBlocks {
     group: GroupId,
     volume: VolumeNumber,
-    /// Where the asker's base is.
-    at: Lsn,
-    blocks: Vec<u64>,
+    wanted: Wanted,
 }
 
 impl Shared {
@@ -124,9 +122,9 @@ impl Shared {
         chunk: u64,
         peer: Option<&str>,
     ) -> Result<(), String> {
-        mend_base(group, volume, chunk, |at, wanted| {
+        mend_base(group, volume, chunk, |wanted| {
             let Some(peer) = peer else { return Ok(BTreeMap::new()) };
-            let ask = AskBlocks { group: group.id(), volume, at, blocks: wanted };
+            let ask = AskBlocks { group: group.id(), volume, wanted };
             let answer = self.ask(peer, BLOCKS, json!(ask))?;
             let told: Vec<(u64, Value)> = serde_json::from_value(answer)
                 .map_err(|error| format!("its answer is not understood: {error}"))?;
@@ -163,7 +161,7 @@ impl Shared {
     pub(super) fn give_blocks(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
         let ask: AskBlocks = understood(body)?;
         let group = self.shared_with(peer, ask.group)?;
-        let blocks = group.blocks_for(ask.volume, ask.at, &ask.blocks);
+        let blocks = group.blocks_for(ask.volume, &ask.wanted);
         let blocks = blocks.map_err(|error| error.to_string())?;
         let blocks: Vec<_> =
             blocks.into_iter().map(|(block, bytes)| (block, hex::encode(bytes))).collect();
@@ -216,10 +214,12 @@ pub fn mend_base(
     group: &Group,
     volume: VolumeNumber,
     chunk: u64,
-    ask: impl FnOnce(Lsn, Vec<u64>) -> Result<BTreeMap<u64, Vec<u8>>, String>,
+    mut ask: impl FnMut(Wanted) -> Result<BTreeMap<u64, Vec<u8>>, String>,
 ) -> Result<(), String> {
-    let (wanted, at) = group.wanted_blocks(volume, chunk);
-    let blocks = if wanted.is_empty() { BTreeMap::new() } else { ask(at, wanted)? };
+    let mut blocks = BTreeMap::new();
+    for wanted in group.wanted_blocks(volume, chunk) {
+        blocks.extend(ask(wanted)?);
+    }
     group.mend_base(volume, chunk, &blocks).map_err(|error| error.to_string())?;
     Ok(())
 }

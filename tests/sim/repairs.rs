@@ -89,12 +89,10 @@ fn mend(group: &Group, part: &DamagedPart, peer: Option<&Group>) -> Result<(), S
         (DamagedPart::Log { segment }, Some(peer)) => mend_log(group, segment, |gap, bytes| {
             peer.records_for(gap, bytes).map_err(|error| error.to_string())
         }),
-        (DamagedPart::Base { volume, chunk }, _) => {
-            mend_base(group, volume, chunk, |at, wanted| {
-                let Some(peer) = peer else { return Ok(BTreeMap::new()) };
-                peer.blocks_for(volume, at, &wanted).map_err(|error| error.to_string())
-            })
-        }
+        (DamagedPart::Base { volume, chunk }, _) => mend_base(group, volume, chunk, |wanted| {
+            let Some(peer) = peer else { return Ok(BTreeMap::new()) };
+            peer.blocks_for(volume, &wanted).map_err(|error| error.to_string())
+        }),
         _ => Err("nobody has it".to_owned()),
     }
 }
