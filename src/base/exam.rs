@@ -212,7 +212,7 @@ impl Exam {
     }
 
     /// The sums that a whole slot vouches for: as they are stored; else those of the blocks here
-    /// where they differ; else those of the peer's.
+    /// where they differ; else those of the peer's. What lies beyond the volume's end has none.
     fn proven_sums(&self, slot: &Slot, peer: &BTreeMap<usize, u32>) -> Option<Vec<u32>> {
         let with = |sum: &dyn Fn(usize) -> Option<u32>| {
             let mut sums = self.stored.clone();
@@ -224,12 +224,18 @@ impl Exam {
         let own = |index: usize| self.own[index];
         let theirs = |index: usize| peer.get(&index).copied().or(self.own[index]);
         let candidates = [self.stored.clone(), with(&own), with(&theirs)];
-        candidates.into_iter().find(|sums| slot.covers(&bytes_of(sums)))
+        let ended = candidates.clone().map(|sums| self.without_what_is_beyond(sums));
+        candidates.into_iter().chain(ended).find(|sums| slot.covers(&bytes_of(sums)))
+    }
+
+    fn without_what_is_beyond(&self, mut sums: Vec<u32>) -> Vec<u32> {
+        sums[self.blocks..].fill(0);
+        sums
     }
 
     /// Without a slot: where a block and its sum differ, what two of block, sum and peer agree on.
     fn agreed_sums(&self, peer: &BTreeMap<usize, u32>) -> Vec<u32> {
-        let mut sums = self.stored.clone();
+        let mut sums = self.without_what_is_beyond(self.stored.clone());
         for index in self.suspects() {
             if let Some(own) = self.own[index].filter(|own| peer.get(&index) == Some(own)) {
                 sums[index] = own;
@@ -375,6 +381,24 @@ mod tests {
         turn(&disk, "3.sum", sum_at(200));
         assert!(mended(&base, &BTreeMap::new()));
         assert_eq!(base.births(1, 2).unwrap(), [Some(Lsn(500))]);
+    }
+
+    #[test]
+    fn a_sum_beyond_the_end_of_the_volume_is_none_again() {
+        let (disk, base) = base();
+        let (data, at) = (block(9), 2 * CHUNK_BYTES + BLOCK_BYTES);
+        base.write_blocks(at, &data, &[crc32fast::hash(&data)], Lsn(600)).unwrap();
+        base.sync().unwrap();
+        let beyond = sidecar::sum_offset(2 * BLOCKS_PER_CHUNK as u64 + 100);
+        turn(&disk, "3.sum", beyond);
+        let exam = base.examine(2).unwrap();
+        assert!(!exam.is_whole() && exam.wanted().is_empty(), "{}", exam.what());
+        let remedy = exam.remedy(&BTreeMap::new(), BORN).expect("there is one");
+        base.mend(&exam, &remedy, &BTreeMap::new()).unwrap();
+        assert!(base.examine(2).unwrap().is_whole());
+        let mut bytes = block(0);
+        base.read(at, &mut bytes).unwrap();
+        assert_eq!(bytes, data);
     }
 
     #[test]
