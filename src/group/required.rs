@@ -139,9 +139,17 @@ impl Required {
         report
     }
 
-    /// A peer is lost, or stands still.
-    pub(super) fn lost(&mut self, node: NodeId, reason: &str, now: LogTime) -> Option<Report> {
+    /// A peer is lost, or stands still; of what it had acknowledged it has `at_most` that, received
+    /// and durable.
+    pub(super) fn lost(
+        &mut self,
+        node: NodeId,
+        reason: &str,
+        at_most: (Lsn, Lsn),
+        now: LogTime,
+    ) -> Option<Report> {
         let peer = self.peers.get_mut(&node)?;
+        (peer.received, peer.durable) = (peer.received.min(at_most.0), peer.durable.min(at_most.1));
         let was_away = peer.away.is_some();
         let since = peer.away.as_ref().map_or(now, |(_, since)| *since);
         peer.away = Some((reason.to_owned(), since));
@@ -183,6 +191,7 @@ mod tests {
     use super::*;
 
     const PEER: NodeId = NodeId([2; 16]);
+    const ALL: (Lsn, Lsn) = (Lsn::MAX, Lsn::MAX);
 
     fn required(mode: Mode, on_loss: OnLoss) -> Required {
         let mut required = Required::new(NodeId([1; 16]));
@@ -204,7 +213,7 @@ mod tests {
     fn an_asynchronous_peer_holds_up_nobody() {
         let mut required = required(Mode::Async, OnLoss::Block);
         assert!(required.floors().allow(Lsn::MAX, true));
-        assert!(required.lost(PEER, "gone", LogTime(6)).is_none());
+        assert!(required.lost(PEER, "gone", ALL, LogTime(6)).is_none());
         assert!(!required.blocks(&BTreeSet::from([PEER])));
     }
 
@@ -220,9 +229,9 @@ mod tests {
         assert_eq!(required.holds(PEER, near, Lsn(0), head).unwrap().code, "peer-required");
         assert!(!floors.allow(head, false));
         assert!(floors.allow(near, true), "received is enough in this mode");
-        assert_eq!(required.lost(PEER, "gone", LogTime(6)).unwrap().code, "degraded");
+        assert_eq!(required.lost(PEER, "gone", ALL, LogTime(6)).unwrap().code, "degraded");
         assert!(floors.allow(head, true));
-        assert!(required.lost(PEER, "gone again", LogTime(7)).is_none(), "it is known");
+        assert!(required.lost(PEER, "gone again", ALL, LogTime(7)).is_none(), "it is known");
         assert_eq!(required.peers()[&PEER].away, Some(("gone again".to_owned(), LogTime(6))));
     }
 
@@ -247,10 +256,13 @@ mod tests {
         assert!(!floors.allow(Lsn(1), false), "nobody has said yet what it holds");
         required.holds(PEER, Lsn(8192), Lsn(8192), Lsn(8192));
         assert!(required.blocked_by().is_none());
-        assert_eq!(required.lost(PEER, "gone", LogTime(6)).unwrap().code, "hosts-wait");
+        assert_eq!(required.lost(PEER, "gone", ALL, LogTime(6)).unwrap().code, "hosts-wait");
         assert!(floors.allow(Lsn(8192), true));
         assert!(!floors.allow(Lsn(8193), false));
         assert_eq!(required.blocked_by().unwrap().1, "gone");
+        // It is back without what it had acknowledged, and does not follow yet.
+        assert!(required.lost(PEER, "parted", (Lsn(4096), Lsn(4096)), LogTime(7)).is_none());
+        assert!(floors.allow(Lsn(4096), true) && !floors.allow(Lsn(4097), false));
     }
 
     #[test]

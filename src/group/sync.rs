@@ -166,12 +166,12 @@ impl Group {
         self.report();
     }
 
-    /// A peer is lost, or its disk stands still.
-    pub fn note_peer_lost(&self, peer: NodeId, reason: &str) {
+    /// A peer is lost, or its disk stands still; it holds no more than that, whatever it had said.
+    pub fn note_peer_lost(&self, peer: NodeId, reason: &str, received: Lsn, durable: Lsn) {
         {
             let mut core = self.lock();
             let now = self.context.env.clock.wall();
-            let report = core.required.lost(peer, reason, now);
+            let report = core.required.lost(peer, reason, (received, durable), now);
             core.unreported.extend(report);
         }
         self.complete_waiters(Lsn(self.durable.load(Ordering::Acquire)));

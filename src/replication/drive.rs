@@ -63,9 +63,9 @@ impl Shared {
                     group.note_peer_holds(peer, received, durable);
                 }
             }
-            Output::PeerLost { group, reason } => {
+            Output::PeerLost { group, reason, received, durable } => {
                 if let Some(group) = self.groups.by_id(group) {
-                    group.note_peer_lost(peer, &reason);
+                    group.note_peer_lost(peer, &reason, received, durable);
                 }
             }
             Output::Event { severity, code, group, text } => {
@@ -304,7 +304,12 @@ pub(super) mod tests {
         shared.perform(waited_for, holds, None);
         answered.recv_timeout(wait).expect("a host waits for the image").unwrap();
         // A loss is told as soon, and in the order of what was heard.
-        let lost = Output::PeerLost { group: id, reason: "gone".to_owned() };
+        let lost = Output::PeerLost {
+            group: id,
+            reason: "gone".to_owned(),
+            received: Lsn::ZERO,
+            durable: Lsn::ZERO,
+        };
         shared.perform(waited_for, lost, None);
         let away = group.required_peers()[0].1.away.clone();
         assert_eq!(away.map(|(reason, _)| reason), Some("gone".to_owned()));

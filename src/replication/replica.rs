@@ -35,7 +35,7 @@ pub trait Replica: Send + Sync {
     fn reset_received(&self);
     fn note_committed(&self, lsn: Lsn);
     fn note_peer_holds(&self, peer: NodeId, received: Lsn, durable: Lsn);
-    fn note_peer_lost(&self, peer: NodeId, reason: &str);
+    fn note_peer_lost(&self, peer: NodeId, reason: &str, received: Lsn, durable: Lsn);
     fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)>;
     fn is_asking(&self) -> bool;
     fn cuts(&self) -> u64;
@@ -182,8 +182,8 @@ impl Replica for Group {
     fn note_peer_holds(&self, peer: NodeId, received: Lsn, durable: Lsn) {
         Group::note_peer_holds(self, peer, received, durable);
     }
-    fn note_peer_lost(&self, peer: NodeId, reason: &str) {
-        Group::note_peer_lost(self, peer, reason);
+    fn note_peer_lost(&self, peer: NodeId, reason: &str, received: Lsn, durable: Lsn) {
+        Group::note_peer_lost(self, peer, reason, received, durable);
     }
     fn required_peers(&self) -> Vec<(NodeId, RequiredPeer)> {
         Group::required_peers(self)

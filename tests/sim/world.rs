@@ -351,10 +351,10 @@ impl World {
                     found.note_peer_holds(self.nodes[peer].id, received, durable);
                 }
             }
-            Output::PeerLost { group, reason } => {
+            Output::PeerLost { group, reason, received, durable } => {
                 let group = self.group_number(group);
                 if let Some(found) = self.nodes[node].group(group) {
-                    found.note_peer_lost(self.nodes[peer].id, &reason);
+                    found.note_peer_lost(self.nodes[peer].id, &reason, received, durable);
                 }
             }
             Output::Event { code, text, .. } => {

@@ -12,7 +12,7 @@ use crate::log::control::Mode;
 #[derive(Debug, Default)]
 pub(super) struct Told {
     holds: Option<Acked>,
-    lost: Option<String>,
+    lost: Option<(String, Acked)>,
     /// The peer's durable position, and since when it has stood there with bytes outstanding.
     standing: Option<(Lsn, Duration)>,
 }
@@ -68,10 +68,14 @@ impl Channel {
         let group = self.local.id;
         match lost {
             Some(reason) => {
-                if self.required.lost.as_ref() != Some(&reason) {
-                    context.outputs.push(Output::PeerLost { group, reason: reason.clone() });
-                    self.required.lost = Some(reason);
+                // It may also have less by now than it had acknowledged.
+                let told = Some((reason, self.acked));
+                if self.required.lost != told {
+                    self.required.lost = told;
                     self.required.holds = None;
+                    let Acked { received, durable, .. } = self.acked;
+                    let (reason, _) = self.required.lost.clone().expect("it was told just now");
+                    context.outputs.push(Output::PeerLost { group, reason, received, durable });
                 }
             }
             None => {

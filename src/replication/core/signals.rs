@@ -361,6 +361,10 @@ pub enum Output {
         group: GroupId,
         /// Why.
         reason: String,
+        /// What it has in memory at most, whatever it had acknowledged.
+        received: Lsn,
+        /// What it has durably at most.
+        durable: Lsn,
     },
     /// Append bytes to a log; answer with `Appended` or `AppendFailed`.
     Append {
