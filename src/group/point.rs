@@ -66,7 +66,15 @@ impl Group {
             Err(ScanEnd::Io(cause)) if core.timeline.horizon().lsn <= from.lsn => {
                 Err(self.io("read log", &cause))
             }
-            _ => Err(self.not_covered(&core, &format!("{point:?}"))),
+            _ => {
+                let text = match point {
+                    Point::Lsn(lsn) => format!("lsn:{lsn}"),
+                    Point::Time(time) => time.to_string(),
+                    Point::Bookmark(name) => name.to_string(),
+                    Point::Now => "now".to_owned(),
+                };
+                Err(self.not_covered(&core, &text))
+            }
         }
     }
 

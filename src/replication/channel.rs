@@ -267,6 +267,13 @@ impl Channel {
         if self.visible() && !self.local.primary && !self.active() && !self.local.retired {
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });
         }
+        // Taken up again, it has on its way passed the record of its stop, and then the one that
+        // makes it a member again.
+        let member = matches!(self.local.membership, Membership::Member { .. });
+        let runs = self.follower.as_ref().is_some_and(|follower| follower.asked.is_none());
+        if member && runs && self.local.retired && !self.local.primary {
+            context.outputs.push(Output::Retire { group: self.local.id, retired: false });
+        }
         if self.local.primary {
             let head = self.local.history.head;
             if !before.primary {

@@ -403,7 +403,11 @@ pub(super) async fn run_blocking(
 }
 
 /// Appends a member record, where it says something new.
-fn put_member(
+///
+/// # Errors
+///
+/// Where it could not be appended.
+pub fn put_member(
     group: &dyn Replica,
     node: NodeId,
     name: Name,
@@ -495,7 +499,8 @@ impl Shared {
                 if !theirs && !self.peer(peer.node).is_some_and(|p| p.copies.contains(&body.group))
                 {
                     return Err(format!(
-                        "group {} is here already, and {} is no member of it",
+                        "group {} is here already, and {} is no member of it; `tidelog group \
+                         delete {0}` on this node, if what it has is not needed",
                         body.name, peer.name
                     ));
                 }

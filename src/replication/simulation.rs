@@ -3,7 +3,7 @@
 //! it, and nothing in it is promised.
 
 pub use super::channel::{Channel, Parted};
-pub use super::commands::refusal_to_promote;
+pub use super::commands::{put_member, refusal_to_promote};
 pub use super::core::{ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings};
 pub use super::repair::{mend_base, mend_log};
 pub use super::replica::local_group;

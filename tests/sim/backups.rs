@@ -385,6 +385,8 @@ impl World {
                 self.nodes[node].keeper.handled.insert(group, slot);
             }
             Next::Run(_) => {
+                let retired = found.data_state().0 == DataState::Retired;
+                assert!(!retired, "{}: a retired copy is backed up", self.nodes[node].name);
                 let run = EpochId(self.chance.next());
                 let node_name = self.nodes[node].name.clone();
                 let claim = Claim { node: node_name, run, term: TERM };

@@ -21,6 +21,7 @@ impl World {
             let known = *chains.entry((at.epoch, at.head)).or_insert(at.chain);
             assert_eq!(known, at.chain, "{name}: other bytes up to {} than elsewhere", at.head);
         }
+        self.check_stays(node, group);
     }
 
     /// Every image that is open shows what it showed first, or says that it is broken.

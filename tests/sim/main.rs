@@ -18,6 +18,7 @@ mod coverage;
 mod damage;
 mod event;
 mod hosts;
+mod members;
 mod modes;
 mod network;
 mod node;

@@ -62,6 +62,8 @@ struct Promise {
     disk: Vec<Place>,
     /// What the page cache held when the power failed, on a node that took hosts' requests.
     before: Vec<Place>,
+    /// What it held when a cut began that did not end.
+    cutting: Vec<Place>,
 }
 
 /// A group on a node.
@@ -85,6 +87,8 @@ pub struct Copy {
     pub cutting: Vec<Place>,
     pub answered: Answered,
     pub images: Vec<OpenImage>,
+    /// Where it was when it was retired first, if it is.
+    pub retired_at: Option<Lsn>,
     /// What its image showed when it was last read, and when that was.
     pub seen: Option<(Moment, Held)>,
     pub fold_told: Option<String>,
@@ -113,8 +117,8 @@ pub struct Node {
     pub incarnation: u64,
     pub links: BTreeMap<usize, Link>,
     pub copies: BTreeMap<usize, Copy>,
-    /// Copies that a peer had made here.
-    pub invited: BTreeSet<usize>,
+    /// Peers and groups: the peer had the copy here made, or taken up again.
+    pub invited: BTreeSet<(usize, usize)>,
     /// Peers and groups whose replication is paused here; survives a restart.
     pub paused: BTreeSet<(usize, usize)>,
     /// What it means when the disk stops.
@@ -241,6 +245,7 @@ impl Node {
             cutting: Vec::new(),
             answered: Arc::default(),
             images: Vec::new(),
+            retired_at: None,
             seen: None,
             fold_told: None,
             fold_failed: false,
@@ -390,12 +395,6 @@ impl World {
         let copies = std::mem::take(&mut self.nodes[node].copies);
         for (group, copy) in copies {
             copy.group.forget_images();
-            if death == Death::Power {
-                // Also where a cut was under way, of which nothing is promised.
-                for sure in copy.cutting {
-                    self.groups[group].oracle.excuse(node, sure);
-                }
-            }
             let oracle = &self.groups[group].oracle;
             let flushed = match copy.sure[..] {
                 // On a node that takes hosts' requests: elsewhere it is another disk that has them.
@@ -410,7 +409,7 @@ impl World {
                 _ => copy.durable,
             };
             let before = if copy.line.is_some() { copy.sure.clone() } else { Vec::new() };
-            let promise = Promise { cache: copy.sure, disk, before };
+            let promise = Promise { cache: copy.sure, disk, before, cutting: copy.cutting };
             self.nodes[node].promises.insert(group, promise);
             for host in self.hosts.iter_mut().filter(|host| host.group == group) {
                 host.leave(node);
@@ -418,8 +417,9 @@ impl World {
         }
         for (group, promise) in &mut self.nodes[node].promises {
             if death == Death::Power {
-                for cache in &promise.cache {
-                    self.groups[*group].oracle.excuse(node, *cache);
+                // Also where a cut was under way, of which nothing is promised.
+                for lost in promise.cache.iter().chain(&promise.cutting) {
+                    self.groups[*group].oracle.excuse(node, *lost);
                 }
                 promise.cache = promise.disk.clone();
             } else {

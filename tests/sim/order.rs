@@ -51,6 +51,9 @@ impl World {
         self.settle();
         self.host_pauses = [2000, 2000, 4000, 4000];
         self.run(Duration::from_secs(25));
+        for group in 0..self.groups.len() {
+            self.check_stopped(group);
+        }
         for round in 0..10 {
             let mut calm = true;
             for group in 0..self.groups.len() {
@@ -78,6 +81,7 @@ impl World {
             match self.standing(group) {
                 Standing::Order => {
                     self.coverage.add("groups in order", 1);
+                    self.check_nobody_is_retired(group);
                     self.check_equal(group);
                 }
                 Standing::BeyondTheLog => self.coverage.add("copies beyond the log", 1),
@@ -123,7 +127,11 @@ impl World {
             let between_copies = !primaries.contains(node) && !primaries.contains(peer);
             between_copies || *state == ReplicationState::Streaming
         });
-        if primaries.len() == 1 && self.nodes[primaries[0]].serves(group) && streaming {
+        if let [primary] = primaries[..]
+            && self.nodes[primary].serves(group)
+            && self.has_all_members(primary, group)
+            && streaming
+        {
             return Standing::Order;
         }
         let roles: Vec<String> = members
@@ -156,7 +164,10 @@ impl World {
         let serving: Vec<usize> =
             members.iter().copied().filter(|node| self.nodes[*node].serves(group)).collect();
         if serving.is_empty() {
-            let newest = members.iter().copied().max_by_key(|node| {
+            // One to which replication was stopped by command is none of them.
+            let stopped = self.groups[group].stopped;
+            let candidates = members.iter().copied().filter(|node| stopped != Some(*node));
+            let newest = candidates.max_by_key(|node| {
                 let found = self.nodes[*node].group(group).expect("it runs");
                 let last = found.control().epochs.last().map(|epoch| epoch.counter);
                 (last, found.positions().head)
@@ -164,6 +175,11 @@ impl World {
             let newest = newest.expect("a group has members");
             self.coverage.add("operator promotes", 1);
             return self.begin_reign(newest, group, true);
+        }
+        if let [primary] = serving[..]
+            && self.take_up_again(primary, group)
+        {
+            return;
         }
         // One of two that serve yields, or a secondary that holds what its primary lacks.
         let first = usize::from(self.chance.one_in(2));

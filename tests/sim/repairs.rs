@@ -164,6 +164,12 @@ impl World {
         }
         let told = damaged(&found);
         self.say(format_args!("{name} scrubs: {told:?}"));
+        // What an image is being merged into cannot be told before that ends.
+        let unknown = |part: &DamagedPart| matches!(found.check_part(part), Found::Unknown);
+        if told.is_empty() && parts(&found).iter().any(unknown) {
+            self.nodes[node].disk.damage(&turned.path, turned.offset, 1, turned.mask);
+            return;
+        }
         assert!(
             !told.is_empty() || !in_log && whole(&found).as_ref() == Some(before),
             "{name}: group {group}: {turned}: a scrub finds nothing"

@@ -142,7 +142,8 @@ impl World {
             let copy =
                 Group::create_copy(context, &group_dir(group), new.clone()).expect("a whole disk");
             self.nodes[*member].adopt(group, copy);
-            self.nodes[*member].invited.insert(group);
+            let peers = members.iter().filter(|peer| *peer != member);
+            self.nodes[*member].invited.extend(peers.map(|peer| (*peer, group)));
         }
     }
 
@@ -153,7 +154,7 @@ impl World {
         let members = self.groups[group].members.clone();
         let member = self.chance.of(&members);
         let up = self.nodes[node].up;
-        match self.chance.below(33) {
+        match self.chance.below(34) {
             0 | 1 if up => self.die(node, Death::Kill),
             2 | 3 if up => self.die(node, Death::Power),
             4 | 5 if up => {
@@ -209,7 +210,8 @@ impl World {
                 let span = self.chance.of(&[1, 7, 12]);
                 self.hang_disk(node, Duration::from_secs(span));
             }
-            28 | 29 => self.damage_alive(member, group),
+            28 => self.change_members(member, group),
+            29 | 30 => self.damage_alive(member, group),
             _ => {}
         }
         for node in 0..self.nodes.len() {
@@ -256,7 +258,8 @@ impl World {
     }
 
     fn promote(&mut self, node: usize, group: usize) {
-        if !self.nodes[node].up {
+        // Nobody promotes a copy to which replication was stopped by command.
+        if !self.nodes[node].up || self.groups[group].stopped == Some(node) {
             return;
         }
         let id = self.groups[group].id;
@@ -362,10 +365,10 @@ impl World {
             bytes => bytes.expect("an image that was opened just now"),
         };
         let oracle = &self.groups[group].oracle;
-        let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("image at {lsn}: {why}"));
-        oracle.places(&held).unwrap_or_else(|why| panic!("image at {lsn}: {why}"));
-        self.coverage.add("images opened", 1);
         let name = &self.nodes[node].name;
+        let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {point:?}: {why}"));
+        oracle.places(&held).unwrap_or_else(|why| panic!("{name}: {point:?}: {why}"));
+        self.coverage.add("images opened", 1);
         self.say(format_args!("{name} opens image {} at {}", image.name(), image.position().lsn));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
         copy.images.push(OpenImage { image, held });

@@ -41,6 +41,8 @@ pub struct WorldGroup {
     pub made_at: Lsn,
     /// A resolve was refused since the log does not reach back to where histories part.
     pub beyond: bool,
+    /// The member to which replication was stopped.
+    pub stopped: Option<usize>,
 }
 
 /// What the engine's errors call a full disk.
@@ -101,6 +103,7 @@ impl World {
             chains,
             made_at: Lsn::ZERO,
             beyond: false,
+            stopped: None,
         });
         self.groups.len() - 1
     }
@@ -458,12 +461,12 @@ impl World {
                 continue;
             }
             let asked = self.groups[group].members.contains(&peer)
-                && self.nodes[node].invited.contains(&group);
+                && self.nodes[node].invited.contains(&(peer, group));
             let mut local = local_group(&*found, me, self.nodes[peer].id, asked);
             let other = followed.iter().find(|name| **name != self.nodes[peer].name);
             local.follows = other.cloned();
             if asked && matches!(local.membership, Membership::Member { .. }) {
-                self.nodes[node].invited.remove(&group);
+                self.nodes[node].invited.remove(&(peer, group));
             }
             self.feed(node, peer, Input::Group(Box::new(local)));
         }

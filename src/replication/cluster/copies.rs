@@ -325,6 +325,27 @@ fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_aga
 }
 
 #[test]
+fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_for_good() {
+    let mut world = World::new(13);
+    world.run(seconds(5));
+    world.assert_streaming();
+    let passes = |world: &mut World, membership| {
+        world.nodes[1].membership = membership;
+        // What is said, and what has been done by it.
+        for _ in 0..2 {
+            let local = world.nodes[1].local();
+            world.feed(1, Input::Group(Box::new(local)));
+        }
+    };
+    passes(&mut world, Membership::Stopped);
+    assert!(world.nodes[1].retired);
+    passes(&mut world, Membership::Member { rpo_target: None, mode: Mode::Async });
+    assert!(!world.nodes[1].retired);
+    world.run(seconds(5));
+    world.assert_streaming();
+}
+
+#[test]
 fn silence_is_a_lost_peer_and_an_age_that_grows() {
     let mut world = World::new(12);
     world.run(seconds(5));

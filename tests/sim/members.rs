@@ -1,0 +1,201 @@
+//! An operator stops the replication of a group to a node, and takes it up again.
+//!
+//! A copy whose replication was stopped is retired: it can be read, also at its older moments, it
+//! stays where it is, and it is not backed up. Taken up again it comes to order like any other, by
+//! the log or by an image.
+
+use tidelog::group::{DataState, Group, GroupError, Point, Role};
+use tidelog::log::control::{Mode, OnLoss};
+use tidelog::replication::ReplicateOptions;
+use tidelog::replication::simulation::put_member;
+use tidelog::units::{Lsn, NodeId};
+
+use super::node::contents;
+use super::world::World;
+
+/// Moments of a retired copy that are opened.
+const MOMENTS: usize = 4;
+
+fn has_member(group: &Group, node: NodeId) -> bool {
+    group.control().members.iter().any(|member| member.node == node)
+}
+
+impl World {
+    /// Stops the replication to a member, or takes up again what was stopped.
+    pub fn change_members(&mut self, node: usize, group: usize) {
+        if !self.nodes[node].serves(group) {
+            return;
+        }
+        let members = self.groups[group].members.clone();
+        if let Some(peer) = self.groups[group].stopped {
+            if peer != node {
+                self.replicate_again(node, group, peer);
+            }
+            return;
+        }
+        // With two primaries there is something else to do first.
+        let primaries = members.iter().filter(|node| self.nodes[**node].is_primary(group));
+        let peer = self.chance.of(&members);
+        if peer != node && primaries.count() == 1 {
+            self.stop_replication(node, group, peer);
+        }
+    }
+
+    fn stop_replication(&mut self, node: usize, group: usize, peer: usize) {
+        let found = self.nodes[node].group(group).expect("it serves").clone();
+        let (id, name) = (self.nodes[peer].id, self.nodes[peer].name.clone());
+        if !has_member(&found, id) {
+            return;
+        }
+        // Where it failed the record may be in the log all the same.
+        self.groups[group].stopped = Some(peer);
+        let stopped = put_member(&*found, id, name, ReplicateOptions::default(), true);
+        self.coverage.add("replications stopped", u64::from(stopped.is_ok()));
+        let (a, b) = (&self.nodes[node].name, &self.nodes[peer].name);
+        self.say(format_args!("{a} stops replicating group {group} to {b}: {stopped:?}"));
+    }
+
+    /// A group is replicated to a node again; whether it is.
+    pub fn replicate_again(&mut self, node: usize, group: usize, peer: usize) -> bool {
+        let found = self.nodes[node].group(group).expect("it serves").clone();
+        if !self.hears(node, peer) {
+            return false;
+        }
+        let there = self.nodes[peer].group(group).expect("it runs").clone();
+        // The peer takes a copy up for nobody who has nothing to do with it.
+        let me = self.nodes[node].id;
+        if !has_member(&there, me) && !self.nodes[peer].invited.contains(&(node, group)) {
+            self.coverage.add("replications refused", 1);
+            return false;
+        }
+        self.nodes[peer].invited.insert((node, group));
+        let dirty = &self.nodes[peer].copies[&group].dirty;
+        dirty.store(true, std::sync::atomic::Ordering::Relaxed);
+        let options = ReplicateOptions {
+            mode: Some(self.chance.of(&[Mode::Async, Mode::Async, Mode::Receive, Mode::Sync])),
+            on_loss: Some(self.chance.of(&[OnLoss::Continue, OnLoss::Continue, OnLoss::Block])),
+            rpo_target: None,
+        };
+        // Where it failed the record may be in the log all the same.
+        self.groups[group].stopped = None;
+        let mut put = Ok(());
+        for member in [node, peer] {
+            let (id, name) = (self.nodes[member].id, self.nodes[member].name.clone());
+            put = put.and_then(|()| put_member(&*found, id, name, options.clone(), false));
+        }
+        let (a, b) = (&self.nodes[node].name, &self.nodes[peer].name);
+        self.say(format_args!("{a} replicates group {group} to {b} again: {put:?}"));
+        if put.is_err() {
+            return false;
+        }
+        let retired = there.data_state().0 == DataState::Retired;
+        self.coverage.add("replications taken up again", 1);
+        self.coverage.add("retired copies taken up again", u64::from(retired));
+        let folded = found.positions().horizon > there.positions().head;
+        self.coverage.add("copies taken up again behind the horizon", u64::from(folded));
+        true
+    }
+
+    /// Of a group that comes to no order the copies whose replication was stopped are taken up
+    /// again; whether there was one.
+    pub fn take_up_again(&mut self, node: usize, group: usize) -> bool {
+        let found = self.nodes[node].group(group).expect("it serves").clone();
+        for peer in self.groups[group].members.clone() {
+            let id = self.nodes[peer].id;
+            let there = self.nodes[peer].group(group).expect("it runs");
+            // Once: one whose history has parted does not hear of it before it is resolved.
+            let told = !there.control().members.is_empty()
+                && !has_member(there, id)
+                && !self.nodes[peer].invited.contains(&(node, group));
+            let stopped = !has_member(&found, id) || told;
+            if peer != node && stopped && self.replicate_again(node, group, peer) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Whether all members of a group are in the records of a node.
+    pub fn has_all_members(&self, node: usize, group: usize) -> bool {
+        let found = self.nodes[node].group(group).expect("it runs");
+        self.groups[group].members.iter().all(|member| has_member(found, self.nodes[*member].id))
+    }
+
+    /// A copy that is retired stays where it is, until it is taken up again or promoted. Taken up
+    /// again it stays retired until the log or an image has brought it back.
+    pub fn check_stays(&mut self, node: usize, group: usize) {
+        let stopped = self.groups[group].stopped == Some(node);
+        let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
+        if !stopped || copy.group.data_state().0 != DataState::Retired {
+            copy.retired_at = None;
+            return;
+        }
+        let head = copy.group.positions().head;
+        let at = *copy.retired_at.get_or_insert(head);
+        let name = &self.nodes[node].name;
+        assert_eq!(at, head, "{name}: group {group}: the copy is retired, and does not stay");
+    }
+
+    /// A group is in order: no copy counts as one whose replication was stopped.
+    pub fn check_nobody_is_retired(&self, group: usize) {
+        for node in self.groups[group].members.iter().copied() {
+            let state = self.nodes[node].group(group).expect("it runs").data_state();
+            let name = &self.nodes[node].name;
+            assert_ne!(state.0, DataState::Retired, "{name}: group {group}: {state:?}");
+        }
+    }
+
+    /// All is well: a copy whose replication was stopped has learnt of it and is retired, and all
+    /// that it has can be read.
+    pub fn check_stopped(&mut self, group: usize) {
+        let Some(peer) = self.groups[group].stopped else { return };
+        let members = self.groups[group].members.clone();
+        let primaries: Vec<usize> =
+            members.iter().copied().filter(|node| self.nodes[*node].is_primary(group)).collect();
+        let [primary] = primaries[..] else { return };
+        let found = self.nodes[primary].group(group).expect("it runs").clone();
+        let copy = self.nodes[peer].group(group).expect("it runs").clone();
+        let serves = self.nodes[primary].serves(group);
+        if primary == peer || has_member(&found, self.nodes[peer].id) || !serves {
+            return;
+        }
+        let at = copy.positions();
+        let state = copy.data_state().0;
+        let name = self.nodes[peer].name.clone();
+        // What parted from the primary's history is another trouble.
+        let parted = found.chain_at(at.head) != Some(at.chain) && at.head >= found.log_start();
+        if parted || at.head == Lsn::ZERO || copy.role() == Role::Primary {
+            return;
+        }
+        assert_eq!(
+            state,
+            DataState::Retired,
+            "{name}: group {group}: its replication was stopped, and the copy is not retired"
+        );
+        self.coverage.add("retired copies checked", 1);
+        self.note_sure(peer, group);
+        // Before its volumes were made there is nothing to see.
+        let from = self.groups[group].made_at.max(at.horizon).max(copy.log_start());
+        if from > at.head {
+            return;
+        }
+        for moment in 0..MOMENTS {
+            let lsn = match moment {
+                0 => from,
+                1 => at.head,
+                _ => Lsn(from.0 + self.chance.below(at.head.bytes_since(from) + 1)),
+            };
+            let image = match copy.open_image(&Point::Lsn(lsn), None, "retired", None) {
+                Ok(image) => image,
+                // A fold to there has begun.
+                Err(GroupError::NotCovered { from, .. }) if lsn < from => continue,
+                Err(error) => panic!("{name}: group {group}: {lsn} of a retired copy: {error}"),
+            };
+            let bytes = contents(&*image).expect("an image that was opened just now");
+            let oracle = &self.groups[group].oracle;
+            let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {why}"));
+            oracle.places(&held).unwrap_or_else(|why| panic!("{name}: {why}"));
+            copy.close_this_image(&image).expect("it is open");
+        }
+    }
+}
