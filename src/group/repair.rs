@@ -26,8 +26,8 @@ pub const REPAIR_BYTES_MAX: u64 = 4 << 20;
 /// Blocks that one answer carries at most: those of a chunk.
 pub const REPAIR_BLOCKS_MAX: usize = 256;
 
-/// Blocks of a volume that are the same from one position to another, and are asked for as of any of
-/// them.
+/// Blocks of a volume that are the same from one position to another, and are asked for as of any
+/// between them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
     /// The first position.
