@@ -328,7 +328,11 @@ mod tests {
         disk.inject(Fault::Error { operation: disk.operations() });
         demoted(&group).unwrap_err();
         assert_eq!(group.role(), Role::Secondary, "it takes no writes either");
-        // Again: now it is written, and a restart knows it.
+        // What the disk refused is not tried again before a restart, which knows nothing of it.
+        assert!(demoted(&group).unwrap_err().to_string().contains("write meta"));
+        drop(group);
+        let (group, _) = Group::open(context.clone(), dir).unwrap();
+        assert_eq!(group.role(), Role::Primary);
         assert!(demoted(&group).unwrap().contains("is a secondary here"));
         assert!(demoted(&group).unwrap().contains("already"));
         drop(group);
