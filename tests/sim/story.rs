@@ -332,6 +332,8 @@ impl World {
         }
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
         copy.half_cut = copy.group.data_state().0 == DataState::Failed;
+        // A retired copy stays where it is, but for what an operator does to it.
+        copy.retired_at = None;
         self.note_sure(node, group);
         if well {
             self.coverage.add("resolves", 1);
