@@ -272,12 +272,12 @@ impl Inner {
 
     /// A run is over: what it was stays known for those who ask.
     pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
-        let mut state = self.lock();
-        let opened_by = state.active.get(&task.key).map(|active| active.opened_by);
+        let opened_by = self.lock().active.get(&task.key).map(|active| active.opened_by);
         // A run by command is none of the schedule's slots.
         if opened_by == Some(OpenedBy::Schedule) && task.running_on.is_none() {
             self.history.set_handled(task.key.job, task.key.slot);
         }
+        let mut state = self.lock();
         let first = state
             .active
             .get(&task.key)

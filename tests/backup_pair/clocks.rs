@@ -8,7 +8,7 @@ use serde_json::json;
 use tidelog::backup::{BackupEntry, Outcome};
 
 use super::rig::*;
-use super::{alarm_states, scheduled};
+use super::{alarm_states, scheduled, unmade};
 use crate::support::wait_for;
 
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
@@ -74,19 +74,7 @@ fn a_slot_that_another_node_made_is_not_missed_by_the_one_that_was_away() {
 
 #[test]
 fn the_alarm_of_a_slot_ends_with_its_job() {
-    let settings = json!({"placement": "secondary-only", "max_lag": "10s", "deadline": "5m",
-        "run_limit": "10m"});
-    let (pair, clock, slot) = scheduled(settings);
-    pair.link.set_lag(Duration::from_secs(60));
-    clock.advance(Duration::from_secs(60));
-    for node in [&pair.a, &pair.b] {
-        pair.await_open(node, slot);
-    }
-    clock.advance(Duration::from_secs(300));
-    for node in [&pair.a, &pair.b] {
-        node.await_any(&["backup-failed"]);
-    }
-    clock.advance(Duration::from_secs(10 * 60 + 600));
+    let (pair, _) = unmade();
     for node in [&pair.a, &pair.b] {
         wait_for("the alarm", || (!alarm_states(node).is_empty()).then_some(()));
     }

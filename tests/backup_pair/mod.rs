@@ -349,8 +349,8 @@ pub(crate) fn alarm_states(node: &Node) -> Vec<(String, LogTime)> {
     node.scheduler.alarms().into_iter().map(|alarm| (alarm.state, alarm.slot)).collect()
 }
 
-#[test]
-fn a_slot_without_a_backup_is_raised_as_overdue_by_both_nodes() {
+/// A pair in which neither node has made a slot, whose time is over.
+pub(crate) fn unmade() -> (Pair, LogTime) {
     let settings = json!({"placement": "secondary-only", "max_lag": "10s", "deadline": "5m",
         "run_limit": "10m"});
     let (pair, clock, slot) = scheduled(settings);
@@ -365,6 +365,12 @@ fn a_slot_without_a_backup_is_raised_as_overdue_by_both_nodes() {
         assert!(alarm_states(node).is_empty(), "its time is not over");
     }
     clock.advance(Duration::from_secs(10 * 60 + 600));
+    (pair, slot)
+}
+
+#[test]
+fn a_slot_without_a_backup_is_raised_as_overdue_by_both_nodes() {
+    let (pair, slot) = unmade();
     for node in [&pair.a, &pair.b] {
         let event = node.await_any(&["backup-overdue", "backup-unknown"]);
         assert_eq!((event.code.as_str(), event.severity), ("backup-overdue", Severity::Error));

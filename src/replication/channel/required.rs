@@ -69,13 +69,12 @@ impl Channel {
         match lost {
             Some(reason) => {
                 // It may also have less by now than it had acknowledged.
-                let told = Some((reason, self.acked));
+                let told = Some((reason.clone(), self.acked));
                 if self.required.lost != told {
+                    let Acked { received, durable, .. } = self.acked;
+                    context.outputs.push(Output::PeerLost { group, reason, received, durable });
                     self.required.lost = told;
                     self.required.holds = None;
-                    let Acked { received, durable, .. } = self.acked;
-                    let (reason, _) = self.required.lost.clone().expect("it was told just now");
-                    context.outputs.push(Output::PeerLost { group, reason, received, durable });
                 }
             }
             None => {
