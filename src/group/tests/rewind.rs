@@ -316,16 +316,22 @@ fn a_copy_goes_back_when_the_record_comes_however_its_bytes_are_cut() {
     assert!(contents(&*copy) == contents(&*group), "after a fold over all of it");
 }
 
-#[test]
-fn a_copy_that_has_folded_too_far_stays_as_it_was_until_an_image_comes() {
-    let (a, b) = (Bench::new("a", 11), Bench::new("b", 12));
-    let (group, volume) = group_with_volume(&a);
+/// A primary and its copy, whose base is beyond the returned moment.
+fn folded_past(a: &Bench, b: &Bench) -> (Arc<Group>, Arc<Group>, VolumeNumber, Lsn) {
+    let (group, volume) = group_with_volume(a);
     write(&group, volume, 0, &[1; 4096]);
     let to = end(&group);
     write(&group, volume, 4096, &[2; 4096]);
     let copy = b.create_copy();
     follow(&group, &copy);
-    fold(&b, &copy);
+    fold(b, &copy);
+    (group, copy, volume, to)
+}
+
+#[test]
+fn a_copy_that_has_folded_too_far_stays_as_it_was_until_an_image_comes() {
+    let (a, b) = (Bench::new("a", 11), Bench::new("b", 12));
+    let (group, copy, volume, to) = folded_past(&a, &b);
     let old = contents(&*copy);
     let head = copy.positions().head;
     group.rewind(&Point::Lsn(to), false).unwrap();
@@ -361,13 +367,7 @@ fn a_copy_that_has_folded_too_far_stays_as_it_was_until_an_image_comes() {
 #[test]
 fn a_copy_that_cannot_go_back_ends_with_a_request_also_where_a_pad_stands_before_the_record() {
     let (a, b) = (Bench::new("a", 14), Bench::new("b", 15));
-    let (group, volume) = group_with_volume(&a);
-    write(&group, volume, 0, &[1; 4096]);
-    let to = end(&group);
-    write(&group, volume, 4096, &[2; 4096]);
-    let copy = b.create_copy();
-    follow(&group, &copy);
-    fold(&b, &copy);
+    let (group, copy, volume, to) = folded_past(&a, &b);
     let room = || SEGMENT - end(&group).segment_offset(SEGMENT);
     // Too little for the record, and more than nothing.
     while room() >= 280 {
