@@ -157,6 +157,15 @@ fn a_switchover_under_load_loses_nothing_and_is_refused_where_it_would() {
     let held = contents(&a, "");
     assert!(again.answered() >= 200);
     wait_until_it_follows(&b, &a);
+    // Each of the two nodes has given it up once, and taken it over once, and tells so.
+    for (node, other) in [(&a, &b), (&b, &a)] {
+        let [gave] = &node.events("switched-over")[..] else { panic!("{}", node.node) };
+        let [took] = &other.events("promoted")[..] else { panic!("{}", other.node) };
+        let (_, from) = gave.rsplit_once("from LSN ").unwrap();
+        let from = from.strip_suffix(" on").unwrap();
+        let told = format!("begins at LSN {from}: {} has handed it over", node.node);
+        assert!(took.contains(&told), "{took}");
+    }
     assert_equal(&a, &b, "after");
     drop(held);
     for node in [&a, &b] {

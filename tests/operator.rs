@@ -205,6 +205,17 @@ fn a_split_brain_shows_what_each_side_has_and_what_yielding_keeps() {
     assert!(shown.contains("what it is: unknown: peer b: is not connected"), "{shown}");
     b.restart();
     wait_until(&a, "b to be back", |peer| peer["link_state"] == "connected");
+    // What was said when it began is said again, as both have written since.
+    wait_for("the event of both", || {
+        a.events("split-brain").pop()?.contains("this node wrote").then_some(())
+    });
+    // Neither a demote nor half of a command ends it, and each says what does.
+    let half = a.command(&["resolve", "g"]);
+    let said = String::from_utf8(half.stderr).unwrap();
+    assert!(!half.status.success() && said.contains("--preview|--discard-local"), "{said}");
+    let demoted = a.run(&["demote", "g"]);
+    assert!(demoted.contains("is a secondary here now; its history and that of b"), "{demoted}");
+    assert!(demoted.contains("`tidelog resolve g --preview` shows"), "{demoted}");
     let kept = wait_for("a to yield", || {
         let output = a.command(&["resolve", "g", "--discard-local"]);
         output.status.success().then(|| String::from_utf8(output.stdout).unwrap())

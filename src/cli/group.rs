@@ -1,7 +1,7 @@
 //! `tidelog group …`, `promote`, `demote`, `switchover`, `resolve`, `branch`.
 
 use anyhow::Result;
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use tidelog::control::api::{Branches, Done, GroupInfo, Groups, Preview};
@@ -72,6 +72,9 @@ pub struct SwitchoverArguments {
 
 /// End a split brain: the node that this is run on yields
 #[derive(Args)]
+#[command(group(
+    ArgGroup::new("what").required(true).multiple(true).args(["preview", "discard_local"])
+))]
 pub struct ResolveArguments {
     /// The group
     group: Name,
@@ -79,7 +82,7 @@ pub struct ResolveArguments {
     #[arg(long)]
     preview: bool,
     /// What only this node has leaves its history, and is kept as a branch
-    #[arg(long, required_unless_present = "preview")]
+    #[arg(long)]
     discard_local: bool,
 }
 

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use crate::events::Severity;
 use crate::group::{DataState, Group, GroupError, Role};
 use crate::log::control::{Control, OnFull, OnPeerBehind, PolicyRecord};
+use crate::replication::Parting;
 use crate::units::{ByteSize, LogTime, Name, Span};
 
 use super::api::{
@@ -263,7 +264,7 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
     let end = group.positions().request_end;
     let unclean = unclean_start(context, group.name());
     group.promote("promote")?;
-    let mut text = format!("the new reign begins at LSN {end}");
+    let mut text = format!("group {}: the new reign begins at LSN {end}", group.name());
     let (severity, code) = match refusal {
         Some(refusal) => {
             text = format!("{text}, and leaves out what it lacks: {refusal}");
@@ -285,7 +286,24 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
 
 pub(super) fn demote(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
-    done(demoted(&group)?)
+    // Demoted, it may follow at once.
+    let parting = context.replication.apart(group.id());
+    let told = demoted(&group)?;
+    done(told + &parting.map_or_else(String::new, |parting| after_parting(group.name(), &parting)))
+}
+
+/// What becomes of a node that is demoted in a split brain.
+fn after_parting(group: &Name, parting: &Parting) -> String {
+    let Parting { peer, at, local_bytes, .. } = parting;
+    match ByteSize(*local_bytes) {
+        ByteSize(0) => format!("; {peer} has all that this node has, which follows it"),
+        own => format!(
+            "; its history and that of {peer} part at LSN {at}, and {own} behind that are here \
+             alone, so it does not follow {peer} yet: `tidelog resolve {group} --preview` shows \
+             what each has, `tidelog resolve {group} --discard-local` here keeps its own as a \
+             branch, and has it follow"
+        ),
+    }
 }
 
 fn demoted(group: &Group) -> Result<String, GroupError> {

@@ -133,8 +133,9 @@ pub(super) fn resolve(context: Arc<Context>, call: Call) -> AnswerFuture {
         let discard: bool = call.field("discard_local")?.unwrap_or(false);
         if !discard {
             return Err(Problem::invalid(format!(
-                "group {group}: this node yields where `discard_local` says so; run `tidelog \
-                 resolve {group} --discard-local` on the node that is to yield"
+                "group {group}: this node yields where `discard_local` says so; `tidelog resolve \
+                 {group} --preview` shows what each side has, `tidelog resolve {group} \
+                 --discard-local` is for the node that is to yield"
             )));
         }
         let parting = context.replication.resolve(group.as_str()).await?;

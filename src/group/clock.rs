@@ -187,8 +187,9 @@ impl Jump {
             (
                 Severity::Info,
                 "clock-unmeasured",
-                "the time since the last record was not measured here, since the machine was started or \
-                 another node wrote it, so it is what the wall clock says: windows do not count it",
+                "the machine was started, or another node wrote the last record, so no clock here \
+                 has measured the time since: the wall clock is believed, and windows do not count \
+                 that time",
             )
         } else {
             (

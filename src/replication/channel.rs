@@ -96,6 +96,8 @@ pub struct Channel {
     refused: Refused,
     /// People were told that replication stopped, and not yet that it goes on.
     told_stopped: bool,
+    /// What people were told of a split brain: whether this node, and the peer, has more.
+    told_have_more: (bool, bool),
     /// Whether the shell knows that this peer's stream is followed.
     told_follows: bool,
     /// An image is sent to the peer.
@@ -169,6 +171,7 @@ impl Channel {
             trouble: None,
             refused: Refused::default(),
             told_stopped: false,
+            told_have_more: (false, false),
             told_follows: false,
             shipping: None,
             receiving: None,

@@ -159,6 +159,8 @@ struct Node {
     /// Jobs that failed by it.
     disk_errors: u32,
     events: Vec<&'static str>,
+    /// What the events said.
+    said: Vec<String>,
 }
 
 impl Node {
@@ -312,6 +314,7 @@ impl World {
                 peer_lost: None,
                 disk_errors: 0,
                 events: Vec::new(),
+                said: Vec::new(),
             })
             .collect();
         let mut world = World {
@@ -552,7 +555,10 @@ impl World {
                 self.nodes[side].peer_lost = Some(reason);
             }
             Output::Retire { retired, .. } => self.nodes[side].retired = retired,
-            Output::Event { code, .. } => self.nodes[side].events.push(code),
+            Output::Event { code, text, .. } => {
+                self.nodes[side].events.push(code);
+                self.nodes[side].said.push(text);
+            }
         }
     }
 

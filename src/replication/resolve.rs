@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::group::{Account, Discard, Group, Host, Role, View};
 use crate::units::{ByteSize, GroupId, Lsn, Name};
 
-use super::channel::{Channel, Parted};
+use super::channel::{Channel, Parted, ReplicationState};
 use super::core::{Input, Membership};
 use super::epoch::{Relation, compare};
 use super::replica::{Replica, membership_of};
@@ -101,6 +101,19 @@ impl Replication {
     /// Where the group is unknown, or nothing has parted.
     pub fn parting(&self, group_name: &str) -> Result<Parting, ReplicationError> {
         self.find_parting(group_name).map(|(parting, ..)| parting)
+    }
+
+    /// Where a group's histories part, as far as that is known: of a split brain, or of a copy
+    /// that has what its primary lacks.
+    #[must_use]
+    pub fn apart(&self, group: GroupId) -> Option<Parting> {
+        let cores = self.shared.cores.lock().expect("no holder panics");
+        cores.values().find_map(|core| {
+            let channel = core.channel(group)?;
+            let split = channel.state().0 == ReplicationState::SplitBrain;
+            let parted = split || channel.parted().is_some() && channel.local().follows.is_none();
+            parted.then(|| known_parting(core.name(), channel)).flatten()
+        })
     }
 
     fn find_parting(

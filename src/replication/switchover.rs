@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::events::Severity;
 use crate::group::Role;
@@ -229,6 +229,13 @@ impl Shared {
             Err(why) => TakeOverAnswer::Refused(why),
             Ok(group) => {
                 group.promote("switchover").map_err(|error| error.to_string())?;
+                let (name, from) = (group.name(), &peer.name);
+                let text = format!(
+                    "group {name}: the new reign begins at LSN {head}: {from} has handed it over"
+                );
+                let details = json!({ "from_lsn": head, "from": from });
+                let name = Some(name.as_str());
+                self.context.events.emit(Severity::Info, "promoted", name, text, details);
                 TakeOverAnswer::Primary
             }
         };

@@ -214,30 +214,53 @@ impl Channel {
         self.set_state(context, ReplicationState::Blocked, reason);
     }
 
-    pub(super) fn split_brain(&mut self, context: &mut Context<'_>, relation: &Relation) {
+    /// Tells of a split brain, and again where it is known by now that a side has what it was said
+    /// not to have: the first word may come before the other's, and both go on writing.
+    fn split_brain(&mut self, context: &mut Context<'_>, relation: &Relation) {
         self.drop_streams();
         let name = &self.local.name;
         let peer = context.peer_name;
-        let what = match relation {
-            Relation::Diverged { common, mine_bytes, theirs_bytes } => format!(
-                "since LSN {common} this node wrote {} and {peer} wrote {}",
-                ByteSize(*mine_bytes),
-                ByteSize(*theirs_bytes)
-            ),
-            Relation::Same => "with equal logs".to_owned(),
-            Relation::TheirsIsPrefix => {
-                format!("so far this node has all that {peer} has, and more")
-            }
-            Relation::MineIsPrefix => format!("so far {peer} has all that this node has, and more"),
+        let (at, mine, theirs) = self.behind_the_parting(relation);
+        let (ours, others) = (ByteSize(mine), ByteSize(theirs));
+        let what = match (mine, theirs) {
+            (0, 0) => "with equal logs so far".to_owned(),
+            (_, 0) => format!("so far this node has all that {peer} has, and {ours} more"),
+            (0, _) => format!("so far {peer} has all that this node has, and {others} more"),
+            _ => format!("since LSN {at} this node wrote {ours} and {peer} wrote {others}"),
         };
-        let text = format!(
+        let reason = format!(
             "both nodes are primary: {what}; stop the hosts of the one that is to yield, then \
              `tidelog resolve {name} --preview` and `tidelog resolve {name} --discard-local` there"
         );
-        self.set_state(context, ReplicationState::SplitBrain, text);
+        let have_more = (mine > 0, theirs > 0);
+        let known = self.state == ReplicationState::SplitBrain;
+        if known && self.told_have_more != have_more {
+            context.outputs.push(Output::Event {
+                severity: Severity::Error,
+                code: "split-brain",
+                group: Some(name.clone()),
+                text: format!("group {name}: the split brain with {peer} goes on: {reason}"),
+            });
+        }
+        self.told_have_more = have_more;
+        self.set_state(context, ReplicationState::SplitBrain, reason);
         if !self.local.recovering {
             context.outputs.push(Output::SplitBrain { group: self.local.id, there_is: true });
         }
+    }
+
+    /// Where the histories part, as far as that is known, and the bytes behind it that only this
+    /// node has, and only the peer.
+    fn behind_the_parting(&self, relation: &Relation) -> (Lsn, u64, u64) {
+        let mine = self.local.history.head;
+        let theirs = self.remote.as_ref().map_or(mine, |remote| remote.history.head);
+        let by_histories = match relation {
+            Relation::Same | Relation::MineIsPrefix => mine,
+            Relation::TheirsIsPrefix => theirs,
+            Relation::Diverged { common, .. } => *common,
+        };
+        let at = self.parted.map_or(by_histories, |parted| parted.at.min(by_histories));
+        (at, mine.bytes_since(at), theirs.bytes_since(at))
     }
 
     pub(super) fn ask(&mut self, context: &mut Context<'_>) {

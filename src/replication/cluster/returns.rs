@@ -233,6 +233,37 @@ fn a_running_primary_never_follows_even_a_newer_reign() {
 }
 
 #[test]
+fn what_was_said_of_a_split_brain_too_early_is_said_again() {
+    let mut world = cut_off(16);
+    world.promote(1);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    let told = |world: &World, side: usize| {
+        let node = &world.nodes[side];
+        let events = node.events.iter().zip(&node.said);
+        let told = events.filter(|(code, _)| **code == "split-brain");
+        told.map(|(_, text)| text.clone()).collect::<Vec<_>>()
+    };
+    // A reign is a record: the new primary has more by that alone.
+    let [early] = &told(&world, 0)[..] else { panic!("{:?}", told(&world, 0)) };
+    assert!(early.contains("b has all that this node has, and 64 B more"), "{early}");
+    // It goes on as it was said: nobody is told again.
+    world.write(1);
+    world.run(seconds(10));
+    assert_eq!(told(&world, 0).len(), 1);
+    // The old one has hosts too.
+    for _ in 0..3 {
+        world.write(0);
+        world.run(seconds(10));
+    }
+    for side in 0..2 {
+        let [_, now] = &told(&world, side)[..] else { panic!("{:?}", told(&world, side)) };
+        assert!(now.contains("since LSN 128 this node wrote"), "{now}");
+        assert!(now.contains("tidelog resolve g --preview"), "{now}");
+    }
+}
+
+#[test]
 fn a_planned_change_of_roles_loses_nothing() {
     let mut world = World::new(7);
     world.write(0);
