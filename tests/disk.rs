@@ -149,6 +149,13 @@ fn a_log_that_cannot_be_synced_fails_the_group_and_the_next_start_heals_it() {
     assert_eq!(write_one(&a), Err(Errno::Eio));
     wait_for("an event to say so", || (a.events("data-failed").len() == 1).then_some(()));
     check(&a, &load, "reads go on");
+    let told = a.events("data-failed").pop().unwrap();
+    let groups = dir.path().join("a").display().to_string();
+    assert!(told.contains(&groups) && told.contains("hosts' writes get errors"), "{told}");
+    // What may not be on the disk is not read, and that is said.
+    let scrub = a.run(&["scrub", "g", "--wait"]);
+    assert!(scrub.contains("at the end of the log were not durable, and not read"), "{scrub}");
+    assert!(a.events("scrub-done").pop().unwrap().contains("not durable here, and not read"));
     let head = status["log"]["head_lsn"].as_u64().unwrap();
     wait_for_status(&b, "b to have the bytes that were not durable", |status| {
         status["log"]["durable_lsn"].as_u64().unwrap() >= head
@@ -253,6 +260,11 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
         status["backup_capable"]["verdict"] == "no"
     });
     assert_eq!(status["data_state"] == "failed", restart, "{status}");
+    if !restart {
+        let full = status["log"]["full_reason"].as_str().unwrap_or_else(|| panic!("{status}"));
+        let groups = dir.path().join("b").display().to_string();
+        assert!(full.contains("this copy stands still") && full.contains(&groups), "{full}");
+    }
     wait_for_status(&a, "a to say what the data on b is worth", |status| {
         (status["peers"][0]["data_state"] == "failed") == restart
             && status["peers"][0]["data_state_reason"].is_string() == restart
@@ -262,6 +274,8 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
     if restart {
         let told = wait_for("a to tell", || a.events("copy-failed").pop());
         assert!(told.contains("on b failed"), "{told}");
+        let told = b.events("data-failed").pop().unwrap();
+        assert!(told.contains("this copy takes no more of the log"), "{told}");
         wait_for_status(&a, "a to say whose disk it is", |status| {
             status["backup_capable"]["reasons"].to_string().contains("the data on b failed")
         });

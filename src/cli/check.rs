@@ -91,6 +91,10 @@ pub fn show_scrub(scrub: &ScrubStatus) -> String {
         text = format!("{text} ({reason})");
     }
     text = format!("{text}; {found}");
+    if scrub.skipped_bytes > 0 {
+        let skipped = ByteSize(scrub.skipped_bytes);
+        text = format!("{text}; {skipped} at the end of the log were not durable, and not read");
+    }
     if scrub.untold > 0 {
         text = format!("{text}; {} parts could not be told beside a fold", scrub.untold);
     }

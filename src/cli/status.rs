@@ -5,7 +5,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use tidelog::control::api::{
-    BackupCapable, Branch, DataState, GroupStatus, PeerStatus, Status, Verdict,
+    BackupCapable, Branch, DataState, GroupStatus, PeerStatus, Role, Status, Verdict,
 };
 use tidelog::units::{ByteSize, Name};
 
@@ -122,8 +122,12 @@ fn show_group(group: &GroupStatus) -> String {
         lines.push(format!("  because: {reason} ({since})"));
     }
     if let Some(span) = &group.unclean_start {
+        let what = match group.role {
+            Role::Primary => "unflushed writes",
+            Role::Secondary => "what this copy had received",
+        };
         lines.push(format!(
-            "  unclean start: unflushed writes may be missing behind LSN {}, between {} and {}",
+            "  unclean start: {what} may be missing behind LSN {}, between {} and {}",
             span.from_lsn,
             output::time(span.from),
             output::time(span.to)
@@ -139,6 +143,9 @@ fn show_group(group: &GroupStatus) -> String {
         ByteSize(log.head_lsn.bytes_since(log.durable_lsn)),
         ByteSize(log.horizon_lsn.0),
     ));
+    if let Some(reason) = &log.limit_reason {
+        lines.push(format!("          the limit is {}, {reason}", ByteSize(log.limit_bytes)));
+    }
     if let Some(reason) = &log.full_reason {
         let since = log.full_since.map_or_else(String::new, output::age);
         lines.push(format!("          {reason} ({since})"));
@@ -247,9 +254,14 @@ fn show_peer(peer: &PeerStatus) -> String {
     if let Some(reason) = &peer.log_full_reason {
         lines.push(format!("          there: {reason}"));
     }
-    if peer.replication_state == "streaming" && peer.rpo_actual_seconds >= UNDURABLE_SHOWN_SECONDS {
+    // Of the copy at the peer; what is not durable here, the line of the log says.
+    let undurable = peer.role == "secondary" && peer.behind_bytes > 0;
+    if undurable
+        && peer.replication_state == "streaming"
+        && peer.rpo_actual_seconds >= UNDURABLE_SHOWN_SECONDS
+    {
         lines.push(format!(
-            "          {} of what it received have not been durable there for {}",
+            "          {} are not durable there yet, the oldest of which were written here {} ago",
             ByteSize(peer.behind_bytes),
             output::seconds(peer.rpo_actual_seconds)
         ));

@@ -1,7 +1,7 @@
 //! The types that the control socket's server and its clients share: answers as JSON, with the
 //! names that scripts rely on.
 
-use crate::group::Role;
+pub use crate::group::Role;
 use crate::log::control::{Consistency, OnFull, OnPeerBehind};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Position, Span};
 use serde::{Deserialize, Serialize};
@@ -149,11 +149,15 @@ pub struct LogStatus {
     pub horizon_lsn: Lsn,
     /// Bytes from the horizon to the head: what the limit counts.
     pub used_bytes: u64,
-    /// Bytes that its segments take on disk, those included that are ready for later use.
+    /// Bytes that its files take on disk, as last looked at: segments that are ready for later use
+    /// and indices included, holes not counted.
     #[serde(default)]
     pub allocated_bytes: u64,
     /// Bytes used at most.
     pub limit_bytes: u64,
+    /// Why that is not the limit that the group was given, where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_reason: Option<String>,
     /// Why writers are slowed or refused, where they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_reason: Option<String>,

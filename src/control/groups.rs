@@ -90,6 +90,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
             used_bytes: positions.head.bytes_since(positions.horizon),
             allocated_bytes: positions.log_used_bytes,
             limit_bytes: positions.log_limit_bytes,
+            limit_reason: group.log_limit_reason(),
             full_reason: full.as_ref().map(|full| full.reason.clone()),
             full_since: full.map(|full| full.since),
             disk_free_bytes: disk.map(|disk| disk.free_bytes),

@@ -84,7 +84,7 @@ fn families(context: &Context) -> Vec<Family> {
     let mut horizon = gauge("tidelog_log_horizon_bytes", "Position folded into the base");
     let mut used = gauge("tidelog_log_used_bytes", "Bytes of the log from horizon to head");
     let mut allocated =
-        gauge("tidelog_log_allocated_bytes", "Bytes that segments of the log take on disk");
+        gauge("tidelog_log_allocated_bytes", "Bytes that the files of the log take on disk");
     let mut limit = gauge("tidelog_log_limit_bytes", "Bytes that the log may take");
     let mut window =
         gauge("tidelog_protection_window_seconds", "How far back one can go, in log time");

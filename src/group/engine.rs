@@ -365,7 +365,7 @@ impl Group {
             told_kept_for: None,
             receiving: None,
             needs_image: None,
-            log_used_bytes: segments.used_bytes(),
+            log_used_bytes: segments.allocated_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
             room: Room::default(),
@@ -654,14 +654,18 @@ impl Group {
         what: &str,
         cause: &std::io::Error,
     ) -> GroupError {
-        let reason = format!("{what}: {cause}");
+        let reason = format!("{}: {cause}", placed(what, &self.dir, cause));
         if core.failed.is_none() {
+            let effect = match core.role {
+                Role::Primary => "hosts' writes get errors, reads go on",
+                Role::Secondary => "this copy takes no more of the log; what it has can be read",
+            };
             core.failed = Some((reason.clone(), self.context.env.clock.wall()));
             core.unreported.push(Report {
                 severity: Severity::Error,
                 code: "data-failed",
-                text: format!("{reason}: writes get errors, reads go on"),
-                details: json!(null),
+                text: format!("{reason}: {effect}; restart this node once that disk is well"),
+                details: json!({ "path": self.dir }),
             });
         }
         GroupError::Failed { group: self.name().clone(), reason }
@@ -711,7 +715,7 @@ impl Group {
     }
 
     pub(super) fn io(&self, what: impl Into<String>, cause: &std::io::Error) -> GroupError {
-        GroupError::io(self.name(), what, cause)
+        GroupError::io(self.name(), placed(&what.into(), &self.dir, cause), cause)
     }
 
     pub(super) fn refused(&self, what: impl Into<String>) -> GroupError {
@@ -735,6 +739,12 @@ impl Group {
         core.durable = durable;
         self.durable.store(durable.0, Ordering::Release);
     }
+}
+
+/// What was done with the disk, and where, unless the cause says it: who reads it looks for a disk.
+pub(super) fn placed(what: &str, dir: &Path, cause: &std::io::Error) -> String {
+    let dir = dir.display().to_string();
+    if cause.to_string().contains(&dir) { what.to_owned() } else { format!("{what} in {dir}") }
 }
 
 impl GroupError {

@@ -230,7 +230,6 @@ impl Group {
         self.sweep_moments()?;
         self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
         self.segments.collect().map_err(|cause| self.io("recycle segments", &cause))?;
-        self.lock().log_used_bytes = self.segments.used_bytes();
         self.space.notify_all();
         self.notify();
         Ok(target.lsn)

@@ -100,7 +100,7 @@ pub struct Positions {
     pub requests: u64,
     /// How often the end of the log was cut since the start.
     pub cuts: u64,
-    /// Bytes that log and index take on disk.
+    /// Bytes that log and index take on disk, as last looked at; holes of their files not counted.
     pub log_used_bytes: u64,
     /// Bytes that the log may take.
     pub log_limit_bytes: u64,

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::branch::{Branch, Keeping, finish_branches, remove_discarded, settle};
 use super::content::Content;
-use super::engine::{Group, beginning, checkpoint};
+use super::engine::{Group, beginning, checkpoint, placed};
 use super::holds::{load_moments, remove_bases, volumes_of};
 use super::indexing::indexed;
 use super::merging::finish_at_start;
@@ -73,7 +73,7 @@ impl Group {
         let disk = context.env.disk.clone();
         let unnamed: Name = "unknown".parse().expect("a name");
         let io = |what: &str, cause: &io::Error| {
-            GroupError::io(&unnamed, format!("{what} in {}", dir.display()), cause)
+            GroupError::io(&unnamed, placed(what, dir, cause), cause)
         };
         let meta = MetaFile::open(&*disk, &dir.join(META))
             .map_err(|cause| io("read meta", &cause))?
@@ -83,7 +83,8 @@ impl Group {
             })?;
         let before = meta.meta.clone();
         let name = before.name.clone();
-        let io = |what: &str, cause: &io::Error| GroupError::io(&name, what, cause);
+        let io =
+            |what: &str, cause: &io::Error| GroupError::io(&name, placed(what, dir, cause), cause);
         // Before anything else, since it may be what makes room.
         remove_discarded(&*disk, dir);
         let mut meta = meta;
@@ -300,7 +301,8 @@ impl Group {
             RecoveryDecision::Damage { .. } => ("log-damaged", Severity::Error),
         };
         if !lost {
-            let text = "was not closed in order; nothing that was answered is missing".to_owned();
+            let what = if recovery.as_copy { "this copy had acknowledged" } else { "was answered" };
+            let text = format!("was not closed in order; nothing that {what} is missing");
             self.emit(Severity::Info, code, text, json!({ "durable_lsn": found.durable }));
             return;
         }
@@ -308,14 +310,23 @@ impl Group {
         let now = self.context.env.clock.wall();
         recovery.cut = Some((end.lsn, last_seen));
         recovery.cut_time = Some((end.time, now));
+        let (at, from) = (end.lsn, end.time);
+        let text = if recovery.as_copy {
+            format!(
+                "was not closed in order: what this copy had received behind LSN {at} and between \
+                 {from} and {now} may be missing; it takes that from its primary again, so promote \
+                 it only once it streams, or where the primary is lost"
+            )
+        } else {
+            format!(
+                "was not closed in order: writes that were answered but not flushed may be missing \
+                 behind LSN {at} and between {from} and {now}"
+            )
+        };
         self.emit(
             severity,
             code,
-            format!(
-                "was not closed in order: writes that were answered but not flushed may be missing \
-                 behind LSN {} and between {} and {now}",
-                end.lsn, end.time
-            ),
+            text,
             json!({
                 "from_lsn": end.lsn,
                 "to_lsn": last_seen,

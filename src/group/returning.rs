@@ -327,7 +327,6 @@ impl Group {
             for image in core.images.values().filter(|image| image.leaves_log_at() > at) {
                 image.break_hold(&format!("its moment left the history; it is in branch {name}"));
             }
-            core.log_used_bytes = self.segments.used_bytes();
             kept
         } else {
             None

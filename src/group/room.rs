@@ -2,12 +2,13 @@
 //! none.
 
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::engine::{Core, Report};
-use super::{Group, GroupError};
+use super::{Group, GroupError, Role};
 use crate::events::Severity;
 use crate::log::control::OnFull;
 use crate::units::{ByteSize, LogTime};
@@ -50,6 +51,45 @@ pub(super) struct Room {
     full_since: Option<LogTime>,
 }
 
+/// What limits a log.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// What the group was given.
+    group: u64,
+    /// What the node's configuration gives any group.
+    node: Option<u64>,
+    disk: Option<DiskRoom>,
+    /// It is never less.
+    least: u64,
+}
+
+impl Limits {
+    fn effective(&self) -> u64 {
+        let disk = self.disk.map_or(u64::MAX, |disk| disk.log_limit_bytes);
+        self.group.min(self.node.unwrap_or(u64::MAX)).min(disk).max(self.least)
+    }
+
+    /// Why it is not what the group was given.
+    fn reason(&self, dir: &Path) -> Option<String> {
+        let (group, limit) = (ByteSize(self.group), self.effective());
+        match (self.disk, self.node) {
+            _ if limit == self.group => None,
+            (Some(disk), _) if limit == disk.log_limit_bytes => Some(format!(
+                "not the {group} that the group was given, since the file system of {} has {} free, \
+                 of which {} are to stay free (`disk_reserve`)",
+                dir.display(),
+                ByteSize(disk.free_bytes),
+                ByteSize(disk.reserve_bytes)
+            )),
+            (_, Some(node)) if limit == node => Some(format!(
+                "not the {group} that the group was given, since the configuration of this node has \
+                 a lower `log_limit`"
+            )),
+            _ => Some("four segments, which a log may always have".to_owned()),
+        }
+    }
+}
+
 impl Group {
     /// Why writers are slowed or refused for want of room, if they are.
     #[must_use]
@@ -71,11 +111,16 @@ impl Group {
     fn why_full(&self, core: &Core) -> Option<String> {
         if let Some((refused, _)) = &core.room.refused {
             let free = core.room.disk.map_or_else(String::new, |disk| {
-                format!(" ({} are free on its file system)", ByteSize(disk.free_bytes))
+                format!(" ({} are free there)", ByteSize(disk.free_bytes))
             });
+            let (what, goes_on) = match core.role {
+                Role::Primary => ("writes are refused", "they go on by themselves"),
+                Role::Secondary => ("this copy stands still", "it goes on by itself"),
+            };
             return Some(format!(
-                "log-full: writes are refused, since the disk has no room for the log: \
-                 {refused}{free}; free some, and they go on by themselves"
+                "log-full: {what}, since the file system of {} has no room for the log: \
+                 {refused}{free}; free some, and {goes_on}",
+                self.dir.display()
             ));
         }
         let limit = self.log_limit(core);
@@ -114,14 +159,23 @@ impl Group {
     /// The lowest of the group's limit, the node's, and what the file system has beyond its
     /// reserve; at least four segments.
     pub(super) fn log_limit(&self, core: &Core) -> u64 {
-        let own = self.context.limits.log_limit_bytes.unwrap_or(u64::MAX);
-        core.view
-            .policy
-            .log_limit
-            .0
-            .min(own)
-            .min(core.room.disk.map_or(u64::MAX, |disk| disk.log_limit_bytes))
-            .max(4 * self.segment_bytes())
+        self.limits(core).effective()
+    }
+
+    fn limits(&self, core: &Core) -> Limits {
+        Limits {
+            group: core.view.policy.log_limit.0,
+            node: self.context.limits.log_limit_bytes,
+            disk: core.room.disk,
+            least: 4 * self.segment_bytes(),
+        }
+    }
+
+    /// Why the log's limit is not the one that the group was given, where it is not.
+    #[must_use]
+    pub fn log_limit_reason(&self) -> Option<String> {
+        let core = self.lock();
+        self.limits(&core).reason(&self.dir)
     }
 
     /// Whether the log is so near its limit that folding cannot wait for the window.
@@ -150,6 +204,8 @@ impl Group {
 
     /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.
     pub(super) fn look_at_disk(&self) {
+        let log_used_bytes = self.segments.allocated_bytes();
+        self.lock().log_used_bytes = log_used_bytes;
         let Ok(space) = self.context.env.disk.space(&self.dir) else { return };
         let default = 2 * self.segment_bytes() + space.total_bytes / 100;
         let reserve = self.context.limits.disk_reserve_bytes.unwrap_or(default);
@@ -194,5 +250,38 @@ impl Group {
         }
         drop(core);
         self.report();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_not_the_groups_own_says_whose_it_is() {
+        let disk = |log_limit_bytes| DiskRoom {
+            free_bytes: 300 << 20,
+            reserve_bytes: 200 << 20,
+            log_limit_bytes,
+        };
+        let well = Limits {
+            group: 10 << 30,
+            node: Some(10 << 30),
+            disk: Some(disk(20 << 30)),
+            least: 256 << 20,
+        };
+        let reason = |limits: Limits| limits.reason(Path::new("/data/g")).unwrap_or_default();
+        assert_eq!((well.effective(), &*reason(well)), (10 << 30, ""));
+        let disk = Limits { disk: Some(disk(5 << 30)), ..well };
+        assert_eq!(disk.effective(), 5 << 30);
+        for part in ["10 GiB", "of /data/g has 300 MiB free", "200 MiB are to stay", "disk_reserve"]
+        {
+            assert!(reason(disk).contains(part), "{part}: {}", reason(disk));
+        }
+        let node = Limits { node: Some(1 << 30), ..disk };
+        assert!(reason(node).contains("configuration of this node"), "{}", reason(node));
+        let least = Limits { group: 1 << 20, ..well };
+        assert!(reason(least).starts_with("four segments"), "{}", reason(least));
+        assert_eq!(reason(Limits { node: None, disk: None, ..well }), "");
     }
 }

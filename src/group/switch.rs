@@ -330,7 +330,6 @@ impl Group {
         core.receiving = None;
         core.needs_image = None;
         core.refresh_view();
-        core.log_used_bytes = self.segments.used_bytes();
         self.set_durable(core, at);
         Ok(())
     }

@@ -245,8 +245,8 @@ impl Group {
         // The next one is ready before the present one is half full. Where the disk is full, the
         // append that needs it says so.
         let next = head.segment_number(self.segment_bytes()) + 1;
-        if self.segments.get(next).is_none() && self.segments.ensure(next).is_ok() {
-            self.lock().log_used_bytes = self.segments.used_bytes();
+        if self.segments.get(next).is_none() {
+            let _ = self.segments.ensure(next);
         }
         self.look_at_disk();
         self.look_at_room();
@@ -272,7 +272,6 @@ impl Group {
     /// Called under the mutex after every append: rings for what is due.
     pub(super) fn appended(&self, core: &mut Core, before: Lsn) {
         if !self.workers.running() {
-            core.log_used_bytes = self.segments.used_bytes();
             return;
         }
         let head = core.writer.head();

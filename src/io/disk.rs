@@ -62,6 +62,8 @@ pub trait Disk: Send + Sync {
     fn exists(&self, path: &Path) -> bool;
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// The bytes that a file takes on the disk, holes left out; none where it cannot be told.
+    fn allocated(&self, path: &Path) -> u64;
     /// Room on the file system that holds `path`.
     fn space(&self, path: &Path) -> io::Result<Space>;
     /// Runs all reads, in any order, and returns when each has its result. A lone read, or a disk

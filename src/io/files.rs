@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -89,6 +89,11 @@ impl Disk for FileDisk {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         File::open(path).and_then(|dir| dir.sync_all()).map_err(|error| at(path, &error))
+    }
+
+    fn allocated(&self, path: &Path) -> u64 {
+        // In units of 512 bytes, whatever the file system's block is.
+        fs::symlink_metadata(path).map_or(0, |facts| facts.blocks().saturating_mul(512))
     }
 
     fn space(&self, path: &Path) -> io::Result<Space> {

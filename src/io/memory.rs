@@ -635,18 +635,6 @@ impl MemoryDisk {
             content.write(&bytes, offset);
         }
     }
-
-    /// The bytes that a file takes on the disk, holes left out; none where it does not exist.
-    #[must_use]
-    pub fn allocated(&self, path: &Path) -> u64 {
-        let state = self.lock();
-        match state.names.get(path) {
-            Some(Node::File(number)) => {
-                state.inodes.get(number).map_or(0, |inode| inode.cache.pages.len() as u64 * PAGE)
-            }
-            _ => 0,
-        }
-    }
 }
 
 impl Default for MemoryDisk {
@@ -799,6 +787,16 @@ impl Disk for MemoryDisk {
         }
         state.collect();
         Ok(())
+    }
+
+    fn allocated(&self, path: &Path) -> u64 {
+        let state = self.lock();
+        match state.names.get(path) {
+            Some(Node::File(number)) => {
+                state.inodes.get(number).map_or(0, |inode| inode.cache.pages.len() as u64 * PAGE)
+            }
+            _ => 0,
+        }
     }
 
     fn space(&self, _path: &Path) -> io::Result<Space> {

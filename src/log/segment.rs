@@ -164,12 +164,12 @@ impl Segments {
         self.live.read().expect("no holder panics").keys().copied().collect()
     }
 
-    /// Bytes of disk that segments take, spares and folded ones that a reader holds included.
+    /// Bytes of disk that the files of the log take, spares, indices and folded segments that a
+    /// reader holds included. What a segment has not been written to yet is a hole.
     #[must_use]
-    pub fn used_bytes(&self) -> u64 {
-        let live = self.live.read().expect("no holder panics").len();
-        let idle = self.idle.lock().expect("no holder panics");
-        (live + idle.folded.len() + idle.spares.len()) as u64 * self.segment_bytes
+    pub fn allocated_bytes(&self) -> u64 {
+        let names = self.disk.list(&self.dir).unwrap_or_default();
+        names.iter().map(|name| self.disk.allocated(&self.dir.join(name))).sum()
     }
 
     /// Gets segment `number` ready for appends: a spare or a new file takes the name, and the

@@ -227,6 +227,10 @@ pub(super) mod tests {
         fn sync_dir(&self, path: &Path) -> io::Result<()> {
             self.disk.sync_dir(path)
         }
+        fn allocated(&self, path: &Path) -> u64 {
+            self.disk.allocated(path)
+        }
+
         fn space(&self, path: &Path) -> io::Result<Space> {
             self.disk.space(path)
         }

@@ -226,8 +226,15 @@ pub fn judge_copy(facts: &CopyFacts) -> BackupCapable {
         );
         reasons.push(reason("positions", text));
     }
-    if facts.received == Lsn::ZERO {
-        reasons.push(reason("no-image", "nothing was received yet".to_owned()));
+    let told = reasons.iter().any(|reason| reason.code == "no-image");
+    if facts.received == Lsn::ZERO && !told {
+        let text = if facts.own {
+            "this copy has nothing of the log yet".to_owned()
+        } else {
+            // It may hold anything: it is asked when it is connected.
+            format!("{} has not told yet what it holds, since this node started", facts.peer)
+        };
+        reasons.push(reason("no-image", text));
     }
     verdict(reasons)
 }
@@ -332,6 +339,26 @@ mod tests {
             let codes: Vec<_> = judged.reasons.iter().map(|reason| &reason.code[..]).collect();
             assert_eq!(codes, [code]);
         }
+    }
+
+    #[test]
+    fn what_a_peer_has_not_told_is_not_called_nothing() {
+        let text = |facts: &CopyFacts| {
+            let judged = judge_copy(facts);
+            let [one] = &judged.reasons[..] else { panic!("{judged:?}") };
+            one.text.clone()
+        };
+        let none = CopyFacts { received: Lsn(0), durable: Lsn(0), ..fit() };
+        assert!(text(&none).contains("nothing of the log yet"));
+        let theirs = text(&CopyFacts { own: false, ..none.clone() });
+        assert!(theirs.contains("a has not told yet what it holds"), "{theirs}");
+        // An image that is on its way has come far already, perhaps.
+        let coming = CopyFacts {
+            data_state: Some(DataState::ReceivingImage),
+            data_reason: Some("3 MiB of 9 MiB".to_owned()),
+            ..none
+        };
+        assert_eq!(text(&coming), "there is no image yet: 3 MiB of 9 MiB");
     }
 
     #[test]

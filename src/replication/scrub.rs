@@ -57,12 +57,16 @@ pub struct ScrubStatus {
     pub damaged: u64,
     /// Those of them that it could repair.
     pub repaired: u64,
+    /// Bytes at the end of the log that were not durable here when it began, so that it left them
+    /// out: on a disk that failed all that was written since the last sync.
+    #[serde(default)]
+    pub skipped_bytes: u64,
     /// Parts that it could not tell, since a fold or a merge had stopped half-way.
     pub untold: u64,
 }
 
 impl ScrubStatus {
-    fn begin(now: LogTime, total_bytes: u64) -> ScrubStatus {
+    fn begin(now: LogTime, total_bytes: u64, skipped_bytes: u64) -> ScrubStatus {
         ScrubStatus {
             state: ScrubState::Running,
             state_since: now,
@@ -73,6 +77,7 @@ impl ScrubStatus {
             read_bytes: 0,
             damaged: 0,
             repaired: 0,
+            skipped_bytes,
             untold: 0,
         }
     }
@@ -103,6 +108,8 @@ pub(super) fn rest_after(
 /// What is to be read.
 struct Plan {
     log: (Lsn, Lsn),
+    /// Bytes of the log behind that.
+    skipped: u64,
     bases: Vec<(VolumeNumber, u64)>,
     kept: Vec<(Lsn, u64)>,
 }
@@ -114,6 +121,7 @@ impl Plan {
         let end = positions.durable.min(positions.request_end);
         Plan {
             log: (group.log_start().min(end), end),
+            skipped: positions.head.bytes_since(end),
             bases: group.base_chunks(),
             kept: group.kept_moments(),
         }
@@ -304,7 +312,15 @@ impl Shared {
                 format!("read {read}: {} parts were damaged, all are whole", scrub.damaged),
             ),
         };
-        let text = format!("group {name}: scrub: {text}");
+        let skipped = match (scrub.state, scrub.skipped_bytes) {
+            (ScrubState::Running, _) | (_, 0) => String::new(),
+            (_, bytes) => format!("; {} were not durable here, and not read", ByteSize(bytes)),
+        };
+        let untold = match (scrub.state, scrub.untold) {
+            (ScrubState::Running, _) | (_, 0) => String::new(),
+            (_, parts) => format!("; {parts} parts could not be told beside a fold"),
+        };
+        let text = format!("group {name}: scrub: {text}{skipped}{untold}");
         self.context.events.emit(severity, code, Some(name.as_str()), text, json!(scrub));
     }
 }
@@ -334,7 +350,7 @@ impl Replication {
             scrubs.insert(group.id(), stop);
         }
         let plan = Plan::of(&group);
-        let status = ScrubStatus::begin(shared.wall(), plan.total_bytes());
+        let status = ScrubStatus::begin(shared.wall(), plan.total_bytes(), plan.skipped);
         shared.change_ledger(group.id(), |ledger| {
             ledger.begin_scrub();
             ledger.scrub = Some(status.clone());
@@ -398,10 +414,11 @@ mod tests {
 
     #[test]
     fn a_scrub_does_not_outlive_its_process() {
-        let mut status = ScrubStatus::begin(LogTime(5), 100);
+        let mut status = ScrubStatus::begin(LogTime(5), 100, 0);
         status.ended_with_the_process();
         assert_eq!(status.state, ScrubState::Stopped);
-        let mut done = ScrubStatus { state: ScrubState::Done, ..ScrubStatus::begin(LogTime(5), 1) };
+        let mut done =
+            ScrubStatus { state: ScrubState::Done, ..ScrubStatus::begin(LogTime(5), 1, 0) };
         done.ended_with_the_process();
         assert_eq!(done.state, ScrubState::Done);
     }

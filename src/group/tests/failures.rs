@@ -111,6 +111,29 @@ fn a_record_of_an_earlier_cut_behind_a_rewritten_one_of_equal_size_is_not_believ
 }
 
 #[test]
+fn an_unclean_start_says_of_a_copy_what_that_means_for_a_copy() {
+    let (a, b) = (Bench::new("a", 14), Bench::new("b", 15));
+    let group = a.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    group.sync_now().unwrap();
+    let at = group.positions().head;
+    write(&group, volume.number, 0, &[1; 4096]);
+    write(&group, volume.number, 4096, &[2; 4096]);
+    let copy = b.create_copy();
+    let mut bytes = vec![0; group.positions().head.0 as usize];
+    group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+    copy.append_received(Lsn::ZERO, &bytes).unwrap();
+    drop((group, copy));
+    for (bench, is_copy) in [(a, false), (b, true)] {
+        bench.disk.damage(&dir().join("log").join(segment_name(0)), at.0 + 8, 1, 0xff);
+        assert!(bench.open().1.cut.is_some());
+        let [said] = &bench.said("unclean-start")[..] else { panic!() };
+        assert_eq!(said.contains("answered but not flushed"), !is_copy, "{said}");
+        assert_eq!(said.contains("takes that from its primary again"), is_copy, "{said}");
+    }
+}
+
+#[test]
 fn records_cut_anywhere_are_never_half_shown_on_a_secondary() {
     let (a, b) = (Bench::new("a", 5), Bench::new("b", 6));
     let group = a.create();
@@ -169,7 +192,10 @@ fn a_failed_append_of_a_control_record_is_told_at_once() {
     bench.disk.inject(Fault::Error { operation: bench.disk.operations() });
     let failed = group.create_volume(name("v"), 1 << 20);
     assert!(matches!(failed, Err(GroupError::Failed { .. })), "{failed:?}");
-    assert!(bench.event_codes().contains(&"data-failed".to_owned()));
+    let [said] = &bench.said("data-failed")[..] else { panic!() };
+    let place = format!(" in {}: ", dir().display());
+    assert!(said.contains("append") && said.contains(&place), "which disk it is: {said}");
+    assert!(said.contains("hosts' writes get errors"), "{said}");
     assert!(receiver.try_recv().unwrap().is_err(), "who waits is told");
 }
 
@@ -185,7 +211,8 @@ fn a_failed_append_of_an_epoch_is_told_at_once() {
     b.disk.inject(Fault::Error { operation: b.disk.operations() });
     let epoch = copy.new_epoch("promote", 2);
     assert!(copy.begin_epoch(epoch).is_err());
-    assert!(b.event_codes().contains(&"data-failed".to_owned()));
+    let [said] = &b.said("data-failed")[..] else { panic!() };
+    assert!(said.contains("this copy takes no more") && !said.contains("hosts"), "{said}");
     assert_eq!(copy.role(), Role::Secondary);
 }
 

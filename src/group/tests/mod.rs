@@ -110,6 +110,12 @@ impl Bench {
         self.clock.advance(Duration::from_secs(seconds));
     }
 
+    /// What the events of a code say.
+    pub(super) fn said(&self, code: &str) -> Vec<String> {
+        let events = self.events.since(0).into_iter();
+        events.filter(|event| event.code == code).map(|event| event.text).collect()
+    }
+
     pub(super) fn event_codes(&self) -> Vec<String> {
         self.events.since(0).into_iter().map(|event| event.code).collect()
     }

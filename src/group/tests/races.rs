@@ -70,6 +70,10 @@ impl Disk for HookDisk {
         self.disk.sync_dir(path)
     }
 
+    fn allocated(&self, path: &Path) -> u64 {
+        self.disk.allocated(path)
+    }
+
     fn space(&self, path: &Path) -> io::Result<Space> {
         self.disk.space(path)
     }
