@@ -149,6 +149,12 @@ fn a_log_that_cannot_be_synced_fails_the_group_and_the_next_start_heals_it() {
     assert_eq!(write_one(&a), Err(Errno::Eio));
     wait_for("an event to say so", || (a.events("data-failed").len() == 1).then_some(()));
     check(&a, &load, "reads go on");
+    wait_for("b to know of its primary", || {
+        let status = b.json(&["status"]);
+        let codes = status["attention"].as_array()?.iter().map(|one| one["code"].clone());
+        codes.into_iter().any(|code| code == "primary-failed").then_some(())
+    });
+    assert!(b.events("copy-failed").is_empty(), "it is none");
     let told = a.events("data-failed").pop().unwrap();
     let groups = dir.path().join("a").display().to_string();
     assert!(told.contains(&groups) && told.contains("hosts' writes get errors"), "{told}");

@@ -331,6 +331,14 @@ fn the_switchover_that_is_recommended_beside_a_full_primary_works() {
     let (code, told, _) = check(&a);
     assert_eq!(code, Some(1), "{told}");
     assert!(told.contains("group g: log-full: writes are refused"), "{told}");
+    // The copy is well, and yet hosts are not: whoever watches it alone learns of that.
+    let there = wait_for("b to know", || {
+        let (code, told, _) = check(&b);
+        (code == Some(1)).then_some(told)
+    });
+    let log = b.status("g")["log"].clone();
+    assert_eq!(log["full_reason"], Value::Null, "{log}");
+    assert!(there.contains("peer a: is the primary: log-full: writes are refused"), "{there}");
     let said = refusal(&b, &["promote", "g"]);
     assert!(said.contains("`tidelog switchover g` changes sides"), "{said}");
     b.run(&["switchover", "g"]);

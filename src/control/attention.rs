@@ -13,15 +13,17 @@ use crate::group::Role;
 use crate::units::ByteSize;
 
 /// The words for what may be wrong, gravest first.
-pub const CODES: [&str; 19] = [
+pub const CODES: [&str; 21] = [
     "group-not-opened",
     "data-failed",
     "split-brain",
     "not-serving",
+    "primary-failed",
     "no-primary",
     "hosts-wait",
     "degraded",
     "log-full",
+    "primary-full",
     "damaged",
     "copies-differ",
     "copy-failed",
@@ -174,7 +176,17 @@ fn look_at_peer(group: &GroupStatus, peer: &PeerStatus, tell: &mut impl FnMut(&s
         };
         tell(code, what);
     }
+    let reigns = peer.role == "primary";
     match peer.data_state {
+        Some(DataState::Failed) if reigns => tell(
+            "primary-failed",
+            format!(
+                "is the primary, and the disk under its data failed, so hosts' writes get errors: \
+                 {}; restart that node once it is well, or stop it and `tidelog promote {name}` on \
+                 a copy",
+                why(&peer.data_state_reason)
+            ),
+        ),
         Some(DataState::Failed) => tell(
             "copy-failed",
             format!(
@@ -184,7 +196,10 @@ fn look_at_peer(group: &GroupStatus, peer: &PeerStatus, tell: &mut impl FnMut(&s
         ),
         _ => {
             if let Some(reason) = &peer.log_full_reason {
-                tell("copy-full", format!("its copy's log has no room: {reason}"));
+                match reigns {
+                    true => tell("primary-full", format!("is the primary: {reason}")),
+                    false => tell("copy-full", format!("its copy's log has no room: {reason}")),
+                }
             }
         }
     }
@@ -332,6 +347,23 @@ mod tests {
                 ],
             ),
             ("copy-full", vec![(peer("log_full_reason"), why.clone())]),
+            (
+                "primary-failed",
+                vec![
+                    (group("role"), json!("secondary")),
+                    (peer("role"), json!("primary")),
+                    (peer("data_state"), json!("failed")),
+                    (peer("data_state_reason"), why.clone()),
+                ],
+            ),
+            (
+                "primary-full",
+                vec![
+                    (group("role"), json!("secondary")),
+                    (peer("role"), json!("primary")),
+                    (peer("log_full_reason"), why.clone()),
+                ],
+            ),
             ("replication-blocked", state("blocked")),
             (
                 "link-down",

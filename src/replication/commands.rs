@@ -195,7 +195,7 @@ impl Replication {
         let status = |(node, core): (&NodeId, &PeerCore)| {
             let status = core.status(now, group)?.with_wall(now, wall);
             let required = required.iter().find(|(required, _)| required == node);
-            let told = self.shared.copy_report(*node, group, now).map(|(report, _)| report);
+            let told = self.shared.peer_report(*node, group, now).map(|(report, _)| report);
             Some(status.with_required(required.map(|(_, peer)| peer)).with_copy(told))
         };
         cores.iter().filter_map(status).collect()

@@ -1,8 +1,9 @@
 //! What a secondary tells its primary of its copy: the state of the data, what a check of its log
-//! found, how old that check is.
+//! found, how old that check is. A primary tells its copies the same, so that they know whether it
+//! takes writes.
 //!
-//! The primary asks once a heartbeat. An answer is true of a moment after the question, so its age
-//! has a bound by the asker's clock; where it is too old, the copy's state is unknown.
+//! Who wants to know asks once a heartbeat. An answer is true of a moment after the question, so its
+//! age has a bound by the asker's clock; where it is too old, the peer's state is unknown.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub(super) const METHOD: &str = "replication.copies";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct CopyReport {
     group: GroupId,
+    /// What it was when it said so.
+    pub(super) role: Role,
     pub(super) data_state: DataState,
     #[serde(default)]
     pub(super) data_reason: Option<String>,
@@ -91,7 +94,8 @@ pub(super) async fn run(shared: Arc<Shared>) {
 }
 
 impl Shared {
-    /// Peers that are linked, with the groups of this node that they hold a copy of.
+    /// Peers that are linked, with the groups of this node that they hold a copy of, or that they
+    /// are the primary of.
     fn copies_elsewhere(&self) -> Vec<(NodeId, String, Vec<GroupId>)> {
         let cores = self.cores.lock().expect("no holder panics");
         let linked = cores.iter().filter(|(_, core)| core.conn().is_some());
@@ -100,7 +104,9 @@ impl Shared {
                 let copied = |group: &GroupId| {
                     core.channel(*group).is_some_and(|channel| {
                         let local = channel.local();
-                        local.primary && matches!(local.membership, Membership::Member { .. })
+                        let reigns = channel.remote().is_some_and(|remote| remote.primary);
+                        let member = matches!(local.membership, Membership::Member { .. });
+                        member && (local.primary || reigns)
                     })
                 };
                 (*node, core.name().to_string(), core.groups().filter(copied).collect())
@@ -120,7 +126,8 @@ impl Shared {
             Ok(reports) => {
                 for report in reports.into_iter().filter(|report| groups.contains(&report.group)) {
                     let key = (node, report.group);
-                    let fails = report.failure();
+                    // Of its own disk a primary tells people itself.
+                    let fails = report.failure().filter(|_| report.role == Role::Secondary);
                     let known = {
                         let mut copies = self.copies.lock().expect("no holder panics");
                         let known = copies.insert(key, (report, asked));
@@ -146,8 +153,20 @@ impl Shared {
         events.emit(Severity::Error, "copy-failed", Some(name), text, json!({ "peer": peer }));
     }
 
-    /// What a peer told of its copy, if that is still worth something, and its log's check.
+    /// What a peer told of its copy, if that is still worth something, and its log's check. What it
+    /// told as primary is none of a copy.
     pub(super) fn copy_report(
+        &self,
+        node: NodeId,
+        group: GroupId,
+        now: Duration,
+    ) -> Option<(CopyReport, LogCheck)> {
+        let report = self.peer_report(node, group, now);
+        report.filter(|(report, _)| report.role == Role::Secondary)
+    }
+
+    /// The same, whatever the peer is.
+    pub(super) fn peer_report(
         &self,
         node: NodeId,
         group: GroupId,
@@ -165,7 +184,7 @@ impl Shared {
         self.copies.lock().expect("no holder panics").retain(|(peer, _), _| *peer != node);
     }
 
-    /// Answers a primary. Groups that are none of its business are left out.
+    /// Answers a primary, or a copy. Groups that are none of its business are left out.
     pub(super) fn report_copies(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
         #[derive(Deserialize)]
         struct Body {
@@ -177,11 +196,11 @@ impl Shared {
         let now = self.now();
         let groups = self.groups.groups().into_iter();
         let reports: Vec<CopyReport> = groups
-            .filter(|group| body.groups.contains(&group.id()) && group.role() == Role::Secondary)
+            .filter(|group| body.groups.contains(&group.id()))
             .filter(|group| {
                 let asked_for = asked_for.contains(&group.id());
-                let control = group.control();
-                let membership = membership_of(&control, self.me(), peer.node, false, asked_for);
+                let (control, primary) = (group.control(), group.role() == Role::Primary);
+                let membership = membership_of(&control, self.me(), peer.node, primary, asked_for);
                 membership != Membership::Stranger
             })
             .map(|group| {
@@ -192,6 +211,7 @@ impl Shared {
                 let channel = cores.get(&peer.node).and_then(|core| core.channel(id));
                 CopyReport {
                     group: id,
+                    role: group.role(),
                     data_state,
                     data_reason,
                     log_full: group.why_full(),
@@ -230,6 +250,7 @@ mod tests {
     fn the_check_there_ages_here() {
         let report = CopyReport {
             group: GroupId([7; 16]),
+            role: Role::Secondary,
             data_state: DataState::Consistent,
             data_reason: None,
             log_full: None,
@@ -249,8 +270,8 @@ mod tests {
     #[test]
     fn a_state_of_a_later_version_is_no_good_state() {
         let told = json!({
-            "group": GroupId([7; 16]), "data_state": "half-there", "checked_to": 8,
-            "check_age_seconds": 1.0, "more": true,
+            "group": GroupId([7; 16]), "role": "secondary", "data_state": "half-there",
+            "checked_to": 8, "check_age_seconds": 1.0, "more": true,
         });
         assert!(serde_json::from_value::<CopyReport>(told.clone()).is_err());
         let mut good = told;

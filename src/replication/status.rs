@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::group::{DataState, RequiredPeer};
+use crate::group::{DataState, RequiredPeer, Role};
 use crate::log::control::{Mode, OnLoss};
 use crate::units::{LogTime, Lsn};
 
@@ -159,10 +159,11 @@ impl PeerStatus {
         })
     }
 
-    /// Adds what the peer told of its copy.
+    /// Adds what the peer told of its copy, or as the primary.
     #[must_use]
     pub(super) fn with_copy(mut self, report: Option<CopyReport>) -> PeerStatus {
-        if let Some(report) = report {
+        let primary = self.role == "primary";
+        if let Some(report) = report.filter(|it| (it.role == Role::Primary) == primary) {
             self.data_state = Some(report.data_state);
             let good = report.data_state == DataState::Consistent;
             self.data_state_reason = report.data_reason.filter(|_| !good);
