@@ -283,3 +283,32 @@ fn capable(capable: &BackupCapable) -> String {
     let word = if capable.verdict == Verdict::Yes { "capable" } else { "not capable" };
     if reasons.is_empty() { word.to_owned() } else { format!("{word}: {}", reasons.join("; ")) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_age_of_what_is_not_durable_is_told_of_a_copy_and_is_that_of_the_bytes() {
+        let shown = |role: &str, behind: u64, age: f64| {
+            let peer = json!({
+                "name": "b", "mode": "async", "role": role, "link_state": "connected",
+                "replication_state": "streaming", "received_lsn": 10, "durable_lsn": 10,
+                "lag": { "bytes": 0, "operations": 0, "seconds": 0.0 },
+                "rpo_target_seconds": null, "rpo_actual_seconds": age, "resync": null,
+                "behind_bytes": behind, "tls": true, "heard_seconds": 0.1,
+                "clock_offset_seconds": 0.0,
+            });
+            show_peer(&serde_json::from_value(peer).unwrap())
+        };
+        let late = shown("secondary", 4096, 39.0);
+        assert!(late.contains("4 KiB are not durable there yet, the oldest of which"), "{late}");
+        assert!(late.contains("were written here 39"), "{late}");
+        // Right after it began to follow, a copy knows no age but that of its own process.
+        for quiet in
+            [shown("primary", 4096, 39.0), shown("secondary", 0, 39.0), shown("secondary", 9, 1.0)]
+        {
+            assert!(!quiet.contains("durable"), "{quiet}");
+        }
+    }
+}
