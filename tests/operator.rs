@@ -292,6 +292,99 @@ fn promote_on_a_copy_whose_disk_failed_recommends_what_works_there() {
     assert_eq!(b.status("g")["role"], "primary");
 }
 
+/// What a copy knows of its primary: bytes that it lacks, and what that is worth.
+fn lacks(node: &Appliance) -> (Option<u64>, String) {
+    let peer = &node.status("g")["peers"][0];
+    (peer["lag"]["bytes"].as_u64(), peer["lag_state"].as_str().unwrap().to_owned())
+}
+
+fn head(node: &Appliance) -> u64 {
+    node.status("g")["log"]["head_lsn"].as_u64().unwrap()
+}
+
+#[test]
+fn a_copy_that_refused_bytes_knows_after_a_restart_without_its_primary_what_it_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let (faults, mut a, mut b) = with_faulty_copy(dir.path());
+    faults.set(&[(Call::Sync, Code::EIO, ".seg")]);
+    write(&a, 1);
+    wait_for("the copy to fail", || (b.status("g")["data_state"] == "failed").then_some(()));
+    // The primary goes on, and the copy that takes nothing any more hears how far.
+    for byte in 2..20 {
+        write(&a, byte);
+    }
+    let lacking = wait_for("the copy to know what it lacks", || {
+        let (bytes, worth) = lacks(&b);
+        assert_eq!(worth, "exact");
+        bytes.filter(|bytes| *bytes > 0 && head(&b) + bytes == head(&a))
+    });
+    let kept = b.dir.join("data/node/primaries");
+    wait_for("it to be kept", || {
+        let kept: Value = serde_json::from_slice(&std::fs::read(&kept).ok()?).unwrap();
+        (kept[0]["head"] == head(&a)).then_some(())
+    });
+    a.kill();
+    let at_least = (Some(lacking), "at-least".to_owned());
+    wait_for("the copy to miss its primary", || (lacks(&b) == at_least).then_some(()));
+    faults.none();
+    b.kill();
+    // What is known is kept over the next restart too.
+    for _ in 0..2 {
+        b.restart();
+        let (bytes, worth) = lacks(&b);
+        // What the failed disk had not got is lacking now as well.
+        assert!(bytes >= Some(lacking) && worth == "at-least", "{bytes:?}, {worth}");
+        let shown = b.run(&["status", "g"]);
+        assert!(
+            shown.contains("at least ") && shown.contains(" when it was last heard"),
+            "{shown}"
+        );
+        let status = b.status("g");
+        assert!(status["peers"][0]["lag_state_since"].is_string(), "{status}");
+        assert_eq!(status["backup_capable"]["verdict"], "no");
+        let said = refusal(&b, &["promote", "g"]);
+        assert!(said.contains("lacks at least ") && said.contains(" that a had"), "{said}");
+        assert!(said.find("bring a back") < said.find("promote g --force"), "{said}");
+        b.stop();
+    }
+    // It is forgotten once the copy has it.
+    b.restart();
+    a.restart();
+    wait_until(&b, "b to stream", |peer| peer["replication_state"] == "streaming");
+    wait_for("b to have all", || {
+        (head(&b) == head(&a) && lacks(&b) == (Some(0), "exact".to_owned())).then_some(())
+    });
+    a.stop();
+    b.stop();
+    b.restart();
+    let shown = b.run(&["status", "g"]);
+    assert!(shown.contains("this copy has all that a had when it was last heard"), "{shown}");
+    let said = b.run(&["promote", "g"]);
+    assert!(said.contains("a was last heard as primary 20"), "{said}");
+}
+
+#[test]
+fn a_copy_that_has_heard_no_primary_since_its_start_says_that_it_does_not_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    pair(&a, &b);
+    a.kill();
+    b.kill();
+    std::fs::remove_file(b.dir.join("data/node/primaries")).unwrap();
+    b.restart();
+    assert_eq!(lacks(&b), (None, "unknown".to_owned()));
+    let shown = b.run(&["status", "g"]);
+    let why = "how far behind is not known: a has not been heard since this node started";
+    assert!(shown.contains(why), "{shown}");
+    let reasons = b.status("g")["backup_capable"]["reasons"].to_string();
+    assert!(reasons.contains("lag-unknown"), "{reasons}");
+    let unknown = "it is not known whether a had more";
+    let said = b.run(&["promote", "g"]);
+    assert!(said.contains(unknown), "{said}");
+    assert!(b.events("promoted")[0].contains(unknown), "{:?}", b.events("promoted"));
+}
+
 #[test]
 fn promote_on_a_copy_whose_log_has_no_room_recommends_to_make_some_first() {
     let dir = tempfile::tempdir().unwrap();

@@ -190,7 +190,7 @@ async fn show_first_copy(session: &Session, group: &Name, peer: &Name) -> Result
             break;
         };
         let head = group.log.head_lsn.0;
-        bar.show(head.saturating_sub(peer.behind_bytes), head);
+        bar.show(head.saturating_sub(peer.behind_bytes.unwrap_or(head)), head);
         if !matches!(peer.replication_state.as_str(), "idle" | "catching-up")
             || peer.link_state == "standalone"
         {

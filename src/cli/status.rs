@@ -5,7 +5,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use tidelog::control::api::{
-    BackupCapable, Branch, DataState, GroupStatus, PeerStatus, Role, Status, Verdict,
+    BackupCapable, Branch, DataState, GroupStatus, LagState, PeerStatus, Role, Status, Verdict,
 };
 use tidelog::units::{ByteSize, Name};
 
@@ -218,6 +218,35 @@ fn show_branch(group: &Name, branch: &Branch) -> String {
     )
 }
 
+/// How far the copy of the two is behind, as far as that is known.
+fn behind(peer: &PeerStatus) -> String {
+    let heard = peer.lag_state_since.map(|since| {
+        format!("when it was last heard, {} ({})", output::time(since), output::age(since))
+    });
+    match (peer.lag_state, peer.lag.bytes, heard) {
+        (LagState::Unknown, ..) | (_, None, _) => {
+            let reason = peer.lag_state_reason.as_deref().unwrap_or("no reason was told");
+            format!("how far behind is not known: {reason}")
+        }
+        (LagState::AtLeast, Some(0), Some(heard)) => {
+            format!("this copy has all that {} had {heard}", peer.name)
+        }
+        (LagState::AtLeast, Some(bytes), Some(heard)) => {
+            format!("at least {} behind: {} had so much more {heard}", ByteSize(bytes), peer.name)
+        }
+        (_, Some(bytes), _) => {
+            let operations =
+                peer.lag.operations.map(|operations| format!("{operations} operations, "));
+            format!(
+                "{} behind ({}{})",
+                ByteSize(bytes),
+                operations.unwrap_or_default(),
+                output::seconds(peer.lag.seconds),
+            )
+        }
+    }
+}
+
 fn show_peer(peer: &PeerStatus) -> String {
     let behind = match &peer.parting {
         // Neither follows the other, so neither is behind.
@@ -225,12 +254,7 @@ fn show_peer(peer: &PeerStatus) -> String {
         None if peer.replication_state == "split-brain" => {
             "where the histories part is not known yet".to_owned()
         }
-        None => format!(
-            "{} behind ({} operations, {})",
-            ByteSize(peer.lag.bytes),
-            peer.lag.operations,
-            output::seconds(peer.lag.seconds),
-        ),
+        None => behind(peer),
     };
     let mut lines = vec![format!(
         "  peer    {}  {}  {}  {}; {behind}",
@@ -255,14 +279,14 @@ fn show_peer(peer: &PeerStatus) -> String {
         lines.push(format!("          there: {reason}"));
     }
     // Of the copy at the peer; what is not durable here, the line of the log says.
-    let undurable = peer.role == "secondary" && peer.behind_bytes > 0;
-    if undurable
+    let undurable = peer.behind_bytes.filter(|bytes| *bytes > 0 && peer.role == "secondary");
+    if let Some(behind) = undurable
         && peer.replication_state == "streaming"
         && peer.rpo_actual_seconds >= UNDURABLE_SHOWN_SECONDS
     {
         lines.push(format!(
             "          {} are not durable there yet, the oldest of which were written here {} ago",
-            ByteSize(peer.behind_bytes),
+            ByteSize(behind),
             output::seconds(peer.rpo_actual_seconds)
         ));
     }
@@ -273,7 +297,10 @@ fn show_peer(peer: &PeerStatus) -> String {
     }
     if peer.replication_state == "catching-up" && output::is_terminal() {
         let done = peer.durable_lsn.0;
-        lines.push(format!("          {}", output::bar(done, done + peer.behind_bytes)));
+        lines.push(format!(
+            "          {}",
+            output::bar(done, done + peer.behind_bytes.unwrap_or_default())
+        ));
     }
     lines.join("\n")
 }

@@ -14,8 +14,8 @@ pub use crate::backup::{
 };
 pub use crate::group::{Branch, DataState, Host};
 pub use crate::replication::{
-    BackupCapable, DamageInfo, DifferingExtent, Invite, Parting, PeerInfo, PeerStatus, Preview,
-    ScrubState, ScrubStatus, Side, SideHost, Verdict, VerifyState, VerifyStatus,
+    BackupCapable, DamageInfo, DifferingExtent, Invite, LagState, Parting, PeerInfo, PeerStatus,
+    Preview, ScrubState, ScrubStatus, Side, SideHost, Verdict, VerifyState, VerifyStatus,
 };
 
 /// Bytes of the block size that volumes announce.

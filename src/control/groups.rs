@@ -262,16 +262,21 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
     if !force && let Some(refusal) = refusal {
         return Err(Problem::new(409, "promote-refused", refusal));
     }
+    let unheard = context.replication.unheard(group.id());
     let end = group.positions().request_end;
     let unclean = unclean_start(context, group.name());
     group.promote("promote")?;
     let mut text = format!("group {}: the new reign begins at LSN {end}", group.name());
+    let unheard = unheard.map_or_else(String::new, |unheard| format!("; {unheard}"));
     let (severity, code) = match refusal {
         Some(refusal) => {
             text = format!("{text}, and leaves out what it lacks: {refusal}");
             (Severity::Warning, "promoted-by-force")
         }
-        None => (Severity::Info, "promoted"),
+        None => {
+            text.push_str(&unheard);
+            (Severity::Info, "promoted")
+        }
     };
     let name = Some(group.name().as_str());
     context.events.emit(severity, code, name, text, json!({ "from_lsn": end }));
@@ -282,7 +287,7 @@ pub(super) fn promote(context: &Context, call: &Call) -> Answer {
             span.from_lsn, span.to_lsn
         )
     });
-    done(format!("group {}: is the primary here now{lost}", group.name()))
+    done(format!("group {}: is the primary here now{unheard}{lost}", group.name()))
 }
 
 pub(super) fn demote(context: &Context, call: &Call) -> Answer {

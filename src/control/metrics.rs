@@ -121,8 +121,13 @@ fn families(context: &Context) -> Vec<Family> {
                 family.samples.push((labels, value));
             };
             push(&mut connected_to, f64::from(u8::from(peer.link_state == "connected")));
-            push(&mut lag_bytes, peer.lag.bytes as f64);
-            push(&mut lag_operations, peer.lag.operations as f64);
+            // What is not known has no sample.
+            if let Some(bytes) = peer.lag.bytes {
+                push(&mut lag_bytes, bytes as f64);
+            }
+            if let Some(operations) = peer.lag.operations {
+                push(&mut lag_operations, operations as f64);
+            }
             push(&mut lag_seconds, peer.lag.seconds);
             push(&mut rpo, peer.rpo_actual_seconds);
         }

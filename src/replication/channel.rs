@@ -14,6 +14,7 @@
 //! reason and the next command.
 
 mod following;
+mod heard;
 mod image;
 mod required;
 mod roles;
@@ -27,13 +28,15 @@ use bytes::Bytes;
 
 use crate::events::Severity;
 use crate::group::{ImageOffer, Staged};
-use crate::units::{ByteSize, Chain, GroupId, Lsn, Name};
+use crate::units::{ByteSize, Chain, GroupId, LogTime, Lsn, Name};
 
 use super::core::{Appended, ConnId, LocalGroup, Membership, Output, Settings};
 use super::epoch::{History, Relation};
 use super::lag::Marks;
 use super::wire::{Message, NeedsImage, StopCode};
 
+use self::heard::NO_STREAM;
+pub use self::heard::{Gap, Heard, Moment};
 pub use self::state::{Acked, Parted, Remote, ReplicationState, Told};
 use self::state::{Follower, Lookup, Sender};
 use self::trouble::{Refused, Trouble};
@@ -76,6 +79,8 @@ pub struct Channel {
     durable_marks: Marks,
     follower: Option<Follower>,
     told: Option<Told>,
+    /// The peer's log when it was last heard as primary, in this life of the process or before.
+    heard: Option<Heard>,
     /// Up to here the group was told that the primary is durable.
     committed: Lsn,
     /// Position up to which this node's bytes were compared with the peer's by their chain.
@@ -161,6 +166,7 @@ impl Channel {
             durable_marks,
             follower: None,
             told: None,
+            heard: None,
             committed: Lsn::ZERO,
             compared: None,
             mismatch: None,
@@ -217,19 +223,6 @@ impl Channel {
     #[must_use]
     pub fn told(&self) -> Option<Told> {
         self.told
-    }
-
-    /// The age of the oldest byte that the peer has not received, and has not made durable. Unknown
-    /// while it lacks bytes that were here before this node was primary, or was started.
-    #[must_use]
-    pub fn lags(&self, now: Duration) -> (Option<Duration>, Option<Duration>) {
-        (self.received_marks.lag(now), self.durable_marks.lag(now))
-    }
-
-    /// The same, at least.
-    #[must_use]
-    pub fn lags_at_least(&self, now: Duration) -> (Duration, Duration) {
-        (self.received_marks.lag_at_least(now), self.durable_marks.lag_at_least(now))
     }
 
     /// Up to where the chains of both were compared and equal, and where they were not.
@@ -431,9 +424,7 @@ impl Channel {
     }
 
     pub(super) fn on_heartbeat(&mut self, context: &mut Context<'_>) {
-        if self.sender.is_some() {
-            self.send_progress(context);
-        }
+        self.send_progress(context);
         // Who decides which side yields, or which of two copies is to be promoted, sees what each
         // has by now.
         let both_copies =
@@ -502,6 +493,9 @@ impl Channel {
                     let Acked { requests, .. } = self.acked;
                     let (received, durable) = (history.head, history.head);
                     self.note_at_most(context, Acked { received, durable, requests });
+                }
+                if primary {
+                    self.hears(context.now, &history);
                 }
                 self.remote = Some(Remote { primary, recovering, paused, history });
                 self.evaluate(context);

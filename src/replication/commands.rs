@@ -9,11 +9,11 @@ use serde_json::{Map, Value, json};
 use crate::events::Severity;
 use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
-use crate::units::{ByteSize, GroupId, Name, NodeId, Span};
+use crate::units::{ByteSize, GroupId, LogTime, Name, NodeId, Span};
 
-use super::channel::ReplicationState;
+use super::channel::{Gap, ReplicationState};
 use super::copy;
-use super::core::{Input, PeerCore};
+use super::core::{Input, Membership, PeerCore};
 use super::epoch::{Relation, compare};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
 use super::repair;
@@ -194,6 +194,7 @@ impl Replication {
         let cores = self.shared.cores.lock().expect("no holder panics");
         let status = |(node, core): (&NodeId, &PeerCore)| {
             let status = core.status(now, group)?.with_wall(now, wall);
+            let status = status.with_heard(core.channel(group), now, wall);
             let required = required.iter().find(|(required, _)| required == node);
             let told = self.shared.peer_report(*node, group, now).map(|(report, _)| report);
             Some(status.with_required(required.map(|(_, peer)| peer)).with_copy(told))
@@ -277,6 +278,7 @@ impl Replication {
     #[must_use]
     pub fn promote_refusal(&self, group: GroupId) -> Option<String> {
         let replica = self.shared.replica(group);
+        let (now, wall) = (self.shared.now(), self.shared.wall());
         let cores = self.shared.cores.lock().expect("no holder panics");
         let cannot_serve = replica.and_then(|replica| {
             let (state, reason, _) = replica.data_state();
@@ -286,7 +288,18 @@ impl Replication {
             let primary = reigning.map(PeerCore::name);
             refusal_of_own_disk(replica.name(), failed, replica.why_full(), primary)
         });
-        cannot_serve.or_else(|| refusal_to_promote(cores.values(), group))
+        cannot_serve.or_else(|| refusal_to_promote(cores.values(), group, now, wall))
+    }
+
+    /// What is not known of the peers that do not say now what they have: whoever promotes without
+    /// them may leave out what they wrote. `None` where all say it.
+    #[must_use]
+    pub fn unheard(&self, group: GroupId) -> Option<String> {
+        let (now, wall) = (self.shared.now(), self.shared.wall());
+        let cores = self.shared.cores.lock().expect("no holder panics");
+        let unheard = cores.values().filter_map(|core| unheard_of(core, group, now, wall));
+        let unheard: Vec<String> = unheard.collect();
+        (!unheard.is_empty()).then(|| unheard.join("; "))
     }
 }
 
@@ -332,6 +345,8 @@ fn reigns(core: &PeerCore, group: GroupId) -> bool {
 pub fn refusal_to_promote<'a>(
     cores: impl Iterator<Item = &'a PeerCore>,
     group: GroupId,
+    now: Duration,
+    wall: LogTime,
 ) -> Option<String> {
     for core in cores {
         let Some(channel) = core.channel(group) else { continue };
@@ -380,18 +395,42 @@ pub fn refusal_to_promote<'a>(
                 parted.at
             ));
         }
-        if let Some(told) = channel.told() {
-            let behind = told.head.bytes_since(local.history.head);
-            if behind > 0 {
-                return Some(format!(
-                    "group {name}: this node lacks {} that {peer} had when it was last heard; \
-                     reconnect it, or lose them with `tidelog promote {name} --force`",
-                    ByteSize(behind)
-                ));
-            }
+        let gap = channel.gap().filter(|_| local.membership != Membership::Stranger);
+        if let Some(Gap { bytes: behind @ 1.., at: Some(at), .. }) = gap {
+            return Some(format!(
+                "group {name}: this node lacks at least {} that {peer} had when it was last heard, \
+                 {}; bring {peer} back, which has them, or lose them with `tidelog promote {name} \
+                 --force`",
+                ByteSize(behind),
+                to_the_second(at.wall(now, wall))
+            ));
         }
     }
     None
+}
+
+/// What nobody knows of a peer that does not say now what it has.
+fn unheard_of(core: &PeerCore, group: GroupId, now: Duration, wall: LogTime) -> Option<String> {
+    let channel = core.channel(group)?;
+    if channel.remote().is_some() || channel.local().membership == Membership::Stranger {
+        return None;
+    }
+    let peer = core.name();
+    match channel.gap().and_then(|gap| gap.at) {
+        Some(at) => Some(format!(
+            "{peer} was last heard as primary {}: what it wrote since, if anything, is not here",
+            to_the_second(at.wall(now, wall))
+        )),
+        // It has been heard, and not as primary.
+        None if core.heard().is_some() => None,
+        None => Some(format!(
+            "it is not known whether {peer} had more: it has not been heard since this node started"
+        )),
+    }
+}
+
+fn to_the_second(time: LogTime) -> LogTime {
+    LogTime(time.0 / 1_000_000_000 * 1_000_000_000)
 }
 
 pub(super) async fn run_blocking(
@@ -441,14 +480,15 @@ fn copy_facts(
 ) -> Option<CopyFacts> {
     let channel = core.channel(group.id())?;
     let local = channel.local();
-    let super::core::Membership::Member { rpo_target, .. } = local.membership else { return None };
+    let Membership::Member { rpo_target, .. } = local.membership else { return None };
     let (replication, ..) = channel.state();
     let (compared, mismatch) = channel.comparison();
     let own = !local.primary;
     let acked = channel.acked();
     let (received, durable, primary_head, lag) = if own {
         let head = local.history.head;
-        let primary_head = channel.told().map_or(head, |told| told.head.max(head));
+        let lacks = channel.gap().map_or(0, |gap| gap.bytes);
+        let primary_head = head.advance(lacks);
         (head, local.durable.min(head), primary_head, secondary_lag(channel, now))
     } else {
         let (received_lag, durable_lag) = channel.lags(now);

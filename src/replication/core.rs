@@ -336,6 +336,11 @@ impl PeerCore {
             Input::GroupGone(group) => {
                 self.channels.remove(&group);
             }
+            Input::Recall { group, heard } => {
+                if let Some(channel) = self.channels.get_mut(&group) {
+                    channel.recall(heard);
+                }
+            }
             Input::Pause { group, paused } => {
                 self.with_channel(now, group, outputs, |channel, context| {
                     channel.on_pause(context, paused);

@@ -55,6 +55,7 @@ impl Shared {
                 }
             }
             Output::FollowChanged { group } => {
+                self.heads_due.notify_one();
                 self.group_changed(group);
             }
             // At once, in the order of the peer's words, and before any cut that comes later.

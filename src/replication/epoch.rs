@@ -5,13 +5,15 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::log::control::{COUNTER_MAX, EpochRecord};
 use crate::units::{Chain, EpochId, Lsn, NodeId};
 
 use super::wire::{WireEpoch, WireHistory};
 
 /// One reign.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reign {
     /// Its random id.
     pub id: EpochId,

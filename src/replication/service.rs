@@ -23,6 +23,7 @@ use super::copy::{self, Reports};
 use super::core::{ConnId, Input, Membership, Output, PeerCore, Settings};
 use super::damage::{self, Ledgers};
 use super::drive;
+use super::heads::{self, Heads, Look, Recalled};
 use super::link::{self, Conn};
 use super::pairing::{Fingerprint, Invites};
 use super::peers::{Peer, PeerStore, StoreError};
@@ -83,6 +84,11 @@ pub struct Shared {
     pub(super) cores: Mutex<BTreeMap<NodeId, PeerCore>>,
     pub(super) checks: Mutex<HashMap<GroupId, Pass>>,
     pub(super) ledgers: Mutex<Ledgers>,
+    pub(super) heads: Mutex<Heads>,
+    /// Of those, what no channel was told yet. Locked after the cores.
+    pub(super) recalled: Mutex<Recalled>,
+    /// A copy began or ceased to follow.
+    pub(super) heads_due: Notify,
     /// Scrubs that run, and what stops each.
     pub(super) scrubs: Mutex<HashMap<GroupId, watch::Sender<bool>>>,
     pub(super) copies: Mutex<Reports>,
@@ -158,12 +164,16 @@ impl Replication {
         let (inputs, input_queue) = mpsc::unbounded_channel();
         let (shutdown, _) = watch::channel(false);
         let incarnation = Incarnation(context.env.entropy.next_u64());
+        let (heads, recalled) = heads::load(&config.state_dir);
         let shared = Arc::new(Shared {
             store: Mutex::new(store),
             invites: Mutex::new(Invites::default()),
             cores: Mutex::new(BTreeMap::new()),
             checks: Mutex::default(),
             ledgers: Mutex::new(damage::load(&config.state_dir)),
+            heads: Mutex::new(heads),
+            recalled: Mutex::new(recalled),
+            heads_due: Notify::new(),
             scrubs: Mutex::default(),
             copies: Mutex::default(),
             asking: Mutex::default(),
@@ -205,6 +215,7 @@ impl Replication {
         }
         tokio::spawn(check::run(Arc::clone(&shared)));
         tokio::spawn(copy::run(Arc::clone(&shared)));
+        tokio::spawn(heads::run(Arc::clone(&shared)));
         Ok(replication)
     }
 
@@ -216,6 +227,7 @@ impl Replication {
 
     /// Ends all links and tasks.
     pub fn shutdown(&self) {
+        self.shared.keep_heads(Look::Last);
         self.shared.shutdown.send_replace(true);
     }
 }
@@ -465,6 +477,10 @@ impl Shared {
                     known.push((peer.node, group.id()));
                 }
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);
+                let heard = locked(&self.recalled).remove(&(group.id(), peer.node));
+                if let Some(heard) = heard {
+                    core.handle(now, Input::Recall { group: group.id(), heard }, &mut of_core);
+                }
                 if all && peer.paused.contains(&group.id()) {
                     let input = Input::Pause { group: group.id(), paused: true };
                     core.handle(now, input, &mut of_core);

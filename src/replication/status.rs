@@ -11,7 +11,7 @@ use crate::group::{DataState, RequiredPeer, Role};
 use crate::log::control::{Mode, OnLoss};
 use crate::units::{LogTime, Lsn};
 
-use super::channel::{Channel, ReplicationState};
+use super::channel::{Channel, Moment, ReplicationState};
 use super::copy::CopyReport;
 use super::core::{Membership, PeerCore};
 use super::resolve::{Parting, known_parting};
@@ -19,12 +19,25 @@ use super::resolve::{Parting, known_parting};
 /// How far a copy is behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Lag {
-    /// Bytes of log that it has not received.
-    pub bytes: u64,
-    /// Requests that it has not received.
-    pub operations: u64,
+    /// Bytes of log that it has not received; none where that is not known.
+    pub bytes: Option<u64>,
+    /// Requests that it has not received; none where that is not known.
+    pub operations: Option<u64>,
     /// The age of the oldest byte that it has not received.
     pub seconds: f64,
+}
+
+/// What the figures of a lag are worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LagState {
+    /// They are what both nodes say.
+    #[default]
+    Exact,
+    /// The primary is not heard: it had so much more when it was last, and may have gone on.
+    AtLeast,
+    /// Nobody has told this copy how far its primary is.
+    Unknown,
 }
 
 /// One entry of `peers` in status. On a secondary it is the primary, and lag is this node's own.
@@ -79,14 +92,24 @@ pub struct PeerStatus {
     pub durable_lsn: Lsn,
     /// How far the secondary of the two is behind.
     pub lag: Lag,
+    /// What that is worth.
+    #[serde(default)]
+    pub lag_state: LagState,
+    /// Why it is not exact.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_state_reason: Option<String>,
+    /// When the primary was last heard as far as that, before a restart too; none where it is exact
+    /// or never was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_state_since: Option<LogTime>,
     /// The age of the copy that its owner wants at most, if one was set.
     pub rpo_target_seconds: Option<f64>,
     /// The age of the oldest byte that is not durable on the secondary.
     pub rpo_actual_seconds: f64,
     /// Progress of a resync, where one is going on.
     pub resync: Option<Value>,
-    /// Bytes of log that are not durable on the secondary.
-    pub behind_bytes: u64,
+    /// Bytes of log that are not durable on the secondary; none where that is not known.
+    pub behind_bytes: Option<u64>,
     /// Peers always speak TLS 1.3.
     pub tls: bool,
     /// Seconds since anything was heard of the peer; none where nothing was since its start.
@@ -118,6 +141,7 @@ impl PeerStatus {
         let streaming = state == ReplicationState::Streaming;
         let view =
             if local.primary { primary_view(channel, now) } else { secondary_view(channel, now) };
+        let (lag_state, lag_reason) = lag_state(core, channel);
         let peer_is_primary = channel.remote().map_or(!local.primary, |remote| remote.primary);
         let parting = (state == ReplicationState::SplitBrain)
             .then(|| known_parting(core.name(), channel))
@@ -143,6 +167,9 @@ impl PeerStatus {
             received_lsn: view.received,
             durable_lsn: view.durable,
             lag: view.lag,
+            lag_state,
+            lag_state_reason: lag_reason,
+            lag_state_since: None,
             rpo_target_seconds: rpo_target.map(|target| target.0.as_secs_f64()),
             rpo_actual_seconds: view.rpo_actual.as_secs_f64(),
             resync: channel.resync().map(|(lsn, progress)| {
@@ -186,6 +213,28 @@ impl PeerStatus {
         self
     }
 
+    /// Adds when the primary was last heard, where what a copy lacks is not exact.
+    #[must_use]
+    pub(super) fn with_heard(
+        mut self,
+        channel: Option<&Channel>,
+        now: Duration,
+        wall: LogTime,
+    ) -> PeerStatus {
+        let gap = channel.and_then(Channel::gap);
+        if self.lag_state == LagState::AtLeast
+            && let Some(at) = gap.and_then(|gap| gap.at)
+        {
+            let since = at.wall(now, wall);
+            self.lag_state_since = Some(since);
+            if matches!(at, Moment::Before(_)) {
+                let age = wall.since(since).as_secs_f64();
+                (self.lag.seconds, self.rpo_actual_seconds) = (age, age);
+            }
+        }
+        self
+    }
+
     /// Turns monotonic times into wall-clock times.
     #[must_use]
     pub(super) fn with_wall(mut self, now: Duration, wall: LogTime) -> PeerStatus {
@@ -222,7 +271,7 @@ struct View {
     durable: Lsn,
     lag: Lag,
     rpo_actual: Duration,
-    behind_bytes: u64,
+    behind_bytes: Option<u64>,
 }
 
 fn primary_view(channel: &Channel, now: Duration) -> View {
@@ -233,12 +282,12 @@ fn primary_view(channel: &Channel, now: Duration) -> View {
         received: acked.received,
         durable: acked.durable,
         lag: Lag {
-            bytes: local.history.head.bytes_since(acked.received),
-            operations: local.requests.saturating_sub(acked.requests),
+            bytes: Some(local.history.head.bytes_since(acked.received)),
+            operations: Some(local.requests.saturating_sub(acked.requests)),
             seconds: received_lag.as_secs_f64(),
         },
         rpo_actual: durable_lag,
-        behind_bytes: local.history.head.bytes_since(acked.durable),
+        behind_bytes: Some(local.history.head.bytes_since(acked.durable)),
     }
 }
 
@@ -247,20 +296,43 @@ fn secondary_view(channel: &Channel, now: Duration) -> View {
     let local = channel.local();
     // Nothing told yet: at least as old as this node's process, and health says that it is unknown.
     let age = secondary_lag(channel, now).unwrap_or(now);
-    let told = channel.told();
-    let primary_head = told.map_or(local.history.head, |told| told.head);
-    let primary_requests = told.map_or(local.requests, |told| told.requests);
+    let gap = channel.gap();
     View {
         received: local.history.head,
         durable: local.durable,
         lag: Lag {
-            bytes: primary_head.bytes_since(local.history.head),
-            operations: primary_requests.saturating_sub(local.requests),
+            bytes: gap.map(|gap| gap.bytes),
+            operations: gap.and_then(|gap| gap.requests),
             seconds: age.as_secs_f64(),
         },
         rpo_actual: age,
-        behind_bytes: primary_head.bytes_since(local.durable),
+        behind_bytes: gap.map(|gap| gap.undurable_bytes),
     }
+}
+
+/// What the figures of a lag are worth, and why where they are not exact.
+fn lag_state(core: &PeerCore, channel: &Channel) -> (LagState, Option<String>) {
+    let peer = core.name();
+    if channel.local().primary {
+        return (LagState::Exact, None);
+    }
+    if channel.gap().is_some() {
+        return match channel.remote() {
+            Some(_) => (LagState::Exact, None),
+            None => {
+                let reason = format!("{peer} is not heard, and may have gone on since");
+                (LagState::AtLeast, Some(reason))
+            }
+        };
+    }
+    let reason = if channel.heard().is_some() {
+        format!("what {peer} has is not the continuation of what is here")
+    } else if core.heard().is_none() {
+        format!("{peer} has not been heard since this node started")
+    } else {
+        format!("{peer} has not been heard as primary since this node started")
+    };
+    (LagState::Unknown, Some(reason))
 }
 
 /// The age of a secondary's copy at worst: what the primary told, plus the time since. Unknown

@@ -576,7 +576,7 @@ pub enum Message {
     Progress {
         /// The group.
         group: [u8; 16],
-        /// The stream.
+        /// The stream; 0 to a copy that does not follow, which takes nothing but the head of it.
         stream: u64,
         /// After its last record.
         head: u64,

@@ -264,7 +264,8 @@ impl World {
         }
         let id = self.groups[group].id;
         let cores = self.nodes[node].links.values().map(|link| &link.core);
-        let refusal = refusal_to_promote(cores, id);
+        let (now, wall) = (self.nodes[node].monotonic(), self.nodes[node].wall());
+        let refusal = refusal_to_promote(cores, id, now, wall);
         let force = refusal.is_some();
         if let Some(why) = refusal {
             self.coverage.add("promotes refused", 1);

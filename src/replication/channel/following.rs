@@ -93,6 +93,7 @@ impl Channel {
             return Err(format!("group {}: more bytes than the window", self.local.name));
         }
         follower.expected = end;
+        self.hears_bytes(context.now, end);
         context.outputs.push(Output::Append { group: self.local.id, stream, position, bytes });
         Ok(())
     }
@@ -171,6 +172,10 @@ impl Channel {
         told: Told,
         chain: Chain,
     ) {
+        if stream == NO_STREAM {
+            self.hears_head(context.now, told.head, Some(told.requests));
+            return;
+        }
         let Some(follower) = &self.follower else { return };
         if follower.stream != stream || follower.asked.is_some() {
             return;

@@ -295,12 +295,17 @@ impl Channel {
         }
     }
 
+    /// To a copy that follows, by its stream; to one that does not, only how far this primary is.
     pub(super) fn send_progress(&mut self, context: &mut Context<'_>) {
-        let Some(sender) = &self.sender else { return };
+        let stream = match &self.sender {
+            Some(sender) => sender.stream,
+            None if self.tells_of_its_head() => NO_STREAM,
+            None => return,
+        };
         let lag = self.lags(context.now).0.unwrap_or(Duration::MAX);
         context.send(Message::Progress {
             group: self.local.id.0,
-            stream: sender.stream,
+            stream,
             head: self.local.history.head.0,
             chain: self.local.history.chain.0,
             durable: self.local.durable.0.min(self.local.history.head.0),

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use super::{ConnId, LocalGroup};
 use crate::events::Severity;
 use crate::group::{ImageOffer, ImageProgress, Staged};
+use crate::replication::channel::Heard;
 use crate::replication::epoch::History;
 use crate::replication::wire::{Message, NeedsImage};
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name};
@@ -68,6 +69,13 @@ pub enum Input {
     Group(Box<LocalGroup>),
     /// A group is no longer here.
     GroupGone(GroupId),
+    /// What was heard of the peer as primary before this life of the process.
+    Recall {
+        /// The group.
+        group: GroupId,
+        /// How far it was.
+        heard: Heard,
+    },
     /// An operator pauses or resumes.
     Pause {
         /// The group.
