@@ -2,8 +2,8 @@
 //! found, how old that check is. A primary tells its copies the same, so that they know whether it
 //! takes writes.
 //!
-//! Who wants to know asks once a heartbeat. An answer is true of a moment after the question, so its
-//! age has a bound by the asker's clock; where it is too old, the peer's state is unknown.
+//! Who wants to know asks once a heartbeat. An answer is true of a moment after the question, so
+//! its age has a bound by the asker's clock; where it is too old, the peer's state is unknown.
 
 use std::collections::HashMap;
 use std::sync::Arc;
