@@ -761,6 +761,33 @@ async fn a_stopped_copy_is_retired_and_gets_no_more() {
     assert!(pair.a.replication.peers().is_empty());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_stopped_copy_that_was_promoted_is_followed_by_who_yields_to_it() {
+    let pair = Pair::replicating().await;
+    let (old, new) = (pair.a.group(), pair.b.group());
+    pair.a.replication.stop("g", "b").await.unwrap();
+    wait_for("the copy to be retired", || pair.b.has_event("copy-retired").then_some(()));
+    let retired_at = new.positions().head;
+    new.promote("promote").unwrap();
+    let in_records = |group: &Group, name: &str| {
+        group.control().members.iter().any(|member| member.name.as_str() == name)
+    };
+    assert!(in_records(&new, "b"), "who reigns is no copy whose replication was stopped");
+    write(&new, &SeededEntropy::new(21), 3);
+    write(&old, &SeededEntropy::new(22), 3);
+    // What makes the two members again lies behind where their histories part.
+    let put = ReplicateOptions::default();
+    pair.a.replication.replicate("g", "b", put).await.unwrap();
+    let parting = wait_for("a split brain", || pair.a.replication.parting("g").ok());
+    assert_eq!(parting.at, retired_at);
+    pair.a.replication.resolve("g").await.unwrap();
+    assert!(!in_records(&old, "b"), "that was cut off");
+    pair.wait_equal();
+    assert!(in_records(&old, "b"));
+    new.demote().unwrap();
+    assert_eq!(new.data_state().0, DataState::Consistent);
+}
+
 /// Changes a byte in the middle of the log's first segment; again, it is as before.
 fn turn_a_byte(dir: &Path, group: &str) {
     use std::os::unix::fs::FileExt;

@@ -2,8 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
+use serde_json::Map;
+
 use super::engine::Group;
-use super::{EpochRecord, GroupError, Role};
+use super::{EpochRecord, GroupError, NodeIdentity, Role};
+use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
 use crate::units::Lsn;
 
 impl Group {
@@ -19,6 +22,7 @@ impl Group {
         if self.role() == Role::Primary {
             // An operator has decided: nobody is asked any more.
             self.serve_in_turn()?;
+            self.become_member()?;
             let last = self.control().epochs.last().cloned();
             return Ok(last.expect("a primary began an epoch"));
         }
@@ -52,8 +56,29 @@ impl Group {
             let mut core = self.lock();
             (core.retired, core.needs_image) = (None, None);
         }
+        self.become_member()?;
         self.notify();
         Ok(epoch)
+    }
+
+    /// Who reigns holds the group: the record that replication to this node was stopped ends here.
+    /// It would else count as stopped once more when it steps down.
+    fn become_member(&self) -> Result<(), GroupError> {
+        let NodeIdentity { id, name } = &self.context.node;
+        let control = self.control();
+        if control.members.is_empty() || control.members.iter().any(|member| member.node == *id) {
+            return Ok(());
+        }
+        let own = MemberRecord {
+            node: *id,
+            name: name.clone(),
+            mode: Mode::default(),
+            on_loss: OnLoss::default(),
+            rpo_target: None,
+            removed: false,
+            other: Map::new(),
+        };
+        self.append_control(Control::Member(own)).map(|_| ())
     }
 
     /// Has writers wait, until [`Group::resume_writers`], so that the end of the log stays where it

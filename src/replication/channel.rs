@@ -266,8 +266,7 @@ impl Channel {
         // Taken up again, it has on its way passed the record of its stop, and then the one that
         // makes it a member again.
         let member = matches!(self.local.membership, Membership::Member { .. });
-        let runs = self.follower.as_ref().is_some_and(|follower| follower.asked.is_none());
-        if member && runs && self.local.retired && !self.local.primary {
+        if member && self.receives() && self.local.retired && !self.local.primary {
             context.outputs.push(Output::Retire { group: self.local.id, retired: false });
         }
         if self.local.primary {
@@ -282,7 +281,13 @@ impl Channel {
         if membership_changed && !self.visible() {
             self.drop_streams();
             if let Some(remote) = self.remote.take().filter(|remote| !remote.primary) {
-                self.tell_stopped(context, &remote.history);
+                // It may have acknowledged more since it told what it holds.
+                let theirs = if self.acked.received > remote.history.head {
+                    self.local.history.until(self.acked.received)
+                } else {
+                    remote.history
+                };
+                self.tell_stopped(context, &theirs);
             }
             self.set_state(context, ReplicationState::Idle, "not replicated with this peer");
             return;
@@ -415,6 +420,12 @@ impl Channel {
         }
         self.tell_required(context);
         self.tell_needs(context);
+    }
+
+    /// Whether this peer's stream runs.
+    #[must_use]
+    pub fn receives(&self) -> bool {
+        self.follower.as_ref().is_some_and(|follower| follower.runs)
     }
 
     /// Whether this peer's stream is followed, or asked for.

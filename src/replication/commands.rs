@@ -561,14 +561,23 @@ impl Shared {
                 self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
             }
         }
-        self.store
-            .lock()
-            .expect("no holder panics")
-            .change(peer.node, |peer| {
-                peer.copies.insert(body.group);
-            })
-            .map_err(|error| error.to_string())?;
+        self.ask_for(peer.node, body.group).map_err(|error| error.to_string())?;
         self.groups_changed();
         Ok(Value::Null)
+    }
+
+    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so.
+    fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<(), super::peers::StoreError> {
+        self.store.lock().expect("no holder panics").change(peer, |peer| {
+            peer.copies.insert(group);
+        })
+    }
+
+    /// The same before this node cuts its log to follow a peer: the record that made the two
+    /// members may be in what is cut off.
+    pub(super) fn note_asked_for(&self, peer: NodeId, group: GroupId) {
+        if let Err(error) = self.ask_for(peer, group) {
+            tracing::error!("group {group}: that it follows peer {peer}: {error}");
+        }
     }
 }

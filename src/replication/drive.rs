@@ -82,10 +82,16 @@ impl Shared {
         if let std::collections::hash_map::Entry::Vacant(vacant) = workers.entry(group) {
             let Some(replica) = self.groups.by_id(group) else { return };
             let inputs = self.inputs.clone();
+            let shared = Arc::downgrade(self);
+            let yields_to = move |peer| {
+                if let Some(shared) = shared.upgrade() {
+                    shared.note_asked_for(peer, group);
+                }
+            };
             let report = move |peer, input| {
                 let _ = inputs.send(Queued { peer, input, room: None });
             };
-            match Worker::start(replica, report) {
+            match Worker::start(replica, yields_to, report) {
                 Ok(worker) => {
                     vacant.insert(worker);
                 }

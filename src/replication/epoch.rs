@@ -72,6 +72,13 @@ impl History {
         History { reigns: Arc::new(reigns), head, chain }
     }
 
+    /// As it was when its log ended at `head`; what the chain was there is not known.
+    #[must_use]
+    pub fn until(&self, head: Lsn) -> History {
+        let reigns = self.reigns.iter().filter(|reign| reign.first_lsn < head).copied();
+        History { reigns: Arc::new(reigns.collect()), head, chain: Chain(0) }
+    }
+
     /// For the wire.
     #[must_use]
     pub fn to_wire(&self) -> WireHistory {

@@ -188,6 +188,7 @@ impl Replication {
         let shared = Arc::clone(&self.shared);
         let peer = shared.peer_named(parting.peer.as_str())?.node;
         let work = move || {
+            shared.note_asked_for(peer, group.id());
             group.yield_to(parted.at, parted.chain, Discard::Authored)?;
             shared.input(peer, Input::Yielded { group: group.id() });
             Ok(())

@@ -473,7 +473,8 @@ impl Shared {
                 let other = |(name, id): &&(Name, GroupId)| *id == local.id && *name != peer.name;
                 local.follows = followed.iter().find(other).map(|(name, _)| name.clone());
                 let member = matches!(local.membership, Membership::Member { .. });
-                if member && peer.copies.contains(&group.id()) {
+                let runs = core.channel(local.id).is_some_and(super::channel::Channel::receives);
+                if member && runs && peer.copies.contains(&group.id()) {
                     known.push((peer.node, group.id()));
                 }
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);

@@ -141,15 +141,17 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread. `report` takes each result, and never blocks.
+    /// Starts the thread. `yields_to` is told of a peer before the log is cut for it; `report`
+    /// takes each result, and never blocks.
     pub(super) fn start(
         group: Arc<dyn Replica>,
+        yields_to: impl Fn(NodeId) + Send + 'static,
         report: impl Fn(NodeId, Input) + Send + 'static,
     ) -> std::io::Result<Worker> {
         let (jobs, waiting) = mpsc::channel();
         std::thread::Builder::new()
             .name(format!("replica {}", group.name()))
-            .spawn(move || run(&*group, &waiting, &report))?;
+            .spawn(move || run(&*group, &waiting, &yields_to, &report))?;
         Ok(Worker { jobs })
     }
 
@@ -163,6 +165,7 @@ impl Worker {
 fn run(
     group: &dyn Replica,
     waiting: &mpsc::Receiver<(Job, Option<Room>)>,
+    yields_to: &(impl Fn(NodeId) + Send),
     report: &(impl Fn(NodeId, Input) + Send),
 ) {
     let mut next = None;
@@ -178,6 +181,9 @@ fn run(
                 None
             }
         };
+        if let Job::Yield { peer, .. } = job {
+            yields_to(peer);
+        }
         if let Some((peer, input)) = perform(group, job, more) {
             report(peer, input);
         }

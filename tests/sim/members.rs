@@ -163,7 +163,10 @@ impl World {
         let state = copy.data_state().0;
         let name = self.nodes[peer].name.clone();
         // What parted from the primary's history is another trouble.
-        let parted = found.chain_at(at.head) != Some(at.chain) && at.head >= found.log_start();
+        let reigns =
+            |group: &Group| group.control().epochs.iter().map(|epoch| epoch.id).collect::<Vec<_>>();
+        let parted = !reigns(&found).starts_with(&reigns(&copy))
+            || found.chain_at(at.head) != Some(at.chain) && at.head >= found.log_start();
         if parted || at.head == Lsn::ZERO || copy.role() == Role::Primary {
             return;
         }

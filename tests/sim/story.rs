@@ -319,6 +319,7 @@ impl World {
             host.leave(node);
         }
         found.sync_now().ok();
+        self.nodes[node].invited.insert((peer, group));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
         copy.cutting = std::mem::take(&mut copy.sure);
         (copy.line, copy.durable) = (None, Vec::new());

@@ -393,6 +393,10 @@ impl World {
             copy.cutting = std::mem::take(&mut copy.sure);
             copy.durable.clear();
         }
+        if let Job::Yield { peer, .. } = job {
+            let peer = self.peer_number(peer);
+            self.nodes[node].invited.insert((peer, group));
+        }
         self.say(format_args!("{} does {}", self.nodes[node].name, short(&job)));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
         let found = Arc::clone(&copy.group);
@@ -465,7 +469,9 @@ impl World {
             let mut local = local_group(&*found, me, self.nodes[peer].id, asked);
             let other = followed.iter().find(|name| **name != self.nodes[peer].name);
             local.follows = other.cloned();
-            if asked && matches!(local.membership, Membership::Member { .. }) {
+            let channel = self.nodes[node].links[&peer].core.channel(id);
+            let runs = channel.is_some_and(|channel| channel.receives());
+            if asked && runs && matches!(local.membership, Membership::Member { .. }) {
                 self.nodes[node].invited.remove(&(peer, group));
             }
             self.feed(node, peer, Input::Group(Box::new(local)));

@@ -53,6 +53,7 @@ impl Channel {
             ));
         }
         follower.asked = None;
+        follower.runs = true;
         follower.expected = from;
         follower.appended = from;
         self.refused = Refused::default();
@@ -78,7 +79,7 @@ impl Channel {
         bytes: Bytes,
     ) -> Result<(), String> {
         let Some(follower) = &mut self.follower else { return Ok(()) };
-        if follower.stream != stream || follower.asked.is_some() {
+        if follower.stream != stream || !follower.runs {
             return Ok(());
         }
         if position != follower.expected {
@@ -137,7 +138,7 @@ impl Channel {
 
     pub(super) fn send_ack(&mut self, context: &mut Context<'_>) {
         let Some(follower) = &self.follower else { return };
-        if follower.asked.is_some() || follower.appended < self.local.history.head {
+        if !follower.runs || follower.appended < self.local.history.head {
             return;
         }
         context.send(Message::Ack {
@@ -177,7 +178,7 @@ impl Channel {
             return;
         }
         let Some(follower) = &self.follower else { return };
-        if follower.stream != stream || follower.asked.is_some() {
+        if follower.stream != stream || !follower.runs {
             return;
         }
         self.told = Some(told);
@@ -220,8 +221,7 @@ impl Channel {
         theirs: &History,
     ) {
         // A stream that runs brings the record that ends it.
-        let runs = self.follower.as_ref().is_some_and(|follower| follower.asked.is_none());
-        if runs || self.sender.is_some() {
+        if self.receives() || self.sender.is_some() {
             return;
         }
         self.drop_streams();

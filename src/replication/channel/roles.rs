@@ -280,8 +280,13 @@ impl Channel {
         self.end_following();
         let stream = self.next_stream;
         self.next_stream += 1;
-        self.follower =
-            Some(Follower { stream, asked: None, expected: Lsn::ZERO, appended: Lsn::ZERO });
+        self.follower = Some(Follower {
+            stream,
+            asked: None,
+            runs: false,
+            expected: Lsn::ZERO,
+            appended: Lsn::ZERO,
+        });
         context.outputs.push(Output::Prepare { group: self.local.id, stream });
         if !self.needs_a_hand() {
             let reason = format!("{} is asked for the log", context.peer_name);

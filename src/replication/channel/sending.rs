@@ -346,6 +346,9 @@ impl Channel {
         self.note_caught_up(context);
         self.check_rpo(context);
         if self.ending.is_some_and(|end| acked.received >= end) {
+            // It is free to follow another one.
+            let reason = "replication was stopped";
+            self.stop(context, self.local.id.0, stream, StopCode::NotMember, reason);
             self.drop_streams();
             self.remote = None;
             self.local.membership = Membership::Stranger;

@@ -83,6 +83,8 @@ pub(super) struct Follower {
     pub(super) stream: u64,
     /// The head that was asked with, until the stream is granted.
     pub(super) asked: Option<Lsn>,
+    /// The peer has granted it.
+    pub(super) runs: bool,
     /// Where the next byte from the peer belongs.
     pub(super) expected: Lsn,
     /// Up to here everything was appended.

@@ -190,6 +190,8 @@ fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
     let local = world.nodes[1].local();
     world.feed(1, Input::Group(Box::new(local)));
     assert!(world.nodes[1].retired);
+    world.run(seconds(1));
+    assert!(!world.nodes[1].core.channel(GROUP).unwrap().follows(), "it may follow another");
     world.write(0);
     world.run(seconds(10));
     assert_eq!(world.nodes[1].log.bytes.len() + 64, world.nodes[0].log.bytes.len());
@@ -320,6 +322,24 @@ fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_aga
     world.feed(1, Input::Pause { group: GROUP, paused: true });
     world.run(seconds(1));
     set_member(&mut world, Membership::Stranger);
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+}
+
+#[test]
+fn a_copy_that_was_empty_when_its_peer_came_learns_that_it_was_stopped() {
+    let mut world = World::new(18);
+    assert_eq!(world.nodes[1].log.head(), Lsn(0), "as it announces itself");
+    world.run(seconds(3));
+    world.assert_streaming();
+    // Without a stream that could carry the record.
+    world.feed(0, Input::Pause { group: GROUP, paused: true });
+    world.run(seconds(1));
+    let now = world.now;
+    world.nodes[0].log.append(now, None);
+    world.nodes[0].membership = Membership::Stranger;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
 }
