@@ -65,7 +65,7 @@ impl Node {
         if is_new && started.is_err() {
             // Nobody was served: a start that was refused leaves nothing behind.
             let empty = std::fs::remove_dir(data_dir.join("groups"));
-            if empty.is_ok() || !data_dir.join("groups").exists() {
+            if empty.is_ok() || matches!(data_dir.join("groups").try_exists(), Ok(false)) {
                 let _ = std::fs::remove_dir_all(&data_dir);
             }
         }
@@ -274,7 +274,7 @@ fn lock_data_dir(data_dir: &Path) -> Result<(Flock<File>, bool), NodeError> {
         ))
     };
     let node_dir = data_dir.join("node");
-    let is_new = !data_dir.exists();
+    let is_new = !data_dir.try_exists().map_err(|error| failed("could not be read", &error))?;
     std::fs::create_dir_all(&node_dir).map_err(|error| failed("could not be made", &error))?;
     let path = node_dir.join("lock");
     let file = File::options()
@@ -308,7 +308,8 @@ fn identity(env: &Env, config: &Config) -> Result<NodeIdentity, NodeError> {
     let failed = |what: &str, error: &dyn Display| {
         NodeError::new(format!("identity {}: {what}: {error}", path.display()))
     };
-    let stored = if env.disk.exists(&path) {
+    let is_there = env.disk.exists(&path);
+    let stored = if is_there.map_err(|error| failed("could not be looked for", &cause(&error)))? {
         let bytes = read_file(env.disk.as_ref(), &path)
             .map_err(|error| failed("could not be read", &cause(&error)))?;
         serde_json::from_slice(&bytes).map_err(|error| {

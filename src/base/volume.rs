@@ -154,7 +154,7 @@ impl BaseVolume {
         number: VolumeNumber,
     ) -> io::Result<BaseVolume> {
         for path in [image_path, sums_path] {
-            if disk.exists(&path(from, number)) {
+            if disk.exists(&path(from, number))? {
                 disk.rename(&path(from, number), &path(to, number))?;
             }
         }
@@ -463,14 +463,14 @@ impl BaseVolume {
     /// Takes the files of a volume away where any are there; durable on return.
     pub fn remove_files(disk: &dyn Disk, dir: &Path, number: VolumeNumber) -> io::Result<()> {
         let paths = [image_path(dir, number), sums_path(dir, number)];
-        let mut there = paths.iter().filter(|path| disk.exists(path)).peekable();
-        if there.peek().is_none() {
-            return Ok(());
+        let mut removed = false;
+        for path in &paths {
+            if disk.exists(path)? {
+                disk.remove(path)?;
+                removed = true;
+            }
         }
-        for path in there {
-            disk.remove(path)?;
-        }
-        disk.sync_dir(dir)
+        if removed { disk.sync_dir(dir) } else { Ok(()) }
     }
 
     fn folder(&self) -> MutexGuard<'_, Option<OpenChunk>> {

@@ -37,7 +37,7 @@ impl FileJournal {
     ///
     /// Where the file cannot be read or made.
     pub fn open(disk: Arc<dyn Disk>, path: &Path) -> std::io::Result<(FileJournal, Vec<Event>)> {
-        if !disk.exists(path) {
+        if !disk.exists(path)? {
             let inner = rewrite(disk.as_ref(), path, &[])?;
             let journal = FileJournal { disk, path: path.to_owned(), inner: Mutex::new(inner) };
             return Ok((journal, Vec::new()));
@@ -67,7 +67,7 @@ fn line_of(event: &Event) -> Vec<u8> {
 /// A new file with `events`, under the journal's name.
 fn rewrite(disk: &dyn Disk, path: &Path, events: &[Event]) -> std::io::Result<Inner> {
     let new_path = path.with_extension("new");
-    if disk.exists(&new_path) {
+    if disk.exists(&new_path)? {
         disk.remove(&new_path)?;
     }
     let file = disk.open(&new_path, OpenMode::CreateNew)?;

@@ -87,7 +87,7 @@ impl Keeping {
         if self.dir.is_none() {
             let all = self.group_dir.join("branches");
             let dir = all.join(format!("cut-{}{}", self.branch.from.lsn, self.suffix));
-            if self.suffix == COPYING && disk.exists(&dir) {
+            if self.suffix == COPYING && disk.exists(&dir)? {
                 files::discard(disk, &dir)?;
             }
             disk.create_dir(&dir)?;
@@ -122,7 +122,7 @@ impl Keeping {
 /// Gives a branch that is whole its name, durably.
 fn name_branch(disk: &dyn Disk, dir: &Path, at: Lsn) -> io::Result<String> {
     let all = dir.parent().expect("it is under `branches`");
-    let name = free_name(disk, all, at);
+    let name = free_name(disk, all, at)?;
     disk.rename(dir, &all.join(&name))?;
     disk.sync_dir(all)?;
     Ok(name)
@@ -137,7 +137,7 @@ fn read_about(disk: &dyn Disk, dir: &Path) -> io::Result<Branch> {
 /// At the start, once the log is cut: names the branches whose cut did not get to it.
 pub(super) fn finish_branches(disk: &dyn Disk, group_dir: &Path) -> io::Result<Vec<Branch>> {
     let all = group_dir.join("branches");
-    let names = if disk.exists(&all) { disk.list(&all)? } else { Vec::new() };
+    let names = names_in(disk, &all)?;
     let mut finished = Vec::new();
     for unfinished in names.into_iter().filter(|name| name.ends_with(UNFINISHED)) {
         let dir = all.join(&unfinished);
@@ -160,18 +160,32 @@ fn is_branch(name: &str) -> bool {
 }
 
 /// The name of the next branch that leaves the history at a position.
-fn free_name(disk: &dyn Disk, all: &Path, at: Lsn) -> String {
+fn free_name(disk: &dyn Disk, all: &Path, at: Lsn) -> io::Result<String> {
     let names = std::iter::once(format!("cut-{at}"))
         .chain((2..).map(|number| format!("cut-{at}-{number}")));
-    let name = names.into_iter().find(|name| !disk.exists(&all.join(name)));
-    name.expect("numbers do not end")
+    for name in names {
+        if !disk.exists(&all.join(&name))? {
+            return Ok(name);
+        }
+    }
+    unreachable!("numbers do not end")
+}
+
+/// The names in a directory that may not be there.
+fn names_in(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
+    if disk.exists(dir)? { disk.list(dir) } else { Ok(Vec::new()) }
 }
 
 impl Group {
     /// The name that a branch from a position would have, were it cut off now.
-    #[must_use]
-    pub fn next_branch(&self, at: Lsn) -> String {
-        free_name(&*self.context.env.disk, &self.dir.join("branches"), at)
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub fn next_branch(&self, at: Lsn) -> Result<String, GroupError> {
+        let all = self.dir.join("branches");
+        free_name(&*self.context.env.disk, &all, at)
+            .map_err(|cause| self.io(format!("list {}", all.display()), &cause))
     }
 
     /// Gives up a branch: what is in it is lost.
@@ -301,7 +315,7 @@ impl Group {
         let io = |cause| self.io(format!("list {}", all.display()), &cause);
         let _one_at_a_time = self.listed.listing.lock().expect("no holder panics");
         let mut branches = Vec::new();
-        let names = if disk.exists(&all) { disk.list(&all).map_err(io)? } else { Vec::new() };
+        let names = names_in(&**disk, &all).map_err(io)?;
         for name in names.into_iter().filter(|name| is_branch(name)) {
             branches.push(match read_about(&**disk, &all.join(&name)) {
                 Ok(about) => Branch { name, ..about },
@@ -329,7 +343,7 @@ fn unreadable(name: String, cause: &io::Error) -> Branch {
 /// copied.
 pub(super) fn remove_discarded(disk: &dyn Disk, group_dir: &Path) {
     let all = group_dir.join("branches");
-    let names = if disk.exists(&all) { disk.list(&all).unwrap_or_default() } else { Vec::new() };
+    let names = names_in(disk, &all).unwrap_or_default();
     let goes = |name: &String| files::is_discarded(name) || name.ends_with(COPYING);
     for name in names.into_iter().filter(goes) {
         if let Err(cause) = files::discard(disk, &all.join(&name)) {
@@ -420,7 +434,7 @@ fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::
 
 fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
     let disk = segments.disk();
-    if disk.exists(to) {
+    if disk.exists(to)? {
         // Of an attempt before: its room counts only once it is gone for good.
         disk.remove(to)?;
         disk.sync_dir(to.parent().unwrap_or(to))?;

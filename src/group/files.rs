@@ -46,7 +46,7 @@ pub(super) fn discard(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     let named = path.extension().is_some();
     let gone = if named { path.to_owned() } else { path.with_extension(&DISCARDED[1..]) };
     if !named {
-        if disk.exists(&gone) {
+        if disk.exists(&gone)? {
             disk.remove_dir(&gone)?;
         }
         disk.rename(path, &gone)?;

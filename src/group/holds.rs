@@ -194,7 +194,7 @@ impl Group {
 
     fn discard_moment(&self, moment: &Moment) {
         let disk = &*self.context.env.disk;
-        if disk.exists(moment.dir())
+        if !matches!(disk.exists(moment.dir()), Ok(false))
             && let Err(cause) = files::discard(disk, moment.dir())
         {
             // The next start tries again: nothing needs it.
@@ -353,7 +353,7 @@ pub(super) fn load_moments(
 ) -> std::io::Result<BTreeMap<Lsn, Arc<Moment>>> {
     let mut moments = BTreeMap::new();
     let all = group_dir.join(MOMENTS);
-    let names = if disk.exists(&all) { disk.list(&all)? } else { Vec::new() };
+    let names = if disk.exists(&all)? { disk.list(&all)? } else { Vec::new() };
     for name in names {
         let lsn = name.parse().ok().map(Lsn).filter(|lsn| *lsn < base);
         let Some(lsn) = lsn else {

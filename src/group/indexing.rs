@@ -58,9 +58,6 @@ pub(super) fn indexed(
 ) -> Option<(Vec<Indexed>, Chain)> {
     let number = first.segment_number(segments.segment_bytes());
     let path = segments.dir().join(index_name(number));
-    if !segments.disk().exists(&path) {
-        return None;
-    }
     let file = segments.disk().open(&path, OpenMode::Read).ok()?;
     let bytes = file.len().ok()?;
     // No longer than headers for the smallest records could be.
@@ -90,7 +87,7 @@ impl Group {
             if first.advance(self.segment_bytes()) > durable {
                 return;
             }
-            if first < horizon || self.context.env.disk.exists(&path) {
+            if first < horizon || !matches!(self.context.env.disk.exists(&path), Ok(false)) {
                 continue;
             }
             if let Err(cause) = self.write_index(number, cuts) {

@@ -91,7 +91,7 @@ impl Merging {
         }
         self.control.store(&**disk, &base_dir)?;
         let moments = group_dir.join(MOMENTS);
-        if disk.exists(&moments) {
+        if disk.exists(&moments)? {
             if self.partial {
                 // They may need the bases of volumes that are gone: those go when nobody does.
                 return Ok(());
@@ -177,7 +177,7 @@ pub(super) fn finish_at_start(
 /// Removes every segment and what belongs to one, spares too: the image may lie before what they
 /// hold.
 fn drop_old_log(disk: &dyn Disk, log_dir: &Path) -> io::Result<()> {
-    if !disk.exists(log_dir) {
+    if !disk.exists(log_dir)? {
         return Ok(());
     }
     for name in disk.list(log_dir)? {

@@ -222,9 +222,10 @@ impl Registry {
         }
         let path = self.dir.join(new.id.to_string());
         let disk = &self.context.env.disk;
-        if disk.exists(&path) {
+        let looked = |cause| GroupError::io(&new.name, "look for what is left", &cause);
+        if disk.exists(&path).map_err(looked)? {
             // Left by a making that did not end, or of a group that could not be opened.
-            if disk.exists(&path.join(META)) {
+            if disk.exists(&path.join(META)).map_err(looked)? {
                 let what = format!("{} exists already, and could not be opened", path.display());
                 return Err(GroupError::Refused { group: new.name, what });
             }
@@ -233,7 +234,7 @@ impl Registry {
         }
         let group = make(self.context.clone(), &path, new).inspect_err(|_| {
             // Else the next start removes it.
-            if disk.exists(&path)
+            if !matches!(disk.exists(&path), Ok(false))
                 && let Err(cause) = discard(&**disk, &path)
             {
                 tracing::warn!("{}: what is left could not be removed: {cause}", path.display());
@@ -297,7 +298,7 @@ impl Registry {
 /// or is not there and neither is anything else.
 fn is_unfinished(disk: &dyn Disk, path: &Path, id: &str) -> bool {
     id.parse::<GroupId>().is_ok()
-        && !disk.exists(&path.join(META))
-        && (disk.exists(&path.join(UNFINISHED_META))
+        && matches!(disk.exists(&path.join(META)), Ok(false))
+        && (matches!(disk.exists(&path.join(UNFINISHED_META)), Ok(true))
             || disk.list(path).is_ok_and(|names| names.is_empty()))
 }

@@ -254,7 +254,7 @@ impl Staging {
         let dir = group_dir.join(STAGING);
         let gone = dir.with_extension("deleted");
         for dir in [&dir, &gone] {
-            if disk.exists(dir) {
+            if disk.exists(dir)? {
                 files::discard(disk, dir)?;
             }
         }

@@ -172,9 +172,6 @@ impl Group {
         }
         *staging = None;
         self.note_receiving(None);
-        if !self.context.env.disk.exists(&self.dir.join(STAGING)) {
-            return Ok(());
-        }
         Staging::remove(&*self.context.env.disk, &self.dir)
             .map_err(|cause| self.io("remove staging", &cause))
     }
@@ -384,7 +381,7 @@ impl Group {
     /// At the start: what an earlier run had staged.
     pub(super) fn take_up_staging(&self) {
         let disk = &self.context.env.disk;
-        if !disk.exists(&self.dir.join(STAGING)) {
+        if matches!(disk.exists(&self.dir.join(STAGING)), Ok(false)) {
             return;
         }
         match Staging::open(disk.clone(), &self.dir) {

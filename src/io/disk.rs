@@ -58,8 +58,8 @@ pub trait Disk: Send + Sync {
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
     /// The names in a directory, sorted.
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
-    /// Whether something has this name.
-    fn exists(&self, path: &Path) -> bool;
+    /// Whether something has this name. An error is no answer: what is there may not be made anew.
+    fn exists(&self, path: &Path) -> io::Result<bool>;
     /// Makes the names in a directory durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// The bytes that a file takes on the disk, holes left out; none where it cannot be told.

@@ -83,8 +83,8 @@ impl Disk for FileDisk {
         Ok(names)
     }
 
-    fn exists(&self, path: &Path) -> bool {
-        path.exists()
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        path.try_exists().map_err(|error| at(path, &error))
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

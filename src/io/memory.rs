@@ -757,9 +757,9 @@ impl Disk for MemoryDisk {
             .collect())
     }
 
-    fn exists(&self, path: &Path) -> bool {
+    fn exists(&self, path: &Path) -> io::Result<bool> {
         let state = self.lock();
-        path.parent().is_none() || state.names.contains_key(path)
+        Ok(path.parent().is_none() || state.names.contains_key(path))
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {

@@ -230,7 +230,7 @@ impl Segments {
             }
             let path = self.dir.join(segment_name(segment.number));
             let index = self.dir.join(index_name(segment.number));
-            if self.disk.exists(&index) {
+            if self.disk.exists(&index)? {
                 self.disk.remove(&index)?;
             }
             if idle.spares.len() < SPARES_MAX {
@@ -322,7 +322,7 @@ impl Segments {
     /// What the disk says.
     pub fn drop_index(&self, number: u64) -> io::Result<()> {
         let index = self.dir.join(index_name(number));
-        if self.disk.exists(&index) { self.disk.remove(&index) } else { Ok(()) }
+        if self.disk.exists(&index)? { self.disk.remove(&index) } else { Ok(()) }
     }
 
     /// Reads `[from, from + buffer.len())`, across segments.

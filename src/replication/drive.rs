@@ -228,7 +228,7 @@ pub(super) mod tests {
         fn list(&self, path: &Path) -> io::Result<Vec<String>> {
             self.disk.list(path)
         }
-        fn exists(&self, path: &Path) -> bool {
+        fn exists(&self, path: &Path) -> io::Result<bool> {
             self.disk.exists(path)
         }
         fn sync_dir(&self, path: &Path) -> io::Result<()> {

@@ -174,7 +174,7 @@ impl Replication {
         if let Some(account) = &remote.account {
             parting.peer_bytes = Some(account.to.bytes_since(parting.at));
         }
-        let branch = (parting.local_bytes > 0).then_some(branch);
+        let branch = if parting.local_bytes > 0 { Some(branch?) } else { None };
         Ok(Preview { parting, branch, refused, local, remote })
     }
 

@@ -14,7 +14,7 @@ use super::world::World;
 const OUTSTANDING: usize = 6;
 
 /// What status says where hosts wait for a peer.
-const MUST_HOLD: &str = "must hold what they write";
+pub const MUST_HOLD: &str = "must hold what they write";
 
 /// A host of one group.
 pub struct Host {

@@ -10,6 +10,7 @@ use tidelog::replication::ReplicateOptions;
 use tidelog::replication::simulation::put_member;
 use tidelog::units::{Lsn, NodeId};
 
+use super::hosts::MUST_HOLD;
 use super::node::contents;
 use super::world::World;
 
@@ -24,6 +25,11 @@ impl World {
     /// Stops the replication to a member, or takes up again what was stopped.
     pub fn change_members(&mut self, node: usize, group: usize) {
         if !self.nodes[node].serves(group) {
+            return;
+        }
+        // A command would wait until the switchover has ended.
+        let found = self.nodes[node].group(group).expect("it serves");
+        if found.waits_because().is_some_and(|why| !why.contains(MUST_HOLD)) {
             return;
         }
         let members = self.groups[group].members.clone();

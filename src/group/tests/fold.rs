@@ -350,7 +350,7 @@ fn a_copy_damaged_below_a_fold_that_stopped_half_way_is_no_moment_until_an_image
             let meta = super::super::meta::MetaFile::open(&*after.disk, &dir().join("meta"));
             meta.unwrap().unwrap().meta.fold_target >= target
         };
-        if !after.disk.exists(&path) {
+        if !after.disk.exists(&path).unwrap() {
             // The fold is done, and the segment is a spare.
             continue;
         }

@@ -36,7 +36,7 @@ pub(super) fn at_pin(group: &Group, named: &str) -> Result<Arc<Image>, GroupErro
 
 pub(super) fn moments_on_disk(disk: &MemoryDisk) -> Vec<String> {
     let all = dir().join("moments");
-    if disk.exists(&all) { disk.list(&all).unwrap() } else { Vec::new() }
+    if disk.exists(&all).unwrap() { disk.list(&all).unwrap() } else { Vec::new() }
 }
 
 #[test]
@@ -495,7 +495,7 @@ fn what_is_missing_when_a_fold_goes_on_is_told_and_not_made_of_its_half() {
     for (boundary, disk) in bench.disk.take_recorded().into_iter().enumerate() {
         let disk = Arc::new(disk.snapshot());
         let moments = dir().join("moments");
-        if disk.exists(&moments) {
+        if disk.exists(&moments).unwrap() {
             disk.remove_dir(&moments).unwrap();
         }
         let begun = Bench { disk: Arc::new(disk.snapshot()), ..bench.after_crash(0) };

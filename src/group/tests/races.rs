@@ -62,7 +62,7 @@ impl Disk for HookDisk {
         self.disk.list(path)
     }
 
-    fn exists(&self, path: &Path) -> bool {
+    fn exists(&self, path: &Path) -> io::Result<bool> {
         self.disk.exists(path)
     }
 

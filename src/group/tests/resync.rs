@@ -274,7 +274,7 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
             pair.there.pass(5);
             pair.copy.fold_now().unwrap();
             check(&pair.copy, "in the base");
-            assert!(!pair.there.disk.exists(&dir().join("staging")), "{what}");
+            assert!(!pair.there.disk.exists(&dir().join("staging")).unwrap(), "{what}");
             for base in pair.copy.bases.read().unwrap().values() {
                 base.check(0, u64::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
             }

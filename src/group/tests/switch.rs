@@ -18,7 +18,7 @@ fn forked() -> (Pair, Lsn) {
     write(&pair.primary, gone, 0, &[2; 1 << 20]);
     pair.follow();
     pair.copy.fold_all().unwrap();
-    assert!(pair.there.disk.exists(&dir().join(format!("base/{gone}.img"))));
+    assert!(pair.there.disk.exists(&dir().join(format!("base/{gone}.img"))).unwrap());
     drop(pair.primary);
     let (primary, _) = before.open();
     primary.promote("test").unwrap();
