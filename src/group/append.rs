@@ -301,7 +301,7 @@ impl Group {
         Ok(end)
     }
 
-    fn append_body(
+    pub(super) fn append_body(
         &self,
         core: &mut Core,
         control: &Control,

@@ -2,10 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
-use serde_json::Map;
+use serde_json::{Map, json};
 
 use super::engine::Group;
 use super::{EpochRecord, GroupError, NodeIdentity, Role};
+use crate::events::Severity;
 use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
 use crate::units::Lsn;
 
@@ -22,7 +23,7 @@ impl Group {
         if self.role() == Role::Primary {
             // An operator has decided: nobody is asked any more.
             self.serve_in_turn()?;
-            self.become_member()?;
+            self.become_member();
             let last = self.control().epochs.last().cloned();
             return Ok(last.expect("a primary began an epoch"));
         }
@@ -56,19 +57,15 @@ impl Group {
             let mut core = self.lock();
             (core.retired, core.needs_image) = (None, None);
         }
-        self.become_member()?;
+        self.become_member();
         self.notify();
         Ok(epoch)
     }
 
     /// Who reigns holds the group: the record that replication to this node was stopped ends here.
-    /// It would else count as stopped once more when it steps down.
-    fn become_member(&self) -> Result<(), GroupError> {
+    /// It would else count as stopped once more when it steps down. A failure is told: it reigns.
+    fn become_member(&self) {
         let NodeIdentity { id, name } = &self.context.node;
-        let control = self.control();
-        if control.members.is_empty() || control.members.iter().any(|member| member.node == *id) {
-            return Ok(());
-        }
         let own = MemberRecord {
             node: *id,
             name: name.clone(),
@@ -78,7 +75,29 @@ impl Group {
             removed: false,
             other: Map::new(),
         };
-        self.append_control(Control::Member(own)).map(|_| ())
+        let mut freed = Vec::new();
+        let appended = {
+            let mut core = self.lock();
+            let members = &core.view.members;
+            let known = members.is_empty() || members.iter().any(|member| member.node == *id);
+            // Who halts the writers is about to demote, and waits for the turn that is held here.
+            if known || core.halted.is_some() || core.closed {
+                return;
+            }
+            let may = self.failed_error(&core);
+            may.and_then(|()| self.append_body(&mut core, &Control::Member(own), None, &mut freed))
+        };
+        drop(freed);
+        self.report();
+        self.notify();
+        if let Err(error) = appended.and_then(|_| self.sync_now()) {
+            let text = format!(
+                "this node reigns, but its record as a member could not be written: {error}; \
+                 `tidelog replicate {} --to PEER` writes it once there is room",
+                self.name()
+            );
+            self.emit(Severity::Warning, "member-not-written", text, json!(null));
+        }
     }
 
     /// Has writers wait, until [`Group::resume_writers`], so that the end of the log stays where it

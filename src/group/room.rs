@@ -36,6 +36,9 @@ pub struct DiskRoom {
 /// A refusal counts at least so long: what fits a gap that is left says nothing of the next write.
 const REFUSED_FOR: Duration = Duration::from_secs(5);
 
+/// What a log takes of the disk is looked at so often at most: every file of it is.
+const MEASURE_EVERY: Duration = Duration::from_secs(1);
+
 /// What is known of the room for a log.
 #[derive(Default)]
 pub(super) struct Room {
@@ -44,6 +47,8 @@ pub(super) struct Room {
     pub fold_failure: Option<(String, LogTime)>,
     /// What the disk has; none is not known.
     disk: Option<DiskRoom>,
+    /// When it was looked last what the log takes of the disk (monotonic).
+    measured_at: Option<Duration>,
     /// What the disk said to an append that it had no room for, and when (monotonic).
     refused: Option<(String, Duration)>,
     /// Since when the log is full. It ends when the log is under pressure no more, so that one that
@@ -71,22 +76,28 @@ impl Limits {
 
     /// Why it is not what the group was given.
     fn reason(&self, dir: &Path) -> Option<String> {
-        let (group, limit) = (ByteSize(self.group), self.effective());
-        match (self.disk, self.node) {
-            _ if limit == self.group => None,
-            (Some(disk), _) if limit == disk.log_limit_bytes => Some(format!(
+        let lowest = Limits { least: 0, ..*self }.effective();
+        let group = ByteSize(self.group);
+        if self.effective() == self.group {
+            return None;
+        }
+        let least = "four segments, which a log may always have";
+        let reason = match (self.disk, self.node) {
+            _ if lowest == self.group => return Some(least.to_owned()),
+            (Some(disk), _) if lowest == disk.log_limit_bytes => format!(
                 "not the {group} that the group was given, since the file system of {} has {} free, \
                  of which {} are to stay free (`disk_reserve`)",
                 dir.display(),
                 ByteSize(disk.free_bytes),
                 ByteSize(disk.reserve_bytes)
-            )),
-            (_, Some(node)) if limit == node => Some(format!(
+            ),
+            _ => format!(
                 "not the {group} that the group was given, since the configuration of this node has \
                  a lower `log_limit`"
-            )),
-            _ => Some("four segments, which a log may always have".to_owned()),
-        }
+            ),
+        };
+        let at_least = if lowest < self.least { format!("; {least}") } else { String::new() };
+        Some(reason + &at_least)
     }
 }
 
@@ -204,8 +215,7 @@ impl Group {
 
     /// Keeps the file system's reserve free: the log's limit shrinks with what is left beyond it.
     pub(super) fn look_at_disk(&self) {
-        let log_used_bytes = self.segments.allocated_bytes();
-        self.lock().log_used_bytes = log_used_bytes;
+        self.measure_log();
         let Ok(space) = self.context.env.disk.space(&self.dir) else { return };
         let default = 2 * self.segment_bytes() + space.total_bytes / 100;
         let reserve = self.context.limits.disk_reserve_bytes.unwrap_or(default);
@@ -222,6 +232,20 @@ impl Group {
         if beyond > 0 && core.room.refused.as_ref().is_some_and(old) {
             core.room.refused = None;
         }
+    }
+
+    fn measure_log(&self) {
+        let now = self.context.env.clock.monotonic();
+        {
+            let mut core = self.lock();
+            let before = core.room.measured_at;
+            if before.is_some_and(|before| now.saturating_sub(before) < MEASURE_EVERY) {
+                return;
+            }
+            core.room.measured_at = Some(now);
+        }
+        let log_used_bytes = self.segments.allocated_bytes();
+        self.lock().log_used_bytes = log_used_bytes;
     }
 
     /// Tells when the log gets full, and when it has room again.
@@ -283,5 +307,20 @@ mod tests {
         let least = Limits { group: 1 << 20, ..well };
         assert!(reason(least).starts_with("four segments"), "{}", reason(least));
         assert_eq!(reason(Limits { node: None, disk: None, ..well }), "");
+    }
+
+    #[test]
+    fn a_disk_that_is_full_is_the_reason_also_where_a_log_has_the_least_it_may() {
+        let disk = DiskRoom { free_bytes: 0, reserve_bytes: 200 << 20, log_limit_bytes: 96 << 20 };
+        let (group, node) = (10 << 30, Some(128 << 20));
+        let full = Limits { group, node, disk: Some(disk), least: 256 << 20 };
+        let told = |limits: Limits| limits.reason(Path::new("/data/g")).unwrap_or_default();
+        assert_eq!(full.effective(), 256 << 20);
+        let least = "; four segments, which a log may always have";
+        assert!(told(full).contains("of /data/g has 0 B free"), "{}", told(full));
+        assert!(told(full).ends_with(least), "{}", told(full));
+        let by_node = Limits { node: Some(64 << 20), ..full };
+        assert!(told(by_node).contains("configuration of this node"), "{}", told(by_node));
+        assert!(told(by_node).ends_with(least), "{}", told(by_node));
     }
 }

@@ -248,9 +248,9 @@ impl Group {
         if self.segments.get(next).is_none() {
             let _ = self.segments.ensure(next);
         }
+        self.start_writeback(written_back, head);
         self.look_at_disk();
         self.look_at_room();
-        self.start_writeback(written_back, head);
         self.write_indices();
         head
     }

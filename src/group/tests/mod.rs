@@ -14,6 +14,7 @@ mod moments;
 mod pins;
 mod races;
 mod registry;
+mod reign;
 mod repair;
 mod resync;
 mod returning;

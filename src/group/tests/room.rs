@@ -210,3 +210,21 @@ fn what_a_full_disk_has_of_an_append_is_taken_back_and_no_start_finds_it() {
     }
     assert!(across > 4 && inside > 4, "{across} {inside}");
 }
+
+#[test]
+fn what_a_log_takes_of_the_disk_is_measured_once_a_second_however_fast_it_grows() {
+    let bench = Bench::new("a", 22);
+    let (group, volume) = group_with_volume(&bench);
+    let grown = || {
+        write(&group, volume, 0, &vec![1; 1 << 20]);
+        group.prepare_round(group.positions().head);
+        (group.positions().log_used_bytes, group.segments.allocated_bytes())
+    };
+    let (first, allocated) = grown();
+    assert_eq!(first, allocated, "the first round after a start");
+    let (second, allocated) = grown();
+    assert!(second == first && allocated >= first + (1 << 20), "{second} of {allocated}");
+    bench.pass(1);
+    let (third, allocated) = grown();
+    assert_eq!(third, allocated);
+}
