@@ -4,6 +4,7 @@
 use nix::errno::Errno as Code;
 use serde_json::{Value, json};
 use tidelog::nbd::{Client, NbdAddress};
+use tidelog::units::{ByteSize, LogTime};
 
 use crate::support::faulty::{Call, Faults};
 use crate::support::{Appliance, Setup, free_address, wait_for};
@@ -112,8 +113,12 @@ fn the_size_of_a_log_is_what_is_used_of_its_limit_and_beside_it_what_it_takes_on
     assert_eq!(log["limit_reason"], Value::Null, "{log}");
     let shown = a.run(&["status", "g"]);
     assert!(shown.contains("  log     1 MiB used of 10 GiB ("), "{shown}");
-    let on_disk = number("allocated_bytes") / MEBIBYTE;
-    assert!(shown.contains(&format!("({on_disk}")) && shown.contains("on disk)"), "{shown}");
+    // It is looked at again from time to time.
+    wait_for("both to say the same of the disk", || {
+        let allocated = a.status("g")["log"]["allocated_bytes"].as_u64().unwrap();
+        let on_disk = format!("({} on disk)", ByteSize(allocated));
+        a.run(&["status", "g"]).contains(&on_disk).then_some(())
+    });
 }
 
 #[test]
@@ -270,7 +275,7 @@ fn promote_on_a_copy_whose_disk_failed_recommends_what_works_there() {
     write(&a, 1);
     wait_for("the copy to fail", || (b.status("g")["data_state"] == "failed").then_some(()));
     let said = refusal(&b, &["promote", "g"]);
-    let at = |part: &str| said.find(part).unwrap_or_else(|| panic!("{part}: {said}"));
+    let at = |part: &str| place(&said, part);
     assert!(
         said.contains("the disk under this copy failed") && said.contains("by `--force` neither")
     );
@@ -296,6 +301,24 @@ fn promote_on_a_copy_whose_disk_failed_recommends_what_works_there() {
 fn lacks(node: &Appliance) -> (Option<u64>, String) {
     let peer = &node.status("g")["peers"][0];
     (peer["lag"]["bytes"].as_u64(), peer["lag_state"].as_str().unwrap().to_owned())
+}
+
+/// Where a part is in what was said.
+fn place(said: &str, part: &str) -> usize {
+    said.find(part).unwrap_or_else(|| panic!("{part}: {said}"))
+}
+
+/// When `a` was last heard, by what `promote` says.
+fn last_heard(said: &str) -> jiff::Timestamp {
+    let (_, rest) = said.split_once("a was last heard ").unwrap_or_else(|| panic!("{said}"));
+    let (time, _) =
+        rest.split_once(": what it has behind LSN ").unwrap_or_else(|| panic!("{said}"));
+    time.parse().unwrap()
+}
+
+/// Times are said to the second.
+fn this_second() -> jiff::Timestamp {
+    jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap()
 }
 
 fn head(node: &Appliance) -> u64 {
@@ -344,10 +367,11 @@ fn a_copy_that_refused_bytes_knows_after_a_restart_without_its_primary_what_it_l
         assert_eq!(status["backup_capable"]["verdict"], "no");
         let said = refusal(&b, &["promote", "g"]);
         assert!(said.contains("lacks at least ") && said.contains(" that a had"), "{said}");
-        assert!(said.find("bring a back") < said.find("promote g --force"), "{said}");
+        assert!(place(&said, "bring a back") < place(&said, "promote g --force"), "{said}");
         b.stop();
     }
     // It is forgotten once the copy has it.
+    let back = this_second();
     b.restart();
     a.restart();
     wait_until(&b, "b to stream", |peer| peer["replication_state"] == "streaming");
@@ -360,7 +384,40 @@ fn a_copy_that_refused_bytes_knows_after_a_restart_without_its_primary_what_it_l
     let shown = b.run(&["status", "g"]);
     assert!(shown.contains("this copy has all that a had when it was last heard"), "{shown}");
     let said = b.run(&["promote", "g"]);
-    assert!(said.contains("a was last heard as primary 20"), "{said}");
+    let heard = last_heard(&said);
+    assert!((back..=jiff::Timestamp::now()).contains(&heard), "{heard}, back {back}");
+}
+
+/// While a stream runs nothing is written, and so `three weeks ago` was said of a primary that had
+/// been heard until the copy was killed.
+#[test]
+fn a_copy_that_was_killed_while_it_streamed_dates_its_primary_by_what_came_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));
+    pair(&a, &b);
+    let written = this_second();
+    write(&a, 1);
+    let head = wait_for("b to have all", || (head(&b) == head(&a)).then(|| head(&b)));
+    b.kill();
+    a.kill();
+    let path = b.dir.join("data/node/primaries");
+    let mut kept: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let now: LogTime = serde_json::from_value(kept[0]["at"].clone()).unwrap();
+    let weeks_ago = LogTime(now.0 - 21 * 86_400 * 1_000_000_000);
+    kept[0]["at"] = serde_json::to_value(weeks_ago).unwrap();
+    std::fs::write(&path, kept.to_string()).unwrap();
+    b.restart();
+    assert_eq!(lacks(&b), (Some(0), "at-least".to_owned()));
+    let peer = &b.status("g")["peers"][0];
+    let since: jiff::Timestamp = peer["lag_state_since"].as_str().unwrap().parse().unwrap();
+    assert!(since >= written, "{peer}");
+    for seconds in [&peer["lag"]["seconds"], &peer["rpo_actual_seconds"]] {
+        assert!(seconds.as_f64().unwrap() < 86_400.0, "{peer}");
+    }
+    let said = b.run(&["promote", "g"]);
+    assert!(last_heard(&said) >= written, "{said}");
+    assert!(said.contains(&format!("behind LSN {head}, if anything, is not here")), "{said}");
 }
 
 #[test]

@@ -79,7 +79,7 @@ pub struct Channel {
     durable_marks: Marks,
     follower: Option<Follower>,
     told: Option<Told>,
-    /// The peer's log when it was last heard as primary, in this life of the process or before.
+    /// The peer's log when it was last heard, in this life of the process or before.
     heard: Option<Heard>,
     /// Up to here the group was told that the primary is durable.
     committed: Lsn,
@@ -505,9 +505,7 @@ impl Channel {
                     let (received, durable) = (history.head, history.head);
                     self.note_at_most(context, Acked { received, durable, requests });
                 }
-                if primary {
-                    self.hears(context.now, &history);
-                }
+                self.hears(context.now, &history);
                 self.remote = Some(Remote { primary, recovering, paused, history });
                 self.evaluate(context);
                 Ok(())

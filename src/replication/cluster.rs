@@ -5,6 +5,7 @@
 //! well again, in the tests.
 
 mod copies;
+mod heard;
 mod images;
 mod required;
 mod returns;

@@ -397,10 +397,17 @@ pub fn refusal_to_promote<'a>(
         }
         let gap = channel.gap().filter(|_| local.membership != Membership::Stranger);
         if let Some(Gap { bytes: behind @ 1.., at: Some(at), .. }) = gap {
+            let help = if channel.was_stopped() {
+                format!(
+                    "replication was stopped; `tidelog replicate {name} --to` with this node's \
+                     name, on the primary, takes it up again"
+                )
+            } else {
+                format!("bring {peer} back, which has them")
+            };
             return Some(format!(
                 "group {name}: this node lacks at least {} that {peer} had when it was last heard, \
-                 {}; bring {peer} back, which has them, or lose them with `tidelog promote {name} \
-                 --force`",
+                 {}; {help}, or lose them with `tidelog promote {name} --force`",
                 ByteSize(behind),
                 to_the_second(at.wall(now, wall))
             ));
@@ -418,10 +425,11 @@ fn unheard_of(core: &PeerCore, group: GroupId, now: Duration, wall: LogTime) -> 
     let peer = core.name();
     match channel.gap().and_then(|gap| gap.at) {
         Some(at) => Some(format!(
-            "{peer} was last heard as primary {}: what it wrote since, if anything, is not here",
-            to_the_second(at.wall(now, wall))
+            "{peer} was last heard {}: what it has behind LSN {}, if anything, is not here",
+            to_the_second(at.wall(now, wall)),
+            channel.local().history.head
         )),
-        // It has been heard, and not as primary.
+        // It has been heard, and has said nothing of the group or has another history.
         None if core.heard().is_some() => None,
         None => Some(format!(
             "it is not known whether {peer} had more: it has not been heard since this node started"

@@ -336,9 +336,9 @@ impl PeerCore {
             Input::GroupGone(group) => {
                 self.channels.remove(&group);
             }
-            Input::Recall { group, heard } => {
+            Input::Recall { group, heard, newest } => {
                 if let Some(channel) = self.channels.get_mut(&group) {
-                    channel.recall(heard);
+                    channel.recall(self.peer, newest, heard);
                 }
             }
             Input::Pause { group, paused } => {

@@ -1,9 +1,10 @@
-//! How far the primary of each copy on this node had come when it was last heard, kept over
+//! How far the peers of each copy on this node had come when they were last heard, kept over
 //! restarts: a file under the service's directory, which may be well where a copy's disk is not.
 //!
 //! It is written when a copy begins or ceases to follow and when this node stops, and every few
-//! seconds while a primary that is not followed goes on. While a stream runs well nothing is
-//! written: what is kept may be less than what was heard, never more, and is told as "at least".
+//! seconds while a primary that is not followed goes on. While a stream runs well, and while a peer
+//! that is a copy too is heard, nothing is written: what is kept may be less than what was heard,
+//! never more, and is told as "at least".
 //! Each entry names the reigns of the log that it speaks of, and says nothing of another one.
 
 use std::collections::BTreeMap;
@@ -26,12 +27,12 @@ const FILE: &str = "primaries";
 /// How often it is looked for what is new.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// A group, and the peer that was heard as its primary.
+/// A group, and the peer that was heard of it.
 type Key = (GroupId, NodeId);
 
-/// How far a primary had come.
+/// How far a peer had come.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Kept {
+pub(super) struct Kept {
     group: GroupId,
     peer: NodeId,
     reigns: Vec<Reign>,
@@ -52,7 +53,7 @@ pub(super) enum Look {
     Last,
 }
 
-/// What is kept, and what of it no channel has been told yet.
+/// What is kept.
 #[derive(Default)]
 pub(super) struct Heads {
     kept: BTreeMap<Key, Kept>,
@@ -90,7 +91,7 @@ impl Kept {
 }
 
 /// What is to be kept of a channel where `before` is; `at` dates what was heard.
-fn keep(
+pub(super) fn keep(
     key: Key,
     channel: &Channel,
     look: Look,
@@ -104,7 +105,9 @@ fn keep(
     if local.primary || local.membership == Membership::Stranger {
         return None;
     }
-    if look != Look::Last && channel.state().0 == ReplicationState::Streaming {
+    let streams = channel.state().0 == ReplicationState::Streaming;
+    let beside = channel.remote().is_some_and(|remote| !remote.primary);
+    if look != Look::Last && (streams || beside) {
         return before.cloned();
     }
     let news = Kept::of(key, heard, at(heard.at));

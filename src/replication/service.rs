@@ -480,7 +480,8 @@ impl Shared {
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);
                 let heard = locked(&self.recalled).remove(&(group.id(), peer.node));
                 if let Some(heard) = heard {
-                    core.handle(now, Input::Recall { group: group.id(), heard }, &mut of_core);
+                    let (group, newest) = (group.id(), group.positions().time);
+                    core.handle(now, Input::Recall { group, heard, newest }, &mut of_core);
                 }
                 if all && peer.paused.contains(&group.id()) {
                     let input = Input::Pause { group: group.id(), paused: true };

@@ -11,7 +11,7 @@ use crate::group::{DataState, RequiredPeer, Role};
 use crate::log::control::{Mode, OnLoss};
 use crate::units::{LogTime, Lsn};
 
-use super::channel::{Channel, Moment, ReplicationState};
+use super::channel::{Acked, Channel, Moment, ReplicationState};
 use super::copy::CopyReport;
 use super::core::{Membership, PeerCore};
 use super::resolve::{Parting, known_parting};
@@ -36,7 +36,7 @@ pub enum LagState {
     Exact,
     /// The primary is not heard: it had so much more when it was last, and may have gone on.
     AtLeast,
-    /// Nobody has told this copy how far its primary is.
+    /// Nobody has told this node how far the other is.
     Unknown,
 }
 
@@ -278,17 +278,25 @@ fn primary_view(channel: &Channel, now: Duration) -> View {
     let local = channel.local();
     let acked = channel.acked();
     let (received_lag, durable_lag) = channel.lags_at_least(now);
+    let known = knows_its_copy(channel);
     View {
         received: acked.received,
         durable: acked.durable,
         lag: Lag {
-            bytes: Some(local.history.head.bytes_since(acked.received)),
-            operations: Some(local.requests.saturating_sub(acked.requests)),
+            bytes: known.then(|| local.history.head.bytes_since(acked.received)),
+            operations: known.then(|| local.requests.saturating_sub(acked.requests)),
             seconds: received_lag.as_secs_f64(),
         },
         rpo_actual: durable_lag,
-        behind_bytes: Some(local.history.head.bytes_since(acked.durable)),
+        behind_bytes: known.then(|| local.history.head.bytes_since(acked.durable)),
     }
+}
+
+/// Whether this primary knows what its copy has: it has asked for the log in this life of the
+/// process, or says that it has nothing.
+fn knows_its_copy(channel: &Channel) -> bool {
+    let empty = channel.remote().is_some_and(|remote| remote.history.head == Lsn::ZERO);
+    channel.acked() != Acked::default() || empty
 }
 
 /// A secondary knows only what it was told, so its age grows while nothing is heard.
@@ -314,13 +322,24 @@ fn secondary_view(channel: &Channel, now: Duration) -> View {
 fn lag_state(core: &PeerCore, channel: &Channel) -> (LagState, Option<String>) {
     let peer = core.name();
     if channel.local().primary {
-        return (LagState::Exact, None);
+        if knows_its_copy(channel) {
+            return (LagState::Exact, None);
+        }
+        let reason = match core.heard() {
+            None => format!("{peer} has not been heard since this node started"),
+            Some(_) => format!("{peer} has not asked this node for the log yet"),
+        };
+        return (LagState::Unknown, Some(reason));
     }
     if channel.gap().is_some() {
         return match channel.remote() {
             Some(_) => (LagState::Exact, None),
             None => {
-                let reason = format!("{peer} is not heard, and may have gone on since");
+                let reason = if channel.was_stopped() {
+                    "replication was stopped".to_owned()
+                } else {
+                    format!("{peer} is not heard, and may have gone on since")
+                };
                 (LagState::AtLeast, Some(reason))
             }
         };
@@ -330,7 +349,7 @@ fn lag_state(core: &PeerCore, channel: &Channel) -> (LagState, Option<String>) {
     } else if core.heard().is_none() {
         format!("{peer} has not been heard since this node started")
     } else {
-        format!("{peer} has not been heard as primary since this node started")
+        format!("{peer} has not said what it has since this node started")
     };
     (LagState::Unknown, Some(reason))
 }

@@ -181,8 +181,10 @@ impl Channel {
         if follower.stream != stream || !follower.runs {
             return;
         }
+        let appended = follower.appended;
+        self.hears_head(context.now, told.head, Some(told.requests));
         self.told = Some(told);
-        if told.head == self.local.history.head && follower.appended == told.head {
+        if told.head == self.local.history.head && appended == told.head {
             if chain == self.local.history.chain {
                 self.compared = Some(told.head);
             } else {
@@ -251,6 +253,10 @@ impl Channel {
             return;
         }
         self.drop_streams();
+        if code == StopCode::NotMember {
+            // It says nothing more of itself.
+            self.remote = None;
+        }
         self.note_stop(context.now, code);
         let state = match code {
             StopCode::Paused => ReplicationState::Paused,

@@ -1,8 +1,9 @@
 //! What is known of how far the two sides are: on a primary how old the copy is, on a copy how far
-//! its primary had come when it was last heard, in this life of the process or an earlier one.
+//! the peer had come when it was last heard, in this life of the process or an earlier one.
 
 use super::*;
 use crate::replication::epoch::compare;
+use crate::units::NodeId;
 
 /// The stream of a [`Message::Progress`] that belongs to none: it tells a copy that does not
 /// follow how far its primary is. Streams are numbered from 1.
@@ -28,7 +29,7 @@ impl Moment {
     }
 }
 
-/// A primary's log, as far as it was heard of.
+/// A peer's log, as far as it was heard of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
     /// Its reigns, and how far it went at least. The chain may be that of an earlier head.
@@ -66,14 +67,14 @@ impl Channel {
         (self.received_marks.lag_at_least(now), self.durable_marks.lag_at_least(now))
     }
 
-    /// The peer's log when it was last heard as primary.
+    /// The peer's log when it was last heard.
     #[must_use]
     pub fn heard(&self) -> Option<&Heard> {
         self.heard.as_ref()
     }
 
     /// What this copy lacks of the peer's log: exactly where the peer says it on this link
-    /// ([`Channel::remote`]), else at least. Unknown where the peer was not heard as primary, or
+    /// ([`Channel::remote`]), else at least. Unknown where the peer has not said what it has, or
     /// its log is not the continuation of this one any more.
     #[must_use]
     pub fn gap(&self) -> Option<Gap> {
@@ -95,12 +96,38 @@ impl Channel {
         Some(Gap { bytes, undurable_bytes, requests, at })
     }
 
-    /// What was heard before this life of the process; what is heard in it counts more.
-    pub(in crate::replication) fn recall(&mut self, heard: Heard) {
-        self.heard.get_or_insert(heard);
+    /// Whether replication to this copy was stopped by command, so that its primary sends nothing.
+    #[must_use]
+    pub fn was_stopped(&self) -> bool {
+        self.local.membership == Membership::Stopped || self.local.retired
     }
 
-    /// The peer says as primary what its log is.
+    /// What was heard before this life of the process; what is heard in it counts more. While a
+    /// stream ran well nothing was kept, so where that is all here the newest record, if it is of
+    /// the peer's reign, may be the later word of it.
+    pub(in crate::replication) fn recall(
+        &mut self,
+        peer: NodeId,
+        newest: LogTime,
+        mut heard: Heard,
+    ) {
+        if self.heard.is_some() {
+            return;
+        }
+        let mine = &self.local.history;
+        let all_here =
+            matches!(compare(mine, &heard.history), Relation::Same | Relation::TheirsIsPrefix);
+        let of_peer = mine.last().is_some_and(|reign| reign.author == peer);
+        if let Moment::Before(at) = &mut heard.at
+            && all_here
+            && of_peer
+        {
+            *at = newest.max(*at);
+        }
+        self.heard = Some(heard);
+    }
+
+    /// The peer says what its log is.
     pub(super) fn hears(&mut self, now: Duration, history: &History) {
         let at = Moment::Now(now);
         self.heard = Some(Heard { history: history.clone(), requests: None, at });
@@ -135,7 +162,7 @@ mod tests {
     use super::*;
     use crate::log::control::Mode;
     use crate::replication::epoch::Reign;
-    use crate::units::{EpochId, Incarnation, NodeId};
+    use crate::units::{EpochId, Incarnation};
 
     const NOW: Duration = Duration::from_secs(100);
 
@@ -171,8 +198,10 @@ mod tests {
         channel
     }
 
-    fn recalled(history: History) -> Heard {
-        Heard { history, requests: Some(5), at: Moment::Before(LogTime(9)) }
+    /// The newest record here was written by the peer, after what was kept.
+    fn recall(channel: &mut Channel, history: History) {
+        let heard = Heard { history, requests: Some(5), at: Moment::Before(LogTime(9)) };
+        channel.recall(NodeId::default(), LogTime(70), heard);
     }
 
     #[test]
@@ -183,7 +212,7 @@ mod tests {
     #[test]
     fn what_was_heard_in_an_earlier_life_says_what_is_lacking_until_it_is_there() {
         let mut channel = copy(history(&[(1, 0)], 1000));
-        channel.recall(recalled(history(&[(1, 0)], 1600)));
+        recall(&mut channel, history(&[(1, 0)], 1600));
         let at = Some(Moment::Before(LogTime(9)));
         let lacks = Gap { bytes: 600, undurable_bytes: 700, requests: Some(2), at };
         assert_eq!(channel.gap(), Some(lacks));
@@ -194,9 +223,28 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_streamed_after_what_was_kept_dates_its_primary_by_its_newest_record() {
+        let at = |head, author: u8, kept: u64, newest: u64| {
+            let mut channel = copy(history(&[(1, 0)], 1000));
+            let heard = Heard {
+                history: history(&[(1, 0)], head),
+                requests: None,
+                at: Moment::Before(LogTime(kept)),
+            };
+            channel.recall(NodeId([author; 16]), LogTime(newest), heard);
+            channel.heard().unwrap().at
+        };
+        assert_eq!(at(400, 0, 9, 70), Moment::Before(LogTime(70)));
+        assert_eq!(at(1000, 0, 9, 70), Moment::Before(LogTime(70)));
+        assert_eq!(at(400, 0, 90, 70), Moment::Before(LogTime(90)), "it was idle since");
+        assert_eq!(at(1600, 0, 9, 70), Moment::Before(LogTime(9)), "it had so much then");
+        assert_eq!(at(400, 1, 9, 70), Moment::Before(LogTime(9)), "another node wrote it");
+    }
+
+    #[test]
     fn a_reign_of_the_primary_that_the_copy_has_not_received_yet_is_lacking_too() {
         let mut channel = copy(history(&[(1, 0)], 1000));
-        channel.recall(recalled(history(&[(1, 0), (2, 1000)], 1600)));
+        recall(&mut channel, history(&[(1, 0), (2, 1000)], 1600));
         assert_eq!(channel.gap().map(|gap| gap.bytes), Some(600));
     }
 
@@ -204,7 +252,7 @@ mod tests {
     fn what_was_heard_of_another_history_says_nothing() {
         // This node went on without the rest; so did another that it follows.
         let mut channel = copy(history(&[(1, 0), (2, 1000)], 1200));
-        channel.recall(recalled(history(&[(1, 0)], 1600)));
+        recall(&mut channel, history(&[(1, 0)], 1600));
         assert_eq!(channel.gap(), None);
     }
 
@@ -212,7 +260,7 @@ mod tests {
     fn what_is_heard_now_counts_more_than_what_was_heard_before() {
         let mut channel = copy(history(&[(1, 0)], 1000));
         channel.hears(NOW, &history(&[(1, 0), (2, 800)], 1100));
-        channel.recall(recalled(history(&[(1, 0)], 1600)));
+        recall(&mut channel, history(&[(1, 0)], 1600));
         assert_eq!(channel.gap(), None, "its log has parted from this one");
         channel.hears(NOW, &history(&[(1, 0)], 1100));
         assert_eq!(channel.gap().map(|gap| gap.bytes), Some(100));

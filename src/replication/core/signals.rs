@@ -69,12 +69,14 @@ pub enum Input {
     Group(Box<LocalGroup>),
     /// A group is no longer here.
     GroupGone(GroupId),
-    /// What was heard of the peer as primary before this life of the process.
+    /// What was heard of the peer before this life of the process.
     Recall {
         /// The group.
         group: GroupId,
         /// How far it was.
         heard: Heard,
+        /// Log time of the newest record here.
+        newest: LogTime,
     },
     /// An operator pauses or resumes.
     Pause {
