@@ -27,6 +27,8 @@ use crate::nbd::{GroupExports, NbdCounters, NbdLimits, NbdListen, NbdServer, lis
 use crate::replication::{Replication, ReplicationConfig};
 use crate::units::NodeId;
 
+/// A node that stops waits so long for what replication writes last: its groups are closed after.
+const REPLICATION_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a group that found no room on the disk is opened again.
 const REOPEN_EVERY: Duration = Duration::from_secs(5);
 
@@ -179,7 +181,7 @@ impl Node {
         if let Err(error) = tokio::task::spawn_blocking(move || scheduler.shutdown()).await {
             tracing::error!("ending the runs: {error}");
         }
-        self.context.replication.shutdown();
+        self.context.replication.stop_within(REPLICATION_PATIENCE).await;
         let closed = tokio::task::spawn_blocking(move || registry.close()).await;
         if let Err(error) = closed {
             tracing::error!("closing the groups: {error}");

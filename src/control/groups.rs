@@ -245,8 +245,12 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
             peer.name
         )));
     }
+    let id = group.id();
     drop(group);
     context.registry.delete(&name)?;
+    if let Err(error) = context.replication.forget_group(id) {
+        tracing::warn!("group {name}: that it is gone: {error}");
+    }
     done(format!("group {name}: deleted on node {}", context.node.name))
 }
 
@@ -295,15 +299,25 @@ pub(super) fn demote(context: &Context, call: &Call) -> Answer {
     // Demoted, it may follow at once.
     let parting = context.replication.apart(group.id());
     let told = demoted(&group)?;
-    done(told + &parting.map_or_else(String::new, |parting| after_parting(group.name(), &parting)))
+    let Some(parting) = parting else { return done(told) };
+    let peers = context.replication.status(&group).into_iter();
+    let mut paused = peers.filter(|peer| peer.replication_state == "paused");
+    let paused = paused.find(|peer| peer.name == parting.peer.as_str());
+    let paused = paused.and_then(|peer| peer.replication_state_reason);
+    done(told + &after_parting(group.name(), &parting, paused.as_deref()))
 }
 
-/// What becomes of a node that is demoted in a split brain.
-fn after_parting(group: &Name, parting: &Parting) -> String {
+/// What becomes of a node that is demoted in a split brain; `paused` is why replication with the
+/// peer is, where it is.
+fn after_parting(group: &Name, parting: &Parting, paused: Option<&str>) -> String {
     let Parting { peer, at, local_bytes, .. } = parting;
-    match ByteSize(*local_bytes) {
-        ByteSize(0) => format!("; {peer} has all that this node has, which follows it"),
-        own => format!(
+    match (ByteSize(*local_bytes), paused) {
+        (ByteSize(0), None) => format!("; {peer} has all that this node has, which follows it"),
+        (ByteSize(0), Some(why)) => format!(
+            "; {peer} has all that this node has, which follows it once replication goes on: it is \
+             {why}"
+        ),
+        (own, _) => format!(
             "; its history and that of {peer} part at LSN {at}, and {own} behind that are here \
              alone, so it does not follow {peer} yet: `tidelog resolve {group} --preview` shows \
              what each has, `tidelog resolve {group} --discard-local` here keeps its own as a \
@@ -329,7 +343,7 @@ mod tests {
     use crate::events::Events;
     use crate::group::{GroupContext, LocalLimits, NewGroup, NodeIdentity};
     use crate::io::{Disk, Env, Fault, ManualClock, MemoryDisk, SeededEntropy};
-    use crate::units::{GroupId, NodeId};
+    use crate::units::{GroupId, Lsn, NodeId};
 
     #[test]
     fn a_demote_that_was_not_written_down_is_not_called_done() {
@@ -361,6 +375,16 @@ mod tests {
         assert!(demoted(&group).unwrap().contains("already"));
         drop(group);
         assert_eq!(Group::open(context, dir).unwrap().0.role(), Role::Secondary);
+    }
+
+    #[test]
+    fn who_is_demoted_is_not_said_to_follow_a_peer_while_replication_is_paused() {
+        let (peer, at) = ("b".parse().unwrap(), Lsn(96));
+        let parting = Parting { peer, at, local_bytes: 0, peer_bytes: Some(1) };
+        let name = "g".parse().unwrap();
+        assert!(after_parting(&name, &parting, None).ends_with("which follows it"));
+        let paused = after_parting(&name, &parting, Some("paused by command; `tidelog resume g`"));
+        assert!(paused.contains("once replication goes on: it is paused by command"), "{paused}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use super::copy;
 use super::core::{Input, Membership, PeerCore};
 use super::epoch::{Relation, compare};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
+use super::peers::{Peer, StoreError};
 use super::repair;
 use super::replica::Replica;
 use super::resolve;
@@ -127,6 +128,7 @@ impl Replication {
         let work = move || -> Result<(), ReplicationError> {
             let options = ReplicateOptions::default();
             put_member(&*group, member.node, member.name, options, true)?;
+            shared.unask(member.node, group.id())?;
             shared.groups_changed();
             Ok(())
         };
@@ -177,6 +179,16 @@ impl Replication {
         let text = format!("group {group}: replication {what} by command");
         shared.context.events.emit(Severity::Info, code, Some(group), text, Value::Null);
         Ok(())
+    }
+
+    /// A group is not on this node any more, so no peer's copy of it is wanted here.
+    ///
+    /// # Errors
+    ///
+    /// Where that cannot be written.
+    pub fn forget_group(&self, group: GroupId) -> Result<(), ReplicationError> {
+        let peers = self.shared.store.lock().expect("no holder panics").all().to_vec();
+        Ok(peers.iter().try_for_each(|peer| self.shared.unask(peer.node, group))?)
     }
 
     /// The `peers` of a group in status: its copies, or on a secondary its primary.
@@ -574,18 +586,19 @@ impl Shared {
         Ok(Value::Null)
     }
 
-    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so.
-    fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<(), super::peers::StoreError> {
-        self.store.lock().expect("no holder panics").change(peer, |peer| {
-            peer.copies.insert(group);
-        })
+    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so;
+    /// whether that is new.
+    pub(super) fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
+        let mut is_new = false;
+        let change = |peer: &mut Peer| is_new = peer.copies.insert(group);
+        self.store.lock().expect("no holder panics").change(peer, change)?;
+        Ok(is_new)
     }
 
-    /// The same before this node cuts its log to follow a peer: the record that made the two
-    /// members may be in what is cut off.
-    pub(super) fn note_asked_for(&self, peer: NodeId, group: GroupId) {
-        if let Err(error) = self.ask_for(peer, group) {
-            tracing::error!("group {group}: that it follows peer {peer}: {error}");
-        }
+    /// Forgets that again.
+    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<(), StoreError> {
+        self.store.lock().expect("no holder panics").change(peer, |peer| {
+            peer.copies.remove(&group);
+        })
     }
 }

@@ -18,7 +18,6 @@ use crate::units::{GroupId, Lsn, NodeId};
 
 use super::core::Membership;
 use super::health::LogCheck;
-use super::replica::membership_of;
 use super::rpc::PeerContext;
 use super::service::Shared;
 use super::verify::VerifyStatus;
@@ -54,10 +53,15 @@ pub(super) struct CopyReport {
 pub(super) type Reports = HashMap<(NodeId, GroupId), (CopyReport, Duration)>;
 
 impl CopyReport {
-    /// Why its disk failed, if it did.
+    /// Why the disk under a copy failed, if it did. Of its own disk a primary tells people itself.
     pub(super) fn failure(&self) -> Option<String> {
-        let failed = self.data_state == DataState::Failed;
+        let failed = self.role == Role::Secondary && self.data_state == DataState::Failed;
         failed.then(|| self.data_reason.clone().unwrap_or_else(|| "no reason was told".to_owned()))
+    }
+
+    /// The same, where it is not what it told before.
+    fn fails_anew(&self, before: Option<&CopyReport>) -> Option<String> {
+        self.failure().filter(|_| before.is_none_or(|before| before.failure().is_none()))
     }
 
     /// The check of the log there, as old as it is by now.
@@ -126,14 +130,13 @@ impl Shared {
             Ok(reports) => {
                 for report in reports.into_iter().filter(|report| groups.contains(&report.group)) {
                     let key = (node, report.group);
-                    // Of its own disk a primary tells people itself.
-                    let fails = report.failure().filter(|_| report.role == Role::Secondary);
-                    let known = {
+                    let fails = {
                         let mut copies = self.copies.lock().expect("no holder panics");
-                        let known = copies.insert(key, (report, asked));
-                        known.and_then(|(known, _)| known.failure())
+                        let fails = report.fails_anew(copies.get(&key).map(|(before, _)| before));
+                        copies.insert(key, (report, asked));
+                        fails
                     };
-                    if let Some(why) = fails.filter(|_| known.is_none()) {
+                    if let Some(why) = fails {
                         self.tell_copy_failed(name, key.1, &why);
                     }
                 }
@@ -192,17 +195,11 @@ impl Shared {
         }
         let body: Body = serde_json::from_value(body.clone())
             .map_err(|error| format!("a request that is not understood: {error}"))?;
-        let asked_for = self.peer(peer.node).map(|peer| peer.copies).unwrap_or_default();
         let now = self.now();
         let groups = self.groups.groups().into_iter();
         let reports: Vec<CopyReport> = groups
             .filter(|group| body.groups.contains(&group.id()))
-            .filter(|group| {
-                let asked_for = asked_for.contains(&group.id());
-                let (control, primary) = (group.control(), group.role() == Role::Primary);
-                let membership = membership_of(&control, self.me(), peer.node, primary, asked_for);
-                membership != Membership::Stranger
-            })
+            .filter(|group| self.membership(&**group, peer.node) != Membership::Stranger)
             .map(|group| {
                 let id = group.id();
                 let (data_state, data_reason, _) = group.data_state();
@@ -265,6 +262,19 @@ mod tests {
         // Whatever a peer writes there.
         let odd = CopyReport { check_age_seconds: -1.0, ..report };
         assert_eq!(odd.log_check(Duration::ZERO).age, Duration::MAX);
+    }
+
+    #[test]
+    fn a_disk_that_failed_under_a_primary_is_news_once_it_is_under_a_copy() {
+        let told = json!({
+            "group": GroupId([7; 16]), "role": "primary", "data_state": "failed",
+            "data_reason": "EIO", "checked_to": 8, "check_age_seconds": 1.0,
+        });
+        let primary: CopyReport = serde_json::from_value(told).unwrap();
+        let demoted = CopyReport { role: Role::Secondary, ..primary.clone() };
+        assert_eq!(primary.fails_anew(None), None, "it tells people itself");
+        assert_eq!(demoted.fails_anew(Some(&primary)), Some("EIO".to_owned()));
+        assert_eq!(demoted.fails_anew(Some(&demoted)), None);
     }
 
     #[test]

@@ -7,12 +7,14 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::events::Severity;
+use crate::group::Discard;
 use crate::units::{GroupId, NodeId};
 
 use super::bounds::Room;
+use super::channel::Parted;
 use super::core::{Input, Output, PeerCore};
 use super::link::{self, Bulk};
-use super::service::{Queued, Shared, locked};
+use super::service::{Queued, ReplicationError, Shared, locked};
 use super::wire::Message;
 use super::worker::{Job, Worker};
 
@@ -82,16 +84,16 @@ impl Shared {
         if let std::collections::hash_map::Entry::Vacant(vacant) = workers.entry(group) {
             let Some(replica) = self.groups.by_id(group) else { return };
             let inputs = self.inputs.clone();
-            let shared = Arc::downgrade(self);
-            let yields_to = move |peer| {
-                if let Some(shared) = shared.upgrade() {
-                    shared.note_asked_for(peer, group);
-                }
+            let (shared, yielding) = (Arc::downgrade(self), Arc::clone(&replica));
+            let yield_to = move |peer, at, chain| {
+                let gone = || ReplicationError::Refused("this node shuts down".to_owned());
+                let shared = shared.upgrade().ok_or_else(gone)?;
+                shared.yield_to(&*yielding, peer, Parted { at, chain }, Discard::Received)
             };
             let report = move |peer, input| {
                 let _ = inputs.send(Queued { peer, input, room: None });
             };
-            match Worker::start(replica, yields_to, report) {
+            match Worker::start(replica, yield_to, report) {
                 Ok(worker) => {
                     vacant.insert(worker);
                 }

@@ -12,11 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::events::Severity;
-use crate::group::{DamagedPart, Found, Gap, Group, Mended, Role, Wanted};
+use crate::group::{DamagedPart, Found, Gap, Group, Mended, Wanted};
 use crate::units::{Chain, GroupId, Lsn, VolumeNumber};
 
 use super::core::Membership;
-use super::replica::membership_of;
 use super::rpc::PeerContext;
 use super::service::{Shared, locked};
 
@@ -140,9 +139,7 @@ impl Shared {
     ) -> Result<Arc<Group>, String> {
         let stranger = || "the group is not shared with that node".to_owned();
         let found = self.groups.engine(group).ok_or_else(stranger)?;
-        let primary = found.role() == Role::Primary;
-        let asked_for = self.peer(peer.node).is_some_and(|peer| peer.copies.contains(&group));
-        match membership_of(&found.control(), self.me(), peer.node, primary, asked_for) {
+        match self.membership(&*found, peer.node) {
             Membership::Stranger => Err(stranger()),
             _ => Ok(found),
         }

@@ -6,13 +6,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::group::{Account, Discard, Group, Host, Role, View};
-use crate::units::{ByteSize, GroupId, Lsn, Name};
+use crate::group::{Account, DataState, Discard, Group, Host, View};
+use crate::units::{ByteSize, GroupId, Lsn, Name, NodeId};
 
 use super::channel::{Channel, Parted, ReplicationState};
-use super::core::{Input, Membership};
-use super::epoch::{Relation, compare};
-use super::replica::{Replica, membership_of};
+use super::core::Input;
+use super::replica::Replica;
 use super::rpc::PeerContext;
 use super::service::{Replication, ReplicationError, Shared};
 
@@ -188,8 +187,7 @@ impl Replication {
         let shared = Arc::clone(&self.shared);
         let peer = shared.peer_named(parting.peer.as_str())?.node;
         let work = move || {
-            shared.note_asked_for(peer, group.id());
-            group.yield_to(parted.at, parted.chain, Discard::Authored)?;
+            shared.yield_to(&*group, peer, parted, Discard::Authored)?;
             shared.input(peer, Input::Yielded { group: group.id() });
             Ok(())
         };
@@ -206,18 +204,33 @@ struct Ask {
 }
 
 impl Shared {
+    /// Has this node follow a peer from where their histories part. That is noted before the log is
+    /// cut: the record that made the two members may be in what is cut off.
+    pub(super) fn yield_to(
+        &self,
+        group: &dyn Replica,
+        peer: NodeId,
+        parted: Parted,
+        discard: Discard,
+    ) -> Result<(), ReplicationError> {
+        let is_new = self.ask_for(peer, group.id())?;
+        let yielded = group.yield_to(parted.at, parted.chain, discard);
+        // Of a group that failed meanwhile the next start may end the cut.
+        if yielded.is_err()
+            && is_new
+            && group.data_state().0 != DataState::Failed
+            && let Err(error) = self.unask(peer, group.id())
+        {
+            tracing::error!("group {}: that it does not follow a peer: {error}", group.name());
+        }
+        Ok(yielded?)
+    }
+
     /// Tells a peer of the group what only this node has.
     pub(super) fn tell_side(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
         let Ask { group, at } = serde_json::from_value(body.clone())
             .map_err(|error| format!("a request that is not understood: {error}"))?;
-        let asked_for = self.peer(peer.node).map(|peer| peer.copies).unwrap_or_default();
-        let group = self.groups.engine(group).filter(|group| {
-            let primary = group.role() == Role::Primary;
-            let asked_for = asked_for.contains(&group.id());
-            let member = membership_of(&group.control(), self.me(), peer.node, primary, asked_for);
-            member != Membership::Stranger
-        });
-        let group = group.ok_or("it has no such group")?;
+        let group = self.shared_with(peer, group)?;
         let side = Side::of(self.context.node.name.clone(), &group, at);
         serde_json::to_value(side).map_err(|error| error.to_string())
     }
@@ -234,17 +247,7 @@ fn parting_at(peer: &Name, channel: &Channel, at: Lsn) -> Parting {
 
 /// Where the two of a split brain part, as far as that is known.
 pub(super) fn known_parting(peer: &Name, channel: &Channel) -> Option<Parting> {
-    let by_histories = || {
-        let (mine, theirs) = (&channel.local().history, &channel.remote()?.history);
-        match compare(mine, theirs) {
-            Relation::Same => None,
-            Relation::TheirsIsPrefix => Some(theirs.head),
-            Relation::MineIsPrefix => Some(mine.head),
-            Relation::Diverged { common, .. } => Some(common),
-        }
-    };
-    let at = channel.parted().map(|parted| parted.at).or_else(by_histories)?;
-    Some(parting_at(peer, channel, at))
+    Some(parting_at(peer, channel, channel.parting()?))
 }
 
 impl std::fmt::Display for Parting {
@@ -259,5 +262,85 @@ impl std::fmt::Display for Parting {
             Some(bytes) => write!(f, "{} or more", ByteSize(*bytes)),
             None => write!(f, "unknown while it is not connected"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::MemoryDisk;
+    use crate::log::control::Mode;
+    use crate::replication::drive::tests::{Node, member, node_on};
+    use crate::replication::peers::Peer;
+    use crate::units::{Chain, LogTime};
+
+    const PEER: NodeId = NodeId([2; 16]);
+
+    /// A node that knows a peer, which is a member of its group, and where the two part.
+    fn parted() -> (Node, Arc<Group>, Parted) {
+        let (node, group) = node_on(Arc::new(MemoryDisk::new()));
+        let at = group.positions().head;
+        group.append_control(member(PEER, "b", Mode::Async)).unwrap();
+        let peer = Peer {
+            node: PEER,
+            name: "b".parse().unwrap(),
+            address: None,
+            fingerprints: Vec::new(),
+            paired: LogTime(0),
+            copies: std::collections::BTreeSet::new(),
+            paused: std::collections::BTreeSet::new(),
+        };
+        node.replication.shared.store.lock().unwrap().put(peer).unwrap();
+        (node, group, Parted { at, chain: None })
+    }
+
+    fn is_asked_for(node: &Node, group: &Group) -> bool {
+        node.replication.shared.peer(PEER).unwrap().copies.contains(&group.id())
+    }
+
+    #[tokio::test]
+    async fn a_log_is_cut_for_no_peer_that_could_not_be_noted() {
+        let (node, group, parted) = parted();
+        let shared = &node.replication.shared;
+        let head = group.positions().head;
+        // The list of peers cannot be written.
+        let in_the_way = shared.config.state_dir.join("peers.new");
+        std::fs::create_dir(&in_the_way).unwrap();
+        let refused = shared.yield_to(&*group, PEER, parted, Discard::Authored);
+        assert!(refused.unwrap_err().to_string().contains("could not be written"));
+        assert_eq!(group.positions().head, head);
+        std::fs::remove_dir(&in_the_way).unwrap();
+        shared.yield_to(&*group, PEER, parted, Discard::Authored).unwrap();
+        assert_eq!(group.positions().head, parted.at);
+        assert!(is_asked_for(&node, &group), "it asks to follow although no record says so");
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_yield_that_is_refused_leaves_a_copy_asked_for_only_where_it_was_before() {
+        let (node, group, parted) = parted();
+        let shared = &node.replication.shared;
+        let other = Parted { chain: Some(Chain(1)), ..parted };
+        for before in [false, true] {
+            if before {
+                shared.ask_for(PEER, group.id()).unwrap();
+            }
+            shared.yield_to(&*group, PEER, other, Discard::Authored).unwrap_err();
+            assert_eq!(is_asked_for(&node, &group), before);
+        }
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_membership_that_is_ended_by_command_is_not_asked_for_any_more() {
+        let (node, group, _) = parted();
+        let shared = &node.replication.shared;
+        shared.ask_for(PEER, group.id()).unwrap();
+        node.replication.stop("g", "b").await.unwrap();
+        assert!(!is_asked_for(&node, &group));
+        shared.ask_for(PEER, group.id()).unwrap();
+        node.replication.forget_group(group.id()).unwrap();
+        assert!(!is_asked_for(&node, &group), "the group was deleted");
+        node.stop();
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
-use crate::group::{Group, GroupContext, GroupError};
+use crate::group::{Group, GroupContext, GroupError, Role};
 use crate::units::{GroupId, Incarnation, LogTime, Name, NodeId};
 
 use super::bounds::{ROOM_BYTES, Room};
@@ -27,7 +27,7 @@ use super::heads::{self, Heads, Look, Recalled};
 use super::link::{self, Conn};
 use super::pairing::{Fingerprint, Invites};
 use super::peers::{Peer, PeerStore, StoreError};
-use super::replica::{Replica, Replicas, local_group};
+use super::replica::{Replica, Replicas, local_group, membership_of};
 use super::rpc::Handler;
 use super::tls::Identity;
 use super::wire::{Hello, Message, Purpose, VERSIONS, Verdict};
@@ -230,6 +230,22 @@ impl Replication {
         self.shared.keep_heads(Look::Last);
         self.shared.shutdown.send_replace(true);
     }
+
+    /// Ends them from a task that goes on: a disk that does not answer is waited for so long at
+    /// most.
+    pub async fn stop_within(&self, at_most: Duration) {
+        let shared = Arc::clone(&self.shared);
+        let kept = tokio::task::spawn_blocking(move || shared.keep_heads(Look::Last));
+        if tokio::time::timeout(at_most, kept).await.is_err() {
+            tracing::error!(
+                "{}: how far primaries were was not written within {} s; a restart knows what was \
+                 written before",
+                self.shared.config.state_dir.display(),
+                at_most.as_secs()
+            );
+        }
+        self.shared.shutdown.send_replace(true);
+    }
 }
 
 fn bind(address: SocketAddr) -> Result<TcpListener, ReplicationError> {
@@ -325,6 +341,13 @@ impl Shared {
         let id = self.groups.by_name(name)?.id();
         let gone = || ReplicationError::Refused(format!("group {name}: is being deleted"));
         self.groups.engine(id).ok_or_else(gone)
+    }
+
+    /// What a group is to a peer, by its records and by what the peer asked for.
+    pub(super) fn membership(&self, group: &dyn Replica, peer: NodeId) -> Membership {
+        let asked_for = self.peer(peer).is_some_and(|peer| peer.copies.contains(&group.id()));
+        let primary = group.role() == Role::Primary;
+        membership_of(&group.control(), self.me(), peer, primary, asked_for)
     }
 
     pub(super) fn shutdown_signal(&self) -> watch::Receiver<bool> {
@@ -532,5 +555,35 @@ impl Shared {
                 }));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::MemoryDisk;
+    use crate::replication::drive::tests::node_on;
+
+    #[tokio::test]
+    async fn a_disk_that_does_not_answer_keeps_no_node_from_closing_its_groups() {
+        let (node, group) = node_on(Arc::new(MemoryDisk::new()));
+        let shared = Arc::clone(&node.replication.shared);
+        // As a write of the file that never ends.
+        let (let_go, waits) = std::sync::mpsc::channel::<()>();
+        let (reached, hangs) = std::sync::mpsc::channel();
+        let hung = Arc::clone(&shared);
+        let writing = std::thread::spawn(move || {
+            let _held = hung.heads.lock().unwrap();
+            reached.send(()).unwrap();
+            let _ = waits.recv();
+        });
+        hangs.recv().unwrap();
+        let stopping = node.replication.stop_within(Duration::from_millis(20));
+        tokio::time::timeout(Duration::from_secs(60), stopping).await.expect("it waits for it");
+        assert!(*shared.shutdown_signal().borrow(), "links end");
+        drop(let_go);
+        writing.join().unwrap();
+        node.stop();
+        drop(group);
     }
 }

@@ -11,6 +11,7 @@ use crate::units::{Chain, GroupId, Lsn, Name, NodeId};
 use super::bounds::Room;
 use super::core::{Appended, Input, Output};
 use super::replica::{Replica, history_of};
+use super::service::ReplicationError;
 use super::wire::part::decode_part;
 
 /// Appended bytes after which a result is told though more bytes wait.
@@ -135,23 +136,26 @@ impl Job {
     }
 }
 
+/// Whether the log was cut, and the group follows.
+type Yielded = Result<(), ReplicationError>;
+
 /// A running thread; it ends when this is dropped and all its jobs are done.
 pub(super) struct Worker {
     jobs: mpsc::Sender<(Job, Option<Room>)>,
 }
 
 impl Worker {
-    /// Starts the thread. `yields_to` is told of a peer before the log is cut for it; `report`
-    /// takes each result, and never blocks.
+    /// Starts the thread. `yield_to` has the group follow a peer; `report` takes each result, and
+    /// never blocks.
     pub(super) fn start(
         group: Arc<dyn Replica>,
-        yields_to: impl Fn(NodeId) + Send + 'static,
+        yield_to: impl Fn(NodeId, Lsn, Option<Chain>) -> Yielded + Send + 'static,
         report: impl Fn(NodeId, Input) + Send + 'static,
     ) -> std::io::Result<Worker> {
         let (jobs, waiting) = mpsc::channel();
         std::thread::Builder::new()
             .name(format!("replica {}", group.name()))
-            .spawn(move || run(&*group, &waiting, &yields_to, &report))?;
+            .spawn(move || run(&*group, &waiting, &yield_to, &report))?;
         Ok(Worker { jobs })
     }
 
@@ -165,7 +169,7 @@ impl Worker {
 fn run(
     group: &dyn Replica,
     waiting: &mpsc::Receiver<(Job, Option<Room>)>,
-    yields_to: &(impl Fn(NodeId) + Send),
+    yield_to: &(impl Fn(NodeId, Lsn, Option<Chain>) -> Yielded + Send),
     report: &(impl Fn(NodeId, Input) + Send),
 ) {
     let mut next = None;
@@ -181,10 +185,13 @@ fn run(
                 None
             }
         };
-        if let Job::Yield { peer, .. } = job {
-            yields_to(peer);
-        }
-        if let Some((peer, input)) = perform(group, job, more) {
+        let done = match job {
+            Job::Yield { peer, at, chain } => {
+                Some((peer, yielded(group.id(), yield_to(peer, at, chain))))
+            }
+            job => perform(group, job, more),
+        };
+        if let Some((peer, input)) = done {
             report(peer, input);
         }
     }
@@ -232,15 +239,8 @@ pub fn perform(
             return Some((peer, appended_input(group, stream, result)));
         }
         Job::Yield { peer, at, chain } => {
-            let yielded = group.yield_to(at, chain, Discard::Received);
-            let group = group.id();
-            return Some((
-                peer,
-                match yielded {
-                    Ok(()) => Input::Yielded { group },
-                    Err(error) => Input::YieldRefused { group, reason: error.to_string() },
-                },
-            ));
+            let result = group.yield_to(at, chain, Discard::Received);
+            return Some((peer, yielded(group.id(), result)));
         }
         Job::Ship { peer, stream, name, since, common, staged } => {
             let offer = group.ship(&name, since, common, staged.as_ref());
@@ -289,6 +289,13 @@ pub fn perform(
     None
 }
 
+fn yielded(group: GroupId, result: Result<(), impl std::fmt::Display>) -> Input {
+    match result {
+        Ok(()) => Input::Yielded { group },
+        Err(error) => Input::YieldRefused { group, reason: error.to_string() },
+    }
+}
+
 /// Stages a part, and switches to the image where it was the end.
 fn stage(group: &dyn Replica, bytes: &Bytes) -> Result<(ImageProgress, bool), GroupError> {
     let part = decode_part(bytes).map_err(|error| GroupError::Damaged {
@@ -332,5 +339,33 @@ fn appended_input(group: &dyn Replica, stream: u64, result: Result<(), String>) 
             })
         }
         Err(reason) => Input::AppendFailed { group: group_id, stream, reason },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::io::MemoryDisk;
+    use crate::log::control::Mode;
+    use crate::replication::drive::tests::{member, node_on};
+
+    #[tokio::test]
+    async fn a_yield_that_could_not_be_noted_is_refused_with_the_reason() {
+        let (node, group) = node_on(std::sync::Arc::new(MemoryDisk::new()));
+        let (peer, at) = (NodeId([2; 16]), group.positions().head);
+        group.append_control(member(peer, "b", Mode::Async)).unwrap();
+        let (sender, told) = sync_channel(1);
+        let no_room = |_, _, _| Err(ReplicationError::Refused("no room for peers".to_owned()));
+        let report = move |peer, input| sender.send((peer, input)).unwrap();
+        let worker = Worker::start(group.clone(), no_room, report).unwrap();
+        assert!(worker.add(Job::Yield { peer, at, chain: None }, None));
+        let (told_of, input) = told.recv_timeout(Duration::from_secs(60)).unwrap();
+        let Input::YieldRefused { group: id, reason } = input else { panic!("{input:?}") };
+        assert_eq!((told_of, id, &*reason), (peer, group.id(), "no room for peers"));
+        assert!(group.positions().head > at, "its log is whole");
+        node.stop();
     }
 }

@@ -173,7 +173,7 @@ impl Channel {
             self.offer_parting(context, remote, &relation);
             return;
         }
-        self.split_brain(context, &relation);
+        self.split_brain(context);
         self.offer_parting(context, remote, &relation);
     }
 
@@ -216,11 +216,11 @@ impl Channel {
 
     /// Tells of a split brain, and again where it is known by now that a side has what it was said
     /// not to have: the first word may come before the other's, and both go on writing.
-    fn split_brain(&mut self, context: &mut Context<'_>, relation: &Relation) {
+    fn split_brain(&mut self, context: &mut Context<'_>) {
         self.drop_streams();
         let name = &self.local.name;
         let peer = context.peer_name;
-        let (at, mine, theirs) = self.behind_the_parting(relation);
+        let (at, mine, theirs) = self.behind_the_parting();
         let (ours, others) = (ByteSize(mine), ByteSize(theirs));
         let what = match (mine, theirs) {
             (0, 0) => "with equal logs so far".to_owned(),
@@ -249,17 +249,25 @@ impl Channel {
         }
     }
 
-    /// Where the histories part, as far as that is known, and the bytes behind it that only this
-    /// node has, and only the peer.
-    fn behind_the_parting(&self, relation: &Relation) -> (Lsn, u64, u64) {
+    /// Where the two histories part, as far as that is known: the lowest of what the peer told and
+    /// what the histories say. None where nothing speaks of it.
+    pub(in crate::replication) fn parting(&self) -> Option<Lsn> {
+        let mine = &self.local.history;
+        let theirs = self.remote.as_ref().map(|remote| &remote.history);
+        let by_histories = theirs.and_then(|theirs| match compare(mine, theirs) {
+            Relation::Same => None,
+            Relation::MineIsPrefix => Some(mine.head),
+            Relation::TheirsIsPrefix => Some(theirs.head),
+            Relation::Diverged { common, .. } => Some(common),
+        });
+        by_histories.into_iter().chain(self.parted.map(|parted| parted.at)).min()
+    }
+
+    /// That, and the bytes behind it that only this node has, and only the peer.
+    fn behind_the_parting(&self) -> (Lsn, u64, u64) {
         let mine = self.local.history.head;
         let theirs = self.remote.as_ref().map_or(mine, |remote| remote.history.head);
-        let by_histories = match relation {
-            Relation::Same | Relation::MineIsPrefix => mine,
-            Relation::TheirsIsPrefix => theirs,
-            Relation::Diverged { common, .. } => *common,
-        };
-        let at = self.parted.map_or(by_histories, |parted| parted.at.min(by_histories));
+        let at = self.parting().unwrap_or(mine);
         (at, mine.bytes_since(at), theirs.bytes_since(at))
     }
 
@@ -344,5 +352,42 @@ impl Channel {
             self.stop(context, self.local.id.0, follower.stream, StopCode::Diverged, &reason);
         }
         self.set_state(context, ReplicationState::Blocked, reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::MemoryDisk;
+    use crate::replication::drive::tests::node_on;
+    use crate::replication::replica::local_group;
+    use crate::replication::resolve::known_parting;
+    use crate::units::NodeId;
+
+    #[tokio::test]
+    async fn histories_part_at_the_lowest_of_what_was_told_and_what_they_say() {
+        let (node, group) = node_on(std::sync::Arc::new(MemoryDisk::new()));
+        let (me, peer) = (NodeId([1; 16]), NodeId([2; 16]));
+        let local = local_group(&*group, me, peer, false);
+        let mut channel = Channel::new(Duration::ZERO, &local);
+        let head = channel.local.history.head;
+        assert_eq!(channel.parting(), None);
+        let shorter = channel.local.history.until(Lsn(head.0 - 8));
+        let (primary, recovering, paused) = (true, false, false);
+        channel.remote = Some(Remote { primary, recovering, paused, history: shorter.clone() });
+        let told = |at| Some(Parted { at, chain: None });
+        for (parted, at) in [
+            (None, shorter.head),
+            // Told before the peer lost what it had.
+            (told(head), shorter.head),
+            (told(Lsn(96)), Lsn(96)),
+        ] {
+            channel.parted = parted;
+            assert_eq!(channel.parting(), Some(at), "{parted:?}");
+            assert_eq!(channel.behind_the_parting().0, at);
+            let shown = known_parting(&"b".parse().unwrap(), &channel).unwrap();
+            assert_eq!((shown.at, shown.local_bytes), (at, head.bytes_since(at)));
+        }
+        node.stop();
     }
 }
