@@ -16,7 +16,6 @@ use super::copy;
 use super::core::{Input, Membership, PeerCore};
 use super::epoch::{Relation, compare};
 use super::health::{self, BackupCapable, CopyFacts, LAG_LIMIT_DEFAULT, judge_copy, judge_local};
-use super::peers::{Peer, StoreError};
 use super::repair;
 use super::replica::Replica;
 use super::resolve;
@@ -584,21 +583,5 @@ impl Shared {
         self.ask_for(peer.node, body.group).map_err(|error| error.to_string())?;
         self.groups_changed();
         Ok(Value::Null)
-    }
-
-    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so;
-    /// whether that is new.
-    pub(super) fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
-        let mut is_new = false;
-        let change = |peer: &mut Peer| is_new = peer.copies.insert(group);
-        self.store.lock().expect("no holder panics").change(peer, change)?;
-        Ok(is_new)
-    }
-
-    /// Forgets that again.
-    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<(), StoreError> {
-        self.store.lock().expect("no holder panics").change(peer, |peer| {
-            peer.copies.remove(&group);
-        })
     }
 }

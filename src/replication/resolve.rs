@@ -11,6 +11,7 @@ use crate::units::{ByteSize, GroupId, Lsn, Name, NodeId};
 
 use super::channel::{Channel, Parted, ReplicationState};
 use super::core::Input;
+use super::peers::{Peer, StoreError};
 use super::replica::Replica;
 use super::rpc::PeerContext;
 use super::service::{Replication, ReplicationError, Shared};
@@ -204,6 +205,22 @@ struct Ask {
 }
 
 impl Shared {
+    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so;
+    /// whether that is new.
+    pub(super) fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
+        let mut is_new = false;
+        let change = |peer: &mut Peer| is_new = peer.copies.insert(group);
+        self.store.lock().expect("no holder panics").change(peer, change)?;
+        Ok(is_new)
+    }
+
+    /// Forgets that again.
+    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<(), StoreError> {
+        self.store.lock().expect("no holder panics").change(peer, |peer| {
+            peer.copies.remove(&group);
+        })
+    }
+
     /// Has this node follow a peer from where their histories part. That is noted before the log is
     /// cut: the record that made the two members may be in what is cut off.
     pub(super) fn yield_to(
@@ -271,7 +288,6 @@ mod tests {
     use crate::io::MemoryDisk;
     use crate::log::control::Mode;
     use crate::replication::drive::tests::{Node, member, node_on};
-    use crate::replication::peers::Peer;
     use crate::units::{Chain, LogTime};
 
     const PEER: NodeId = NodeId([2; 16]);
