@@ -423,8 +423,7 @@ impl Channel {
     }
 
     /// Whether this peer's stream runs.
-    #[must_use]
-    pub fn receives(&self) -> bool {
+    fn receives(&self) -> bool {
         self.follower.as_ref().is_some_and(|follower| follower.runs)
     }
 

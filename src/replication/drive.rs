@@ -22,6 +22,10 @@ impl Shared {
     /// Does what a core says. What it has a group's thread do keeps the room of the message that it
     /// comes from; bytes of a log have a bound of their own there, the window.
     fn perform(self: &Arc<Self>, peer: NodeId, output: Output, room: Option<Room>) {
+        if let Output::Retire { group, retired: true } = output {
+            let shared = Arc::clone(self);
+            tokio::task::spawn_blocking(move || shared.forget_asked_for(peer, group));
+        }
         let output = match Job::of(peer, output) {
             Ok((group, job)) => {
                 let room = room.filter(|_| !matches!(job, Job::Append { .. }));

@@ -221,6 +221,15 @@ impl Shared {
         })
     }
 
+    /// The peer has stopped replicating the group to this node since that was asked for; the record
+    /// may have come in one piece with the one that made the two members.
+    pub(super) fn forget_asked_for(&self, peer: NodeId, group: GroupId) {
+        if let Err(error) = self.unask(peer, group) {
+            tracing::error!("group {group}: that peer {peer} has stopped it: {error}");
+        }
+        self.groups_changed();
+    }
+
     /// Has this node follow a peer from where their histories part. That is noted before the log is
     /// cut: the record that made the two members may be in what is cut off.
     pub(super) fn yield_to(

@@ -496,8 +496,9 @@ impl Shared {
                 let other = |(name, id): &&(Name, GroupId)| *id == local.id && *name != peer.name;
                 local.follows = followed.iter().find(other).map(|(name, _)| name.clone());
                 let member = matches!(local.membership, Membership::Member { .. });
-                let runs = core.channel(local.id).is_some_and(super::channel::Channel::receives);
-                if member && runs && peer.copies.contains(&group.id()) {
+                // Where it may be about to cut its log, that may soon say otherwise.
+                let parted = core.channel(local.id).is_some_and(|it| it.parted().is_some());
+                if member && !parted && peer.copies.contains(&group.id()) {
                     known.push((peer.node, group.id()));
                 }
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);

@@ -130,7 +130,14 @@ impl World {
     /// A copy that is retired stays where it is, until it is taken up again or promoted. Taken up
     /// again it stays retired until the log or an image has brought it back.
     pub fn check_stays(&mut self, node: usize, group: usize) {
-        let stopped = self.groups[group].stopped == Some(node);
+        // Another primary, who does not know of that, may have it as a member.
+        let id = self.nodes[node].id;
+        let wanted = |other: &usize| {
+            let found = self.nodes[*other].group(group);
+            self.nodes[*other].is_primary(group) && found.is_some_and(|found| has_member(found, id))
+        };
+        let stopped = self.groups[group].stopped == Some(node)
+            && !self.groups[group].members.iter().any(wanted);
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
         if !stopped || copy.group.data_state().0 != DataState::Retired {
             copy.retired_at = None;
@@ -169,9 +176,13 @@ impl World {
         let state = copy.data_state().0;
         let name = self.nodes[peer].name.clone();
         // What parted from the primary's history is another trouble.
-        let reigns =
-            |group: &Group| group.control().epochs.iter().map(|epoch| epoch.id).collect::<Vec<_>>();
-        let parted = !reigns(&found).starts_with(&reigns(&copy))
+        let reigns = |group: &Group| {
+            let epochs = &group.control().epochs;
+            epochs.iter().map(|epoch| (epoch.id, epoch.first_lsn)).collect::<Vec<_>>()
+        };
+        let (there, here) = (reigns(&found), reigns(&copy));
+        let parted = !there.starts_with(&here)
+            || there.get(here.len()).is_some_and(|(_, begins)| *begins < at.head)
             || found.chain_at(at.head) != Some(at.chain) && at.head >= found.log_start();
         if parted || at.head == Lsn::ZERO || copy.role() == Role::Primary {
             return;

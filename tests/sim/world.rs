@@ -291,6 +291,10 @@ impl World {
     }
 
     fn carry_out(&mut self, node: usize, peer: usize, output: Output) {
+        if let Output::Retire { group, retired: true } = output {
+            let group = self.group_number(group);
+            self.nodes[node].invited.remove(&(peer, group));
+        }
         let output = match Job::of(self.nodes[peer].id, output) {
             Ok((id, job)) => {
                 let group = self.group_number(id);
@@ -470,8 +474,8 @@ impl World {
             let other = followed.iter().find(|name| **name != self.nodes[peer].name);
             local.follows = other.cloned();
             let channel = self.nodes[node].links[&peer].core.channel(id);
-            let runs = channel.is_some_and(|channel| channel.receives());
-            if asked && runs && matches!(local.membership, Membership::Member { .. }) {
+            let parted = channel.is_some_and(|channel| channel.parted().is_some());
+            if asked && !parted && matches!(local.membership, Membership::Member { .. }) {
                 self.nodes[node].invited.remove(&(peer, group));
             }
             self.feed(node, peer, Input::Group(Box::new(local)));

@@ -252,6 +252,12 @@ impl Channel {
         if !sending && !following && !offered {
             return;
         }
+        // All that was sent until then is here.
+        let ended = following && self.receives() && code == StopCode::NotMember;
+        if ended && !self.local.primary && !self.local.retired {
+            self.local.retired = true;
+            context.outputs.push(Output::Retire { group: self.local.id, retired: true });
+        }
         self.drop_streams();
         if code == StopCode::NotMember {
             // It says nothing more of itself.

@@ -345,6 +345,24 @@ fn a_copy_that_was_empty_when_its_peer_came_learns_that_it_was_stopped() {
 }
 
 #[test]
+fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
+    let mut world = World::new(19);
+    world.run(seconds(5));
+    world.assert_streaming();
+    // What made it a member and what ended that may come in one piece.
+    world.nodes[1].membership = Membership::Pending;
+    let local = world.nodes[1].local();
+    world.feed(1, Input::Group(Box::new(local)));
+    let now = world.now;
+    world.nodes[0].log.append(now, None);
+    world.nodes[0].membership = Membership::Stranger;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+}
+
+#[test]
 fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_for_good() {
     let mut world = World::new(13);
     world.run(seconds(5));
