@@ -35,12 +35,16 @@ pub struct Shipment {
     offer: ImageOffer,
     /// When a part was asked for last, monotonic.
     used: Mutex<Duration>,
+    /// Whose parts these are; none until it is said.
+    stream: Mutex<Option<u64>>,
     next: Mutex<Next>,
 }
 
 /// What is still to be sent.
 #[derive(Debug)]
 struct Next {
+    /// Parts that were given.
+    given: u64,
     control: Bytes,
     control_sent: usize,
     ranges: VecDeque<(Place, u64)>,
@@ -63,6 +67,18 @@ impl Shipment {
         self.offer
     }
 
+    /// From now on its parts are those of this stream alone.
+    pub fn begin_stream(&self, stream: u64) {
+        *self.stream.lock().expect("no holder panics") = Some(stream);
+    }
+
+    /// Whether this part of this stream is the next one. What was asked for in a stream before,
+    /// and waited in its connection, would else take a part that this one then lacks.
+    fn is_next(&self, stream: u64, number: u64) -> bool {
+        *self.stream.lock().expect("no holder panics") == Some(stream)
+            && self.next.lock().expect("no holder panics").given == number
+    }
+
     /// The next part; none after the end.
     ///
     /// # Errors
@@ -70,6 +86,7 @@ impl Shipment {
     /// Where the image cannot be read, or its hold was broken.
     pub fn next(&self) -> Result<Option<ImagePart>, GroupError> {
         let mut next = self.next.lock().expect("no holder panics");
+        next.given += 1;
         let next = &mut *next;
         if next.control_sent < next.control.len() {
             let offset = next.control_sent;
@@ -224,6 +241,7 @@ impl Group {
             common,
         };
         let next = Next {
+            given: 0,
             control: control.encode().into(),
             control_sent: 0,
             ranges: ranges.into(),
@@ -231,20 +249,30 @@ impl Group {
             ended: false,
         };
         let used = Mutex::new(self.context.env.clock.monotonic());
-        let shipment = Arc::new(Shipment { image, offer, used, next: Mutex::new(next) });
+        let (stream, next) = (Mutex::default(), Mutex::new(next));
+        let shipment = Arc::new(Shipment { image, offer, used, stream, next });
         let mut shipments = self.shipments.lock().expect("no holder panics");
         shipments.insert(peer.clone(), shipment.clone());
         Ok(shipment)
     }
 
-    /// The next part of the image that a peer is sent; none behind its end.
+    /// Part `number`, the next one, of the image that a peer is sent in a stream; none behind its
+    /// end.
     ///
     /// # Errors
     ///
-    /// Where no image is sent to it, or the image cannot be read any more.
-    pub fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError> {
+    /// Where no image is sent to it, another part is next, or the image cannot be read any more.
+    pub fn next_part(
+        &self,
+        peer: &Name,
+        stream: u64,
+        number: u64,
+    ) -> Result<Option<ImagePart>, GroupError> {
         let shipment = self.shipments.lock().expect("no holder panics").get(peer).cloned();
         let shipment = shipment.ok_or_else(|| self.refused(format!("sends no image to {peer}")))?;
+        if !shipment.is_next(stream, number) {
+            return Err(self.refused(format!("sends {peer} another image by now")));
+        }
         *shipment.used.lock().expect("no holder panics") = self.context.env.clock.monotonic();
         shipment.next()
     }

@@ -38,7 +38,7 @@ use super::wire::{Message, NeedsImage, StopCode};
 use self::heard::NO_STREAM;
 pub use self::heard::{Gap, Heard, Moment};
 pub use self::state::{Acked, Parted, Remote, ReplicationState, Told};
-use self::state::{Follower, Lookup, Sender};
+use self::state::{Follower, Lookup, Sender, first_stream};
 use self::trouble::{Refused, Trouble};
 
 /// Log frames of a stream that wait in the shell at most; the next is cut when one was sent, so
@@ -147,7 +147,7 @@ pub(super) fn group_of(message: &Message) -> Option<GroupId> {
 impl Channel {
     pub(super) fn new(now: Duration, local: &LocalGroup) -> Channel {
         let mut local = local.clone();
-        let head = local.history.head;
+        let (head, next_stream) = (local.history.head, first_stream(local.incarnation));
         let mut marks = [Marks::default(), Marks::default()];
         marks.iter_mut().for_each(|marks| marks.restart(head));
         let [received_marks, durable_marks] = marks;
@@ -170,7 +170,7 @@ impl Channel {
             committed: Lsn::ZERO,
             compared: None,
             mismatch: None,
-            next_stream: 1,
+            next_stream,
             next_ticket: 1,
             lookup: None,
             rpo_alarm: false,

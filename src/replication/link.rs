@@ -85,7 +85,8 @@ impl Waiting {
             Bulk::Part { peer, number } => {
                 let failed = |reason| Input::PartFailed { group, stream, reason };
                 let replica = replica.ok_or_else(|| failed(gone))?;
-                let part = replica.next_part(&peer).map_err(|error| failed(error.to_string()))?;
+                let part = replica.next_part(&peer, stream, number);
+                let part = part.map_err(|error| failed(error.to_string()))?;
                 let part = part.ok_or_else(|| failed("it has no more parts".to_owned()))?;
                 let last = part == ImagePart::End;
                 let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);

@@ -57,9 +57,15 @@ pub trait Replica: Send + Sync {
         since: Option<Lsn>,
         common: Lsn,
         staged: Option<&Staged>,
+        stream: u64,
     ) -> Result<ImageOffer, GroupError>;
     fn note_peer_needs(&self, peer: NodeId, from: Lsn, follows: bool);
-    fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError>;
+    fn next_part(
+        &self,
+        peer: &Name,
+        stream: u64,
+        number: u64,
+    ) -> Result<Option<ImagePart>, GroupError>;
     fn end_shipment(&self, peer: &Name);
     fn staged(&self) -> Result<Option<Staged>, GroupError>;
     fn begin_image(&self, offer: &ImageOffer) -> Result<(), GroupError>;
@@ -97,14 +103,22 @@ impl Replica for Group {
         since: Option<Lsn>,
         common: Lsn,
         staged: Option<&Staged>,
+        stream: u64,
     ) -> Result<ImageOffer, GroupError> {
-        Group::ship(self, peer, since, common, staged).map(|shipment| shipment.offer())
+        let shipment = Group::ship(self, peer, since, common, staged)?;
+        shipment.begin_stream(stream);
+        Ok(shipment.offer())
     }
     fn note_peer_needs(&self, peer: NodeId, from: Lsn, follows: bool) {
         Group::note_peer_needs(self, peer, from, follows);
     }
-    fn next_part(&self, peer: &Name) -> Result<Option<ImagePart>, GroupError> {
-        Group::next_part(self, peer)
+    fn next_part(
+        &self,
+        peer: &Name,
+        stream: u64,
+        number: u64,
+    ) -> Result<Option<ImagePart>, GroupError> {
+        Group::next_part(self, peer, stream, number)
     }
     fn end_shipment(&self, peer: &Name) {
         Group::end_shipment(self, peer);

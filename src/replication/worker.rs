@@ -243,7 +243,7 @@ pub fn perform(
             return Some((peer, yielded(group.id(), result)));
         }
         Job::Ship { peer, stream, name, since, common, staged } => {
-            let offer = group.ship(&name, since, common, staged.as_ref());
+            let offer = group.ship(&name, since, common, staged.as_ref(), stream);
             let offer = offer.map_err(|error| error.to_string());
             return Some((peer, Input::Shipped { group: group.id(), stream, offer }));
         }

@@ -331,7 +331,7 @@ impl World {
                 let of = self.group_number(group);
                 let Some(found) = self.nodes[node].group(of) else { return };
                 let failed = |reason| Input::PartFailed { group, stream, reason };
-                let input = match found.next_part(&name) {
+                let input = match found.next_part(&name, stream, number) {
                     Ok(Some(part)) => {
                         let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
                         encode_part(&part, &mut frame);

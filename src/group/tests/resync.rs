@@ -674,3 +674,18 @@ fn an_image_that_goes_back_leaves_no_file_whose_records_could_stand_in_their_old
         assert_eq!(state.0, DataState::Consistent, "seed {seed}: {state:?}");
     }
 }
+
+#[test]
+fn a_part_that_was_asked_for_in_an_earlier_stream_is_not_taken_from_the_next_ones_image() {
+    let (pair, _) = staged(5, true);
+    let primary = &pair.primary;
+    let begin = |stream| primary.ship(&b(), None, Lsn::ZERO, None).unwrap().begin_stream(stream);
+    begin(7);
+    let first = primary.next_part(&b(), 7, 0).unwrap().unwrap();
+    // Its second part waits in a connection, when the peer asks anew.
+    begin(8);
+    let error = primary.next_part(&b(), 7, 1).unwrap_err().to_string();
+    assert!(error.contains("sends b another image by now"), "{error}");
+    assert!(primary.next_part(&b(), 8, 1).is_err(), "one out of turn");
+    assert_eq!(primary.next_part(&b(), 8, 0).unwrap().unwrap(), first, "nothing was left out");
+}

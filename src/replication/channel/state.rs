@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::replication::epoch::History;
-use crate::units::{Chain, Lsn};
+use crate::units::{Chain, Incarnation, Lsn};
 
 /// What replication of a group with a peer is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +75,12 @@ pub struct Acked {
     pub durable: Lsn,
     /// Requests up to its head.
     pub requests: u64,
+}
+
+/// The first stream that a channel asks for. Those of different lives of a node have different
+/// numbers: what waits for one of a life before is taken for none of this one. Never 0.
+pub(super) fn first_stream(life: Incarnation) -> u64 {
+    (life.0 << 32) | 1
 }
 
 /// This node receives.
