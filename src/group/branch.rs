@@ -137,7 +137,7 @@ fn read_about(disk: &dyn Disk, dir: &Path) -> io::Result<Branch> {
 /// At the start, once the log is cut: names the branches whose cut did not get to it.
 pub(super) fn finish_branches(disk: &dyn Disk, group_dir: &Path) -> io::Result<Vec<Branch>> {
     let all = group_dir.join("branches");
-    let names = names_in(disk, &all)?;
+    let names = files::names_in(disk, &all)?;
     let mut finished = Vec::new();
     for unfinished in names.into_iter().filter(|name| name.ends_with(UNFINISHED)) {
         let dir = all.join(&unfinished);
@@ -169,11 +169,6 @@ fn free_name(disk: &dyn Disk, all: &Path, at: Lsn) -> io::Result<String> {
         }
     }
     unreachable!("numbers do not end")
-}
-
-/// The names in a directory that may not be there.
-fn names_in(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
-    if disk.exists(dir)? { disk.list(dir) } else { Ok(Vec::new()) }
 }
 
 impl Group {
@@ -315,7 +310,7 @@ impl Group {
         let io = |cause| self.io(format!("list {}", all.display()), &cause);
         let _one_at_a_time = self.listed.listing.lock().expect("no holder panics");
         let mut branches = Vec::new();
-        let names = names_in(&**disk, &all).map_err(io)?;
+        let names = files::names_in(&**disk, &all).map_err(io)?;
         for name in names.into_iter().filter(|name| is_branch(name)) {
             branches.push(match read_about(&**disk, &all.join(&name)) {
                 Ok(about) => Branch { name, ..about },
@@ -343,7 +338,7 @@ fn unreadable(name: String, cause: &io::Error) -> Branch {
 /// copied.
 pub(super) fn remove_discarded(disk: &dyn Disk, group_dir: &Path) {
     let all = group_dir.join("branches");
-    let names = names_in(disk, &all).unwrap_or_default();
+    let names = files::names_in(disk, &all).unwrap_or_default();
     let goes = |name: &String| files::is_discarded(name) || name.ends_with(COPYING);
     for name in names.into_iter().filter(goes) {
         if let Err(cause) = files::discard(disk, &all.join(&name)) {

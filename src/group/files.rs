@@ -39,6 +39,11 @@ pub(super) fn is_discarded(name: &str) -> bool {
     name.ends_with(DISCARDED)
 }
 
+/// The names in a directory that may not be there.
+pub(super) fn names_in(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<String>> {
+    if disk.exists(dir)? { disk.list(dir) } else { Ok(Vec::new()) }
+}
+
 /// Removes a directory. It gets another name first, so that after a crash it is there as a whole or
 /// never again; a start removes what is left.
 pub(super) fn discard(disk: &dyn Disk, path: &Path) -> io::Result<()> {

@@ -353,8 +353,7 @@ pub(super) fn load_moments(
 ) -> std::io::Result<BTreeMap<Lsn, Arc<Moment>>> {
     let mut moments = BTreeMap::new();
     let all = group_dir.join(MOMENTS);
-    let names = if disk.exists(&all)? { disk.list(&all)? } else { Vec::new() };
-    for name in names {
+    for name in files::names_in(disk, &all)? {
         let lsn = name.parse().ok().map(Lsn).filter(|lsn| *lsn < base);
         let Some(lsn) = lsn else {
             files::discard(disk, &all.join(name))?;

@@ -527,10 +527,7 @@ impl Shared {
             let shared = Arc::clone(self);
             tokio::task::spawn_blocking(move || {
                 for (node, group) in known {
-                    let forget = |peer: &mut Peer| {
-                        peer.copies.remove(&group);
-                    };
-                    if let Err(error) = locked(&shared.store).change(node, forget) {
+                    if let Err(error) = shared.unask(node, group) {
                         tracing::error!("{error}");
                     }
                 }

@@ -2,6 +2,17 @@
 
 use super::*;
 
+impl World {
+    /// The record of what the peer is now is appended, and then the group tells so.
+    fn set_member(&mut self, membership: Membership) {
+        let now = self.now;
+        self.nodes[0].log.append(now, None);
+        self.nodes[0].membership = membership;
+        let local = self.nodes[0].local();
+        self.feed(0, Input::Group(Box::new(local)));
+    }
+}
+
 #[test]
 fn a_copy_becomes_equal_and_stays_so() {
     let mut world = World::new(1);
@@ -177,12 +188,7 @@ fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
     world.run(seconds(5));
     world.assert_streaming();
 
-    // The record that ends the membership is appended, and then the group tells so.
-    let now = world.now;
-    world.nodes[0].log.append(now, None);
-    world.nodes[0].membership = Membership::Stranger;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.set_member(Membership::Stranger);
     world.run(seconds(5));
     assert!(world.nodes[0].log.bytes == world.nodes[1].log.bytes);
     // There the record says it too.
@@ -293,14 +299,7 @@ fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_aga
     world.run(seconds(3));
     world.weather.partitioned = true;
     world.run(seconds(10));
-    let set_member = |world: &mut World, membership| {
-        let now = world.now;
-        world.nodes[0].log.append(now, None);
-        world.nodes[0].membership = membership;
-        let local = world.nodes[0].local();
-        world.feed(0, Input::Group(Box::new(local)));
-    };
-    set_member(&mut world, Membership::Stranger);
+    world.set_member(Membership::Stranger);
     world.weather.partitioned = false;
     world.run(seconds(10));
     let kept = world.nodes[1].log.bytes.len();
@@ -313,7 +312,7 @@ fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_aga
     assert!(world.nodes[1].retired);
     assert_eq!(world.nodes[1].log.bytes.len(), kept);
 
-    set_member(&mut world, Membership::Member { rpo_target: None, mode: Mode::Async });
+    world.set_member(Membership::Member { rpo_target: None, mode: Mode::Async });
     world.run(seconds(10));
     assert!(!world.nodes[1].retired);
     world.assert_streaming();
@@ -321,7 +320,7 @@ fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_aga
     // With a link, but no stream that could carry the record.
     world.feed(1, Input::Pause { group: GROUP, paused: true });
     world.run(seconds(1));
-    set_member(&mut world, Membership::Stranger);
+    world.set_member(Membership::Stranger);
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
 }
@@ -335,11 +334,7 @@ fn a_copy_that_was_empty_when_its_peer_came_learns_that_it_was_stopped() {
     // Without a stream that could carry the record.
     world.feed(0, Input::Pause { group: GROUP, paused: true });
     world.run(seconds(1));
-    let now = world.now;
-    world.nodes[0].log.append(now, None);
-    world.nodes[0].membership = Membership::Stranger;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.set_member(Membership::Stranger);
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
 }
@@ -353,11 +348,7 @@ fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
     world.nodes[1].membership = Membership::Pending;
     let local = world.nodes[1].local();
     world.feed(1, Input::Group(Box::new(local)));
-    let now = world.now;
-    world.nodes[0].log.append(now, None);
-    world.nodes[0].membership = Membership::Stranger;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.set_member(Membership::Stranger);
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
 }
