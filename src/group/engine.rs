@@ -488,14 +488,15 @@ impl Group {
     }
 
     /// Marks the copy as one that no longer follows its primary, or takes that back; durable on
-    /// return, and told once.
+    /// return, and told once. A primary is no copy: it stays what it is.
     ///
     /// # Errors
     ///
     /// What the disk says.
     pub fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
-        self.update_meta(|meta| meta.retired = retired)?;
+        self.update_meta(|meta| meta.retired = retired && !meta.reigns)?;
         let mut core = self.lock();
+        let retired = retired && core.role != Role::Primary;
         let (before, head) = (core.retired, core.writer.head());
         core.retired = retired.then(|| before.unwrap_or_else(|| self.context.env.clock.wall()));
         drop(core);

@@ -101,6 +101,8 @@ pub struct Channel {
     refused: Refused,
     /// People were told that replication stopped, and not yet that it goes on.
     told_stopped: bool,
+    /// What a peer that is no member holds, while nobody reigns here who tells it so.
+    untold: Option<History>,
     /// What people were told of a split brain: whether this node, and the peer, has more.
     told_have_more: (bool, bool),
     /// Whether the shell knows that this peer's stream is followed.
@@ -177,6 +179,7 @@ impl Channel {
             trouble: None,
             refused: Refused::default(),
             told_stopped: false,
+            untold: None,
             told_have_more: (false, false),
             told_follows: false,
             shipping: None,
@@ -278,6 +281,7 @@ impl Channel {
             self.received_marks.appended(context.now, head);
             self.durable_marks.appended(context.now, head);
         }
+        self.tell_untold(context);
         if membership_changed && !self.visible() {
             self.drop_streams();
             if let Some(remote) = self.remote.take().filter(|remote| !remote.primary) {
@@ -287,7 +291,7 @@ impl Channel {
                 } else {
                     remote.history
                 };
-                self.tell_stopped(context, &theirs);
+                self.tell_stopped(context, theirs);
             }
             self.set_state(context, ReplicationState::Idle, "not replicated with this peer");
             return;
@@ -346,20 +350,6 @@ impl Channel {
         self.check_rpo(context);
     }
 
-    /// Keeps a stream to a node that was a member going until it has the record that says so.
-    fn note_ending(&mut self, was_active: bool) {
-        if self.local.membership != Membership::Stranger || self.sender.is_none() {
-            self.ending = None;
-            return;
-        }
-        if was_active {
-            self.ending = Some(self.local.history.head);
-        }
-        if self.ending.is_some() {
-            self.local.membership = Membership::Stopped;
-        }
-    }
-
     pub(super) fn on_pause(&mut self, context: &mut Context<'_>, paused: bool) {
         if self.paused == paused {
             return;
@@ -384,7 +374,7 @@ impl Channel {
 
     pub(super) fn on_link_up(&mut self, context: &mut Context<'_>) {
         self.drop_streams();
-        self.remote = None;
+        (self.remote, self.untold) = (None, None);
         if self.visible() {
             if !self.needs_a_hand() {
                 let reason = "connected; the peer has not said yet what it holds";
@@ -401,7 +391,7 @@ impl Channel {
 
     pub(super) fn on_link_down(&mut self, context: &mut Context<'_>, reason: &str) {
         self.drop_streams();
-        self.remote = None;
+        (self.remote, self.untold) = (None, None);
         if !self.needs_a_hand() {
             if self.state != ReplicationState::Idle {
                 self.since = context.now;
@@ -485,7 +475,7 @@ impl Channel {
             | Message::Follow { history, .. } = &message
                 && let Some(history) = History::from_wire(history)
             {
-                self.tell_stopped(context, &history);
+                self.tell_stopped(context, history);
             }
             // Else as if the group were not here.
             return Ok(());

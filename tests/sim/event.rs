@@ -26,6 +26,11 @@ pub enum Event {
         side: usize,
         life: u64,
     },
+    /// The writer of a node's connection sends what waits.
+    Bulk {
+        conn: ConnId,
+        node: usize,
+    },
     Wake {
         node: usize,
         peer: usize,
@@ -90,7 +95,8 @@ impl Event {
     /// The node whose disk it needs.
     fn disk(&self) -> Option<usize> {
         match self {
-            Event::Work { node, .. }
+            Event::Bulk { node, .. }
+            | Event::Work { node, .. }
             | Event::Sync { node, .. }
             | Event::Mark { node, .. }
             | Event::Fold { node, .. }

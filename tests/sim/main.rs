@@ -12,6 +12,7 @@
 
 mod alarms;
 mod backups;
+mod bulk;
 mod chance;
 mod checks;
 mod coverage;

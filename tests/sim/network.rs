@@ -1,6 +1,7 @@
 //! The links between the nodes: connections that delay, that are cut at any byte, and that a
 //! partition leaves open and dead.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,6 +9,7 @@ use tidelog::replication::simulation::{ConnId, Input};
 use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, Message};
 use tidelog::units::Incarnation;
 
+use super::bulk::Waiting;
 use super::event::Event;
 use super::world::World;
 
@@ -29,6 +31,46 @@ pub struct Connection {
     open: [bool; 2],
     /// Per side: whether it knows of it; what arrives before waits.
     up: [bool; 2],
+    /// Per side: what it sends when it is its turn.
+    bulk: [Bulks; 2],
+}
+
+/// What one side of a connection sends by and by.
+#[derive(Default)]
+struct Bulks {
+    waiting: VecDeque<Waiting>,
+    /// The writer will look at it.
+    writing: bool,
+}
+
+impl Connection {
+    fn side(&self, node: usize) -> usize {
+        usize::from(self.ends[0] != node)
+    }
+
+    /// The node at the other end.
+    pub fn other(&self, node: usize) -> usize {
+        self.ends[1 - self.side(node)]
+    }
+
+    /// Something waits for its turn; whether the writer is to be woken.
+    pub fn wait(&mut self, node: usize, waiting: Waiting) -> bool {
+        let bulk = &mut self.bulk[self.side(node)];
+        bulk.waiting.push_back(waiting);
+        !std::mem::replace(&mut bulk.writing, true)
+    }
+
+    /// What waits longest, and whether a later stream waits behind it.
+    pub fn next_bulk(&mut self, node: usize) -> Option<(Waiting, bool)> {
+        let side = self.side(node);
+        let bulk = &mut self.bulk[side];
+        let next = if self.open[side] { bulk.waiting.pop_front() } else { None };
+        bulk.writing = next.is_some();
+        let next = next?;
+        let later = |other: &Waiting| other.group == next.group && other.stream > next.stream;
+        let stale = bulk.waiting.iter().any(later);
+        Some((next, stale))
+    }
 }
 
 /// What happens on the way between two nodes.
@@ -87,6 +129,7 @@ impl World {
             dead: false,
             open: [true; 2],
             up: [false; 2],
+            bulk: Default::default(),
         };
         self.connections.insert(conn, connection);
         for (side, end) in [node, peer].into_iter().enumerate() {
@@ -113,7 +156,7 @@ impl World {
     /// A node closes its end.
     pub fn close(&mut self, conn: ConnId, node: usize) {
         let Some(connection) = self.connections.get_mut(&conn) else { return };
-        let side = usize::from(connection.ends[0] != node);
+        let side = connection.side(node);
         connection.open[side] = false;
         self.tell_down(conn, 1 - side);
         self.forget_closed(conn);
@@ -131,7 +174,7 @@ impl World {
             if told {
                 self.close(conn, node);
             } else if let Some(connection) = self.connections.get_mut(&conn) {
-                let side = usize::from(connection.ends[0] != node);
+                let side = connection.side(node);
                 connection.open[side] = false;
                 connection.dead = true;
                 self.forget_closed(conn);
@@ -160,13 +203,13 @@ impl World {
         }
     }
 
-    pub fn transmit(&mut self, conn: ConnId, from: usize, mut bytes: Vec<u8>) {
+    /// Sends a frame; how long after now it arrives.
+    pub fn transmit(&mut self, conn: ConnId, from: usize, mut bytes: Vec<u8>) -> Duration {
         let now = self.now();
-        let Some(connection) = self.connections.get(&conn) else { return };
-        let side = usize::from(connection.ends[0] != from);
-        let to = connection.ends[1 - side];
+        let Some(connection) = self.connections.get(&conn) else { return Duration::ZERO };
+        let (side, to) = (connection.side(from), connection.other(from));
         if !connection.open[side] || connection.dead {
-            return;
+            return Duration::ZERO;
         }
         let weather = self.weather(from, to);
         // Behind a partition nobody could be told, and what is sent later would follow on half of a
@@ -189,6 +232,7 @@ impl World {
             self.tell_down(conn, 0);
             self.tell_down(conn, 1);
         }
+        after
     }
 
     pub fn arrive(&mut self, conn: ConnId, side: usize, bytes: &[u8]) {

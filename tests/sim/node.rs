@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tidelog::events::Events;
-use tidelog::group::{Group, GroupContext, Image, LocalLimits, NodeIdentity, Read, Role, View};
+use tidelog::group::{
+    DataState, Group, GroupContext, Image, LocalLimits, NodeIdentity, Read, Role, View,
+};
 use tidelog::io::{Clock, Disk, Entropy, Env, MemoryDisk, SeededEntropy};
 use tidelog::replication::simulation::{Input, Job, PeerCore, Settings};
 use tidelog::units::{Chain, LogTime, Lsn, Name, NodeId, VolumeNumber};
@@ -83,7 +85,7 @@ pub struct Copy {
     /// A cut of its log failed: what it shows is in part on disk and in part in a branch, and the
     /// next start finishes it.
     pub half_cut: bool,
-    /// What it held when the last cut began.
+    /// What it held when a cut began that did not end.
     pub cutting: Vec<Place>,
     pub answered: Answered,
     pub images: Vec<OpenImage>,
@@ -96,6 +98,23 @@ pub struct Copy {
     pub fold_failed: bool,
     pub clock_noted: bool,
     pub written_back: Lsn,
+}
+
+impl Copy {
+    /// Its log will be cut: what is cut off is kept, but not here.
+    pub fn begin_cut(&mut self) {
+        self.cutting.append(&mut self.sure);
+        self.durable.clear();
+        self.line = None;
+    }
+
+    /// A cut has ended, or failed on the way.
+    pub fn end_cut(&mut self) {
+        self.half_cut = self.group.data_state().0 == DataState::Failed;
+        if !self.half_cut {
+            self.cutting.clear();
+        }
+    }
 }
 
 /// One appliance.

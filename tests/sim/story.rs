@@ -321,8 +321,7 @@ impl World {
         found.sync_now().ok();
         self.nodes[node].invited.insert((peer, group));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
-        copy.cutting = std::mem::take(&mut copy.sure);
-        (copy.line, copy.durable) = (None, Vec::new());
+        copy.begin_cut();
         let yielded = found.yield_to(parted.at, parted.chain, Discard::Authored);
         self.say(format_args!("{} resolves: {yielded:?}", self.nodes[node].name));
         if !self.nodes[node].disk.has_power() {
@@ -333,7 +332,7 @@ impl World {
             self.groups[group].beyond |= error.to_string().contains("tidelog group delete");
         }
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
-        copy.half_cut = copy.group.data_state().0 == DataState::Failed;
+        copy.end_cut();
         // A retired copy stays where it is, but for what an operator does to it.
         copy.retired_at = None;
         self.note_sure(node, group);

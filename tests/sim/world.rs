@@ -11,16 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::BytesMut;
-use tidelog::group::{DataState, GroupError, ImagePart};
+use tidelog::group::{DataState, GroupError};
 use tidelog::replication::simulation::{
     ConnId, Input, Job, Membership, Output, local_group, perform,
 };
-use tidelog::replication::wire::part::encode_part;
-use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader, Message};
+use tidelog::replication::wire::Message;
 use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
 
 use super::backups::Backups;
+use super::bulk::{Bulk, Waiting};
 use super::chance::{Chance, Trace};
 use super::coverage::Coverage;
 use super::event::{Event, short};
@@ -158,6 +157,7 @@ impl World {
                 }
             }
             Event::Arrive { conn, side, bytes } => self.arrive(conn, side, &bytes),
+            Event::Bulk { conn, node } => self.write_bulk(conn, node),
             Event::ConnUp { conn, side, life } => self.conn_up(conn, side, life),
             Event::Wake { node, peer, life } if self.lives(node, life) => self.wake(node, peer),
             Event::Look { node, group, life } if self.lives(node, life) => self.look(node, group),
@@ -309,42 +309,16 @@ impl World {
                 if let Message::Heartbeat { wall, .. } = &mut message {
                     *wall = self.nodes[node].wall().0;
                 }
-                self.transmit(conn, node, message.to_frame().expect("within the limits"));
+                let frame = message.to_frame().expect("within the limits");
+                self.transmit(conn, node, frame);
             }
             Output::SendLog { conn, group, stream, from, to } => {
-                let number = self.group_number(group);
-                let bytes = to.bytes_since(from) as usize;
-                let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
-                let header = FrameHeader::log(group, stream, from, bytes).encode();
-                frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
-                let Some(found) = self.nodes[node].group(number) else { return };
-                let input = match found.read_log(from, &mut frame[FRAME_HEADER_BYTES..]) {
-                    Ok(()) => {
-                        self.transmit(conn, node, frame);
-                        Input::Sent { group, stream }
-                    }
-                    Err(error) => Input::ReadFailed { group, stream, reason: error.to_string() },
-                };
-                self.feed_later(node, peer, input);
+                let bulk = Bulk::Log { from, to };
+                self.send_bulk(conn, node, Waiting { group, stream, bulk });
             }
             Output::SendPart { conn, group, stream, peer: name, number } => {
-                let of = self.group_number(group);
-                let Some(found) = self.nodes[node].group(of) else { return };
-                let failed = |reason| Input::PartFailed { group, stream, reason };
-                let input = match found.next_part(&name, stream, number) {
-                    Ok(Some(part)) => {
-                        let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
-                        encode_part(&part, &mut frame);
-                        let bytes = frame.len() - FRAME_HEADER_BYTES;
-                        let header = FrameHeader::image(group, stream, number, bytes).encode();
-                        frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
-                        self.transmit(conn, node, frame.into());
-                        Input::PartSent { group, stream, last: part == ImagePart::End }
-                    }
-                    Ok(None) => failed("it has no more parts".to_owned()),
-                    Err(error) => failed(error.to_string()),
-                };
-                self.feed_later(node, peer, input);
+                let bulk = Bulk::Part { peer: name, number };
+                self.send_bulk(conn, node, Waiting { group, stream, bulk });
             }
             Output::FollowChanged { group } => {
                 let group = self.group_number(group);
@@ -393,9 +367,7 @@ impl World {
         let appends = matches!(job, Job::Append { .. });
         let stages = matches!(job, Job::Stage { .. });
         if yields {
-            // What is cut off is kept, but not here.
-            copy.cutting = std::mem::take(&mut copy.sure);
-            copy.durable.clear();
+            copy.begin_cut();
         }
         if let Job::Yield { peer, .. } = job {
             let peer = self.peer_number(peer);
@@ -420,10 +392,6 @@ impl World {
             // A tail that was only received may have made way for the image.
             (copy.sure, copy.durable) = (Vec::new(), Vec::new());
         }
-        if yields {
-            copy.line = None;
-            copy.half_cut = copy.group.data_state().0 == DataState::Failed;
-        }
         if let Some((peer, input)) = told {
             match &input {
                 Input::Yielded { .. } => self.coverage.add("yields", 1),
@@ -441,6 +409,9 @@ impl World {
         }
         if !self.nodes[node].disk.has_power() {
             return;
+        }
+        if yields && let Some(copy) = self.nodes[node].copies.get_mut(&group) {
+            copy.end_cut();
         }
         if yields || switched || appends && self.chance.one_in(self.look_one_in) {
             self.note_sure(node, group);

@@ -77,3 +77,17 @@ fn promote_waits_for_no_switchover_that_halts_the_writers_and_is_about_to_demote
     group.promote("switchover-refused").unwrap();
     assert!(is_member(&bench, &group));
 }
+
+#[test]
+fn a_primary_is_not_retired_by_what_was_decided_before_it_was_promoted() {
+    let (bench, copy) = stopped_copy(1);
+    copy.set_retired(true).unwrap();
+    copy.promote("test").unwrap();
+    // It waited in the queue of the group's thread.
+    copy.set_retired(true).unwrap();
+    assert_eq!(copy.data_state().0, DataState::Consistent);
+    assert_eq!(bench.said("copy-retired").len(), 1);
+    drop(copy);
+    let (again, _) = bench.open();
+    assert_eq!(again.data_state().0, DataState::Consistent);
+}

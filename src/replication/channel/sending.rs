@@ -78,12 +78,31 @@ impl Channel {
         }
     }
 
+    /// A primary keeps a stream to a node that was a member going until it has the record of that.
+    pub(super) fn note_ending(&mut self, was_active: bool) {
+        let stranger = self.local.membership == Membership::Stranger;
+        if !stranger || self.sender.is_none() || !self.local.primary {
+            self.ending = None;
+            return;
+        }
+        if was_active {
+            self.ending = Some(self.local.history.head);
+        }
+        if self.ending.is_some() {
+            self.local.membership = Membership::Stopped;
+        }
+    }
+
     /// A node that was a member may have been away when that ended, and lack the record that says
     /// so. Whoever names reigns and a head that lie in this log held it: it learns that alone.
-    pub(super) fn tell_stopped(&self, context: &mut Context<'_>, theirs: &History) {
+    pub(super) fn tell_stopped(&mut self, context: &mut Context<'_>, theirs: History) {
+        if !self.local.primary {
+            self.untold = Some(theirs);
+            return;
+        }
         let held = !theirs.reigns.is_empty()
-            && compare(&self.local.history, theirs) == Relation::TheirsIsPrefix;
-        if self.local.primary && held {
+            && compare(&self.local.history, &theirs) == Relation::TheirsIsPrefix;
+        if held {
             context.send(Message::Announce {
                 group: self.local.id.0,
                 primary: true,
@@ -93,6 +112,16 @@ impl Channel {
                 incarnation: self.local.incarnation.0,
                 history: theirs.to_wire(),
             });
+        }
+    }
+
+    /// Who begins to reign tells what could be told by nobody before.
+    pub(super) fn tell_untold(&mut self, context: &mut Context<'_>) {
+        let theirs = self.untold.take();
+        if !self.visible()
+            && let Some(theirs) = theirs
+        {
+            self.tell_stopped(context, theirs);
         }
     }
 

@@ -354,6 +354,38 @@ fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
 }
 
 #[test]
+fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
+    let mut world = World::new(20);
+    world.run(seconds(5));
+    world.assert_streaming();
+    // The copy lacks the record yet: the stream to it goes on until it has it.
+    world.set_member(Membership::Stranger);
+    world.nodes[0].primary = false;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(1));
+    assert!(!world.nodes[0].retired);
+}
+
+#[test]
+fn who_begins_to_reign_tells_a_copy_of_its_stop_that_nobody_could_tell() {
+    let mut world = World::new(21);
+    world.run(seconds(5));
+    world.assert_streaming();
+    // Stopped by another node, on whose log this one follows: a secondary tells nobody.
+    world.feed(0, Input::Pause { group: GROUP, paused: true });
+    world.nodes[0].primary = false;
+    world.set_member(Membership::Stranger);
+    world.run(seconds(1));
+    assert!(!world.nodes[1].retired);
+    world.nodes[0].primary = true;
+    let local = world.nodes[0].local();
+    world.feed(0, Input::Group(Box::new(local)));
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+}
+
+#[test]
 fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_for_good() {
     let mut world = World::new(13);
     world.run(seconds(5));

@@ -1,0 +1,102 @@
+//! What waits in a connection for its turn: pieces of log and parts of images. They are read when
+//! they are sent, which may be after the stream that asked for them has ended, and messages
+//! overtake them.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tidelog::group::{Group, ImagePart};
+use tidelog::replication::simulation::{ConnId, Input};
+use tidelog::replication::wire::part::encode_part;
+use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader};
+use tidelog::units::{GroupId, Lsn, Name};
+
+use super::event::Event;
+use super::world::World;
+
+/// A writer that is so far ahead of what arrives waits until it has arrived.
+const AHEAD_MOST: Duration = Duration::from_millis(5);
+
+/// A frame of bulk that waits.
+pub struct Waiting {
+    pub group: GroupId,
+    pub stream: u64,
+    pub bulk: Bulk,
+}
+
+/// What it carries.
+pub enum Bulk {
+    Log { from: Lsn, to: Lsn },
+    Part { peer: Name, number: u64 },
+}
+
+impl Waiting {
+    /// The frame if there is one, and what is told to the core.
+    fn read(self, found: &Group) -> (Option<Vec<u8>>, Input) {
+        let Waiting { group, stream, bulk } = self;
+        match bulk {
+            Bulk::Log { from, to } => {
+                let bytes = to.bytes_since(from) as usize;
+                let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
+                let header = FrameHeader::log(group, stream, from, bytes).encode();
+                frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
+                match found.read_log(from, &mut frame[FRAME_HEADER_BYTES..]) {
+                    Ok(()) => (Some(frame), Input::Sent { group, stream }),
+                    Err(error) => {
+                        (None, Input::ReadFailed { group, stream, reason: error.to_string() })
+                    }
+                }
+            }
+            Bulk::Part { peer, number } => {
+                let failed = |reason| (None, Input::PartFailed { group, stream, reason });
+                match found.next_part(&peer, stream, number) {
+                    Ok(Some(part)) => {
+                        let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
+                        encode_part(&part, &mut frame);
+                        let bytes = frame.len() - FRAME_HEADER_BYTES;
+                        let header = FrameHeader::image(group, stream, number, bytes).encode();
+                        frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
+                        let last = part == ImagePart::End;
+                        (Some(frame.into()), Input::PartSent { group, stream, last })
+                    }
+                    Ok(None) => failed("it has no more parts".to_owned()),
+                    Err(error) => failed(error.to_string()),
+                }
+            }
+        }
+    }
+}
+
+impl World {
+    /// A node's connection has something to send when it is its turn.
+    pub fn send_bulk(&mut self, conn: ConnId, node: usize, waiting: Waiting) {
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        if connection.wait(node, waiting) {
+            self.write_later(conn, node, Duration::ZERO);
+        }
+    }
+
+    fn write_later(&mut self, conn: ConnId, node: usize, after: Duration) {
+        let most = self.chance.of(&[20, 200, 5000]);
+        let after = after + self.chance.up_to(Duration::from_micros(most));
+        self.schedule(after, Event::Bulk { conn, node });
+    }
+
+    /// The connection's writer sends what waits longest.
+    pub fn write_bulk(&mut self, conn: ConnId, node: usize) {
+        let Some(connection) = self.connections.get_mut(&conn) else { return };
+        let peer = connection.other(node);
+        let Some((waiting, stale)) = connection.next_bulk(node) else { return };
+        if stale {
+            let part = matches!(waiting.bulk, Bulk::Part { .. });
+            let kind = if part { "parts" } else { "pieces of log" };
+            self.coverage.add(&format!("{kind} asked for by a stream that has ended"), 1);
+        }
+        let of = self.group_number(waiting.group);
+        let Some(found) = self.nodes[node].group(of).cloned() else { return };
+        let (frame, told) = waiting.read(&found);
+        let ahead = frame.map_or(Duration::ZERO, |frame| self.transmit(conn, node, frame));
+        self.feed_later(node, peer, told);
+        self.write_later(conn, node, ahead.saturating_sub(AHEAD_MOST));
+    }
+}
