@@ -187,9 +187,7 @@ impl Group {
         moment.give_up(reason.to_owned());
         self.discard_moment(moment);
         self.tell_gone(moment.lsn(), &needed, reason);
-        if let Err(error) = self.keep_images() {
-            tracing::warn!("{error}");
-        }
+        self.try_keep_images();
     }
 
     fn discard_moment(&self, moment: &Moment) {

@@ -520,10 +520,10 @@ impl Group {
             return Err(GroupError::NotFound { group: self.name().clone(), what, name });
         }
         drop(closed);
-        self.keep_images()?;
+        let kept = self.keep_images();
         self.sweep_soon();
         self.notify();
-        Ok(())
+        kept
     }
 }
 

@@ -67,6 +67,14 @@ impl Group {
         super::files::store(&**disk, &path, &text).map_err(|cause| self.io("write images", &cause))
     }
 
+    /// The same behind what is done already: an image too many that the next start opens harms
+    /// nobody.
+    pub(super) fn try_keep_images(&self) {
+        if let Err(error) = self.keep_images() {
+            tracing::warn!("{error}");
+        }
+    }
+
     /// Opens the images that were open when the node stopped.
     pub(super) fn reopen_images(&self) {
         let path = self.dir.join("images");
@@ -91,8 +99,8 @@ impl Group {
             }
         }
         // What was told to be lost stays lost.
-        if lost && let Err(error) = self.keep_images() {
-            tracing::warn!("{error}");
+        if lost {
+            self.try_keep_images();
         }
     }
 

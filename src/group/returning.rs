@@ -336,7 +336,7 @@ impl Group {
         if let Some(branch) = kept {
             self.tell_of_branch(&branch);
         }
-        self.keep_images()?;
+        self.try_keep_images();
         self.space.notify_all();
         self.notify();
         Ok(())

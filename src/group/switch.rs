@@ -269,9 +269,7 @@ impl Group {
             self.let_go(&moment, REPLACED);
         }
         drop((_no_fold, _turn));
-        if let Err(error) = self.keep_images() {
-            tracing::warn!("{error}");
-        }
+        self.try_keep_images();
         self.workers.wake_folder();
         self.space.notify_all();
         self.notify();

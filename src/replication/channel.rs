@@ -376,10 +376,7 @@ impl Channel {
         self.drop_streams();
         (self.remote, self.untold) = (None, None);
         if self.visible() {
-            if !self.needs_a_hand() {
-                let reason = "connected; the peer has not said yet what it holds";
-                self.set_state(context, ReplicationState::Idle, reason);
-            }
+            self.await_word(context);
             self.announce(context);
         }
     }

@@ -26,8 +26,8 @@ pub enum Event {
         side: usize,
         life: u64,
     },
-    /// The writer of a node's connection sends what waits.
-    Bulk {
+    /// A node's end of a connection has written what it was at.
+    Write {
         conn: ConnId,
         node: usize,
     },
@@ -95,7 +95,7 @@ impl Event {
     /// The node whose disk it needs.
     fn disk(&self) -> Option<usize> {
         match self {
-            Event::Bulk { node, .. }
+            Event::Write { node, .. }
             | Event::Work { node, .. }
             | Event::Sync { node, .. }
             | Event::Mark { node, .. }

@@ -17,7 +17,8 @@ use super::world::World;
 /// Moments of a retired copy that are opened.
 const MOMENTS: usize = 4;
 
-fn has_member(group: &Group, node: NodeId) -> bool {
+/// Whether a group's records have a node as a member.
+pub fn has_member(group: &Group, node: NodeId) -> bool {
     group.control().members.iter().any(|member| member.node == node)
 }
 

@@ -1,7 +1,6 @@
 //! The links between the nodes: connections that delay, that are cut at any byte, and that a
 //! partition leaves open and dead.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +8,7 @@ use tidelog::replication::simulation::{ConnId, Input};
 use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, Message};
 use tidelog::units::Incarnation;
 
-use super::bulk::Waiting;
+use super::bulk::Writer;
 use super::event::Event;
 use super::world::World;
 
@@ -32,15 +31,9 @@ pub struct Connection {
     /// Per side: whether it knows of it; what arrives before waits.
     up: [bool; 2],
     /// Per side: what it sends when it is its turn.
-    bulk: [Bulks; 2],
-}
-
-/// What one side of a connection sends by and by.
-#[derive(Default)]
-struct Bulks {
-    waiting: VecDeque<Waiting>,
-    /// The writer will look at it.
-    writing: bool,
+    writers: [Writer; 2],
+    /// Each frame of bulk takes up to this long to be written.
+    pub slowness: Duration,
 }
 
 impl Connection {
@@ -53,23 +46,10 @@ impl Connection {
         self.ends[1 - self.side(node)]
     }
 
-    /// Something waits for its turn; whether the writer is to be woken.
-    pub fn wait(&mut self, node: usize, waiting: Waiting) -> bool {
-        let bulk = &mut self.bulk[self.side(node)];
-        bulk.waiting.push_back(waiting);
-        !std::mem::replace(&mut bulk.writing, true)
-    }
-
-    /// What waits longest, and whether a later stream waits behind it.
-    pub fn next_bulk(&mut self, node: usize) -> Option<(Waiting, bool)> {
+    /// What a node's end writes, while it is open.
+    pub fn writer(&mut self, node: usize) -> Option<&mut Writer> {
         let side = self.side(node);
-        let bulk = &mut self.bulk[side];
-        let next = if self.open[side] { bulk.waiting.pop_front() } else { None };
-        bulk.writing = next.is_some();
-        let next = next?;
-        let later = |other: &Waiting| other.group == next.group && other.stream > next.stream;
-        let stale = bulk.waiting.iter().any(later);
-        Some((next, stale))
+        self.open[side].then_some(&mut self.writers[side])
     }
 }
 
@@ -129,7 +109,8 @@ impl World {
             dead: false,
             open: [true; 2],
             up: [false; 2],
-            bulk: Default::default(),
+            writers: Default::default(),
+            slowness: Duration::from_micros(self.chance.of(&[20, 200, 5000, 500_000])),
         };
         self.connections.insert(conn, connection);
         for (side, end) in [node, peer].into_iter().enumerate() {

@@ -8,6 +8,7 @@ use tidelog::io::{Disk, OpenMode};
 use tidelog::replication::ReplicationState;
 use tidelog::units::Lsn;
 
+use super::super::members::has_member;
 use super::super::node::{Death, group_dir};
 use super::super::oracle::{SECTOR, read_stamp};
 use super::super::world::World;
@@ -170,7 +171,11 @@ impl World {
             let newest = candidates.max_by_key(|node| {
                 let found = self.nodes[*node].group(group).expect("it runs");
                 let last = found.control().epochs.last().map(|epoch| epoch.counter);
-                (last, found.positions().head)
+                // A copy follows nobody whom it does not know as a member.
+                let id = self.nodes[*node].id;
+                let others = members.iter().filter_map(|other| self.nodes[*other].group(group));
+                let known = others.filter(|other| has_member(other, id)).count();
+                (last, found.positions().head, known)
             });
             let newest = newest.expect("a group has members");
             self.coverage.add("operator promotes", 1);

@@ -157,7 +157,7 @@ impl World {
                 }
             }
             Event::Arrive { conn, side, bytes } => self.arrive(conn, side, &bytes),
-            Event::Bulk { conn, node } => self.write_bulk(conn, node),
+            Event::Write { conn, node } => self.write(conn, node),
             Event::ConnUp { conn, side, life } => self.conn_up(conn, side, life),
             Event::Wake { node, peer, life } if self.lives(node, life) => self.wake(node, peer),
             Event::Look { node, group, life } if self.lives(node, life) => self.look(node, group),
@@ -310,7 +310,7 @@ impl World {
                     *wall = self.nodes[node].wall().0;
                 }
                 let frame = message.to_frame().expect("within the limits");
-                self.transmit(conn, node, frame);
+                self.send_message(conn, node, frame);
             }
             Output::SendLog { conn, group, stream, from, to } => {
                 let bulk = Bulk::Log { from, to };

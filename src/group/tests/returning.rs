@@ -247,6 +247,10 @@ fn a_yield_that_fails_is_finished_by_the_next_start() {
         if group.data_state().0 == DataState::Failed {
             let refused = one(&group, volume.number, Op::Write { offset: 0, data: &[9; 512] });
             assert!(refused.is_err(), "{what}");
+        } else {
+            // It is done, or nothing is.
+            assert_eq!(failed, group.role() == Role::Primary, "{what}");
+            assert_eq!(failed, end_of(&group) != (at, chain), "{what}");
         }
         drop(group);
         let (group, _) = bench.open();

@@ -21,7 +21,7 @@ impl Channel {
             self.set_state(context, ReplicationState::Paused, reason);
             return;
         }
-        let Some(remote) = self.remote.clone() else { return };
+        let Some(remote) = self.remote.clone() else { return self.await_word(context) };
         if remote.paused {
             self.drop_streams();
             let reason =
@@ -53,6 +53,23 @@ impl Channel {
             }
             (true, true) => self.two_primaries(context, &remote),
         }
+    }
+
+    /// A peer that is connected has said nothing of the group.
+    pub(super) fn await_word(&mut self, context: &mut Context<'_>) {
+        if context.conn.is_none() || self.needs_a_hand() {
+            return;
+        }
+        let (name, peer) = (&self.local.name, context.peer_name);
+        let mut reason = format!("connected; {peer} has not said yet what it holds");
+        if self.local.primary {
+            reason += &format!(
+                "; where that lasts it has no copy, which `tidelog replicate {name} --to {peer}` \
+                 makes, or does not know this node as a member: `tidelog switchover {name} --to` \
+                 one that it knows brings it the record"
+            );
+        }
+        self.set_state(context, ReplicationState::Idle, reason);
     }
 
     /// The peer is primary: it is followed, unless it has come back with less and takes that back.
