@@ -262,15 +262,12 @@ impl Channel {
             || self.local.primary && reign(&before.history) != reign(&self.local.history)
             || was_recovering != self.local.recovering;
         let membership_changed = was_active != self.active() || was_visible != self.visible();
-        // What ends this is a stream that is granted.
-        if self.visible() && !self.local.primary && !self.active() && !self.local.retired {
+        // A stream that is granted ends this, and of one that runs its end tells: the record of a
+        // stop may be one that it passes, with the one behind it that takes it up again.
+        let comes = self.receives() || self.local.follows.is_some();
+        let holds = self.visible() && !self.local.primary;
+        if holds && !comes && !self.active() && !self.local.retired {
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });
-        }
-        // Taken up again, it has on its way passed the record of its stop, and then the one that
-        // makes it a member again.
-        let member = matches!(self.local.membership, Membership::Member { .. });
-        if member && self.receives() && self.local.retired && !self.local.primary {
-            context.outputs.push(Output::Retire { group: self.local.id, retired: false });
         }
         if self.local.primary {
             let head = self.local.history.head;

@@ -83,8 +83,6 @@ impl World {
             on_loss: Some(self.chance.of(&[OnLoss::Continue, OnLoss::Continue, OnLoss::Block])),
             rpo_target: None,
         };
-        // Where it failed the record may be in the log all the same.
-        self.groups[group].stopped = None;
         let mut put = Ok(());
         for member in [node, peer] {
             let (id, name) = (self.nodes[member].id, self.nodes[member].name.clone());
@@ -92,6 +90,8 @@ impl World {
         }
         let (a, b) = (&self.nodes[node].name, &self.nodes[peer].name);
         self.say(format_args!("{a} replicates group {group} to {b} again: {put:?}"));
+        let is_back = put.is_ok() || has_member(&found, self.nodes[peer].id);
+        self.groups[group].stopped = (!is_back).then_some(peer);
         if put.is_err() {
             return false;
         }
