@@ -130,14 +130,15 @@ impl World {
             self.transmit(conn, node, frame);
         }
         let Some(waiting) = next else { return };
+        let part = matches!(waiting.bulk, Bulk::Part { .. });
         if stale {
-            let part = matches!(waiting.bulk, Bulk::Part { .. });
             let what = if part { "parts" } else { "pieces of log" };
             self.coverage.add(&format!("{what} asked for by an ended stream"), 1);
         }
         let of = self.group_number(waiting.group);
         let Some(found) = self.nodes[node].group(of).cloned() else { return };
         let (frame, told) = waiting.read(&found);
+        assert!(!(stale && part && frame.is_some()), "a part that the next image then lacks");
         let ahead = frame.map_or(Duration::ZERO, |frame| self.transmit(conn, node, frame));
         self.feed_later(node, peer, told);
         self.write_later(conn, node, ahead.saturating_sub(AHEAD_MOST));
