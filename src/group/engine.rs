@@ -494,9 +494,20 @@ impl Group {
     ///
     /// What the disk says.
     pub fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
-        self.update_meta(|meta| meta.retired = retired && !meta.reigns)?;
+        {
+            let core = self.lock();
+            if core.retired.is_some() == retired || core.role == Role::Primary {
+                return Ok(());
+            }
+        }
+        // A promote may come between.
+        let mut written = false;
+        self.update_meta(|meta| {
+            written = retired && !meta.reigns;
+            meta.retired = written;
+        })?;
         let mut core = self.lock();
-        let retired = retired && core.role != Role::Primary;
+        let retired = written && core.role != Role::Primary;
         let (before, head) = (core.retired, core.writer.head());
         core.retired = retired.then(|| before.unwrap_or_else(|| self.context.env.clock.wall()));
         drop(core);

@@ -67,8 +67,8 @@ impl Group {
         super::files::store(&**disk, &path, &text).map_err(|cause| self.io("write images", &cause))
     }
 
-    /// The same behind what is done already: an image too many that the next start opens harms
-    /// nobody.
+    /// [`Group::keep_images`] after something that cannot be undone: a failure is only logged, for
+    /// an image too many that the next start opens harms nobody.
     pub(super) fn try_keep_images(&self) {
         if let Err(error) = self.keep_images() {
             tracing::warn!("{error}");

@@ -101,8 +101,11 @@ pub struct Channel {
     refused: Refused,
     /// People were told that replication stopped, and not yet that it goes on.
     told_stopped: bool,
-    /// What a peer that is no member holds, while nobody reigns here who tells it so.
+    /// What a peer that is no member said that it holds, while this node is no primary that could
+    /// tell it of its stop.
     untold: Option<History>,
+    /// The peer says that replication with it was stopped, and so nothing more.
+    silent: bool,
     /// What people were told of a split brain: whether this node, and the peer, has more.
     told_have_more: (bool, bool),
     /// Whether the shell knows that this peer's stream is followed.
@@ -180,6 +183,7 @@ impl Channel {
             refused: Refused::default(),
             told_stopped: false,
             untold: None,
+            silent: false,
             told_have_more: (false, false),
             told_follows: false,
             shipping: None,
@@ -262,11 +266,11 @@ impl Channel {
             || self.local.primary && reign(&before.history) != reign(&self.local.history)
             || was_recovering != self.local.recovering;
         let membership_changed = was_active != self.active() || was_visible != self.visible();
-        // A stream that is granted ends this, and of one that runs its end tells: the record of a
-        // stop may be one that it passes, with the one behind it that takes it up again.
+        // While a stream comes, a record behind that of the stop may take the copy up again: only
+        // its end decides. A stream that is granted takes the mark back.
         let comes = self.receives() || self.local.follows.is_some();
-        let holds = self.visible() && !self.local.primary;
-        if holds && !comes && !self.active() && !self.local.retired {
+        let is_copy = self.visible() && !self.local.primary;
+        if is_copy && !comes && !self.active() && !self.local.retired {
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });
         }
         if self.local.primary {
@@ -280,6 +284,7 @@ impl Channel {
         }
         self.tell_untold(context);
         if membership_changed && !self.visible() {
+            self.stop_sending(context, StopCode::NotMember, "replication was stopped");
             self.drop_streams();
             if let Some(remote) = self.remote.take().filter(|remote| !remote.primary) {
                 // It may have acknowledged more since it told what it holds.
@@ -352,18 +357,10 @@ impl Channel {
             return;
         }
         self.paused = paused;
-        let sends = self.sender.take().map(|sender| sender.stream);
-        let ships = self.shipping.take().map(|shipping| shipping.stream());
-        if paused && let Some(stream) = sends.or(ships) {
-            context.send(Message::Stop {
-                group: self.local.id.0,
-                stream,
-                code: StopCode::Paused,
-                reason: format!(
-                    "paused on the primary; `tidelog resume {}` goes on",
-                    self.local.name
-                ),
-            });
+        if paused {
+            let name = &self.local.name;
+            let reason = format!("paused on the primary; `tidelog resume {name}` goes on");
+            self.stop_sending(context, StopCode::Paused, &reason);
         }
         self.announce(context);
         self.evaluate(context);
@@ -371,7 +368,7 @@ impl Channel {
 
     pub(super) fn on_link_up(&mut self, context: &mut Context<'_>) {
         self.drop_streams();
-        (self.remote, self.untold) = (None, None);
+        (self.remote, self.untold, self.silent) = (None, None, false);
         if self.visible() {
             self.await_word(context);
             self.announce(context);
@@ -385,7 +382,7 @@ impl Channel {
 
     pub(super) fn on_link_down(&mut self, context: &mut Context<'_>, reason: &str) {
         self.drop_streams();
-        (self.remote, self.untold) = (None, None);
+        (self.remote, self.untold, self.silent) = (None, None, false);
         if !self.needs_a_hand() {
             if self.state != ReplicationState::Idle {
                 self.since = context.now;
@@ -489,6 +486,7 @@ impl Channel {
                     self.note_at_most(context, Acked { received, durable, requests });
                 }
                 self.hears(context.now, &history);
+                self.silent = false;
                 self.remote = Some(Remote { primary, recovering, paused, history });
                 self.evaluate(context);
                 Ok(())

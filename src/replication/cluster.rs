@@ -153,6 +153,8 @@ struct Node {
     broken_disk: bool,
     /// Its disk does not answer.
     hung_disk: bool,
+    /// What comes ends no request, so that it waits in memory.
+    unfinished: bool,
     /// What a peer that answers wait for holds, while it does.
     peer_holds: Option<(Lsn, Lsn)>,
     /// Why it was lost last.
@@ -239,8 +241,18 @@ struct Connection {
 
 enum Event {
     Feed(usize, u64, Input),
-    Arrive { conn: ConnId, to: usize, bytes: Vec<u8> },
-    ConnUp { conn: ConnId, side: usize, life: u64 },
+    /// The group is looked at anew.
+    Look(usize, u64),
+    Arrive {
+        conn: ConnId,
+        to: usize,
+        bytes: Vec<u8>,
+    },
+    ConnUp {
+        conn: ConnId,
+        side: usize,
+        life: u64,
+    },
     Wake(usize),
     Sync(usize),
 }
@@ -311,6 +323,7 @@ impl World {
                 retired: false,
                 broken_disk: false,
                 hung_disk: false,
+                unfinished: false,
                 peer_holds: None,
                 peer_lost: None,
                 disk_errors: 0,
@@ -387,6 +400,12 @@ impl World {
             Event::Feed(side, life, input) => {
                 if self.lives[side] == life {
                     self.feed(side, input);
+                }
+            }
+            Event::Look(side, life) => {
+                if self.lives[side] == life {
+                    let local = self.nodes[side].local();
+                    self.feed(side, Input::Group(Box::new(local)));
                 }
             }
             Event::Wake(side) => {
@@ -511,6 +530,19 @@ impl World {
                 self.later(side, Input::ChainFound { group, ticket, chain });
             }
             Output::Append { .. } if self.nodes[side].hung_disk => {}
+            Output::Append { group, stream, position, bytes } if self.nodes[side].unfinished => {
+                let log = &self.nodes[side].log;
+                let appended = Appended {
+                    group,
+                    stream,
+                    received: position.advance(bytes.len() as u64),
+                    head: log.head(),
+                    chain: log.history().chain,
+                    durable: Lsn(log.durable as u64),
+                    requests: log.head().0 / RECORD_BYTES as u64,
+                };
+                self.later(side, Input::Appended(appended));
+            }
             Output::Append { group, stream, position, bytes } => {
                 let node = &self.nodes[side];
                 assert!(!node.primary || node.recovering, "a primary that serves takes no bytes");
@@ -547,7 +579,9 @@ impl World {
                 self.later(side, first);
                 self.later(side, second);
             }
-            Output::FollowChanged { .. } => {}
+            Output::FollowChanged { .. } => {
+                self.schedule(Duration::from_micros(20), Event::Look(side, self.lives[side]));
+            }
             Output::PeerHolds { received, durable, .. } => {
                 self.nodes[side].peer_holds = Some((received, durable));
             }

@@ -136,7 +136,7 @@ impl World {
             self.coverage.add(&format!("{what} asked for by an ended stream"), 1);
         }
         let of = self.group_number(waiting.group);
-        let Some(found) = self.nodes[node].group(of).cloned() else { return };
+        let found = self.nodes[node].group(of).expect("it was asked of it").clone();
         let (frame, told) = waiting.read(&found);
         assert!(!(stale && part && frame.is_some()), "a part that the next image then lacks");
         let ahead = frame.map_or(Duration::ZERO, |frame| self.transmit(conn, node, frame));

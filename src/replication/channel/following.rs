@@ -57,9 +57,9 @@ impl Channel {
         follower.expected = from;
         follower.appended = from;
         self.refused = Refused::default();
-        if std::mem::take(&mut self.local.retired) {
-            context.outputs.push(Output::Retire { group: self.local.id, retired: false });
-        }
+        // Also where it is not known here yet that a mark is on its way.
+        self.local.retired = false;
+        context.outputs.push(Output::Retire { group: self.local.id, retired: false });
         if std::mem::take(&mut self.has_staged) {
             context.outputs.push(Output::DropStaging { group: self.local.id });
         }
@@ -226,10 +226,15 @@ impl Channel {
         if self.receives() || self.sender.is_some() {
             return;
         }
+        let relation = compare(&self.local.history, theirs);
+        if by_primary && !self.local.primary && relation == Relation::TheirsIsPrefix {
+            // It judges what this node held before, and is told what that is now.
+            self.announce(context);
+            return;
+        }
         self.drop_streams();
-        self.remote = None;
-        let mine = &self.local.history;
-        let follows = !matches!(compare(mine, theirs), Relation::Diverged { .. });
+        (self.remote, self.silent) = (None, true);
+        let follows = !matches!(relation, Relation::Diverged { .. });
         if by_primary && follows && !self.local.primary && !self.local.retired {
             self.local.retired = true;
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });
@@ -260,8 +265,7 @@ impl Channel {
         }
         self.drop_streams();
         if code == StopCode::NotMember {
-            // It says nothing more of itself.
-            self.remote = None;
+            (self.remote, self.silent) = (None, true);
         }
         self.note_stop(context.now, code);
         let state = match code {

@@ -57,16 +57,16 @@ impl Channel {
 
     /// A peer that is connected has said nothing of the group.
     pub(super) fn await_word(&mut self, context: &mut Context<'_>) {
-        if context.conn.is_none() || self.needs_a_hand() {
+        if context.conn.is_none() || self.silent || self.needs_a_hand() {
             return;
         }
         let (name, peer) = (&self.local.name, context.peer_name);
         let mut reason = format!("connected; {peer} has not said yet what it holds");
         if self.local.primary {
             reason += &format!(
-                "; where that lasts it has no copy, which `tidelog replicate {name} --to {peer}` \
-                 makes, or does not know this node as a member: `tidelog switchover {name} --to` \
-                 one that it knows brings it the record"
+                "; if this lasts, {peer} has no copy (`tidelog replicate {name} --to {peer}` makes \
+                 one), or it does not know this node as a member: then switch over to a node that \
+                 it knows (`tidelog switchover {name} --to NODE`)"
             );
         }
         self.set_state(context, ReplicationState::Idle, reason);
@@ -241,8 +241,12 @@ impl Channel {
         let (ours, others) = (ByteSize(mine), ByteSize(theirs));
         let what = match (mine, theirs) {
             (0, 0) => "with equal logs so far".to_owned(),
-            (_, 0) => format!("so far this node has all that {peer} has, and {ours} more"),
-            (0, _) => format!("so far {peer} has all that this node has, and {others} more"),
+            (_, 0) => format!(
+                "so far this node has all that {peer} has, and {ours} more, and both take writes"
+            ),
+            (0, _) => format!(
+                "so far {peer} has all that this node has, and {others} more, and both take writes"
+            ),
             _ => format!("since LSN {at} this node wrote {ours} and {peer} wrote {others}"),
         };
         let reason = format!(

@@ -78,6 +78,15 @@ impl Channel {
         }
     }
 
+    /// Ends the stream, or the image, that is sent, and says why.
+    pub(super) fn stop_sending(&mut self, context: &mut Context<'_>, code: StopCode, reason: &str) {
+        let sends = self.sender.take().map(|sender| sender.stream);
+        let ships = self.shipping.take().map(|shipping| shipping.stream());
+        if let Some(stream) = sends.or(ships) {
+            self.stop(context, self.local.id.0, stream, code, reason);
+        }
+    }
+
     /// A primary keeps a stream to a node that was a member going until it has the record of that.
     pub(super) fn note_ending(&mut self, was_active: bool) {
         let stranger = self.local.membership == Membership::Stranger;
@@ -94,7 +103,8 @@ impl Channel {
     }
 
     /// A node that was a member may have been away when that ended, and lack the record that says
-    /// so. Whoever names reigns and a head that lie in this log held it: it learns that alone.
+    /// so. Whoever names reigns and a head that lie in this log held it: it learns that alone. A
+    /// node that is no primary keeps the word until it is one.
     pub(super) fn tell_stopped(&mut self, context: &mut Context<'_>, theirs: History) {
         if !self.local.primary {
             self.untold = Some(theirs);
@@ -183,7 +193,8 @@ impl Channel {
         self.parted = None;
         self.end_shipment(context);
         context.outputs.push(Output::SplitBrain { group: self.local.id, there_is: false });
-        self.sender = Some(Sender { stream, cursor: acked.received, queued: 0 });
+        self.sender =
+            Some(Sender { stream, cursor: acked.received, received: acked.received, queued: 0 });
         self.mismatch = None;
         self.note_acked(context.now, acked);
         let head = self.local.history.head;
@@ -285,7 +296,7 @@ impl Channel {
     pub(super) fn pump(&mut self, context: &mut Context<'_>) {
         let Some(conn) = context.conn else { return };
         let Some(sender) = &mut self.sender else { return };
-        let limit = self.acked.received.advance(context.settings.window_bytes);
+        let limit = sender.received.advance(context.settings.window_bytes);
         let head = self.local.history.head.min(limit).min(self.ending.unwrap_or(Lsn::MAX));
         while sender.queued < FRAMES_QUEUED_MAX && sender.cursor < head {
             let bytes = head.bytes_since(sender.cursor).min(PAYLOAD_BYTES_MAX as u64);
@@ -353,17 +364,19 @@ impl Channel {
         head: Lsn,
         chain: Chain,
     ) -> Result<(), String> {
-        let Some(sender) = &self.sender else { return Ok(()) };
+        let Some(sender) = &mut self.sender else { return Ok(()) };
         if sender.stream != stream {
             return Ok(());
         }
-        if acked.received > sender.cursor || acked.received < self.acked.received {
+        if acked.received > sender.cursor || acked.received < sender.received {
             return Err(format!(
                 "group {}: acknowledges LSN {}, sent from {} to {}",
-                self.local.name, acked.received, self.acked.received, sender.cursor
+                self.local.name, acked.received, sender.received, sender.cursor
             ));
         }
-        self.note_acked(context.now, acked);
+        sender.received = acked.received;
+        // What is behind its head is the beginning of a request, and in no log there yet.
+        self.note_acked(context.now, Acked { received: head, ..acked });
         if head == self.local.history.head {
             if chain == self.local.history.chain {
                 self.compared = Some(head);
@@ -374,7 +387,7 @@ impl Channel {
         self.pump(context);
         self.note_caught_up(context);
         self.check_rpo(context);
-        if self.ending.is_some_and(|end| acked.received >= end) {
+        if self.ending.is_some_and(|end| head >= end) {
             // It is free to follow another one.
             let reason = "replication was stopped";
             self.stop(context, self.local.id.0, stream, StopCode::NotMember, reason);

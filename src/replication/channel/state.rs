@@ -63,13 +63,15 @@ pub(super) struct Sender {
     pub(super) stream: u64,
     /// Up to here frames were cut.
     pub(super) cursor: Lsn,
+    /// Up to here the peer has them, in its memory at least.
+    pub(super) received: Lsn,
     pub(super) queued: u32,
 }
 
 /// What a peer acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Acked {
-    /// Bytes received and appended.
+    /// In its log: where that ends.
     pub received: Lsn,
     /// Up to which it survives power loss there.
     pub durable: Lsn,
