@@ -296,6 +296,9 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
         b.restart();
     }
     wait_for_status(&a, "b to stream again", streams);
+    if restart {
+        wait_for("a to say so", || a.events("copy-recovered").pop());
+    }
     let history = load.stop();
     let head = a.status("g")["log"]["head_lsn"].as_u64().unwrap();
     wait_for_status(&b, "b to have all", |status| {

@@ -30,8 +30,9 @@ pub fn show_preview(group: &Name, preview: &Preview) -> String {
         lines.push(format!("  Now it would be refused: {refused}"));
     }
     lines.push(format!(
-        "For the side of {here} to survive instead, run both commands on {there}. Hosts then go on \
-         at the node whose side survives."
+        "For the side of {here} to survive instead, run `tidelog resolve {group} --discard-local` \
+         on {there} alone: what only {there} has is then kept there as a branch. Give up no branch \
+         before you have copied from it what is needed. Hosts go on at the node whose side survives."
     ));
     lines.join("\n")
 }

@@ -29,6 +29,8 @@ pub(super) const ASK_FOR: Duration = Duration::from_secs(15);
 
 /// Why a branch was cut off by who yields.
 pub(super) const YIELDED: &str = "a peer's reign goes on without it";
+/// The same where an operator has decided so.
+const GIVEN_UP: &str = "an operator had this node yield to a peer (`tidelog resolve`)";
 
 /// What a primary that serves nobody yet waits for.
 #[derive(Debug)]
@@ -300,7 +302,11 @@ impl Group {
                 bytes: end.lsn.bytes_since(at),
                 authored,
                 cut: self.context.env.clock.wall(),
-                reason: YIELDED.to_owned(),
+                reason: match discard {
+                    Discard::Received => YIELDED,
+                    Discard::Authored => GIVEN_UP,
+                }
+                .to_owned(),
             };
             let mut keeping = Keeping::new(&self.dir, branch);
             let rebuilt = settle(&self.segments, at, at, head, &mut keeping)

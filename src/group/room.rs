@@ -81,7 +81,7 @@ impl Limits {
         if self.effective() == self.group {
             return None;
         }
-        let least = "four segments, which a log may always have";
+        let least = "four segments, the least that a limit may be";
         let reason = match (self.disk, self.node) {
             _ if lowest == self.group => return Some(least.to_owned()),
             (Some(disk), _) if lowest == disk.log_limit_bytes => format!(
@@ -124,13 +124,21 @@ impl Group {
             let free = core.room.disk.map_or_else(String::new, |disk| {
                 format!(" ({} are free there)", ByteSize(disk.free_bytes))
             });
+            let segment = ByteSize(self.segment_bytes());
             let (what, goes_on) = match core.role {
-                Role::Primary => ("writes are refused", "they go on by themselves"),
-                Role::Secondary => ("this copy stands still", "it goes on by itself"),
+                Role::Primary => (
+                    "writes are refused (ENOSPC)",
+                    format!(
+                        "new writes succeed again; until then hosts can go on at a peer that has \
+                         room: `tidelog switchover {}`",
+                        self.name()
+                    ),
+                ),
+                Role::Secondary => ("this copy stands still", "it goes on by itself".to_owned()),
             };
             return Some(format!(
                 "log-full: {what}, since the file system of {} has no room for the log: \
-                 {refused}{free}; free some, and {goes_on}",
+                 {refused}{free}; free some, {segment} or more, and {goes_on}",
                 self.dir.display()
             ));
         }
@@ -316,7 +324,7 @@ mod tests {
         let full = Limits { group, node, disk: Some(disk), least: 256 << 20 };
         let told = |limits: Limits| limits.reason(Path::new("/data/g")).unwrap_or_default();
         assert_eq!(full.effective(), 256 << 20);
-        let least = "; four segments, which a log may always have";
+        let least = "; four segments, the least that a limit may be";
         assert!(told(full).contains("of /data/g has 0 B free"), "{}", told(full));
         assert!(told(full).ends_with(least), "{}", told(full));
         let by_node = Limits { node: Some(64 << 20), ..full };

@@ -575,7 +575,8 @@ impl Shared {
                 self.groups
                     .create_copy(body.group, body.name.clone(), body.segment_bytes)
                     .map_err(|error| error.to_string())?;
-                let text = format!("group {}: a copy is made for {}", body.name, peer.name);
+                let text =
+                    format!("group {}: a copy is made here, as {} asked", body.name, peer.name);
                 let name = Some(body.name.as_str());
                 self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
             }

@@ -49,8 +49,9 @@ pub(super) struct CopyReport {
     pub(super) mismatch: Option<Lsn>,
 }
 
-/// Reports, with when they were asked for.
-pub(super) type Reports = HashMap<(NodeId, GroupId), (CopyReport, Duration)>;
+/// Reports, with when they were asked for; none where the peer was away since, and only that its
+/// disk had failed is kept, for when it is well again.
+pub(super) type Reports = HashMap<(NodeId, GroupId), (CopyReport, Option<Duration>)>;
 
 impl CopyReport {
     /// Why the disk under a copy failed, if it did. Of its own disk a primary tells people itself.
@@ -62,6 +63,12 @@ impl CopyReport {
     /// The same, where it is not what it told before.
     fn fails_anew(&self, before: Option<&CopyReport>) -> Option<String> {
         self.failure().filter(|_| before.is_none_or(|before| before.failure().is_none()))
+    }
+
+    /// Whether it told of a failure before, and does not now.
+    fn is_well_again(&self, before: Option<&CopyReport>) -> bool {
+        let is_well = self.role == Role::Secondary && self.failure().is_none();
+        is_well && before.is_some_and(|before| before.failure().is_some())
     }
 
     /// The check of the log there, as old as it is by now.
@@ -130,14 +137,18 @@ impl Shared {
             Ok(reports) => {
                 for report in reports.into_iter().filter(|report| groups.contains(&report.group)) {
                     let key = (node, report.group);
-                    let fails = {
+                    let (fails, is_well) = {
                         let mut copies = self.copies.lock().expect("no holder panics");
-                        let fails = report.fails_anew(copies.get(&key).map(|(before, _)| before));
-                        copies.insert(key, (report, asked));
-                        fails
+                        let before = copies.get(&key).map(|(before, _)| before);
+                        let told = (report.fails_anew(before), report.is_well_again(before));
+                        copies.insert(key, (report, Some(asked)));
+                        told
                     };
                     if let Some(why) = fails {
                         self.tell_copy_failed(name, key.1, &why);
+                    }
+                    if is_well {
+                        self.tell_copy_recovered(name, key.1);
                     }
                 }
             }
@@ -154,6 +165,14 @@ impl Shared {
         );
         let events = &self.context.events;
         events.emit(Severity::Error, "copy-failed", Some(name), text, json!({ "peer": peer }));
+    }
+
+    fn tell_copy_recovered(&self, peer: &str, group: GroupId) {
+        let Some(group) = self.groups.by_id(group) else { return };
+        let name = group.name().as_str();
+        let text = format!("group {name}: the disk under the copy on {peer} is well again");
+        let events = &self.context.events;
+        events.emit(Severity::Info, "copy-recovered", Some(name), text, json!({ "peer": peer }));
     }
 
     /// What a peer told of its copy, if that is still worth something, and its log's check. What it
@@ -178,13 +197,20 @@ impl Shared {
         let good_for = self.config.lost_after.max(self.config.heartbeat * 3);
         let copies = self.copies.lock().expect("no holder panics");
         let (report, asked) = copies.get(&(node, group))?;
-        let since = now.saturating_sub(*asked);
+        let since = now.saturating_sub((*asked)?);
         (since <= good_for).then(|| (report.clone(), report.log_check(since)))
     }
 
     /// A node that is away may come back as another: what it said is void.
     pub(super) fn forget_copy_reports(&self, node: NodeId) {
-        self.copies.lock().expect("no holder panics").retain(|(peer, _), _| *peer != node);
+        let mut copies = self.copies.lock().expect("no holder panics");
+        copies.retain(|(peer, _), (report, asked)| {
+            let is_void = *peer == node;
+            if is_void {
+                *asked = None;
+            }
+            !is_void || report.failure().is_some()
+        });
     }
 
     /// Answers a primary, or a copy. Groups that are none of its business are left out.
@@ -275,6 +301,11 @@ mod tests {
         assert_eq!(primary.fails_anew(None), None, "it tells people itself");
         assert_eq!(demoted.fails_anew(Some(&primary)), Some("EIO".to_owned()));
         assert_eq!(demoted.fails_anew(Some(&demoted)), None);
+        let well = CopyReport { data_state: DataState::Consistent, ..demoted.clone() };
+        assert!(well.is_well_again(Some(&demoted)) && !well.is_well_again(None));
+        for no in [&primary, &demoted] {
+            assert!(!no.is_well_again(Some(&demoted)));
+        }
     }
 
     #[test]
