@@ -288,7 +288,11 @@ impl Inner {
             matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
         // What a clock that is ahead calls its slot makes up for nothing that is to come.
         if proved && !self.is_ahead(task.key.slot) {
-            state.alarms.remove(&(task.group.name().clone(), task.job.name.clone()));
+            // It makes up for what is older, and for nothing newer.
+            let name = (task.group.name().clone(), task.job.name.clone());
+            if state.alarms.get(&name).is_some_and(|alarm| alarm.slot <= task.key.slot) {
+                state.alarms.remove(&name);
+            }
             state.watches.entry(task.key.job).or_default().made(task.key.slot);
         }
         if let Some(active) = state.active.get_mut(&task.key) {

@@ -67,7 +67,7 @@ impl CopyReport {
 
     /// Whether it told of a failure before, and does not now.
     fn is_well_again(&self, before: Option<&CopyReport>) -> bool {
-        let is_well = self.role == Role::Secondary && self.failure().is_none();
+        let is_well = self.role == Role::Secondary && self.data_state == DataState::Consistent;
         is_well && before.is_some_and(|before| before.failure().is_some())
     }
 
@@ -168,7 +168,8 @@ impl Shared {
     }
 
     fn tell_copy_recovered(&self, peer: &str, group: GroupId) {
-        let Some(group) = self.groups.by_id(group) else { return };
+        let group = self.groups.by_id(group).filter(|group| group.role() == Role::Primary);
+        let Some(group) = group else { return };
         let name = group.name().as_str();
         let text = format!("group {name}: the disk under the copy on {peer} is well again");
         let events = &self.context.events;

@@ -106,7 +106,9 @@ impl Keeper {
     /// A backup of a slot is there.
     fn made(&mut self, group: usize, slot: LogTime) {
         self.watches.entry(group).or_default().made(slot);
-        self.alarms.remove(&group);
+        if self.alarms.get(&group).is_some_and(|(of, _)| *of <= slot) {
+            self.alarms.remove(&group);
+        }
     }
 }
 

@@ -226,18 +226,17 @@ impl Channel {
         if self.receives() || self.sender.is_some() {
             return;
         }
-        let relation = compare(&self.local.history, theirs);
-        if by_primary && !self.local.primary && relation == Relation::TheirsIsPrefix {
-            // It judges what this node held before, and is told what that is now.
-            self.announce(context);
-            return;
-        }
         self.drop_streams();
         (self.remote, self.silent) = (None, true);
-        let follows = !matches!(relation, Relation::Diverged { .. });
-        if by_primary && follows && !self.local.primary && !self.local.retired {
-            self.local.retired = true;
-            context.outputs.push(Output::Retire { group: self.local.id, retired: true });
+        let is_copy = by_primary && !self.local.primary && !self.local.retired;
+        match compare(&self.local.history, theirs) {
+            // It judges what this node held before, and is told what that is now.
+            Relation::TheirsIsPrefix if is_copy => self.announce(context),
+            Relation::Same | Relation::MineIsPrefix if is_copy => {
+                self.local.retired = true;
+                context.outputs.push(Output::Retire { group: self.local.id, retired: true });
+            }
+            _ => {}
         }
         let reason = format!("replication was stopped on {}", context.peer_name);
         self.set_state(context, ReplicationState::Idle, reason);

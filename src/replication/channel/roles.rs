@@ -57,12 +57,14 @@ impl Channel {
 
     /// A peer that is connected has said nothing of the group.
     pub(super) fn await_word(&mut self, context: &mut Context<'_>) {
-        if context.conn.is_none() || self.silent || self.needs_a_hand() {
+        if context.conn.is_none() || self.needs_a_hand() {
             return;
         }
         let (name, peer) = (&self.local.name, context.peer_name);
         let mut reason = format!("connected; {peer} has not said yet what it holds");
-        if self.local.primary {
+        if self.silent {
+            reason = format!("replication was stopped on {peer}");
+        } else if self.local.primary {
             reason += &format!(
                 "; if this lasts, {peer} has no copy (`tidelog replicate {name} --to {peer}` makes \
                  one), or it does not know this node as a member: then switch over to a node that \
@@ -241,12 +243,8 @@ impl Channel {
         let (ours, others) = (ByteSize(mine), ByteSize(theirs));
         let what = match (mine, theirs) {
             (0, 0) => "with equal logs so far".to_owned(),
-            (_, 0) => format!(
-                "so far this node has all that {peer} has, and {ours} more, and both take writes"
-            ),
-            (0, _) => format!(
-                "so far {peer} has all that this node has, and {others} more, and both take writes"
-            ),
+            (_, 0) => format!("so far this node has all that {peer} has, and {ours} more"),
+            (0, _) => format!("so far {peer} has all that this node has, and {others} more"),
             _ => format!("since LSN {at} this node wrote {ours} and {peer} wrote {others}"),
         };
         let reason = format!(

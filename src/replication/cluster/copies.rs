@@ -428,6 +428,13 @@ fn a_stop_that_is_told_of_what_a_copy_held_before_it_followed_another_one_is_non
     world.feed(0, Input::Group(Box::new(local)));
     world.run(seconds(1));
     assert!(!world.nodes[1].retired);
+    // It is no node to ask for the log, and says so also where something else was on show.
+    let channel = |world: &World| world.nodes[1].core.channel(GROUP).unwrap().state().1.to_owned();
+    assert_eq!(channel(&world), "replication was stopped on a");
+    for paused in [true, false] {
+        world.feed(1, Input::Pause { group: GROUP, paused });
+    }
+    assert_eq!(channel(&world), "replication was stopped on a");
 }
 
 #[test]
