@@ -360,8 +360,7 @@ impl World {
     }
 
     fn start(&mut self, side: usize) {
-        let local = self.nodes[side].local();
-        self.feed(side, Input::Group(Box::new(local)));
+        self.look(side);
         self.feed(side, Input::CanDial(true));
         self.schedule(Duration::from_secs(1), Event::Sync(side));
     }
@@ -404,8 +403,7 @@ impl World {
             }
             Event::Look(side, life) => {
                 if self.lives[side] == life {
-                    let local = self.nodes[side].local();
-                    self.feed(side, Input::Group(Box::new(local)));
+                    self.look(side);
                 }
             }
             Event::Wake(side) => {
@@ -419,8 +417,7 @@ impl World {
             Event::Sync(side) => {
                 if self.nodes[side].up {
                     self.nodes[side].log.durable = self.nodes[side].log.bytes.len();
-                    let local = self.nodes[side].local();
-                    self.feed(side, Input::Group(Box::new(local)));
+                    self.look(side);
                     self.schedule(Duration::from_secs(1), Event::Sync(side));
                 }
             }
@@ -459,6 +456,12 @@ impl World {
             self.wakes[side] = wake;
             self.schedule(wake.saturating_sub(self.now), Event::Wake(side));
         }
+    }
+
+    /// The group of a node tells what it is now.
+    fn look(&mut self, side: usize) {
+        let local = self.nodes[side].local();
+        self.feed(side, Input::Group(Box::new(local)));
     }
 
     fn later(&mut self, side: usize, input: Input) {
@@ -723,8 +726,7 @@ impl World {
         if node.up && node.primary && !node.recovering {
             let now = self.now;
             self.nodes[side].log.append(now, None);
-            let local = self.nodes[side].local();
-            self.feed(side, Input::Group(Box::new(local)));
+            self.look(side);
         }
     }
 
@@ -739,8 +741,7 @@ impl World {
             node.primary = true;
             node.log.tail.clear();
             node.log.append(now, Some((id, node_id(side), 0)));
-            let local = self.nodes[side].local();
-            self.feed(side, Input::Group(Box::new(local)));
+            self.look(side);
         }
     }
 
@@ -754,8 +755,7 @@ impl World {
             if std::mem::take(&mut node.reign_due) || above.is_some() {
                 node.log.append(now, Some((id, node_id(side), above.unwrap_or_default())));
             }
-            let local = self.nodes[side].local();
-            self.feed(side, Input::Group(Box::new(local)));
+            self.look(side);
         }
     }
 
@@ -772,8 +772,7 @@ impl World {
         let parted = self.nodes[side].core.channel(GROUP).unwrap().parted();
         let parted = parted.expect("told by the peer");
         self.nodes[side].yield_to(parted.at, parted.chain, true).unwrap();
-        let local = self.nodes[side].local();
-        self.feed(side, Input::Group(Box::new(local)));
+        self.look(side);
         self.feed(side, Input::Yielded { group: GROUP });
     }
 
@@ -804,8 +803,7 @@ impl World {
             self.nodes[side].recovering = false;
             self.nodes[side].split_brain = false;
             self.nodes[side].primary = false;
-            let local = self.nodes[side].local();
-            self.feed(side, Input::Group(Box::new(local)));
+            self.look(side);
         }
     }
 

@@ -11,9 +11,10 @@ use crate::group::Discard;
 use crate::units::{GroupId, NodeId};
 
 use super::bounds::Room;
+use super::bulk::Bulk;
 use super::channel::Parted;
 use super::core::{Input, Output, PeerCore};
-use super::link::{self, Bulk};
+use super::link;
 use super::service::{Queued, ReplicationError, Shared, locked};
 use super::wire::Message;
 use super::worker::{Job, Worker};

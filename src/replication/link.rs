@@ -8,26 +8,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::group::ImagePart;
-use crate::units::{GroupId, Lsn, Name, NodeId};
+use crate::units::{GroupId, NodeId};
 
 use super::bounds::{Bodies, Calls, Handshakes, Room, room_for};
+use super::bulk::{Bulk, Ready, Waiting};
 use super::core::{ConnId, Input};
 use super::pairing::{EXPORTER_BYTES, EXPORTER_LABEL, Fingerprint};
-use super::replica::Replica;
 use super::service::Shared;
 use super::tls;
-use super::wire::part::encode_part;
 use super::wire::{
-    FRAME_HEADER_BYTES, FrameHeader, FrameKind, HELLO_BYTES, Hello, Message, PAYLOAD_BYTES_MAX,
-    Purpose, VERSIONS, Verdict,
+    FRAME_HEADER_BYTES, FrameHeader, FrameKind, HELLO_BYTES, Hello, Message, Purpose, VERSIONS,
+    Verdict,
 };
 
 /// A handshake (TCP, TLS, hello) takes at most this long.
@@ -40,66 +38,6 @@ const NEW_KEY: &str = "this node has a new key";
 /// A connection with TLS on it, from either side.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
-
-/// A frame of bulk that waits for its turn.
-struct Waiting {
-    group: GroupId,
-    stream: u64,
-    bulk: Bulk,
-}
-
-/// What a frame of bulk carries.
-pub(super) enum Bulk {
-    /// A range of the log.
-    Log { from: Lsn, to: Lsn },
-    /// The next part of the image that a peer is sent, with its number in the stream.
-    Part { peer: Name, number: u64 },
-}
-
-/// A frame that is to be sent.
-struct Ready {
-    frame: Vec<u8>,
-    /// What is told once it was sent.
-    sent: Input,
-}
-
-impl Waiting {
-    /// Reads what the frame carries; what is to be told where that fails.
-    fn read(self, replica: Option<Arc<dyn Replica>>) -> Result<Ready, Input> {
-        let Waiting { group, stream, bulk } = self;
-        let gone = "the group is gone".to_owned();
-        match bulk {
-            Bulk::Log { from, to } => {
-                let bytes = to.bytes_since(from) as usize;
-                assert!(bytes <= PAYLOAD_BYTES_MAX, "the core cuts frames");
-                let failed = |reason| Input::ReadFailed { group, stream, reason };
-                let replica = replica.ok_or_else(|| failed(gone))?;
-                let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
-                frame[..FRAME_HEADER_BYTES]
-                    .copy_from_slice(&FrameHeader::log(group, stream, from, bytes).encode());
-                replica
-                    .read_log(from, &mut frame[FRAME_HEADER_BYTES..])
-                    .map_err(|error| failed(error.to_string()))?;
-                Ok(Ready { frame, sent: Input::Sent { group, stream } })
-            }
-            Bulk::Part { peer, number } => {
-                let failed = |reason| Input::PartFailed { group, stream, reason };
-                let replica = replica.ok_or_else(|| failed(gone))?;
-                let part = replica.next_part(&peer, stream, number);
-                let part = part.map_err(|error| failed(error.to_string()))?;
-                let part = part.ok_or_else(|| failed("it has no more parts".to_owned()))?;
-                let last = part == ImagePart::End;
-                let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
-                encode_part(&part, &mut frame);
-                let bytes = frame.len() - FRAME_HEADER_BYTES;
-                frame[..FRAME_HEADER_BYTES]
-                    .copy_from_slice(&FrameHeader::image(group, stream, number, bytes).encode());
-                let sent = Input::PartSent { group, stream, last };
-                Ok(Ready { frame: frame.into(), sent })
-            }
-        }
-    }
-}
 
 /// How the rest of the service reaches a connection.
 pub(super) struct Conn {

@@ -12,6 +12,7 @@
 //! all that this room needs of a group.
 
 mod bounds;
+mod bulk;
 mod channel;
 mod check;
 #[cfg(test)]

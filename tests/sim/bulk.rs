@@ -6,31 +6,13 @@ use std::collections::VecDeque;
 use std::mem::discriminant;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use tidelog::group::{Group, ImagePart};
-use tidelog::replication::simulation::{ConnId, Input};
-use tidelog::replication::wire::part::encode_part;
-use tidelog::replication::wire::{FRAME_HEADER_BYTES, FrameHeader};
-use tidelog::units::{GroupId, Lsn, Name};
+use tidelog::replication::simulation::{Bulk, ConnId, Waiting};
 
 use super::event::Event;
 use super::world::World;
 
 /// A writer that is so far ahead of what arrives waits until it has arrived.
 const AHEAD_MOST: Duration = Duration::from_millis(5);
-
-/// A frame of bulk that waits.
-pub struct Waiting {
-    pub group: GroupId,
-    pub stream: u64,
-    pub bulk: Bulk,
-}
-
-/// What it carries.
-pub enum Bulk {
-    Log { from: Lsn, to: Lsn },
-    Part { peer: Name, number: u64 },
-}
 
 /// What one end of a connection writes.
 #[derive(Default)]
@@ -48,43 +30,6 @@ impl Writer {
             let same = discriminant(&other.bulk) == discriminant(&next.bulk);
             same && other.group == next.group && other.stream > next.stream
         })
-    }
-}
-
-impl Waiting {
-    /// The frame if there is one, and what is told to the core.
-    fn read(self, found: &Group) -> (Option<Vec<u8>>, Input) {
-        let Waiting { group, stream, bulk } = self;
-        match bulk {
-            Bulk::Log { from, to } => {
-                let bytes = to.bytes_since(from) as usize;
-                let mut frame = vec![0; FRAME_HEADER_BYTES + bytes];
-                let header = FrameHeader::log(group, stream, from, bytes).encode();
-                frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
-                match found.read_log(from, &mut frame[FRAME_HEADER_BYTES..]) {
-                    Ok(()) => (Some(frame), Input::Sent { group, stream }),
-                    Err(error) => {
-                        (None, Input::ReadFailed { group, stream, reason: error.to_string() })
-                    }
-                }
-            }
-            Bulk::Part { peer, number } => {
-                let failed = |reason| (None, Input::PartFailed { group, stream, reason });
-                match found.next_part(&peer, stream, number) {
-                    Ok(Some(part)) => {
-                        let mut frame = BytesMut::zeroed(FRAME_HEADER_BYTES);
-                        encode_part(&part, &mut frame);
-                        let bytes = frame.len() - FRAME_HEADER_BYTES;
-                        let header = FrameHeader::image(group, stream, number, bytes).encode();
-                        frame[..FRAME_HEADER_BYTES].copy_from_slice(&header);
-                        let last = part == ImagePart::End;
-                        (Some(frame.into()), Input::PartSent { group, stream, last })
-                    }
-                    Ok(None) => failed("it has no more parts".to_owned()),
-                    Err(error) => failed(error.to_string()),
-                }
-            }
-        }
     }
 }
 
@@ -137,9 +82,13 @@ impl World {
         }
         let of = self.group_number(waiting.group);
         let found = self.nodes[node].group(of).expect("it was asked of it").clone();
-        let (frame, told) = waiting.read(&found);
-        assert!(!(stale && part && frame.is_some()), "a part that the next image then lacks");
-        let ahead = frame.map_or(Duration::ZERO, |frame| self.transmit(conn, node, frame));
+        let (told, ahead) = match waiting.read(Some(found)) {
+            Ok(ready) => {
+                assert!(!(stale && part), "a part that the next image then lacks");
+                (ready.sent, self.transmit(conn, node, ready.frame))
+            }
+            Err(failed) => (failed, Duration::ZERO),
+        };
         self.feed_later(node, peer, told);
         self.write_later(conn, node, ahead.saturating_sub(AHEAD_MOST));
     }

@@ -13,13 +13,12 @@ use std::time::Duration;
 
 use tidelog::group::{DataState, GroupError};
 use tidelog::replication::simulation::{
-    ConnId, Input, Job, Membership, Output, local_group, perform,
+    Bulk, ConnId, Input, Job, Membership, Output, Waiting, local_group, perform,
 };
 use tidelog::replication::wire::Message;
 use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
 
 use super::backups::Backups;
-use super::bulk::{Bulk, Waiting};
 use super::chance::{Chance, Trace};
 use super::coverage::Coverage;
 use super::event::{Event, short};

@@ -8,8 +8,7 @@ impl World {
         let now = self.now;
         self.nodes[0].log.append(now, None);
         self.nodes[0].membership = membership;
-        let local = self.nodes[0].local();
-        self.feed(0, Input::Group(Box::new(local)));
+        self.look(0);
     }
 }
 
@@ -133,8 +132,7 @@ fn a_secondary_that_is_ahead_or_of_another_history_is_left_alone() {
         } else {
             world.get_ahead();
         }
-        let local = world.nodes[1].local();
-        world.feed(1, Input::Group(Box::new(local)));
+        world.look(1);
         let kept = world.nodes[1].log.bytes.clone();
         world.run(seconds(10));
         for side in 0..2 {
@@ -162,8 +160,7 @@ fn equal_histories_with_other_bytes_are_found_by_the_chain() {
     let checksum = xxh3_64(&other.bytes[last - 64..last - 8]);
     other.bytes[last - 8..].copy_from_slice(&checksum.to_le_bytes());
     world.nodes[1].log = other;
-    let local = world.nodes[1].local();
-    world.feed(1, Input::Group(Box::new(local)));
+    world.look(1);
     world.run(seconds(10));
     for side in 0..2 {
         let (state, reason) = world.state(side);
@@ -176,15 +173,13 @@ fn equal_histories_with_other_bytes_are_found_by_the_chain() {
 fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
     let mut world = World::new(11);
     world.nodes[0].membership = Membership::Stranger;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(5));
     assert!(world.nodes[1].log.bytes.is_empty());
     assert!(world.nodes[1].core.channel(GROUP).unwrap().remote().is_none());
 
     world.nodes[0].membership = Membership::Member { rpo_target: None, mode: Mode::Async };
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(5));
     world.assert_streaming();
 
@@ -193,8 +188,7 @@ fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
     assert!(world.nodes[0].log.bytes == world.nodes[1].log.bytes);
     // There the record says it too.
     world.nodes[1].membership = Membership::Stopped;
-    let local = world.nodes[1].local();
-    world.feed(1, Input::Group(Box::new(local)));
+    world.look(1);
     assert!(world.nodes[1].retired);
     world.run(seconds(1));
     assert!(!world.nodes[1].core.channel(GROUP).unwrap().follows(), "it may follow another");
@@ -346,8 +340,7 @@ fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
     world.assert_streaming();
     // What made it a member and what ended that may come in one piece.
     world.nodes[1].membership = Membership::Pending;
-    let local = world.nodes[1].local();
-    world.feed(1, Input::Group(Box::new(local)));
+    world.look(1);
     world.set_member(Membership::Stranger);
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
@@ -361,8 +354,7 @@ fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
     // The copy lacks the record yet: the stream to it goes on until it has it.
     world.set_member(Membership::Stranger);
     world.nodes[0].primary = false;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(1));
     assert!(!world.nodes[0].retired);
     // The copy is, and is free to follow another one.
@@ -382,8 +374,7 @@ fn who_begins_to_reign_tells_a_copy_of_its_stop_that_nobody_could_tell() {
     world.run(seconds(1));
     assert!(!world.nodes[1].retired);
     world.nodes[0].primary = true;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
 }
@@ -401,8 +392,7 @@ fn who_begins_to_reign_tells_a_copy_of_its_stop_that_said_what_it_holds_before()
     world.run(seconds(20));
     assert!(!world.nodes[1].retired);
     world.nodes[0].primary = true;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(1));
     assert!(world.nodes[1].retired);
 }
@@ -421,11 +411,9 @@ fn a_stop_that_is_told_of_what_a_copy_held_before_it_followed_another_one_is_non
     for _ in 0..10 {
         world.nodes[1].log.append(now, None);
     }
-    let local = world.nodes[1].local();
-    world.feed(1, Input::Group(Box::new(local)));
+    world.look(1);
     world.nodes[0].primary = true;
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(1));
     assert!(!world.nodes[1].retired);
     // It is no node to ask for the log, and says so also where something else was on show.
@@ -461,8 +449,7 @@ fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_unless_it_
     world.assert_streaming();
     let passes = |world: &mut World, membership| {
         world.nodes[1].membership = membership;
-        let local = world.nodes[1].local();
-        world.feed(1, Input::Group(Box::new(local)));
+        world.look(1);
     };
     passes(&mut world, Membership::Stopped);
     assert!(!world.nodes[1].retired);
@@ -500,8 +487,7 @@ fn an_exceeded_target_is_raised_once() {
     let mut world = World::new(13);
     world.nodes[0].membership =
         Membership::Member { rpo_target: Some(crate::units::Span(seconds(5))), mode: Mode::Async };
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(5));
     world.weather.partitioned = true;
     for _ in 0..40 {

@@ -128,8 +128,7 @@ fn a_copy_that_has_nothing_lacks_exactly_all() {
 
 fn set_membership(world: &mut World, side: usize, membership: Membership) {
     world.nodes[side].membership = membership;
-    let local = world.nodes[side].local();
-    world.feed(side, Input::Group(Box::new(local)));
+    world.look(side);
     world.run(seconds(1));
 }
 

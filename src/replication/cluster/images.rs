@@ -81,8 +81,7 @@ impl World {
         let to = self.random(records + 1) * RECORD_BYTES as u64;
         if self.nodes[side].up && !self.nodes[side].recovering && to > log.start {
             self.nodes[side].log.start = to;
-            let local = self.nodes[side].local();
-            self.feed(side, Input::Group(Box::new(local)));
+            self.look(side);
         }
     }
 
@@ -313,8 +312,7 @@ fn a_peer_that_the_log_passes_after_each_image_is_told_and_comes_back_when_it_ca
             world.write(0);
         }
         world.nodes[0].log.start = world.nodes[0].log.bytes.len() as u64;
-        let local = world.nodes[0].local();
-        world.feed(0, Input::Group(Box::new(local)));
+        world.look(0);
     };
     world.write(0);
     world.run(seconds(3));

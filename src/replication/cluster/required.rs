@@ -6,8 +6,7 @@ use super::*;
 fn required(seed: u64) -> World {
     let mut world = World::new(seed);
     world.nodes[0].membership = Membership::Member { rpo_target: None, mode: Mode::Sync };
-    let local = world.nodes[0].local();
-    world.feed(0, Input::Group(Box::new(local)));
+    world.look(0);
     world.run(seconds(3));
     let head = world.nodes[0].log.head();
     assert_eq!(world.nodes[0].peer_holds, Some((head, head)), "seed {seed}");

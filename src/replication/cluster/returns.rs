@@ -377,8 +377,7 @@ fn a_primary_that_returns_from_before_the_log_keeps_its_tail_and_takes_an_image(
             world.write(1);
         }
         world.nodes[1].log.start = 8 * RECORD_BYTES as u64;
-        let local = world.nodes[1].local();
-        world.feed(1, Input::Group(Box::new(local)));
+        world.look(1);
         world.weather.partitioned = false;
         world.restart(0);
         world.run(seconds(30));
@@ -403,8 +402,7 @@ fn a_copy_that_was_cut_for_another_peer_takes_its_primarys_log_anew() {
         let at = Lsn(10 * 64);
         let chain = world.nodes[1].log.chain_at(10 * 64);
         world.nodes[1].yield_to(at, chain, true).unwrap();
-        let local = world.nodes[1].local();
-        world.feed(1, Input::Group(Box::new(local)));
+        world.look(1);
         // Until it asks anew, its primary knows nothing of that.
         world.nodes[1].lost_power = true;
         world.run(seconds(1));
@@ -419,8 +417,7 @@ fn a_copy_that_was_cut_for_another_peer_takes_its_primarys_log_anew() {
 fn who_was_refused_asks_again_once_no_other_peer_is_followed_but_not_without_end() {
     let mut world = World::new(9);
     world.get_ahead();
-    let local = world.nodes[1].local();
-    world.feed(1, Input::Group(Box::new(local)));
+    world.look(1);
     world.run(seconds(10));
     let blocked = |world: &World| world.state(1).0 == ReplicationState::Blocked;
     assert!(blocked(&world), "{:?}", world.state(1));
