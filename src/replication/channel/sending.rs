@@ -104,9 +104,9 @@ impl Channel {
 
     /// A node that was a member may have been away when that ended, and lack the record that says
     /// so. Whoever names reigns and a head that lie in this log held it: it learns that alone. A
-    /// node that is no primary keeps the word until it is one.
+    /// node that is no primary, or asks first whether it still is one, keeps the word until it is.
     pub(super) fn tell_stopped(&mut self, context: &mut Context<'_>, theirs: History) {
-        if !self.local.primary {
+        if !self.local.primary || self.local.recovering {
             self.untold = Some(theirs);
             return;
         }

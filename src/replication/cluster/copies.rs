@@ -398,6 +398,22 @@ fn who_begins_to_reign_tells_a_copy_of_its_stop_that_said_what_it_holds_before()
 }
 
 #[test]
+fn a_primary_that_asks_whether_it_still_is_one_stops_no_copy_before_it_serves() {
+    let mut world = World::new(25);
+    world.run(seconds(5));
+    world.assert_streaming();
+    world.feed(0, Input::Pause { group: GROUP, paused: true });
+    // Back from a crash, with the record of the stop; another node may reign by now.
+    world.nodes[0].recovering = true;
+    world.set_member(Membership::Stranger);
+    world.run(seconds(1));
+    assert!(!world.nodes[1].retired);
+    world.serve(0);
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+}
+
+#[test]
 fn a_stop_that_is_told_of_what_a_copy_held_before_it_followed_another_one_is_none() {
     let mut world = World::new(23);
     world.run(seconds(5));
