@@ -112,6 +112,22 @@ keeper=$!
 until_status '"state": "attached"'
 more keeper
 
+# The volume grows under the mounted file system: what lies behind the old end is served too.
+step grow
+grown=$(parameter grown)
+for i in $(busybox seq 600); do
+    [ "$(busybox blockdev --getsize64 /dev/nbd0)" = "$grown" ] && break
+    busybox usleep 50000
+done
+[ "$(busybox blockdev --getsize64 /dev/nbd0)" = "$grown" ] || end "failed: the device has not grown"
+last=$(((grown >> 16) - 16))
+dd if=/dev/urandom of=/mnt/notes/block bs=64k count=16 2>/dev/null
+must dd if=/mnt/notes/block of=/dev/nbd0 bs=64k seek=$last oflag=direct conv=fsync
+dd if=/dev/nbd0 of=/mnt/notes/back bs=64k skip=$last iflag=direct 2>/dev/null
+must cmp /mnt/notes/block /mnt/notes/back
+must resize2fs /dev/nbd0
+more grow
+
 : >/mnt/notes/stop
 while [ ! -e /mnt/notes/stopped ]; do busybox usleep 50000; done
 must umount /mnt/v
@@ -123,13 +139,6 @@ echo "all $(synced) synced files are there"
 must umount /mnt/v
 must fsck.ext4 -fn /dev/nbd0
 
-step grow
-grown=$(parameter grown)
-for i in $(busybox seq 600); do
-    [ "$(busybox blockdev --getsize64 /dev/nbd0)" = "$grown" ] && break
-    busybox usleep 50000
-done
-[ "$(busybox blockdev --getsize64 /dev/nbd0)" = "$grown" ] || end "failed: the device has not grown"
 must "$tidelog" detach /dev/nbd0
 wait $keeper || end "failed: the keeper ended with an error"
 [ -e /sys/block/nbd0/pid ] && end "failed: the device is still there"

@@ -263,6 +263,7 @@ impl Keeper {
             self.died |= self.kernel.link_died(self.plan.index);
         }
         let size_bytes = link.offer.size_bytes;
+        // Requests wait for a socket meanwhile, so that none goes to one that knows less.
         let device = Device {
             size_bytes: (size_bytes > self.known.size_bytes).then_some(size_bytes),
             timeout_seconds: Some(self.plan.timeout.as_secs()),
@@ -297,23 +298,18 @@ impl Keeper {
         }
         let current = self.server_index();
         let trouble = match self.ask(current) {
-            Ok(offer) => {
-                if offer.size_bytes > self.known.size_bytes {
-                    let device = Device {
-                        size_bytes: Some(offer.size_bytes),
-                        ..device_of(&self.plan, None)
-                    };
-                    self.kernel
-                        .reconfigure(&device)
-                        .with_context(|| device_name(self.plan.index))?;
-                    tracing::info!(
-                        device = %self.state.device, bytes = offer.size_bytes,
-                        "the volume has grown"
-                    );
-                }
+            Ok(offer) if offer.size_bytes > self.known.size_bytes => {
+                // The link's own session refuses what lies behind the size that it was made with,
+                // so the kernel hears of the rest together with the next one.
+                let why = format!(
+                    "{} has {} bytes by now, {} before: a new connection serves them all",
+                    self.plan.export, offer.size_bytes, self.known.size_bytes
+                );
+                self.show("reconnecting", Some(why));
+                return self.reconnect();
+            }
+            Ok(_) => {
                 // The reign stays the one that the link began with: the next is judged by it.
-                self.known.size_bytes = self.known.size_bytes.max(offer.size_bytes);
-                self.state.size_bytes = self.known.size_bytes;
                 self.show("attached", None);
                 return Ok(None);
             }
