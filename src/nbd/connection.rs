@@ -11,6 +11,7 @@ use super::export::Exports;
 use super::handshake::{Agreed, Handshake, OPTION_BYTES_MAX, Step};
 use super::input::Input;
 use super::keepers::Kept;
+use super::sender::Sender;
 use super::server::Shared;
 use super::session::{End, Session};
 use super::socket::{Socket, send_all};
@@ -24,17 +25,18 @@ pub(super) fn serve(
     shared: &Shared,
     clock: &dyn Clock,
 ) {
-    match negotiate(socket, exports, shared, clock) {
+    let sender = Arc::new(Sender::new(Arc::clone(socket)));
+    match negotiate(&sender, &**socket, exports, shared, clock) {
         Ok((agreed, input, _kept)) => {
             let name = agreed.info.name.clone();
             tracing::info!(export = %name, "nbd: client connected");
-            let to_end = Arc::clone(socket);
-            let hang_up = Box::new(move || to_end.shutdown(Shutdown::Both));
+            let to_end = Arc::clone(&sender);
+            let hang_up = Box::new(move || to_end.cut());
             let _client = agreed.device.attach(&socket.address(), hang_up);
             // From here on the group does not go back by itself: had it done so before, then the
             // client would have been told of something else.
             let end = if agreed.device.info() == agreed.info {
-                Session::new(Arc::clone(socket), input, agreed, shared).run()
+                Session::new(Arc::clone(socket), sender, input, agreed, shared).run()
             } else {
                 End::NotServed
             };
@@ -126,12 +128,12 @@ impl Socket for Deadline<'_> {
 
 /// The handshake; on success also what was received beyond it.
 fn negotiate<'s>(
-    connection: &Arc<dyn Socket>,
+    sender: &Arc<Sender>,
+    socket: &dyn Socket,
     exports: &dyn Exports,
     shared: &'s Shared,
     clock: &dyn Clock,
 ) -> Result<(Agreed, Input, Option<Kept<'s>>), NoAgreement> {
-    let socket = &**connection;
     const CUT_OFF: NoAgreement = NoAgreement::Ended("the client left during the handshake");
     let at = clock.monotonic().saturating_add(shared.limits.handshake_timeout);
     let limited = Deadline { socket, clock, at };
@@ -165,7 +167,7 @@ fn negotiate<'s>(
         // Before the client knows that it may go on: nothing of its old connection comes later.
         let kept = match &step {
             Step::Transmit(Agreed { keeper: Some(keeper), info, .. }) => {
-                let kept = shared.counters.keepers.succeed(&info.name, *keeper, connection);
+                let kept = shared.counters.keepers.succeed(&info.name, *keeper, sender);
                 Some(kept.ok_or(NoAgreement::Ended("the host's old connection does not end"))?)
             }
             _ => None,

@@ -4,15 +4,15 @@
 //! may still hold the same requests here, received and not carried out: they must not be carried
 //! out after the new ones, or an old write would cover a newer one. (iSCSI calls this the
 //! reinstatement of a session.) A host names itself by the option [`super::wire::option::KEEPER`];
-//! before its choice of an export is answered, its earlier connection to that export is shut down
-//! and has come to its end.
+//! before its choice of an export is answered, its earlier connection to that export is cut and has
+//! come to its end. What was received on it and is answered late, since a peer is away, say, is not
+//! waited for: it is in the log already.
 
 use std::collections::HashMap;
-use std::net::Shutdown;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use super::socket::Socket;
+use super::sender::Sender;
 
 /// How long an old connection may take to come to its end before the new one is closed.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -26,7 +26,7 @@ type Place = (String, KeeperId);
 /// The connections of hosts that named themselves.
 #[derive(Default)]
 pub(super) struct Keepers {
-    live: Mutex<HashMap<Place, Arc<dyn Socket>>>,
+    live: Mutex<HashMap<Place, Arc<Sender>>>,
     left: Condvar,
 }
 
@@ -49,9 +49,9 @@ impl Keepers {
         &self,
         export: &str,
         keeper: KeeperId,
-        socket: &Arc<dyn Socket>,
+        sender: &Arc<Sender>,
     ) -> Option<Kept<'_>> {
-        self.succeed_within(PATIENCE, export, keeper, socket)
+        self.succeed_within(PATIENCE, export, keeper, sender)
     }
 
     fn succeed_within(
@@ -59,13 +59,13 @@ impl Keepers {
         patience: Duration,
         export: &str,
         keeper: KeeperId,
-        socket: &Arc<dyn Socket>,
+        sender: &Arc<Sender>,
     ) -> Option<Kept<'_>> {
         let place = (export.to_owned(), keeper);
         let mut live = self.live.lock().expect("no holder panics");
         if let Some(old) = live.get(&place) {
             tracing::info!(%export, "nbd: the host connects anew; its old connection is closed");
-            old.shutdown(Shutdown::Both);
+            old.cut();
             let there = |live: &mut HashMap<_, _>| live.contains_key(&place);
             let waited = self.left.wait_timeout_while(live, patience, there);
             live = waited.expect("no holder panics").0;
@@ -74,7 +74,7 @@ impl Keepers {
                 return None;
             }
         }
-        live.insert(place.clone(), Arc::clone(socket));
+        live.insert(place.clone(), Arc::clone(sender));
         Some(Kept { keepers: self, place })
     }
 }
@@ -88,20 +88,20 @@ impl Drop for Kept<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::socket::Stream;
+    use super::super::socket::{Socket, Stream};
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    fn socket() -> (Arc<dyn Socket>, UnixStream) {
+    fn connection() -> (Arc<Sender>, UnixStream) {
         let (one, other) = UnixStream::pair().unwrap();
-        (Arc::new(Stream::Unix(one)), other)
+        (Arc::new(Sender::new(Arc::new(Stream::Unix(one)))), other)
     }
 
     #[test]
     fn a_new_connection_waits_for_the_end_of_the_old_one_of_the_same_host_alone() {
         let keepers = Keepers::default();
-        let (old, _old_end) = socket();
-        let (new, _new_end) = socket();
+        let (old, old_end) = connection();
+        let (new, _new_end) = connection();
         let held = keepers.succeed("g/v", [1; 16], &old).unwrap();
         let _others = [
             keepers.succeed("g/v", [2; 16], &new).unwrap(),
@@ -109,7 +109,10 @@ mod tests {
         ];
         let at_once = Duration::ZERO;
         assert!(keepers.succeed_within(at_once, "g/v", [1; 16], &new).is_none());
-        assert_eq!(old.receive(&mut [0]).unwrap(), 0, "the old one is shut down");
+        let old_end = Stream::Unix(old_end);
+        assert_eq!(old_end.receive(&mut [0]).unwrap(), 0, "the old one is cut");
+        old.promise(1);
+        old.settle();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| keepers.succeed("g/v", [1; 16], &new).is_some());
             drop(held);

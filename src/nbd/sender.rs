@@ -24,7 +24,7 @@ struct State {
     queued: Vec<u8>,
     /// Late replies promised and not yet queued.
     late: usize,
-    /// Sending failed; nothing is sent any more.
+    /// Sending failed, or this side has cut the connection; nothing is sent any more.
     broken: bool,
     /// Threads that wait for a change.
     waiting: usize,
@@ -71,7 +71,8 @@ impl Sender {
         state.late += count;
     }
 
-    /// Waits until every promised reply was queued and sent.
+    /// Waits until every promised reply was queued and sent, or cannot be sent any more. A client
+    /// that closed its half still gets what it was promised.
     pub(super) fn settle(&self) {
         let mut state = self.lock();
         while (state.late > 0 || state.owned) && !state.broken {
@@ -160,9 +161,14 @@ impl Sender {
         self.fail(&io::Error::other(why));
     }
 
-    /// Ends the connection in both directions.
     fn fail(&self, error: &io::Error) {
         tracing::debug!(%error, "nbd: a reply could not be sent");
+        self.cut();
+    }
+
+    /// Ends the connection in both directions, from this side: nobody waits any longer to answer
+    /// what was promised. Does not block.
+    pub(super) fn cut(&self) {
         let mut state = self.lock();
         state.broken = true;
         self.wake(state);

@@ -124,6 +124,7 @@ pub(super) struct Session<'a> {
 impl<'a> Session<'a> {
     pub(super) fn new(
         socket: Arc<dyn Socket>,
+        sender: Arc<Sender>,
         input: Input,
         agreed: Agreed,
         shared: &'a Shared,
@@ -135,8 +136,8 @@ impl<'a> Session<'a> {
             allocation: agreed.allocation,
         };
         Session {
-            sender: Arc::new(Sender::new(Arc::clone(&socket))),
             socket,
+            sender,
             input,
             shared,
             volume: agreed.device.volume(),

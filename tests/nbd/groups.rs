@@ -9,8 +9,11 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use tidelog::events::Events;
-use tidelog::group::{Allocation, GroupContext, LocalLimits, NodeIdentity, Point, Registry};
+use tidelog::group::{
+    Allocation, Group, GroupContext, LocalLimits, NodeIdentity, Point, Registry,
+};
 use tidelog::io::{Entropy, Env, SeededEntropy};
+use tidelog::log::control::{Control, MemberRecord, Mode, OnLoss};
 use tidelog::nbd::wire::{self, Errno};
 use tidelog::nbd::{
     Client, ClientError, GroupExports, Identity, NbdAddress, NbdLimits, NbdListen, NbdServer,
@@ -216,6 +219,58 @@ fn a_host_that_connects_anew_ends_its_old_connection_and_no_other() {
         let mut reply = [0; 16 + 512];
         socket.read_exact(&mut reply).unwrap();
     }
+}
+
+/// A peer that is away, and that hosts wait for.
+fn join_required_peer(group: &Group) {
+    let peer = MemberRecord {
+        node: NodeId([9; 16]),
+        name: name("b"),
+        mode: Mode::Sync,
+        on_loss: OnLoss::Block,
+        rpo_target: None,
+        removed: false,
+        other: serde_json::Map::new(),
+    };
+    group.append_control(Control::Member(peer)).unwrap();
+}
+
+/// A kernel's connection was given up by its keeper after a time without an answer. The server
+/// waited to answer on it, as long as the peer was away, before it took the next one: reads that
+/// need no peer failed with it.
+#[test]
+fn connections_end_whose_answers_wait_for_a_peer_where_a_new_one_comes_or_a_rewind() {
+    let rig = Rig::new();
+    let group = rig.registry.by_name("g").unwrap();
+    join_required_peer(&group);
+    let before = group.positions().request_end;
+    let patience = Duration::from_secs(30);
+    let connect = || {
+        let client = negotiate(rig.server.local_addr(), "g/v", [1; 16], patience).unwrap().0;
+        UnixStream::from(client.into_socket().unwrap())
+    };
+    let write = |host: &mut UnixStream, block: u8| {
+        let head = group.positions().head;
+        let at = u64::from(block) * 512;
+        let request = wire::request(wire::command::WRITE, 0, 1, at, 512);
+        host.write_all(&[request.as_bytes(), &[block; 512]].concat()).unwrap();
+        crate::support::wait_for("the write to be appended", || {
+            (group.positions().head > head).then_some(())
+        });
+        assert!(!group.is_held(group.positions().request_end), "it waits for the peer");
+    };
+    let mut old = connect();
+    write(&mut old, 1);
+    let mut new = connect();
+    assert_eq!(old.read(&mut [0]).unwrap(), 0, "no answer, and the end");
+    let request = wire::request(wire::command::READ, 0, 2, 512, 512);
+    new.write_all(request.as_bytes()).unwrap();
+    let mut reply = [0; 16 + 512];
+    new.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[16..], [1; 512], "what was received is carried out");
+    write(&mut new, 2);
+    group.rewind(&Point::Lsn(before), true).unwrap();
+    assert_eq!(new.read(&mut [0]).unwrap(), 0, "no answer, and the end");
 }
 
 #[test]

@@ -225,6 +225,19 @@ fn a_shutdown_answers_what_was_received_and_lets_nobody_in() {
 }
 
 #[test]
+fn a_client_that_closed_its_half_still_gets_the_replies_that_come_late() {
+    let rig = Rig::new();
+    rig.device.hold_flushes();
+    let mut raw = rig.session();
+    raw.request(command::FLUSH, 0, 1, 0, 0);
+    raw.0.shutdown(std::net::Shutdown::Write).unwrap();
+    crate::support::wait_for("the flush to arrive", || {
+        (rig.device.complete_flushes(&Ok(())) > 0).then_some(())
+    });
+    assert_eq!(raw.rest(), wire::simple_reply(1, None).as_bytes());
+}
+
+#[test]
 fn fuzz_bodies_survive_their_corpora() {
     let mut replayed = 0;
     for (target, body) in [
