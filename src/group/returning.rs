@@ -43,6 +43,25 @@ pub(super) struct Asking {
     pub held_back: Option<HeldBack>,
 }
 
+impl Asking {
+    /// Why hosts wait, in words.
+    fn reason(&self, core: &Core) -> String {
+        match &self.held_back {
+            Some(held_back) => held_back.reason.clone(),
+            None if core.required.blocks(&self.unanswered) => {
+                "has just started, and asks its peers what they hold; hosts wait for the answer of \
+                 those that must hold what they write"
+                    .to_owned()
+            }
+            None => format!(
+                "has just started, and asks its peers what they hold; hosts wait for the answer \
+                 for {} s at most",
+                ASK_FOR.as_secs()
+            ),
+        }
+    }
+}
+
 /// What keeps a primary from serving.
 #[derive(Clone, Debug)]
 pub(super) struct HeldBack {
@@ -84,19 +103,7 @@ impl Group {
             );
             return (core.role == Role::Primary).then_some(away);
         };
-        Some(match &asking.held_back {
-            Some(held_back) => held_back.reason.clone(),
-            None if core.required.blocks(&asking.unanswered) => {
-                "has just started, and asks its peers what they hold; hosts wait for the answer of \
-                 those that must hold what they write"
-                    .to_owned()
-            }
-            None => format!(
-                "has just started, and asks its peers what they hold; hosts wait for the answer \
-                 for {} s at most",
-                ASK_FOR.as_secs()
-            ),
-        })
+        Some(asking.reason(&core))
     }
 
     /// Why this primary does not serve by itself any more: a peer was promoted meanwhile.
@@ -210,14 +217,27 @@ impl Group {
     ///
     /// Where it is held back, or what the disk says.
     pub fn wait_to_serve(&self) -> Result<(), GroupError> {
-        self.wait_for_answer(self.lock()).map(|_| ())
+        self.wait_for_answer(self.lock(), None).map(|_| ())
     }
 
-    /// Waits for the answer of the peers, and serves where none comes.
+    /// As [`Group::wait_to_serve`], and no longer than `patience` for a peer that hosts wait for
+    /// without limit. For other peers it waits until none may still answer in time.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Group::wait_to_serve`], and where it took too long, with what is waited for.
+    pub fn wait_to_serve_within(&self, patience: Duration) -> Result<(), GroupError> {
+        self.wait_for_answer(self.lock(), Some(patience)).map(|_| ())
+    }
+
+    /// Waits for the answer of the peers, and serves where none comes; with `patience` as of
+    /// [`Group::wait_to_serve_within`].
     pub(super) fn wait_for_answer<'a>(
         &'a self,
         mut core: MutexGuard<'a, Core>,
+        patience: Option<Duration>,
     ) -> Result<MutexGuard<'a, Core>, GroupError> {
+        let start = self.context.env.clock.monotonic();
         loop {
             let Some(asking) = &core.asking else { return Ok(core) };
             if core.closed {
@@ -226,18 +246,27 @@ impl Group {
             if let Some(held_back) = &asking.held_back {
                 return Err(self.refused(held_back.reason.clone()));
             }
-            let left = asking.until.saturating_sub(self.context.env.clock.monotonic());
-            if core.required.blocks(&asking.unanswered) {
-                // Whoever may hold what this node has lost is asked, however long that takes.
-                core = self.space.wait(core).expect("a panic under the lock ends the process");
-            } else if left.is_zero() || !self.workers.running() {
+            let now = self.context.env.clock.monotonic();
+            let blocked = core.required.blocks(&asking.unanswered);
+            let left = asking.until.saturating_sub(now);
+            if !blocked && (left.is_zero() || !self.workers.running()) {
                 drop(core);
                 self.serve()?;
                 core = self.lock();
-            } else {
-                let waited = self.space.wait_timeout(core, left);
-                core = waited.expect("a panic under the lock ends the process").0;
+                continue;
             }
+            let patience = patience.map(|it| if blocked { it } else { it.max(ASK_FOR) });
+            let patience = patience.map(|it| (start + it).saturating_sub(now));
+            if patience.is_some_and(|patience| patience.is_zero()) {
+                return Err(self.refused(asking.reason(&core)));
+            }
+            // Whoever may hold what this node has lost is asked, however long that takes.
+            let left = (!blocked).then_some(left);
+            core = match left.into_iter().chain(patience).min() {
+                Some(wait) => self.space.wait_timeout(core, wait).map(|waited| waited.0).ok(),
+                None => self.space.wait(core).ok(),
+            }
+            .expect("a panic under the lock ends the process");
         }
     }
 

@@ -241,7 +241,7 @@ impl Group {
                 return Err(GroupError::NotPrimary { group: self.name().clone() });
             }
             if core.asking.is_some() {
-                core = self.wait_for_answer(core)?;
+                core = self.wait_for_answer(core, None)?;
                 continue;
             }
             if core.halted.is_none() {

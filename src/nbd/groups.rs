@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::export::{Device, ExportInfo, Exports, Refusal};
 use super::identity::Identity;
@@ -10,6 +11,12 @@ use crate::group::{
     Done, Extent, Group, GroupError, HangUp, Image, Read, Registry, Request, Role, View, Volume,
 };
 use crate::units::{Lsn, VolumeNumber};
+
+/// How long a handshake waits for a peer that hosts wait for without limit, before it is refused
+/// with the reason. Shorter than the patience of a keeper (20 s) and than half of the handshake's
+/// own (30 s): a host that asks twice hears it too, and none leaves a connection behind for each
+/// of its attempts.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The exports of a node's groups.
 pub struct GroupExports {
@@ -119,7 +126,7 @@ fn may_serve(group: &Group, name: &str) -> Result<(), Refusal> {
     if group.role() == Role::Primary {
         // It may have just come back, and ask its peers whether it is still primary.
         group
-            .wait_to_serve()
+            .wait_to_serve_within(ANSWER_PATIENCE)
             .map_err(|error| Refusal::Policy(format!("export `{name}`: {error}")))?;
     }
     if group.role() == Role::Primary {

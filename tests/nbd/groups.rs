@@ -9,15 +9,13 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use tidelog::events::Events;
-use tidelog::group::{
-    Allocation, Group, GroupContext, LocalLimits, NodeIdentity, Point, Registry,
-};
+use tidelog::group::{Allocation, Group, GroupContext, LocalLimits, NodeIdentity, Point, Registry};
 use tidelog::io::{Entropy, Env, SeededEntropy};
 use tidelog::log::control::{Control, MemberRecord, Mode, OnLoss};
 use tidelog::nbd::wire::{self, Errno};
 use tidelog::nbd::{
-    Client, ClientError, GroupExports, Identity, NbdAddress, NbdLimits, NbdListen, NbdServer,
-    listen, negotiate,
+    Client, ClientError, GroupExports, Identity, NbdAddress, NbdCounters, NbdLimits, NbdListen,
+    NbdServer, listen, negotiate,
 };
 use tidelog::units::{Name, NodeId};
 
@@ -44,9 +42,18 @@ fn name(text: &str) -> Name {
 }
 
 fn serve(registry: &Arc<Registry>, dir: &Path) -> NbdServer {
+    serve_with(registry, dir, NbdLimits::default(), Arc::default())
+}
+
+fn serve_with(
+    registry: &Arc<Registry>,
+    dir: &Path,
+    limits: NbdLimits,
+    counters: Arc<NbdCounters>,
+) -> NbdServer {
     let at = NbdListen::new(NbdAddress::Unix(dir.join("s")));
     let exports = Arc::new(GroupExports::new(Arc::clone(registry)));
-    listen(at, exports, NbdLimits::default(), Arc::default()).unwrap()
+    listen(at, exports, limits, counters).unwrap()
 }
 
 impl Rig {
@@ -271,6 +278,33 @@ fn connections_end_whose_answers_wait_for_a_peer_where_a_new_one_comes_or_a_rewi
     write(&mut new, 2);
     group.rewind(&Point::Lsn(before), true).unwrap();
     assert_eq!(new.read(&mut [0]).unwrap(), 0, "no answer, and the end");
+}
+
+/// Each of an `attach`'s attempts, one every 20 s, left a connection in its handshake, until the
+/// listener let nobody in, to other groups neither.
+#[test]
+fn a_handshake_waits_for_an_absent_peer_for_a_while_is_told_why_and_leaves_nothing_behind() {
+    let rig = Rig::new();
+    join_required_peer(&rig.registry.by_name("g").unwrap());
+    rig.registry.create(name("h"), Some(4 << 20)).unwrap().start_workers();
+    rig.registry.by_name("h").unwrap().create_volume(name("v"), SIZE).unwrap();
+    rig.server.shutdown();
+    rig.registry.close();
+    let registry = Registry::open(context(), &rig.dir.path().join("groups")).unwrap();
+    let counters = Arc::new(NbdCounters::default());
+    let limits = NbdLimits { connections: 1, ..NbdLimits::default() };
+    let server = serve_with(&registry, rig.dir.path(), limits, Arc::clone(&counters));
+    let at = server.local_addr();
+    let refused = negotiate(at, "g/v", [1; 16], Duration::from_secs(1)).err().unwrap().to_string();
+    let told =
+        refused.contains("export `g/v`") && refused.contains("that must hold what they write");
+    assert!(told, "{refused}");
+    crate::support::wait_for("the connection to end", || {
+        (counters.connections.value() == 0).then_some(())
+    });
+    Client::connect(at, "h/v").unwrap().flush().unwrap();
+    server.shutdown();
+    registry.close();
 }
 
 #[test]
