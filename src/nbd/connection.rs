@@ -3,7 +3,6 @@
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::time::Duration;
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -14,7 +13,7 @@ use super::keepers::Kept;
 use super::sender::Sender;
 use super::server::Shared;
 use super::session::{End, Session};
-use super::socket::{Socket, send_all};
+use super::socket::{Deadline, Socket, send_all};
 use super::wire::{OPTION_MAGIC, OptionHeader, greeting};
 use crate::io::Clock;
 
@@ -36,7 +35,7 @@ pub(super) fn serve(
             // From here on the group does not go back by itself: had it done so before, then the
             // client would have been told of something else.
             let end = if agreed.device.info() == agreed.info {
-                Session::new(Arc::clone(socket), sender, input, agreed, shared).run()
+                Session::new(Arc::clone(socket), sender, input, agreed, shared, clock).run()
             } else {
                 End::NotServed
             };
@@ -79,53 +78,6 @@ impl From<&'static str> for NoAgreement {
     }
 }
 
-/// Bytes that are sent in one call before a deadline. Each of the pieces that the kernel makes of a
-/// longer one may wait as long as the whole, on a Unix socket.
-const PIECE_BYTES: usize = 16 << 10;
-
-/// A socket that gives up at a deadline, so that a client who sends a byte now and then, or never
-/// reads what he asked for, does not hold a connection for ever.
-struct Deadline<'a> {
-    socket: &'a dyn Socket,
-    clock: &'a dyn Clock,
-    at: Duration,
-}
-
-impl Deadline<'_> {
-    fn left(&self) -> io::Result<Duration> {
-        let left = self.at.saturating_sub(self.clock.monotonic());
-        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
-    }
-}
-
-impl Socket for Deadline<'_> {
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_receive_timeout(Some(self.left()?))?;
-        self.socket.receive(buffer)
-    }
-
-    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_send_timeout(Some(self.left()?))?;
-        self.socket.send(&bytes[..bytes.len().min(PIECE_BYTES)])
-    }
-
-    fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.send_now(bytes)
-    }
-
-    fn shutdown(&self, how: Shutdown) {
-        self.socket.shutdown(how);
-    }
-
-    fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.socket.set_receive_timeout(timeout)
-    }
-
-    fn set_send_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.socket.set_send_timeout(timeout)
-    }
-}
-
 /// The handshake; on success also what was received beyond it.
 fn negotiate<'s>(
     sender: &Arc<Sender>,
@@ -135,8 +87,7 @@ fn negotiate<'s>(
     clock: &dyn Clock,
 ) -> Result<(Agreed, Input, Option<Kept<'s>>), NoAgreement> {
     const CUT_OFF: NoAgreement = NoAgreement::Ended("the client left during the handshake");
-    let at = clock.monotonic().saturating_add(shared.limits.handshake_timeout);
-    let limited = Deadline { socket, clock, at };
+    let limited = Deadline::within(shared.limits.handshake_timeout, socket, clock);
     let mut input = Input::new();
     send_all(&limited, greeting().as_bytes())?;
     let flags = input.hold(&limited, 4)?.ok_or(CUT_OFF)?;

@@ -156,6 +156,11 @@ impl Sender {
         state
     }
 
+    /// Whether the connection has ended for the sender.
+    pub(super) fn is_broken(&self) -> bool {
+        self.lock().broken
+    }
+
     /// Ends the connection: what was promised will not be sent.
     pub(super) fn abandon(&self, why: &'static str) {
         self.fail(&io::Error::other(why));

@@ -17,7 +17,7 @@ pub struct NbdLimits {
     pub payload_bytes: u64,
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
-    /// How long the next bytes of a large payload may take.
+    /// How long a payload above 512 KiB may take, beside a second for each MiB of it.
     pub payload_timeout: Duration,
     /// How long requests in flight may take at shutdown.
     pub drain_timeout: Duration,
@@ -32,6 +32,19 @@ impl Default for NbdLimits {
             payload_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(10),
         }
+    }
+}
+
+/// The slowest pace of a large payload, in bytes a second, beside its timeout. With the timeout of
+/// 30 s the largest of 32 MiB may take 62 s, which a link of 5 Mbit/s keeps.
+const PAYLOAD_PACE: u64 = 1 << 20;
+
+impl NbdLimits {
+    /// How long a payload of so many bytes may take as a whole: it holds a part of a budget that
+    /// others wait for, however steadily its bytes drip in.
+    pub(super) fn payload_time(&self, payload_bytes: u64) -> Duration {
+        let pace = Duration::from_millis(payload_bytes.saturating_mul(1000) / PAYLOAD_PACE);
+        self.payload_timeout.saturating_add(pace)
     }
 }
 
@@ -100,6 +113,10 @@ impl Shared {
     }
 }
 
+/// How often who waits for a part of the budget looks whether anybody still wants it. Short against
+/// the 15 s that a host's next connection waits for the end of this one.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// Bytes that may be in use at once.
 pub(super) struct Budget {
     free: Mutex<u64>,
@@ -117,14 +134,18 @@ impl Budget {
         Budget { free: Mutex::new(bytes), freed: Condvar::new() }
     }
 
-    /// Takes `bytes`, waiting for them. More than the whole budget would wait for ever.
-    pub(super) fn take(&self, bytes: u64) -> Share<'_> {
+    /// Takes `bytes`, waiting for them; `None` where they are not free yet and nobody wants them any
+    /// more, which `ended` says.
+    pub(super) fn take(&self, bytes: u64, ended: &dyn Fn() -> bool) -> Option<Share<'_>> {
         let mut free = self.free.lock().expect("no holder panics");
         while *free < bytes {
-            free = self.freed.wait(free).expect("no holder panics");
+            if ended() {
+                return None;
+            }
+            free = self.freed.wait_timeout(free, LOOK_EVERY).expect("no holder panics").0;
         }
         *free -= bytes;
-        Share { budget: self, bytes }
+        Some(Share { budget: self, bytes })
     }
 }
 
@@ -132,5 +153,34 @@ impl Drop for Share<'_> {
     fn drop(&mut self) {
         *self.budget.free.lock().expect("no holder panics") += self.bytes;
         self.budget.freed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_may_take_the_timeout_and_a_second_for_each_mebibyte() {
+        let limits = NbdLimits { payload_timeout: Duration::from_secs(7), ..NbdLimits::default() };
+        assert_eq!(limits.payload_time(3 << 19), Duration::from_millis(8500));
+        assert_eq!(limits.payload_time(u64::from(PAYLOAD_BYTES_MAX)), Duration::from_secs(39));
+    }
+
+    #[test]
+    fn who_waits_for_a_part_of_the_budget_gets_it_once_it_is_free_or_leaves_without() {
+        let budget = Budget::new(10);
+        let all = budget.take(10, &|| true);
+        assert!(all.is_some(), "what is free is not waited for");
+        let gone = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let leaves = scope.spawn(|| budget.take(5, &|| gone.load(Ordering::Relaxed)).is_some());
+            let stays = scope.spawn(|| budget.take(5, &|| false).is_some());
+            gone.store(true, Ordering::Relaxed);
+            assert!(!leaves.join().unwrap());
+            drop(all);
+            assert!(stays.join().unwrap());
+        });
+        assert!(budget.take(10, &|| true).is_some(), "all of it was given back");
     }
 }

@@ -20,9 +20,10 @@ use super::input::{Front, INPUT_BYTES, Input};
 use super::reply::{prefix_bytes, put_empty_read, put_error, put_prefix, put_status, put_success};
 use super::sender::{Sender, Turn};
 use super::server::Shared;
-use super::socket::Socket;
+use super::socket::{Deadline, Socket};
 use super::wire::{self, Errno, RequestHeader, SimpleReply};
 use crate::group::{Done, GroupError, Op, Read, Request};
+use crate::io::Clock;
 use crate::units::{Lsn, VolumeNumber};
 
 /// Bytes read at once at most; larger reads are answered in pieces of this size.
@@ -107,6 +108,7 @@ pub(super) struct Session<'a> {
     sender: Arc<Sender>,
     input: Input,
     shared: &'a Shared,
+    clock: &'a dyn Clock,
     device: Arc<dyn Device>,
     volume: VolumeNumber,
     rules: Rules,
@@ -128,6 +130,7 @@ impl<'a> Session<'a> {
         input: Input,
         agreed: Agreed,
         shared: &'a Shared,
+        clock: &'a dyn Clock,
     ) -> Session<'a> {
         let rules = Rules {
             size_bytes: agreed.info.size_bytes,
@@ -140,6 +143,7 @@ impl<'a> Session<'a> {
             sender,
             input,
             shared,
+            clock,
             volume: agreed.device.volume(),
             device: agreed.device,
             rules,
@@ -241,12 +245,15 @@ impl<'a> Session<'a> {
                 _ => Ok(()),
             };
         }
-        let _share = self.shared.payloads.take(payload_bytes as u64);
+        let ended = || self.sender.is_broken() || self.shared.is_stopping();
+        let share = self.shared.payloads.take(payload_bytes as u64, &ended);
+        let Some(_share) = share else { return Err(End::Closed) };
         self.input.consume(RequestHeader::BYTES);
         let mut payload = vec![0; payload_bytes];
-        // Whoever holds a share of the budget has to make progress.
-        self.socket.set_receive_timeout(Some(self.shared.limits.payload_timeout))?;
-        if !self.input.fill(&*self.socket, &mut payload)? {
+        // Whoever holds a share of the budget has to give it back.
+        let time = self.shared.limits.payload_time(payload_bytes as u64);
+        let limited = Deadline::within(time, &*self.socket, self.clock);
+        if !self.input.fill(&limited, &mut payload)? {
             return Err(End::Closed);
         }
         self.socket.set_receive_timeout(None)?;

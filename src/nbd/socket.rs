@@ -10,6 +10,8 @@ use nix::errno::Errno;
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{MsgFlags, getsockopt, recv, send};
 
+use crate::io::Clock;
+
 /// A stream of bytes in both directions, used by several threads at once: one receives, one sends.
 pub trait Socket: Send + Sync {
     /// Receives at least one byte; 0 at the end of the stream.
@@ -40,6 +42,70 @@ pub(super) fn send_all(socket: &dyn Socket, mut bytes: &[u8]) -> io::Result<()> 
         bytes = &bytes[sent..];
     }
     Ok(())
+}
+
+/// Bytes that are sent in one call before a deadline. Each of the pieces that the kernel makes of a
+/// longer one may wait as long as the whole, on a Unix socket.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// A socket that gives up at a deadline, so that a client who sends a byte now and then, or never
+/// reads what he asked for, does not hold a connection, or what others need too, for ever.
+pub(super) struct Deadline<'a> {
+    socket: &'a dyn Socket,
+    clock: &'a dyn Clock,
+    at: Duration,
+}
+
+impl<'a> Deadline<'a> {
+    /// Gives up when `time` has passed from now on.
+    pub(super) fn within(
+        time: Duration,
+        socket: &'a dyn Socket,
+        clock: &'a dyn Clock,
+    ) -> Deadline<'a> {
+        Deadline { socket, clock, at: clock.monotonic().saturating_add(time) }
+    }
+
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.at.saturating_sub(self.clock.monotonic());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
+/// What the kernel calls a wait that took too long, as what it is.
+fn in_time(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}
+
+impl Socket for Deadline<'_> {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_receive_timeout(Some(self.left()?))?;
+        self.socket.receive(buffer).map_err(in_time)
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_send_timeout(Some(self.left()?))?;
+        self.socket.send(&bytes[..bytes.len().min(PIECE_BYTES)]).map_err(in_time)
+    }
+
+    fn send_now(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.send_now(bytes)
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        self.socket.shutdown(how);
+    }
+
+    fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_receive_timeout(timeout)
+    }
+
+    fn set_send_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_send_timeout(timeout)
+    }
 }
 
 /// A connected socket of the system.

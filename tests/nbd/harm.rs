@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use tidelog::nbd::fuzz::{converse, fuzz_client, fuzz_handshake, fuzz_transmission, opening};
 use tidelog::nbd::wire::{self, command, command_flag, option};
-use tidelog::nbd::{NbdAddress, NbdCounters, NbdLimits, NbdListen, RamDevice, RamExports, listen};
+use tidelog::nbd::{
+    NbdAddress, NbdCounters, NbdLimits, NbdListen, RamDevice, RamExports, listen, negotiate,
+};
 use zerocopy::IntoBytes;
 
 use super::rig::*;
@@ -235,6 +237,46 @@ fn a_client_that_closed_its_half_still_gets_the_replies_that_come_late() {
         (rig.device.complete_flushes(&Ok(())) > 0).then_some(())
     });
     assert_eq!(raw.rest(), wire::simple_reply(1, None).as_bytes());
+}
+
+#[test]
+fn a_payload_that_drips_in_is_given_up() {
+    let payload_timeout = Duration::from_secs(2);
+    let rig = Rig::with(NbdLimits { payload_timeout, ..NbdLimits::default() });
+    // 600 KiB may take 2.6 s; what is sent at once is not cut.
+    let mut honest = rig.client("g/v");
+    honest.write(0, &[1; 600 << 10]).unwrap();
+    let mut slow = rig.session();
+    slow.request(command::WRITE, 0, 1, 0, 600 << 10);
+    crate::support::wait_for("the server to give it up", || slow.0.write_all(&[2]).err());
+    honest.write(0, &[1; 600 << 10]).unwrap();
+    rig.wait_for_clients(1);
+    assert_eq!(rig.device.content()[..600 << 10], [1; 600 << 10], "none of it was written");
+}
+
+/// The old connection stood where a large payload waits for memory, and could not be cut there.
+#[test]
+fn a_new_connection_ends_an_old_one_whose_payload_waits_for_memory() {
+    const LARGEST: u32 = wire::PAYLOAD_BYTES_MAX;
+    let limits = NbdLimits { payload_bytes: u64::from(LARGEST), ..NbdLimits::default() };
+    let rig = Rig::of(u64::from(LARGEST), limits);
+    let mut holder = rig.session();
+    holder.request(command::WRITE, 0, 1, 0, LARGEST);
+    // More than the server takes in before it has the memory.
+    holder.put(&vec![1; 4 << 20]);
+    let connect = || {
+        let at = NbdAddress::Unix(rig.socket());
+        let patience = Duration::from_secs(30);
+        let client = negotiate(&at, "g/v", [1; 16], patience).unwrap().0;
+        UnixStream::from(client.into_socket().unwrap())
+    };
+    let mut old = connect();
+    let request = wire::request(command::WRITE, 0, 1, 0, LARGEST);
+    old.write_all(&[request.as_bytes(), &[2; 4096]].concat()).unwrap();
+    let _new = connect();
+    assert_eq!(old.read(&mut [0]).unwrap(), 0, "no answer, and the end");
+    holder.put(&vec![1; LARGEST as usize - (4 << 20)]);
+    assert_eq!(holder.simple(), (0, 1));
 }
 
 #[test]

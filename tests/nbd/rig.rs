@@ -30,8 +30,13 @@ impl Rig {
     }
 
     pub fn with(limits: NbdLimits) -> Rig {
+        Rig::of(SIZE, limits)
+    }
+
+    /// With a writable device of another size.
+    pub fn of(size_bytes: u64, limits: NbdLimits) -> Rig {
         let dir = tempfile::tempdir().unwrap();
-        let device = Arc::new(RamDevice::new("g/v", SIZE, false));
+        let device = Arc::new(RamDevice::new("g/v", size_bytes, false));
         let image = Arc::new(RamDevice::new("g/v@image", SIZE, true));
         let exports = Arc::new(RamExports(vec![Arc::clone(&device), image]));
         let counters = Arc::new(NbdCounters::default());
