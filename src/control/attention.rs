@@ -169,10 +169,13 @@ fn look_at_peer(group: &GroupStatus, peer: &PeerStatus, tell: &mut impl FnMut(&s
     }
     if let Some(reason) = &peer.degraded_reason {
         let (code, what) = if peer.degraded {
-            ("degraded", format!("hosts do not wait for it: {reason}; bring it back"))
+            (
+                "degraded",
+                format!("hosts do not wait for it: {reason}; they do again once that is mended"),
+            )
         } else {
             let command = format!("tidelog replicate {name} --to {} --on-loss continue", peer.name);
-            ("hosts-wait", format!("hosts wait for it: {reason}; bring it back, or `{command}`"))
+            ("hosts-wait", format!("hosts wait for it: {reason}; mend that, or `{command}`"))
         };
         tell(code, what);
     }

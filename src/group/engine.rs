@@ -288,7 +288,7 @@ impl Group {
             retired: false,
             failed: false,
             reign_due: false,
-            split_brain: false,
+            split_from: None,
             yielding: false,
             merging: false,
             old_log: false,

@@ -21,7 +21,8 @@
 //! | 144 | 8 | `boot` | the machine's boot in which the log was opened last; 0 unknown |
 //! | 152 | 8 | `log_begin` | below it the log has nothing: the last image received |
 //! | 160 | 8 | `births_from` | of what was born below it the base knows nothing |
-//! | 168 | 8 | `checksum` | xxh3-64 of the 168 bytes before |
+//! | 168 | 16 | `split_from` | the node with which this one has a split brain; zeros for none |
+//! | 184 | 8 | `checksum` | xxh3-64 of the 184 bytes before |
 
 use std::io::{self, IoSlice};
 use std::mem::offset_of;
@@ -33,7 +34,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::io::{Disk, DiskFile, OpenMode};
-use crate::units::{GroupId, Incarnation, Lsn, Name};
+use crate::units::{GroupId, Incarnation, Lsn, Name, NodeId};
 
 /// The file's name.
 pub(super) const META: &str = "meta";
@@ -43,18 +44,17 @@ pub(super) const UNFINISHED_META: &str = "meta.new";
 const MAGIC: [u8; 8] = *b"TIDEMETA";
 const VERSION: u32 = 2;
 const SLOT_BYTES: u64 = 4096;
-const CHECKSUM_OFFSET: usize = 168;
+const CHECKSUM_OFFSET: usize = 184;
 
 const CLEAN: u32 = 1;
 const DEMOTED: u32 = 2;
 const RETIRED: u32 = 4;
 const FAILED: u32 = 8;
 const REIGN_DUE: u32 = 16;
-const SPLIT_BRAIN: u32 = 32;
-const YIELDING: u32 = 64;
-const MERGING: u32 = 128;
-const OLD_LOG: u32 = 256;
-const REIGNS: u32 = 512;
+const YIELDING: u32 = 32;
+const MERGING: u32 = 64;
+const OLD_LOG: u32 = 128;
+const REIGNS: u32 = 256;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,8 +86,8 @@ pub(super) struct Meta {
     pub failed: bool,
     /// Something of this node's reign was lost: it begins a new one before it appends anything.
     pub reign_due: bool,
-    /// This node and a peer have both served as primary, and no operator has said who yields.
-    pub split_brain: bool,
+    /// This node and this peer have both served as primary, and no operator has said who yields.
+    pub split_from: Option<NodeId>,
     /// What is behind `durable` is leaving the log, for a peer's reign that goes on without it.
     pub yielding: bool,
     /// What is staged belongs to the image at the horizon, and is not all in the base yet.
@@ -120,11 +120,12 @@ struct RawSlot {
     boot: U64,
     log_begin: U64,
     births_from: U64,
+    split_from: [u8; 16],
     checksum: U64,
 }
 
 const _: () = {
-    assert!(size_of::<RawSlot>() == 176);
+    assert!(size_of::<RawSlot>() == 192);
     assert!(offset_of!(RawSlot, sequence) == 16);
     assert!(offset_of!(RawSlot, group) == 24);
     assert!(offset_of!(RawSlot, fold_target) == 48);
@@ -144,7 +145,6 @@ impl Meta {
             (self.retired, RETIRED),
             (self.failed, FAILED),
             (self.reign_due, REIGN_DUE),
-            (self.split_brain, SPLIT_BRAIN),
             (self.yielding, YIELDING),
             (self.merging, MERGING),
             (self.old_log, OLD_LOG),
@@ -166,6 +166,7 @@ impl Meta {
             boot: self.boot.unwrap_or(0).into(),
             log_begin: self.log_begin.0.into(),
             births_from: self.births_from.0.into(),
+            split_from: self.split_from.map_or([0; 16], |node| node.0),
             checksum: 0.into(),
         };
         raw.checksum = xxh3_64(&raw.as_bytes()[..CHECKSUM_OFFSET]).into();
@@ -194,7 +195,7 @@ impl Meta {
             retired: flags & RETIRED != 0,
             failed: flags & FAILED != 0,
             reign_due: flags & REIGN_DUE != 0,
-            split_brain: flags & SPLIT_BRAIN != 0,
+            split_from: (raw.split_from != [0; 16]).then_some(NodeId(raw.split_from)),
             yielding: flags & YIELDING != 0,
             merging: flags & MERGING != 0,
             old_log: flags & OLD_LOG != 0,
@@ -291,7 +292,7 @@ mod tests {
             // version
             "02000000",
             // flags: clean, demoted, failed, reign due, split brain, yielding, merging, reigns
-            "fb020000",
+            "7b010000",
             // sequence
             "0900000000000000",
             // group
@@ -317,8 +318,10 @@ mod tests {
             "0004000000000000",
             // births_from
             "0006000000000000",
+            // split_from
+            "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
             // checksum
-            "a4237806970116ad",
+            "1bdb5fd60e40958f",
         ))
         .unwrap();
         let meta = Meta {
@@ -335,7 +338,7 @@ mod tests {
             retired: false,
             failed: true,
             reign_due: true,
-            split_brain: true,
+            split_from: Some(NodeId([0xcd; 16])),
             yielding: true,
             merging: true,
             old_log: false,

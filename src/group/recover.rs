@@ -261,7 +261,7 @@ impl Group {
             let unanswered: BTreeSet<_> = nodes.filter(|node| *node != me).collect();
             let alone = unanswered.is_empty();
             group.lock().asking = Some(Asking { until, unanswered, held_back: None });
-            if (alone || before.split_brain)
+            if (alone || before.split_from.is_some())
                 && let Err(error) = group.serve()
             {
                 group.emit(Severity::Error, "recovery-failed", error.to_string(), json!(null));

@@ -157,7 +157,7 @@ impl Group {
         self.fail_held();
         self.update_meta(|meta| {
             (meta.demoted, meta.reigns) = (true, false);
-            meta.split_brain = false;
+            meta.split_from = None;
             meta.durable = meta.durable.max(durable);
         })?;
         self.space.notify_all();

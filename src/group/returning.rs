@@ -198,17 +198,20 @@ impl Group {
     }
 
     /// Remembers, over a restart, whether this node and a peer have both served as primary: such a
-    /// node yields to an operator only, so it asks nobody when it starts.
+    /// node yields to an operator only, so it asks nobody when it starts. That ends with the peer it
+    /// began with, and with no other one that follows this node.
     ///
     /// # Errors
     ///
     /// What the disk says.
-    pub fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError> {
-        let known = self.meta.lock().expect("no holder panics").meta.split_brain;
-        if known == there_is {
-            return Ok(());
-        }
-        self.update_meta(|meta| meta.split_brain = there_is)
+    pub fn note_split_brain(&self, peer: NodeId, there_is: bool) -> Result<(), GroupError> {
+        let known = self.meta.lock().expect("no holder panics").meta.split_from;
+        let split_from = match (there_is, known) {
+            (true, None) => Some(peer),
+            (false, Some(known)) if known == peer => None,
+            _ => return Ok(()),
+        };
+        self.update_meta(|meta| meta.split_from = split_from)
     }
 
     /// Waits until this node serves or is not primary.
@@ -309,7 +312,7 @@ impl Group {
         let noted = self.update_meta_locked(&mut core, |meta| {
             (meta.demoted, meta.reigns) = (true, false);
             meta.reign_due = false;
-            meta.split_brain = false;
+            meta.split_from = None;
             meta.durable = at;
             meta.yielding = head > at;
         });

@@ -322,6 +322,9 @@ impl Channel {
             self.stop(context, self.local.id.0, follower.stream, StopCode::NotPrimary, reason);
         }
         let follows_changed = before.follows != self.local.follows;
+        if follows_changed && self.silent && self.local.follows.is_none() {
+            self.announce(context);
+        }
         let asks_nobody = self.follower.is_none() && self.sender.is_none();
         if (follows_changed || cut) && asks_nobody {
             // Two that refuse would else be asked in turn without end.

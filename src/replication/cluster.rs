@@ -9,6 +9,7 @@ mod heard;
 mod images;
 mod required;
 mod returns;
+mod stops;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -147,6 +148,8 @@ struct Node {
     lost_power: bool,
     incarnation: u64,
     up: bool,
+    /// Another node whose log it follows.
+    follows: Option<Name>,
     membership: Membership,
     retired: bool,
     /// Its disk takes nothing, and gives nothing.
@@ -213,7 +216,7 @@ impl Node {
             failed: false,
             retired: self.retired,
             membership: self.membership,
-            follows: None,
+            follows: self.follows.clone(),
         }
     }
 }
@@ -319,6 +322,7 @@ impl World {
                 lost_power: false,
                 incarnation: side as u64 + 1,
                 up: true,
+                follows: None,
                 membership: Membership::Member { rpo_target: None, mode: Mode::Async },
                 retired: false,
                 broken_disk: false,
@@ -883,7 +887,8 @@ impl World {
 
     fn assert_streaming(&self) {
         for side in 0..2 {
-            assert_eq!(self.state(side).0, ReplicationState::Streaming, "{:?}", self.state(side));
+            let states = [self.state(0), self.state(1)];
+            assert_eq!(states[side].0, ReplicationState::Streaming, "{states:?}");
         }
         assert!(
             self.nodes[0].log.bytes == self.nodes[1].log.bytes,

@@ -41,7 +41,7 @@ pub trait Replica: Send + Sync {
     fn cuts(&self) -> u64;
     fn note_answer(&self, peer: NodeId) -> Result<(), GroupError>;
     fn hold_back(&self, counter: u64, reason: &str);
-    fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError>;
+    fn note_split_brain(&self, peer: NodeId, there_is: bool) -> Result<(), GroupError>;
     fn yield_to(&self, at: Lsn, chain: Option<Chain>, discard: Discard) -> Result<(), GroupError>;
     fn halt_writers(&self, why: &str) -> Result<(), GroupError>;
     fn resume_writers(&self);
@@ -211,8 +211,8 @@ impl Replica for Group {
     fn hold_back(&self, counter: u64, reason: &str) {
         Group::hold_back(self, counter, reason);
     }
-    fn note_split_brain(&self, there_is: bool) -> Result<(), GroupError> {
-        Group::note_split_brain(self, there_is)
+    fn note_split_brain(&self, peer: NodeId, there_is: bool) -> Result<(), GroupError> {
+        Group::note_split_brain(self, peer, there_is)
     }
     fn yield_to(&self, at: Lsn, chain: Option<Chain>, discard: Discard) -> Result<(), GroupError> {
         Group::yield_to(self, at, chain, discard)

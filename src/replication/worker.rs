@@ -47,6 +47,7 @@ pub enum Job {
         reason: String,
     },
     SplitBrain {
+        peer: NodeId,
         there_is: bool,
     },
     Yield {
@@ -108,7 +109,7 @@ impl Job {
             Output::HoldBack { group, counter, reason } => {
                 (group, Job::HoldBack { counter, reason })
             }
-            Output::SplitBrain { group, there_is } => (group, Job::SplitBrain { there_is }),
+            Output::SplitBrain { group, there_is } => (group, Job::SplitBrain { peer, there_is }),
             Output::Yield { group, at, chain } => (group, Job::Yield { peer, at, chain }),
             Output::Ship { group, stream, peer: name, since, common, staged } => {
                 (group, Job::Ship { peer, stream, name, since, common, staged })
@@ -280,8 +281,8 @@ pub fn perform(
             }
         }
         Job::HoldBack { counter, reason } => group.hold_back(counter, &reason),
-        Job::SplitBrain { there_is } => {
-            if let Err(error) = group.note_split_brain(there_is) {
+        Job::SplitBrain { peer, there_is } => {
+            if let Err(error) = group.note_split_brain(peer, there_is) {
                 tracing::error!("group {}: note a split brain: {error}", group.name());
             }
         }

@@ -228,7 +228,9 @@ impl World {
     }
 
     /// What was answered by the thread that syncs, or for what a peer holds.
-    pub fn flushes_done(&mut self, node: usize, group: usize, answered: Vec<(u64, bool)>) {
+    pub fn flushes_done(&mut self, node: usize, group: usize) {
+        let Some(copy) = self.nodes[node].copies.get(&group) else { return };
+        let answered = std::mem::take(&mut *copy.answered.lock().expect("no holder panics"));
         for (told, well) in answered {
             let (host, id) = ((told >> 48) as usize, told & 0xffff_ffff_ffff);
             if well {

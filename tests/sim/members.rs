@@ -87,6 +87,8 @@ impl World {
         for member in [node, peer] {
             let (id, name) = (self.nodes[member].id, self.nodes[member].name.clone());
             put = put.and_then(|()| put_member(&*found, id, name, options.clone(), false));
+            // What is durable by the first record was answered before there is the second.
+            self.flushes_done(node, group);
         }
         let (a, b) = (&self.nodes[node].name, &self.nodes[peer].name);
         self.say(format_args!("{a} replicates group {group} to {b} again: {put:?}"));

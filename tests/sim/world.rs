@@ -217,8 +217,6 @@ impl World {
             let life = self.nodes[node].life;
             for group in 0..self.groups.len() {
                 let Some(copy) = self.nodes[node].copies.get_mut(&group) else { continue };
-                let answered =
-                    std::mem::take(&mut *copy.answered.lock().expect("no holder panics"));
                 let changed = copy.dirty.swap(false, Ordering::Relaxed);
                 let look = changed && !copy.looking;
                 copy.looking |= changed;
@@ -226,7 +224,7 @@ impl World {
                     let after = self.chance.up_to(Duration::from_micros(200));
                     self.schedule(after, Event::Look { node, group, life });
                 }
-                self.flushes_done(node, group, answered);
+                self.flushes_done(node, group);
                 if changed {
                     self.check_positions(node, group);
                 }

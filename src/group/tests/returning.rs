@@ -52,6 +52,25 @@ fn with_tail(bench: &Bench) -> (Arc<Group>, Volume, (Lsn, Chain), Vec<u8>) {
 }
 
 #[test]
+fn a_split_brain_is_remembered_until_it_ends_with_the_node_it_began_with() {
+    let bench = Bench::new("a", 1);
+    let group = bench.create();
+    join(&group, 9);
+    let (with, other) = (NodeId([9; 16]), NodeId([8; 16]));
+    group.note_split_brain(with, true).unwrap();
+    // Another copy follows this node.
+    group.note_split_brain(other, false).unwrap();
+    group.close().unwrap();
+    drop(group);
+    let (group, _) = bench.open();
+    assert_eq!(group.waits_because(), None, "it asks nobody, and yields to nobody by itself");
+    group.note_split_brain(with, false).unwrap();
+    group.close().unwrap();
+    drop(group);
+    assert!(bench.open().0.waits_because().is_some(), "it asks its peer first");
+}
+
+#[test]
 fn a_kill_loses_nothing_and_begins_no_reign_but_a_power_failure_does() {
     let bench = Bench::new("a", 1);
     bench.clock.set_boot(1);

@@ -228,7 +228,9 @@ impl Channel {
         }
         self.drop_streams();
         (self.remote, self.silent) = (None, true);
-        let is_copy = by_primary && !self.local.primary && !self.local.retired;
+        // Who follows another one meanwhile says again what it holds once it does not.
+        let follows_another = self.local.follows.is_some();
+        let is_copy = by_primary && !self.local.primary && !self.local.retired && !follows_another;
         match compare(&self.local.history, theirs) {
             // It judges what this node held before, and is told what that is now.
             Relation::TheirsIsPrefix if is_copy => self.announce(context),
@@ -251,7 +253,9 @@ impl Channel {
     ) {
         let sending = self.sender.as_ref().is_some_and(|sender| sender.stream == stream);
         let sending = sending || self.ships(stream);
-        let offered = self.offered == Some(stream);
+        // It may have decided by the answer to an earlier ask.
+        let looked_up = self.lookup.as_ref().and_then(|(_, lookup)| lookup.stream());
+        let offered = [self.offered, looked_up].contains(&Some(stream));
         let following = self.follower.as_ref().is_some_and(|follower| follower.stream == stream);
         if !sending && !following && !offered {
             return;

@@ -348,6 +348,13 @@ impl Channel {
         if follower.asked.is_none() || self.local.primary {
             return Err(format!("group {name}: an image that nobody asked for"));
         }
+        if offer.common < self.local.history.head
+            && let Some(reason) = self.holds_a_later_reign()
+        {
+            self.parted = Some(Parted { at: offer.common, chain: None });
+            self.on_yield_refused(context, reason);
+            return Ok(());
+        }
         let progress =
             ImageProgress { done_bytes: offer.done_bytes, total_bytes: offer.total_bytes };
         let position = offer.position;

@@ -8,7 +8,7 @@ impl Channel {
     pub(super) fn evaluate(&mut self, context: &mut Context<'_>) {
         let name = self.local.name.clone();
         let peer = context.peer_name.clone();
-        if !self.active() {
+        if !self.active() && !self.is_taken_up_again() {
             // A stream that runs carries the record that ends it.
             if self.sender.is_none() {
                 self.set_state(context, ReplicationState::Idle, "replication was stopped");
@@ -53,6 +53,16 @@ impl Channel {
             }
             (true, true) => self.two_primaries(context, &remote),
         }
+    }
+
+    /// Whether the log here ends between the record that replication to this node was stopped and
+    /// the one that took it up again: the peer has more of this very log, and this node as a member.
+    fn is_taken_up_again(&self) -> bool {
+        let goes_on = |remote: &Remote| {
+            remote.primary
+                && compare(&self.local.history, &remote.history) == Relation::MineIsPrefix
+        };
+        !self.local.primary && !self.receives() && self.remote.as_ref().is_some_and(goes_on)
     }
 
     /// A peer that is connected has said nothing of the group.
@@ -300,8 +310,13 @@ impl Channel {
             return;
         }
         if let Some(other) = &self.local.follows {
-            let reason = format!("this node follows {other}");
-            self.set_state(context, ReplicationState::Idle, reason);
+            match self.holds_a_later_reign() {
+                Some(reason) => self.set_state(context, ReplicationState::Blocked, reason),
+                None => {
+                    let reason = format!("this node follows {other}");
+                    self.set_state(context, ReplicationState::Idle, reason);
+                }
+            }
             return;
         }
         self.end_following();
@@ -338,9 +353,33 @@ impl Channel {
         let peer_is_primary = self.remote.as_ref().is_some_and(|remote| remote.primary);
         let theirs = self.remote.as_ref().and_then(|remote| remote.history.counter());
         let reigned_after = self.local.recovering && self.local.history.counter() < theirs;
-        if peer_is_primary && (reigned_after || !self.local.primary) {
-            context.outputs.push(Output::Yield { group: self.local.id, at, chain });
+        if !peer_is_primary || self.local.primary && !reigned_after {
+            return;
         }
+        if let Some(reason) = self.holds_a_later_reign() {
+            return self.on_yield_refused(context, reason);
+        }
+        context.outputs.push(Output::Yield { group: self.local.id, at, chain });
+    }
+
+    /// Why a copy does not yield to its peer by itself, where what would be cut off was received of
+    /// a later reign: its primary has answered by it.
+    pub(super) fn holds_a_later_reign(&self) -> Option<String> {
+        let remote = self.remote.as_ref().filter(|remote| remote.primary)?;
+        let (mine, theirs) = (self.local.history.last()?, remote.history.last());
+        let same = theirs.is_some_and(|theirs| theirs.id == mine.id);
+        let later = theirs.is_some_and(|theirs| theirs.counter > mine.counter);
+        let relation = compare(&self.local.history, &remote.history);
+        let loses = matches!(relation, Relation::Diverged { .. } | Relation::TheirsIsPrefix);
+        (!self.local.primary && !same && !later && loses).then(|| {
+            let name = &self.local.name;
+            format!(
+                "this copy holds a later reign than that of its peer, which is primary: two nodes \
+                 may serve the group; nothing was changed: run `tidelog promote {name}` here to go \
+                 on with what is here, or `tidelog resolve {name} --discard-local` here, which \
+                 keeps as a branch what the peer lacks, and follows it"
+            )
+        })
     }
 
     pub(in crate::replication) fn on_yielded(&mut self, context: &mut Context<'_>) {

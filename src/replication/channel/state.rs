@@ -132,6 +132,16 @@ pub(super) enum Lookup {
     },
 }
 
+impl Lookup {
+    /// The ask of the peer that it is for.
+    pub(super) fn stream(&self) -> Option<u64> {
+        match self {
+            Lookup::Follow { stream, .. } => Some(*stream),
+            Lookup::Part { stream, .. } => *stream,
+        }
+    }
+}
+
 /// Where the peer says that the histories part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parted {

@@ -2,16 +2,6 @@
 
 use super::*;
 
-impl World {
-    /// The record of what the peer is now is appended, and then the group tells so.
-    fn set_member(&mut self, membership: Membership) {
-        let now = self.now;
-        self.nodes[0].log.append(now, None);
-        self.nodes[0].membership = membership;
-        self.look(0);
-    }
-}
-
 #[test]
 fn a_copy_becomes_equal_and_stays_so() {
     let mut world = World::new(1);
@@ -170,35 +160,6 @@ fn equal_histories_with_other_bytes_are_found_by_the_chain() {
 }
 
 #[test]
-fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
-    let mut world = World::new(11);
-    world.nodes[0].membership = Membership::Stranger;
-    world.look(0);
-    world.run(seconds(5));
-    assert!(world.nodes[1].log.bytes.is_empty());
-    assert!(world.nodes[1].core.channel(GROUP).unwrap().remote().is_none());
-
-    world.nodes[0].membership = Membership::Member { rpo_target: None, mode: Mode::Async };
-    world.look(0);
-    world.run(seconds(5));
-    world.assert_streaming();
-
-    world.set_member(Membership::Stranger);
-    world.run(seconds(5));
-    assert!(world.nodes[0].log.bytes == world.nodes[1].log.bytes);
-    // There the record says it too.
-    world.nodes[1].membership = Membership::Stopped;
-    world.look(1);
-    assert!(world.nodes[1].retired);
-    world.run(seconds(1));
-    assert!(!world.nodes[1].core.channel(GROUP).unwrap().follows(), "it may follow another");
-    world.write(0);
-    world.run(seconds(10));
-    assert_eq!(world.nodes[1].log.bytes.len() + 64, world.nodes[0].log.bytes.len());
-    assert_eq!(world.state(0).0, ReplicationState::Idle);
-}
-
-#[test]
 fn the_lag_of_a_peer_that_was_rolled_back_is_unknown_until_it_is_mended() {
     let mut world = World::new(14);
     for _ in 0..200 {
@@ -287,161 +248,6 @@ fn a_disk_error_is_tried_again_by_itself_and_stays_on_show_until_bytes_go_throug
 }
 
 #[test]
-fn a_copy_that_was_away_when_it_was_stopped_learns_of_it_and_can_be_taken_up_again() {
-    let mut world = World::new(16);
-    world.write(0);
-    world.run(seconds(3));
-    world.weather.partitioned = true;
-    world.run(seconds(10));
-    world.set_member(Membership::Stranger);
-    world.weather.partitioned = false;
-    world.run(seconds(10));
-    let kept = world.nodes[1].log.bytes.len();
-    assert!(world.nodes[1].retired);
-    assert!(world.state(1).1.contains("stopped on a"), "{:?}", world.state(1));
-    // Its own log still says that it is a member, also after a restart.
-    world.stop(1);
-    world.restart(1);
-    world.run(seconds(10));
-    assert!(world.nodes[1].retired);
-    assert_eq!(world.nodes[1].log.bytes.len(), kept);
-
-    world.set_member(Membership::Member { rpo_target: None, mode: Mode::Async });
-    world.run(seconds(10));
-    assert!(!world.nodes[1].retired);
-    world.assert_streaming();
-
-    // With a link, but no stream that could carry the record.
-    world.feed(1, Input::Pause { group: GROUP, paused: true });
-    world.run(seconds(1));
-    world.set_member(Membership::Stranger);
-    world.run(seconds(1));
-    assert!(world.nodes[1].retired);
-}
-
-#[test]
-fn a_copy_that_was_empty_when_its_peer_came_learns_that_it_was_stopped() {
-    let mut world = World::new(18);
-    assert_eq!(world.nodes[1].log.head(), Lsn(0), "as it announces itself");
-    world.run(seconds(3));
-    world.assert_streaming();
-    // Without a stream that could carry the record.
-    world.feed(0, Input::Pause { group: GROUP, paused: true });
-    world.run(seconds(1));
-    world.set_member(Membership::Stranger);
-    world.run(seconds(1));
-    assert!(world.nodes[1].retired);
-}
-
-#[test]
-fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
-    let mut world = World::new(19);
-    world.run(seconds(5));
-    world.assert_streaming();
-    // What made it a member and what ended that may come in one piece.
-    world.nodes[1].membership = Membership::Pending;
-    world.look(1);
-    world.set_member(Membership::Stranger);
-    world.run(seconds(1));
-    assert!(world.nodes[1].retired);
-}
-
-#[test]
-fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
-    let mut world = World::new(20);
-    world.run(seconds(5));
-    world.assert_streaming();
-    // The copy lacks the record yet: the stream to it goes on until it has it.
-    world.set_member(Membership::Stranger);
-    world.nodes[0].primary = false;
-    world.look(0);
-    world.run(seconds(1));
-    assert!(!world.nodes[0].retired);
-    // The copy is, and is free to follow another one.
-    assert!(world.nodes[1].retired);
-    assert!(!world.nodes[1].core.channel(GROUP).unwrap().follows());
-}
-
-#[test]
-fn who_begins_to_reign_tells_a_copy_of_its_stop_that_nobody_could_tell() {
-    let mut world = World::new(21);
-    world.run(seconds(5));
-    world.assert_streaming();
-    // Stopped by another node, on whose log this one follows: a secondary tells nobody.
-    world.feed(0, Input::Pause { group: GROUP, paused: true });
-    world.nodes[0].primary = false;
-    world.set_member(Membership::Stranger);
-    world.run(seconds(1));
-    assert!(!world.nodes[1].retired);
-    world.nodes[0].primary = true;
-    world.look(0);
-    world.run(seconds(1));
-    assert!(world.nodes[1].retired);
-}
-
-#[test]
-fn who_begins_to_reign_tells_a_copy_of_its_stop_that_said_what_it_holds_before() {
-    let mut world = World::new(22);
-    world.run(seconds(5));
-    world.assert_streaming();
-    world.nodes[0].primary = false;
-    world.weather.partitioned = true;
-    world.run(seconds(20));
-    world.set_member(Membership::Stranger);
-    world.weather.partitioned = false;
-    world.run(seconds(20));
-    assert!(!world.nodes[1].retired);
-    world.nodes[0].primary = true;
-    world.look(0);
-    world.run(seconds(1));
-    assert!(world.nodes[1].retired);
-}
-
-#[test]
-fn a_primary_that_asks_whether_it_still_is_one_stops_no_copy_before_it_serves() {
-    let mut world = World::new(25);
-    world.run(seconds(5));
-    world.assert_streaming();
-    world.feed(0, Input::Pause { group: GROUP, paused: true });
-    // Back from a crash, with the record of the stop; another node may reign by now.
-    world.nodes[0].recovering = true;
-    world.set_member(Membership::Stranger);
-    world.run(seconds(1));
-    assert!(!world.nodes[1].retired);
-    world.serve(0);
-    world.run(seconds(1));
-    assert!(world.nodes[1].retired);
-}
-
-#[test]
-fn a_stop_that_is_told_of_what_a_copy_held_before_it_followed_another_one_is_none() {
-    let mut world = World::new(23);
-    world.run(seconds(5));
-    world.assert_streaming();
-    world.feed(0, Input::Pause { group: GROUP, paused: true });
-    world.nodes[0].primary = false;
-    world.set_member(Membership::Stranger);
-    world.run(seconds(1));
-    // From a third node, which the first one does not hear.
-    let now = world.now;
-    for _ in 0..10 {
-        world.nodes[1].log.append(now, None);
-    }
-    world.look(1);
-    world.nodes[0].primary = true;
-    world.look(0);
-    world.run(seconds(1));
-    assert!(!world.nodes[1].retired);
-    // It is no node to ask for the log, and says so also where something else was on show.
-    let channel = |world: &World| world.nodes[1].core.channel(GROUP).unwrap().state().1.to_owned();
-    assert_eq!(channel(&world), "replication was stopped on a");
-    for paused in [true, false] {
-        world.feed(1, Input::Pause { group: GROUP, paused });
-    }
-    assert_eq!(channel(&world), "replication was stopped on a");
-}
-
-#[test]
 fn the_beginning_of_a_request_counts_as_nothing_that_the_copy_has() {
     let mut world = World::new(24);
     world.run(seconds(5));
@@ -456,29 +262,6 @@ fn the_beginning_of_a_request_counts_as_nothing_that_the_copy_has() {
     assert_eq!(channel.acked().received, before);
     // It was counted as received, and the copy may lose it at any moment.
     assert!(channel.lags(world.now).0 > Some(Duration::ZERO));
-}
-
-#[test]
-fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_unless_it_ends_there() {
-    let mut world = World::new(13);
-    world.run(seconds(5));
-    world.assert_streaming();
-    let passes = |world: &mut World, membership| {
-        world.nodes[1].membership = membership;
-        world.look(1);
-    };
-    passes(&mut world, Membership::Stopped);
-    assert!(!world.nodes[1].retired);
-    passes(&mut world, Membership::Member { rpo_target: None, mode: Mode::Async });
-    world.run(seconds(5));
-    assert!(!world.nodes[1].retired);
-    world.assert_streaming();
-    // The stream breaks before what is behind it has come.
-    passes(&mut world, Membership::Stopped);
-    world.weather.partitioned = true;
-    world.run(seconds(20));
-    assert!(!world.nodes[1].core.channel(GROUP).unwrap().follows());
-    assert!(world.nodes[1].retired);
 }
 
 #[test]
@@ -531,6 +314,7 @@ fn the_same_seed_is_the_same_run() {
 
 /// Where the link came up before the copy was known here, the primary's word was dropped, and the
 /// copy asked for nothing until the link broke.
+
 #[test]
 fn what_is_announced_before_the_group_is_known_here_is_not_forgotten() {
     let mut world = World::new(14);

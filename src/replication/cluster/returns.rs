@@ -348,6 +348,38 @@ fn a_restart_does_not_end_a_split_brain() {
     assert!(world.nodes.iter().all(|node| !node.split_brain));
 }
 
+/// What its later primary has answered by it stays, whoever is reached again first.
+#[test]
+fn a_copy_yields_by_itself_to_no_earlier_reign() {
+    for folded in [false, true] {
+        let mut world = cut_off(18);
+        // Another node was promoted, and this copy followed it.
+        let now = world.now;
+        let third = NodeId([9; 16]);
+        world.nodes[1].log.append(now, Some((EpochId(77), third, 0)));
+        world.nodes[1].log.append(now, None);
+        world.look(1);
+        for _ in 0..10 {
+            world.write(0);
+        }
+        if folded {
+            world.nodes[0].log.start = 8 * RECORD_BYTES as u64;
+            world.look(0);
+        }
+        let there = world.nodes[1].log.bytes.clone();
+        world.weather.partitioned = false;
+        world.run(seconds(30));
+        assert!(world.nodes[1].log.bytes == there && world.nodes[1].branches.is_empty());
+        let (state, reason) = world.state(1);
+        assert!(state == ReplicationState::Blocked && reason.contains("a later reign"), "{reason}");
+        assert_eq!(world.state(0).0, ReplicationState::Blocked);
+        world.resolve(1);
+        world.run(seconds(10));
+        world.assert_streaming();
+        assert_eq!(world.nodes[1].branches.len(), 1);
+    }
+}
+
 #[test]
 fn a_promote_beside_an_idle_primary_can_be_taken_back() {
     let mut world = cut_off(15);
