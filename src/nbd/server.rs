@@ -134,8 +134,8 @@ impl Budget {
         Budget { free: Mutex::new(bytes), freed: Condvar::new() }
     }
 
-    /// Takes `bytes`, waiting for them; `None` where they are not free, and `ended` says that nobody
-    /// wants them any more.
+    /// Takes `bytes`, waiting for them; `None` where they are not free, and nobody wants them any
+    /// more, which `ended` says.
     pub(super) fn take(&self, bytes: u64, ended: &dyn Fn() -> bool) -> Option<Share<'_>> {
         let mut free = self.free.lock().expect("no holder panics");
         while *free < bytes {
