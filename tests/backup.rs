@@ -42,7 +42,8 @@ impl RamView {
                 *byte = b"tidelog\n"[at % 8];
             }
             let number = VolumeNumber(index as u32 + 1);
-            let volume = Volume { number, name: name(volume), size_bytes: *size as u64 };
+            let volume =
+                Volume { number, name: name(volume), size_bytes: *size as u64, restore_lsn: None };
             (volume, Mutex::new(bytes))
         });
         RamView {

@@ -16,7 +16,7 @@ use super::repository::{RepositoryConfig, RepositoryError};
 use super::restore::{FileSink, RestoreSink};
 use super::scheduler::{Inner, Scheduler, blocking};
 use super::source::Progress;
-use crate::group::{ClientGuard, Group, Op, Request, Role, Volume};
+use crate::group::{Group, Op, Request, RestoreClaim, Role, Volume};
 use crate::units::Name;
 
 /// Where a restore goes.
@@ -360,7 +360,8 @@ impl Inner {
         Ok(restored)
     }
 
-    /// A volume as a sink; refused where hosts use it, who would see it change under them.
+    /// A volume as a sink, claimed: refused where hosts use it, who would see it change under them,
+    /// and no host is served it until the sink is dropped.
     fn volume_sink(&self, group: &Name, volume: &Name) -> Result<VolumeSink, BackupError> {
         let group = self.registry.by_name(group.as_str())?;
         let failed = |cause: String| BackupError::Restore {
@@ -373,13 +374,8 @@ impl Inner {
         let control = group.control();
         let found = control.volumes.iter().find(|known| known.name == *volume).cloned();
         let found = found.ok_or_else(|| failed("the volume does not exist".to_owned()))?;
-        let clients =
-            group.clients().iter().find(|(number, _)| *number == found.number).map_or(0, |c| c.1);
-        if clients > 0 {
-            return Err(failed(format!("{clients} clients are connected; disconnect them first")));
-        }
-        let client = group.client(found.number);
-        Ok(VolumeSink { group: Arc::clone(&group), volume: found, _client: client })
+        let claim = group.claim_for_restore(found.number)?;
+        Ok(VolumeSink { group: Arc::clone(&group), volume: found, claim })
     }
 }
 
@@ -401,8 +397,7 @@ fn file_sink(path: &Path, volume: &str) -> Result<FileSink, BackupError> {
 struct VolumeSink {
     group: Arc<Group>,
     volume: Volume,
-    /// It counts as one, so that the group does not go back under it.
-    _client: ClientGuard,
+    claim: RestoreClaim,
 }
 
 impl VolumeSink {
@@ -421,6 +416,8 @@ impl RestoreSink for VolumeSink {
                 self.volume.size_bytes
             ));
         }
+        // Before the first byte: what a restore leaves that does not end is another content too.
+        self.group.begin_restore(&self.claim).map_err(|error| error.to_string())?;
         let rest = self.volume.size_bytes - size_bytes;
         if rest == 0 {
             return Ok(());

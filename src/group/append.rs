@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use serde_json::Map;
 
-use super::content::{VOLUME_NUMBER_MAX, is_volume_size};
+use super::content::{VOLUME_NUMBER_MAX, is_volume_size, volume_record};
 use super::engine::{Core, Group, is_callers, volume_named};
 use super::{BookmarkRecord, GroupError, Op, Request, Role, Volume};
 use crate::extent_map::Freed;
-use crate::log::control::{COUNTER_MAX, Consistency, Control, EpochRecord, VolumeRecord};
+use crate::log::control::{COUNTER_MAX, Consistency, Control, EpochRecord};
 use crate::log::record::{Kind, flags, payload_crcs};
 use crate::log::segment::payload_bytes_max;
 use crate::log::writer::{Draft, Stamp};
@@ -391,8 +391,9 @@ impl Group {
             if number > VOLUME_NUMBER_MAX {
                 return Err(self.refused("has used all numbers of volumes; make another group"));
             }
-            made = Some(Volume { number, name: name.clone(), size_bytes });
-            Ok(volume_record(number, name.clone(), size_bytes, false))
+            let volume = Volume { number, name: name.clone(), size_bytes, restore_lsn: None };
+            made = Some(volume.clone());
+            Ok(volume_record(volume, false))
         })?;
         Ok(made.expect("made under the lock"))
     }
@@ -407,8 +408,9 @@ impl Group {
         let mut made = None;
         self.append_control_with(|core| {
             let volume = volume_named(core, name).ok_or_else(|| self.no_volume_named(name))?;
-            made = Some(Volume { size_bytes, ..volume.clone() });
-            Ok(volume_record(volume.number, name.clone(), size_bytes, false))
+            let volume = Volume { size_bytes, ..volume };
+            made = Some(volume.clone());
+            Ok(volume_record(volume, false))
         })?;
         Ok(made.expect("made under the lock"))
     }
@@ -421,7 +423,7 @@ impl Group {
     pub fn remove_volume(&self, name: &Name) -> Result<(), GroupError> {
         self.append_control_with(|core| {
             let volume = volume_named(core, name).ok_or_else(|| self.no_volume_named(name))?;
-            Ok(volume_record(volume.number, name.clone(), volume.size_bytes, true))
+            Ok(volume_record(volume, true))
         })?;
         Ok(())
     }
@@ -506,10 +508,6 @@ impl Group {
     pub fn volume(self: &Arc<Self>, name: &Name) -> Option<Volume> {
         volume_named(&self.lock(), name)
     }
-}
-
-fn volume_record(number: VolumeNumber, name: Name, size_bytes: u64, removed: bool) -> Control {
-    Control::Volume(VolumeRecord { number, name, size_bytes, removed, other: Map::new() })
 }
 
 fn control_draft<'a>(control: &Control, body: &'a [u8]) -> Draft<'a> {

@@ -1,4 +1,5 @@
-//! Connections to volumes and images: who they are of, counted, and cut off where they have to go.
+//! Connections to volumes and images: who they are of, counted, cut off where they have to go, and
+//! kept out while a volume is claimed.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex};
@@ -6,11 +7,15 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::GroupError;
+use super::content::volume_record;
 use super::engine::Group;
 use crate::units::{LogTime, Name, VolumeNumber};
 
 /// What this node itself is called where it has a volume open.
 const THIS_NODE: &str = "this node";
+/// What it is called while it restores a backup.
+const RESTORE: &str = "a restore on this node";
 
 /// Ends a client's connection; must not block.
 pub type HangUp = Box<dyn Fn() + Send + Sync>;
@@ -50,6 +55,8 @@ struct Client {
     host: Host,
     /// Ends its connection.
     hang_up: Option<HangUp>,
+    /// No other comes while it is there.
+    alone: bool,
 }
 
 impl Live {
@@ -57,12 +64,25 @@ impl Live {
     fn of_volumes(&self) -> impl Iterator<Item = &Client> {
         self.known.values().filter(|client| client.host.image.is_none())
     }
+
+    fn of_volume(&self, number: VolumeNumber) -> impl Iterator<Item = &Client> {
+        self.of_volumes().filter(move |client| client.volume == number)
+    }
+
+    fn is_claimed(&self, number: VolumeNumber) -> bool {
+        self.of_volume(number).any(|client| client.alone)
+    }
 }
+
+/// A volume whose content is being replaced: while this lives, no host is served it. It counts as a
+/// client, so that nothing else changes the volume under it.
+pub struct RestoreClaim(ClientGuard);
 
 /// Counts a client while it lives.
 pub struct ClientGuard {
     group: Arc<Group>,
     number: u64,
+    volume: VolumeNumber,
 }
 
 impl Group {
@@ -86,21 +106,99 @@ impl Group {
 
     /// Counts this node itself as a client of a volume until the guard is dropped. It goes by
     /// itself.
-    #[must_use]
-    pub fn client(self: &Arc<Self>, volume: VolumeNumber) -> ClientGuard {
+    ///
+    /// # Errors
+    ///
+    /// Where the volume is claimed.
+    pub fn client(self: &Arc<Self>, volume: VolumeNumber) -> Result<ClientGuard, GroupError> {
         self.add_client(volume, self.host(THIS_NODE, None), None)
     }
 
     /// Counts a client of a volume until the guard is dropped, which follows soon where `hang_up`
     /// is called.
-    #[must_use]
+    ///
+    /// # Errors
+    ///
+    /// Where the volume is claimed.
     pub fn client_until(
         self: &Arc<Self>,
         volume: VolumeNumber,
         address: &str,
         hang_up: HangUp,
-    ) -> ClientGuard {
+    ) -> Result<ClientGuard, GroupError> {
         self.add_client(volume, self.host(address, None), Some(hang_up))
+    }
+
+    /// Claims a volume that no client has open, to replace what it holds.
+    ///
+    /// # Errors
+    ///
+    /// Where clients have it open, or a restore does.
+    pub fn claim_for_restore(
+        self: &Arc<Self>,
+        volume: VolumeNumber,
+    ) -> Result<RestoreClaim, GroupError> {
+        self.check_unclaimed(volume)?;
+        let host = self.host(RESTORE, None);
+        let clients = {
+            let mut live = self.clients.live.lock().expect("no holder panics");
+            let clients = live.of_volume(volume).count();
+            if clients == 0 {
+                let client = Client { volume, host, hang_up: None, alone: true };
+                return Ok(RestoreClaim(self.insert(&mut live, client)));
+            }
+            clients
+        };
+        let (name, group) = (self.name_of(volume), self.name());
+        Err(self.refused(format!(
+            "volume {name}: {clients} clients are connected, and would see it change under them; \
+             disconnect them first (`tidelog status {group}`)"
+        )))
+    }
+
+    /// Says in the log, durably, that what follows replaces what the claimed volume holds: hosts
+    /// that come later tell it from what they have seen before.
+    ///
+    /// # Errors
+    ///
+    /// Where the volume is gone, or this node is not the primary; what the disk says.
+    pub fn begin_restore(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
+        self.append_control_with(|core| {
+            let number = claim.0.volume;
+            let mut volumes = core.view.volumes.iter();
+            let volume = volumes.find(|known| known.number == number).cloned();
+            let mut volume = volume.ok_or_else(|| self.no_volume(number))?;
+            volume.restore_lsn = Some(core.writer.head());
+            Ok(volume_record(volume, false))
+        })?;
+        Ok(())
+    }
+
+    /// Whether hosts may have a volume open.
+    ///
+    /// # Errors
+    ///
+    /// Where it is claimed.
+    pub fn check_unclaimed(&self, volume: VolumeNumber) -> Result<(), GroupError> {
+        // Not together with the group's own lock, under which clients are counted.
+        if !self.clients.live.lock().expect("no holder panics").is_claimed(volume) {
+            return Ok(());
+        }
+        Err(self.claimed(volume))
+    }
+
+    fn claimed(&self, volume: VolumeNumber) -> GroupError {
+        let (name, group) = (self.name_of(volume), self.name());
+        self.refused(format!(
+            "volume {name}: a restore writes into it, and no host is served it meanwhile; `tidelog \
+             status {group}` shows it until it has ended"
+        ))
+    }
+
+    fn name_of(&self, number: VolumeNumber) -> String {
+        let view = self.control();
+        let known = view.volumes.iter().find(|known| known.number == number);
+        known.map_or_else(|| format!("number {number}"), |known| known.name.to_string())
     }
 
     /// Shows a client of an image's volume until the guard is dropped. It is in nobody's way.
@@ -111,7 +209,9 @@ impl Group {
         image: &Name,
         address: &str,
     ) -> ClientGuard {
-        self.add_client(volume, self.host(address, Some(image.clone())), None)
+        let host = self.host(address, Some(image.clone()));
+        let mut live = self.clients.live.lock().expect("no holder panics");
+        self.insert(&mut live, Client { volume, host, hang_up: None, alone: false })
     }
 
     fn host(&self, address: &str, image: Option<Name>) -> Host {
@@ -124,12 +224,22 @@ impl Group {
         volume: VolumeNumber,
         host: Host,
         hang_up: Option<HangUp>,
-    ) -> ClientGuard {
-        let mut live = self.clients.live.lock().expect("no holder panics");
-        let number = live.next;
+    ) -> Result<ClientGuard, GroupError> {
+        {
+            let mut live = self.clients.live.lock().expect("no holder panics");
+            if !live.is_claimed(volume) {
+                let client = Client { volume, host, hang_up, alone: false };
+                return Ok(self.insert(&mut live, client));
+            }
+        }
+        Err(self.claimed(volume))
+    }
+
+    fn insert(self: &Arc<Self>, live: &mut Live, client: Client) -> ClientGuard {
+        let (number, volume) = (live.next, client.volume);
         live.next += 1;
-        live.known.insert(number, Client { volume, host, hang_up });
-        ClientGuard { group: self.clone(), number }
+        live.known.insert(number, client);
+        ClientGuard { group: self.clone(), number, volume }
     }
 
     /// Cuts off all clients that can be, and waits until they are gone, or for a while.

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde_json::Map;
 use serde_json::value::RawValue;
 
 use super::rewind::Remembered;
@@ -13,7 +14,7 @@ use super::rewound::Rewinds;
 use super::{ControlView, RewindView, Volume};
 use crate::base::{ControlEntry, ControlState};
 use crate::extent_map::{ExtentMap, Freed};
-use crate::log::control::{COUNTER_MAX, Control};
+use crate::log::control::{COUNTER_MAX, Control, VolumeRecord};
 use crate::log::record::{ALIGNMENT, HEADER_BYTES, Header, Kind, flags};
 use crate::units::{
     BLOCK_BYTES, EpochId, LogTime, Lsn, Name, NodeId, Position, SECTOR_BYTES, VolumeNumber,
@@ -199,6 +200,7 @@ impl Content {
                     number: record.number,
                     name: record.name.clone(),
                     size_bytes: record.size_bytes,
+                    restore_lsn: record.restore_lsn,
                 };
                 match self.volumes.get_mut(&record.number) {
                     None => {
@@ -351,6 +353,13 @@ impl About<'_> {
             Control::Clock(_) | Control::Rewind(_) => return None,
         })
     }
+}
+
+/// What says that a volume is so from now on, or is gone.
+pub(super) fn volume_record(volume: Volume, removed: bool) -> Control {
+    let Volume { number, name, size_bytes, restore_lsn } = volume;
+    let other = Map::new();
+    Control::Volume(VolumeRecord { number, name, size_bytes, restore_lsn, removed, other })
 }
 
 /// The kind of a record. A control record of a later version is one too: it is carried along.

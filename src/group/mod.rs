@@ -115,6 +115,8 @@ pub struct Volume {
     pub name: Name,
     /// Bytes.
     pub size_bytes: u64,
+    /// Where a restore last began to replace what it holds; `None` where none ever did.
+    pub restore_lsn: Option<Lsn>,
 }
 
 /// What the control records say at one position.
@@ -362,7 +364,7 @@ mod worker;
 pub use account::{Account, VolumeAccount};
 pub use append::REQUEST_BYTES_MAX;
 pub use branch::Branch;
-pub use clients::{ClientGuard, HangUp, Host};
+pub use clients::{ClientGuard, HangUp, Host, RestoreClaim};
 pub use engine::{Group, NewGroup};
 pub use image::Image;
 pub use moment::Cost;

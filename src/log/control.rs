@@ -180,6 +180,9 @@ pub struct VolumeRecord {
     pub name: Name,
     /// Bytes, a multiple of 4096.
     pub size_bytes: u64,
+    /// Where a restore last began to replace what it holds; none where none ever did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore_lsn: Option<Lsn>,
     /// The volume is gone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub removed: bool,
@@ -405,7 +408,10 @@ mod tests {
                 2,
                 r#"{"counter":2,"id":"0000000000000005","author":"09090909090909090909090909090909","author_name":"a","first_lsn":4096,"reason":"promote","later":1}"#,
             ),
-            (3, r#"{"number":1,"name":"v","size_bytes":4096,"removed":true,"later":1}"#),
+            (
+                3,
+                r#"{"number":1,"name":"v","size_bytes":4096,"restore_lsn":8192,"removed":true,"later":1}"#,
+            ),
             (
                 4,
                 r#"{"node":"09090909090909090909090909090909","name":"b","mode":"sync","on_loss":"block","rpo_target":"30s","removed":true,"later":1}"#,

@@ -31,13 +31,17 @@ pub(super) fn serve(
             tracing::info!(export = %name, "nbd: client connected");
             let to_end = Arc::clone(&sender);
             let hang_up = Box::new(move || to_end.cut());
-            let _client = agreed.device.attach(&socket.address(), hang_up);
-            // From here on the group does not go back by itself: had it done so before, then the
-            // client would have been told of something else.
-            let end = if agreed.device.info() == agreed.info {
-                Session::new(Arc::clone(socket), sender, input, agreed, shared, clock).run()
-            } else {
-                End::NotServed
+            let end = match agreed.device.attach(&socket.address(), hang_up) {
+                // From here on the group does not go back by itself, and no restore begins: had
+                // either done so before, then the client would have been told of something else.
+                Ok(_client) if agreed.device.info() == agreed.info => {
+                    Session::new(Arc::clone(socket), sender, input, agreed, shared, clock).run()
+                }
+                Ok(_) => End::NotServed,
+                Err(error) => {
+                    tracing::info!(export = %name, %error, "nbd: not served");
+                    End::NotServed
+                }
             };
             match end {
                 End::Disconnected | End::Closed => {

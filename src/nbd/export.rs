@@ -71,7 +71,11 @@ pub trait Device: Send + Sync {
     fn volume(&self) -> VolumeNumber;
     /// Counts a client until the guard is dropped; `hang_up` ends its connection, which comes from
     /// `address`.
-    fn attach(&self, address: &str, hang_up: HangUp) -> Box<dyn Any + Send>;
+    ///
+    /// # Errors
+    ///
+    /// Where it has come to be served to nobody since it was opened.
+    fn attach(&self, address: &str, hang_up: HangUp) -> Result<Box<dyn Any + Send>, GroupError>;
     /// Whether requests are still served; if not, why, for a client that is told ESHUTDOWN.
     fn check_serving(&self) -> Result<(), GroupError> {
         Ok(())

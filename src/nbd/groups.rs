@@ -50,7 +50,7 @@ impl GroupExports {
             1 => {
                 let only = live.remove(0);
                 may_serve(&only.group, &only.info().name)?;
-                Ok(Arc::new(only))
+                only.open()
             }
             0 => Err(Refusal::Unknown(
                 "export: this node serves no volume; `tidelog volume create GROUP/VOL` makes one"
@@ -117,7 +117,7 @@ impl Exports for GroupExports {
         }
         may_serve(&group, name)?;
         let volume = find(group.volumes())?;
-        Ok(Arc::new(LiveVolume { group, volume }))
+        LiveVolume { group, volume }.open()
     }
 }
 
@@ -151,6 +151,8 @@ fn may_serve(group: &Group, name: &str) -> Result<(), Refusal> {
 fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
     let control = group.control();
     let reign = control.epochs.last();
+    // As it is now, since a restore may have begun since it was looked up.
+    let known = control.volumes.iter().find(|known| known.number == volume.number);
     Identity {
         group_id: group.id().to_string(),
         volume_number: volume.number.0,
@@ -158,6 +160,7 @@ fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
         reign_id: reign.map_or(String::new(), |reign| reign.id.to_string()),
         reason: reign.map_or(String::new(), |reign| reign.reason.clone()),
         rewound: control.rewinds.last().map(|rewind| rewind.at.lsn.0),
+        restored: known.and_then(|volume| volume.restore_lsn).map(|lsn| lsn.0),
         lsn: lsn.map(|lsn| lsn.0),
     }
 }
@@ -166,6 +169,16 @@ fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
 struct LiveVolume {
     group: Arc<Group>,
     volume: Volume,
+}
+
+impl LiveVolume {
+    /// Serves it, where nothing has it for itself.
+    fn open(self) -> Result<Arc<dyn Device>, Refusal> {
+        self.group.check_unclaimed(self.volume.number).map_err(|error| {
+            Refusal::Policy(format!("export `{}/{}`: {error}", self.group.name(), self.volume.name))
+        })?;
+        Ok(Arc::new(self))
+    }
 }
 
 impl Device for LiveVolume {
@@ -187,8 +200,8 @@ impl Device for LiveVolume {
         self.volume.number
     }
 
-    fn attach(&self, address: &str, hang_up: HangUp) -> Box<dyn Any + Send> {
-        Box::new(self.group.client_until(self.volume.number, address, hang_up))
+    fn attach(&self, address: &str, hang_up: HangUp) -> Result<Box<dyn Any + Send>, GroupError> {
+        Ok(Box::new(self.group.client_until(self.volume.number, address, hang_up)?))
     }
 
     fn check_serving(&self) -> Result<(), GroupError> {
@@ -247,10 +260,10 @@ impl Device for ImageVolume {
         self.volume.number
     }
 
-    fn attach(&self, address: &str, _hang_up: HangUp) -> Box<dyn Any + Send> {
+    fn attach(&self, address: &str, _hang_up: HangUp) -> Result<Box<dyn Any + Send>, GroupError> {
         let client =
             self.image.group().image_client(self.volume.number, self.image.name(), address);
-        Box::new((client, Arc::clone(&self.image)))
+        Ok(Box::new((client, Arc::clone(&self.image))))
     }
 
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
@@ -342,6 +355,43 @@ mod tests {
         group.promote("promote").unwrap();
         live.check_serving().unwrap();
         assert_eq!(exports.open("").ok().unwrap().info().name, "g/v");
+        registry.close();
+    }
+
+    #[test]
+    fn a_volume_that_a_restore_writes_into_is_served_to_nobody_and_is_another_one_afterwards() {
+        let disk = Arc::new(MemoryDisk::new());
+        let registry = start(&disk);
+        let group = registry.create("g".parse().unwrap(), Some(64 << 10)).unwrap();
+        let number = group.create_volume("v".parse().unwrap(), 1 << 20).unwrap().number;
+        let exports = GroupExports::new(Arc::clone(&registry));
+        let early = exports.open("g/v").ok().unwrap();
+        let told = early.info();
+        let claim = group.claim_for_restore(number).unwrap();
+        group.begin_restore(&claim).unwrap();
+        for name in ["", "g/v"] {
+            match exports.open(name) {
+                Err(Refusal::Policy(text)) => {
+                    assert!(text.contains("export `g/v`"), "{text}");
+                    assert!(text.contains("a restore writes into it"), "{text}");
+                }
+                other => panic!("`{name}`: {:?}", other.err()),
+            }
+        }
+        // One that was past that when the restore began comes no further.
+        let refused = early.attach("a host", Box::new(|| {})).expect_err("it is claimed");
+        assert!(refused.to_string().contains("a restore writes into it"), "{refused}");
+        drop(claim);
+        drop(early.attach("a host", Box::new(|| {})).unwrap());
+        assert_ne!(early.info(), told, "and is told that it is another by now");
+        let identity = |info: &ExportInfo| Identity::parse(&info.description).unwrap();
+        assert_eq!(identity(&told).restored, None);
+        let now = identity(&exports.open("g/v").ok().unwrap().info()).restored;
+        assert!(now.is_some());
+        registry.close();
+        let registry = start(&disk);
+        let again = GroupExports::new(Arc::clone(&registry)).open("g/v").ok().unwrap().info();
+        assert_eq!(identity(&again).restored, now, "a restart does not make it the old one");
         registry.close();
     }
 }

@@ -11,6 +11,7 @@
 //! | `reign-id` | 16 hexadecimal digits, random |
 //! | `reason` | why the reign began; `switchover` loses nothing |
 //! | `rewound` | where the group went back last, if ever: what was read before is gone |
+//! | `restored` | where a restore into the volume began last, if ever: the same |
 //! | `lsn` | of an image: its moment |
 
 use std::fmt;
@@ -30,6 +31,8 @@ pub struct Identity {
     pub reason: String,
     /// Where the group went back last; `None` where it never did.
     pub rewound: Option<u64>,
+    /// Where a restore into the volume began last; `None` where none ever did.
+    pub restored: Option<u64>,
     /// An image's moment; `None` for a live volume.
     pub lsn: Option<u64>,
 }
@@ -50,6 +53,7 @@ impl Identity {
             reign_id: text("reign-id")?,
             reason: text("reason")?,
             rewound: text("rewound").map(|lsn| lsn.parse()).transpose().ok()?,
+            restored: text("restored").map(|lsn| lsn.parse()).transpose().ok()?,
             lsn: text("lsn").map(|lsn| lsn.parse()).transpose().ok()?,
         })
     }
@@ -65,13 +69,14 @@ impl Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Identity { group_id, volume_number, reign, reign_id, reason, rewound, lsn } = self;
+        let Identity { group_id, volume_number, reign, reign_id, reason, .. } = self;
         write!(
             f,
             "group-id={group_id} volume-number={volume_number} reign={reign} reign-id={reign_id} \
              reason={reason}"
         )?;
-        for (key, value) in [("rewound", rewound), ("lsn", lsn)] {
+        let places = [("rewound", self.rewound), ("restored", self.restored), ("lsn", self.lsn)];
+        for (key, value) in places {
             if let Some(value) = value {
                 write!(f, " {key}={value}")?;
             }
@@ -93,6 +98,7 @@ mod tests {
             reign_id: "0011223344556677".to_owned(),
             reason: "promote".to_owned(),
             rewound: None,
+            restored: None,
             lsn: None,
         };
         let text = format!("volume v of group g; {identity}");
@@ -102,7 +108,7 @@ mod tests {
              reign=7 reign-id=0011223344556677 reason=promote"
         );
         assert_eq!(Identity::parse(&text), Some(identity.clone()));
-        (identity.rewound, identity.lsn) = (Some(512), Some(4096));
+        (identity.rewound, identity.restored, identity.lsn) = (Some(512), Some(1024), Some(4096));
         let image = format!("volume v of group g at LSN 4096; {identity}");
         assert_eq!(Identity::parse(&image), Some(identity.clone()));
         assert!(!identity.is_same_volume(&Identity::parse(&text).unwrap()));

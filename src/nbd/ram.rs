@@ -108,9 +108,9 @@ impl Device for RamDevice {
         VolumeNumber(1)
     }
 
-    fn attach(&self, _address: &str, _hang_up: HangUp) -> Box<dyn Any + Send> {
+    fn attach(&self, _address: &str, _hang_up: HangUp) -> Result<Box<dyn Any + Send>, GroupError> {
         self.clients.fetch_add(1, Ordering::SeqCst);
-        Box::new(Client(Arc::clone(&self.clients)))
+        Ok(Box::new(Client(Arc::clone(&self.clients))))
     }
 
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {

@@ -6,6 +6,7 @@ mod rig;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -153,14 +154,28 @@ fn a_backup_is_restored_into_a_volume_unless_hosts_use_it() {
         pair.runtime.block_on(restore)
     };
     let group = pair.a.group();
-    let client = group.client(group.control().volumes[0].number);
+    let client = group.client(group.control().volumes[0].number).unwrap();
     let refused = restore(&pair.a).unwrap_err().to_string();
     assert!(refused.contains("connected"), "{refused}");
     drop(client);
     let refused = restore(&pair.b).unwrap_err().to_string();
     assert!(refused.contains("primary"), "{refused}");
+    // The group tells its listeners of all that the restore appends.
+    let restored = || group.control().volumes[0].restore_lsn;
+    let (begin, volume) = (group.positions().head, group.control().volumes[0].number);
+    let alone = Arc::new(AtomicUsize::new(0));
+    let (watched, count) = (Arc::downgrade(&group), alone.clone());
+    group.subscribe(Box::new(move || {
+        let Some(group) = watched.upgrade() else { return false };
+        count.fetch_add(usize::from(group.check_unclaimed(volume).is_err()), Ordering::Relaxed);
+        true
+    }));
+    assert_eq!(restored(), None);
     restore(&pair.a).unwrap();
     assert!(pair.live() == before);
+    assert!(alone.load(Ordering::Relaxed) > 0, "nobody else was served the volume meanwhile");
+    assert_eq!(restored(), Some(begin), "and the volume says so");
+    drop(group.client(volume).unwrap());
 }
 
 #[test]

@@ -3,19 +3,21 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
 use tidelog::events::Events;
-use tidelog::group::{Allocation, Group, GroupContext, LocalLimits, NodeIdentity, Point, Registry};
+use tidelog::group::{
+    Allocation, Group, GroupContext, LocalLimits, NodeIdentity, Point, Registry, RestoreClaim,
+};
 use tidelog::io::{Entropy, Env, SeededEntropy};
 use tidelog::log::control::{Control, MemberRecord, Mode, OnLoss};
 use tidelog::nbd::wire::{self, Errno};
 use tidelog::nbd::{
-    Client, ClientError, GroupExports, Identity, NbdAddress, NbdCounters, NbdLimits, NbdListen,
-    NbdServer, listen, negotiate,
+    Client, ClientError, Device, ExportInfo, Exports, GroupExports, Identity, NbdAddress,
+    NbdCounters, NbdLimits, NbdListen, NbdServer, Refusal, listen, negotiate,
 };
 use tidelog::units::{Name, NodeId};
 
@@ -305,6 +307,51 @@ fn a_handshake_waits_for_an_absent_peer_for_a_while_is_told_why_and_leaves_nothi
     Client::connect(at, "h/v").unwrap().flush().unwrap();
     server.shutdown();
     registry.close();
+}
+
+/// Exports of which one is claimed for a restore right after a handshake has opened it.
+struct ClaimedBehind {
+    registry: Arc<Registry>,
+    inner: GroupExports,
+    claim: Mutex<Option<RestoreClaim>>,
+}
+
+impl Exports for ClaimedBehind {
+    fn list(&self) -> Vec<ExportInfo> {
+        self.inner.list()
+    }
+
+    fn open(&self, export: &str) -> Result<Arc<dyn Device>, Refusal> {
+        // A handshake may ask more than once; what counts is the last time.
+        let mut claim = self.claim.lock().unwrap();
+        claim.take();
+        let device = self.inner.open(export)?;
+        let group = self.registry.by_name("g").unwrap();
+        *claim = Some(group.claim_for_restore(device.volume()).unwrap());
+        Ok(device)
+    }
+}
+
+#[test]
+fn a_host_that_a_restore_overtakes_in_its_handshake_is_disconnected_and_changes_nothing() {
+    let rig = Rig::new();
+    let at = NbdListen::new(NbdAddress::Unix(rig.dir.path().join("claimed")));
+    let exports = Arc::new(ClaimedBehind {
+        registry: Arc::clone(&rig.registry),
+        inner: GroupExports::new(Arc::clone(&rig.registry)),
+        claim: Mutex::new(None),
+    });
+    let server = listen(at, exports.clone(), NbdLimits::default(), Arc::default()).unwrap();
+    let group = rig.registry.by_name("g").unwrap();
+    let head = group.positions().head;
+    let mut late = Client::connect(server.local_addr(), "g/v").unwrap();
+    let ended = late.write(0, &[7; 4096]).and_then(|()| late.flush()).unwrap_err();
+    assert!(matches!(ended, ClientError::Io { .. }), "{ended}");
+    assert_eq!(group.positions().head, head, "it was written all the same");
+    let refused = rig.refusal("g/v");
+    assert!(refused.contains("a restore writes into it"), "{refused}");
+    exports.claim.lock().unwrap().take();
+    rig.client("g/v").flush().unwrap();
 }
 
 #[test]

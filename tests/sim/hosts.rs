@@ -193,7 +193,7 @@ impl World {
             }
         }
         if self.hosts[host].guard.is_none() && found.check_serving().is_ok() {
-            self.hosts[host].guard = Some(found.client(volume(0)));
+            self.hosts[host].guard = Some(found.client(volume(0)).expect("nothing restores"));
         }
         self.answer_later(host, node, done);
     }

@@ -70,7 +70,7 @@ pub fn judge(known: &Known, offer: &Known) -> Verdict {
 }
 
 fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
-    // An image changes neither with the reigns nor with rewinds.
+    // An image changes neither with the reigns nor with rewinds and restores.
     if had.lsn.is_some() {
         return Verdict::Same;
     }
@@ -78,6 +78,13 @@ fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
         return Verdict::Other(
             "its group was taken back to an earlier moment meanwhile, or is of before that: what \
              the device has shown is not there any more; unmount, `tidelog detach`, attach anew"
+                .to_owned(),
+        );
+    }
+    if had.restored != offered.restored {
+        return Verdict::Other(
+            "a restore has replaced what it holds meanwhile, or it is of before that: what the \
+             device has shown is not there any more; unmount, `tidelog detach`, attach anew"
                 .to_owned(),
         );
     }
@@ -113,6 +120,7 @@ mod tests {
             reign_id: id.to_owned(),
             reason: reason.to_owned(),
             rewound: None,
+            restored: None,
             lsn: None,
         });
         Known { size_bytes, flags: 0x36d, identity }
@@ -169,6 +177,24 @@ mod tests {
         let mut image = had.clone();
         image.identity.as_mut().unwrap().lsn = Some(4096);
         assert_eq!(judge(&image, &rewound), Verdict::Same, "an image stays what it is");
+    }
+
+    #[test]
+    fn what_a_restore_has_replaced_is_never_mixed_with_what_it_brought() {
+        let had = known(4096, Some((2, "x", "promote")));
+        let restored = |reign, id, at| {
+            let mut offer = known(4096, Some((reign, id, "switchover")));
+            offer.identity.as_mut().unwrap().restored = Some(at);
+            offer
+        };
+        let (first, second) = (restored(2, "x", 4096), restored(2, "x", 8192));
+        let handed_over = known(4096, Some((3, "y", "switchover")));
+        for (had, offered) in [(&had, &first), (&first, &second), (&first, &handed_over)] {
+            let Verdict::Other(why) = judge(had, offered) else { panic!("{offered:?}") };
+            assert!(why.contains("a restore has replaced"), "{why}");
+        }
+        assert_eq!(judge(&first, &first), Verdict::Same);
+        assert_eq!(judge(&first, &restored(3, "y", 4096)), Verdict::Same, "handed over with it");
     }
 
     #[test]

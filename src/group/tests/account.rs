@@ -75,7 +75,7 @@ fn who_reads_an_image_is_shown_and_in_nobodys_way() {
     let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
     let reader = group.image_client(volume, &name("i"), "10.0.0.2:1");
     assert_eq!(group.clients(), []);
-    let writer = group.client_until(volume, "10.0.0.1:2", Box::new(|| {}));
+    let writer = group.client_until(volume, "10.0.0.1:2", Box::new(|| {})).unwrap();
     assert_eq!(group.clients(), [(volume, 1)]);
     let host = |address: &str, image: Option<Name>| Host {
         address: address.to_owned(),

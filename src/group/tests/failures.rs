@@ -259,6 +259,7 @@ fn a_peer_cannot_make_a_volume_that_nobody_can_count_with() {
             number: VolumeNumber(number),
             name: name("v"),
             size_bytes,
+            restore_lsn: None,
             removed: false,
             other: serde_json::Map::new(),
         };

@@ -3,6 +3,7 @@
 mod account;
 mod basic;
 mod branches;
+mod clients;
 mod clock;
 mod cut;
 mod failures;

@@ -343,7 +343,7 @@ fn who_waits_for_the_clients_to_go_is_told_when_the_last_one_went() {
         true
     }));
     let told = || told.load(std::sync::atomic::Ordering::Relaxed);
-    let clients = [volume.number, volume.number, other].map(|number| group.client(number));
+    let clients = [volume.number, volume.number, other].map(|number| group.client(number).unwrap());
     let refused = group.yield_to(at, chain, Discard::Authored).unwrap_err().to_string();
     assert!(refused.contains("3 clients are connected"), "{refused}");
     let [one, two, three] = clients;

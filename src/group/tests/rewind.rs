@@ -87,7 +87,7 @@ fn going_back_is_refused_while_clients_are_connected_and_force_cuts_them_off() {
     let to = end(&group);
     write(&group, volume, 0, &[1; 512]);
     let head = group.positions().head;
-    let own = group.client(volume);
+    let own = group.client(volume).unwrap();
     for force in [false, true] {
         let refused = group.rewind(&Point::Lsn(to), force).unwrap_err().to_string();
         assert!(refused.contains("1 clients are connected"), "{refused}");
@@ -98,7 +98,7 @@ fn going_back_is_refused_while_clients_are_connected_and_force_cuts_them_off() {
     let guard = Arc::new(std::sync::Mutex::new(None));
     let (ring, hung_up) = std::sync::mpsc::channel();
     let connected = group.client_until(volume, "a host", Box::new(move || ring.send(()).unwrap()));
-    *guard.lock().unwrap() = Some(connected);
+    *guard.lock().unwrap() = Some(connected.unwrap());
     let client = std::thread::spawn(move || {
         hung_up.recv().unwrap();
         drop(guard.lock().unwrap().take());
