@@ -17,6 +17,12 @@ pub const BLOCK_BYTES: u64 = 4096;
 /// Bytes of the unit that carries a birth in the sidecar, and of a chunk of the extent map.
 pub const CHUNK_BYTES: u64 = 1 << 20;
 
+/// The sum of byte counts; of such as peers or disks say and no memory holds, the highest number.
+#[must_use]
+pub fn total(bytes: impl IntoIterator<Item = u64>) -> u64 {
+    bytes.into_iter().fold(0, u64::saturating_add)
+}
+
 /// A log sequence number: the byte position of a record in its group's log. Never above 2^63.
 ///
 /// ```

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::facts::Reason;
 use crate::group::Role;
-use crate::units::{EpochId, GroupId, LogTime, Lsn, Name, Position, VolumeNumber};
+use crate::units::{EpochId, GroupId, LogTime, Lsn, Name, Position, VolumeNumber, total};
 
 /// The version of [`Manifest`] that is written.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -65,7 +65,7 @@ impl Manifest {
     /// Bytes of all volumes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        self.volumes.iter().map(|volume| volume.size_bytes).sum()
+        total(self.volumes.iter().map(|volume| volume.size_bytes))
     }
 }
 

@@ -16,7 +16,7 @@ use rustic_core::repofile::{Metadata, Node, NodeType};
 use rustic_core::{ReadSource, ReadSourceEntry, RusticResult, jiff::Timestamp};
 
 use crate::group::{self, Allocation, View, Volume};
-use crate::units::{EpochId, Lsn, Position, VolumeNumber};
+use crate::units::{EpochId, Lsn, Position, VolumeNumber, total};
 
 /// Bytes of a file.
 pub const FILE_BYTES: u64 = 4 << 20;
@@ -218,7 +218,7 @@ impl ImageSource {
                 SourceVolume { volume, stamps }
             })
             .collect();
-        progress.set_total(volumes.iter().map(|v| v.volume.size_bytes).sum());
+        progress.set_total(total(volumes.iter().map(|v| v.volume.size_bytes)));
         ImageSource { shared: Arc::new(Shared { view, volumes, root, manifest, stop, progress }) }
     }
 
@@ -247,7 +247,7 @@ impl ReadSource for ImageSource {
     type Iter = Entries;
 
     fn size(&self) -> RusticResult<Option<u64>> {
-        Ok(Some(self.shared.volumes.iter().map(|v| v.volume.size_bytes).sum()))
+        Ok(Some(total(self.shared.volumes.iter().map(|v| v.volume.size_bytes))))
     }
 
     fn entries(&self) -> Entries {

@@ -77,10 +77,12 @@ impl Group {
             }
             account.first = account.first.or(Some(header.time));
             account.last = Some(header.time);
+            // A record may clear all of a volume of 1 EiB, each time anew.
+            let add = |bytes: &mut u64| *bytes = bytes.saturating_add(header.length);
             match kind_of(&header) {
-                Some(Kind::Write) => written.entry(header.volume).or_default().0 += header.length,
+                Some(Kind::Write) => add(&mut written.entry(header.volume).or_default().0),
                 Some(Kind::Zero | Kind::Trim) => {
-                    written.entry(header.volume).or_default().1 += header.length;
+                    add(&mut written.entry(header.volume).or_default().1);
                 }
                 Some(Kind::Control) => {
                     let payload = scanner.payload();

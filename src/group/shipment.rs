@@ -16,7 +16,7 @@ use super::{Allocation, Extent, GroupError, Point, Read, View};
 use crate::base::ControlState;
 use crate::events::Severity;
 use crate::log::record::crc32;
-use crate::units::{BLOCK_BYTES, Lsn, Name, Span};
+use crate::units::{BLOCK_BYTES, Lsn, Name, Span, total};
 
 /// Bytes of a part at most, without its checksums.
 pub const PART_BYTES_MAX: u64 = 128 << 10;
@@ -364,7 +364,7 @@ fn plan(
             };
             let changed = image.changed_since(volume.number, as_of.unwrap_or_default())?;
             let wanted = within(changed);
-            bytes += wanted.iter().map(|(_, length)| length).sum::<u64>();
+            bytes = total(wanted.iter().map(|(_, length)| *length).chain([bytes]));
             let place = |(offset, length)| (Place { volume: volume.number, offset }, length);
             ranges.extend(wanted.into_iter().map(place));
         }

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::events::Severity;
 use crate::group::{DamagedPart, Found, Group, GroupError};
-use crate::units::{ByteSize, CHUNK_BYTES, LogTime, Lsn, VolumeNumber};
+use crate::units::{ByteSize, CHUNK_BYTES, LogTime, Lsn, VolumeNumber, total};
 
 use super::service::{Replication, ReplicationError, Shared, locked};
 
@@ -128,9 +128,9 @@ impl Plan {
     }
 
     fn total_bytes(&self) -> u64 {
-        let bases: u64 = self.bases.iter().map(|(_, chunks)| chunks * CHUNK_BYTES).sum();
-        let kept: u64 = self.kept.iter().map(|(_, bytes)| bytes).sum();
-        self.log.1.bytes_since(self.log.0) + bases + kept
+        let bases = self.bases.iter().map(|(_, chunks)| chunks * CHUNK_BYTES);
+        let kept = self.kept.iter().map(|(_, bytes)| *bytes);
+        total(bases.chain(kept).chain([self.log.1.bytes_since(self.log.0)]))
     }
 }
 

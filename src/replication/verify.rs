@@ -12,6 +12,7 @@ use crate::events::Severity;
 use crate::group::{Group, GroupError, Image, Point, Read, View};
 use crate::units::{
     BLOCK_BYTES, ByteSize, CHUNK_BYTES, Chain, GroupId, LogTime, Lsn, Name, Position, VolumeNumber,
+    total,
 };
 
 use super::repair::understood;
@@ -107,7 +108,7 @@ impl VerifyStatus {
     }
 
     fn add(&mut self, volume: &Name, offset: u64, length: u64, unreadable_on: Option<&Name>) {
-        self.differing_bytes += length;
+        self.differing_bytes = self.differing_bytes.saturating_add(length);
         if let Some(last) = self.extents.last_mut()
             && (&last.volume, last.offset + last.length) == (volume, offset)
             && last.unreadable_on.as_ref() == unreadable_on
@@ -224,10 +225,10 @@ struct Comparison<'a> {
 impl Comparison<'_> {
     fn run(&mut self) -> Result<(), String> {
         let volumes = self.image.volumes();
-        let total: u64 = volumes.iter().map(|volume| volume.size_bytes).sum();
+        let total_bytes = total(volumes.iter().map(|volume| volume.size_bytes));
         let position = self.image.position();
         self.shared.change_verify(self.group, |status| {
-            (status.total_bytes, status.position) = (total, position);
+            (status.total_bytes, status.position) = (total_bytes, position);
         });
         for volume in &volumes {
             let mut offset = 0;
@@ -235,7 +236,9 @@ impl Comparison<'_> {
                 let length = SPAN_BYTES.min(volume.size_bytes - offset);
                 let began = self.shared.now();
                 self.span(volume.number, &volume.name, offset, length)?;
-                self.shared.change_verify(self.group, |status| status.done_bytes += length);
+                self.shared.change_verify(self.group, |status| {
+                    status.done_bytes = status.done_bytes.saturating_add(length);
+                });
                 let took = self.shared.now().saturating_sub(began);
                 self.rest(length, took)?;
                 offset += length;

@@ -91,3 +91,18 @@ fn who_reads_an_image_is_shown_and_in_nobodys_way() {
     drop(reader);
     assert_eq!(group.hosts(), []);
 }
+
+#[test]
+fn an_account_of_more_bytes_than_can_be_counted_says_the_highest_number() {
+    let bench = Bench::new("a", 1);
+    let group = bench.create();
+    let at = group.positions().head;
+    let volume = group.create_volume(name("v"), 1 << 60).unwrap().number;
+    for _ in 0..16 {
+        super::one(&group, volume, Op::Trim { offset: 0, length: 1 << 60 }).unwrap();
+    }
+    group.sync_now().unwrap();
+    let written = group.account(at).unwrap().volumes;
+    let volume = VolumeAccount { name: "v".to_owned(), written_bytes: 0, cleared_bytes: u64::MAX };
+    assert_eq!(written, [volume]);
+}
