@@ -112,6 +112,13 @@ pub struct ImageProgress {
     pub total_bytes: u64,
 }
 
+impl ImageProgress {
+    /// What a peer or a disk says of it: no more has come than there is.
+    pub(super) fn told(done_bytes: u64, total_bytes: u64) -> ImageProgress {
+        ImageProgress { done_bytes: done_bytes.min(total_bytes), total_bytes }
+    }
+}
+
 /// The file `state`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct State {
@@ -200,7 +207,9 @@ impl Staging {
     /// Opens what an earlier run left, as of its last checkpoint; `NotFound` where there is none.
     pub(super) fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> io::Result<Staging> {
         let dir = group_dir.join(STAGING);
-        let state: State = serde_json::from_slice(&files::load(&*disk, &dir.join(STATE))?)?;
+        let mut state: State = serde_json::from_slice(&files::load(&*disk, &dir.join(STATE))?)?;
+        let ImageProgress { done_bytes, total_bytes } = state.progress;
+        state.progress = ImageProgress::told(done_bytes, total_bytes);
         let mut ranges = Ranges::default();
         let file = disk.open(&dir.join(RANGES), OpenMode::Read)?;
         let mut at = 0;
@@ -276,8 +285,7 @@ impl Staging {
         self.state.image = offer.position;
         self.state.common = offer.common;
         self.state.complete = false;
-        self.state.progress =
-            ImageProgress { done_bytes: offer.done_bytes, total_bytes: offer.total_bytes };
+        self.state.progress = ImageProgress::told(offer.done_bytes, offer.total_bytes);
         self.incoming.clear();
         self.control = None;
         self.cursor = Place::default();
@@ -420,7 +428,7 @@ impl Staging {
         self.cursor = Place { offset: range.at.offset + range.length, ..range.at };
         if !range.zeros {
             let progress = &mut self.state.progress;
-            progress.done_bytes += range.length;
+            progress.done_bytes = progress.done_bytes.saturating_add(range.length);
             progress.total_bytes = progress.total_bytes.max(progress.done_bytes);
             self.unsynced_bytes += range.length;
         }

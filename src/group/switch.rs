@@ -103,10 +103,7 @@ impl Group {
                     common: offer.common,
                     reached: Vec::new(),
                     ranges_bytes: 0,
-                    progress: ImageProgress {
-                        done_bytes: offer.done_bytes,
-                        total_bytes: offer.total_bytes,
-                    },
+                    progress: ImageProgress::told(offer.done_bytes, offer.total_bytes),
                     complete: false,
                     branch: None,
                 };

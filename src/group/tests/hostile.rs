@@ -296,6 +296,62 @@ fn send_image(
     copy.switch_to_image()
 }
 
+#[test]
+fn an_image_counts_no_more_than_a_number_holds_though_its_peer_says_that_much_has_come() {
+    for (done_bytes, total_bytes) in [(u64::MAX, 0), (u64::MAX, u64::MAX), (u64::MAX - 8, 9)] {
+        let (a, b) = (Bench::new("a", 13), Bench::new("b", 14));
+        let (group, volume, _) = primary(&a);
+        let mut copy = b.create_copy();
+        // All but the end, and again after a start with what its disk says of it.
+        for turn in 0..2 {
+            let staged = copy.staged().unwrap();
+            assert_eq!(staged.is_some(), turn > 0);
+            group.end_shipment(&name("b"));
+            let shipment = group.ship(&name("b"), None, Lsn::ZERO, staged.as_ref()).unwrap();
+            copy.begin_image(&ImageOffer { done_bytes, total_bytes, ..shipment.offer() }).unwrap();
+            while let Some(part) = shipment.next().unwrap().filter(|part| *part != ImagePart::End) {
+                let progress = copy.stage(part).unwrap();
+                assert!(progress.done_bytes <= progress.total_bytes, "{progress:?}");
+            }
+            let offset = if turn == 0 { 4096 } else { 8192 };
+            write(&group, volume, offset, &[7; 4096]);
+            group.sync_now().unwrap();
+            copy.close().unwrap();
+            drop(copy);
+            copy = b.open().0;
+        }
+        send_image(&group, &copy, |_| (), |_| ()).unwrap();
+        assert!(all(&*copy, volume) == all(&*group, volume));
+    }
+}
+
+/// What an earlier version kept of such an image.
+#[test]
+fn what_a_disk_says_has_come_of_an_image_counts_no_further_than_there_is() {
+    let (a, b) = (Bench::new("a", 15), Bench::new("b", 16));
+    let (group, volume, _) = primary(&a);
+    let copy = b.create_copy();
+    let shipment = group.ship(&name("b"), None, Lsn::ZERO, None).unwrap();
+    copy.begin_image(&shipment.offer()).unwrap();
+    copy.close().unwrap();
+    drop(copy);
+    let path = dir().join("staging").join("state");
+    let text = String::from_utf8(crate::group::files::load(&*b.disk, &path).unwrap()).unwrap();
+    let lie = text.replace("\"done_bytes\":0", &format!("\"done_bytes\":{}", u64::MAX));
+    assert_ne!(lie, text);
+    crate::group::files::store(&*b.disk, &path, lie.as_bytes()).unwrap();
+    let (copy, _) = b.open();
+    let staged = copy.staged().unwrap().unwrap();
+    assert!(staged.done_bytes <= shipment.offer().total_bytes, "{staged:?}");
+    let again = group.ship(&name("b"), None, Lsn::ZERO, Some(&staged)).unwrap();
+    copy.begin_image(&again.offer()).unwrap();
+    while let Some(part) = again.next().unwrap() {
+        copy.stage(part).unwrap();
+    }
+    copy.switch_to_image().unwrap();
+    assert!(all(&*copy, volume) == all(&*group, volume));
+}
+
 /// Changes the body of each entry that says `from`.
 fn say(state: &mut ControlState, from: &str, to: &str) {
     let mut changed = 0;

@@ -158,7 +158,7 @@ impl Channel {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::log::control::Mode;
     use crate::replication::epoch::Reign;
@@ -166,7 +166,7 @@ mod tests {
 
     const NOW: Duration = Duration::from_secs(100);
 
-    fn history(reigns: &[(u64, u64)], head: u64) -> History {
+    pub(in super::super) fn history(reigns: &[(u64, u64)], head: u64) -> History {
         let reigns = reigns.iter().zip(1..).map(|((id, first_lsn), counter)| Reign {
             id: EpochId(*id),
             counter,
@@ -176,7 +176,7 @@ mod tests {
         History { reigns: reigns.collect::<Vec<_>>().into(), head: Lsn(head), chain: Chain(0) }
     }
 
-    fn copy(history: History) -> Channel {
+    pub(in super::super) fn copy(history: History) -> Channel {
         let local = LocalGroup {
             id: GroupId([7; 16]),
             name: "g".parse().unwrap(),

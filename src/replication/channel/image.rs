@@ -355,6 +355,10 @@ impl Channel {
             self.on_yield_refused(context, reason);
             return Ok(());
         }
+        if offer.done_bytes > offer.total_bytes {
+            let ImageOffer { done_bytes, total_bytes, .. } = offer;
+            return Err(format!("group {name}: an image with {done_bytes} bytes of {total_bytes}"));
+        }
         let progress =
             ImageProgress { done_bytes: offer.done_bytes, total_bytes: offer.total_bytes };
         let position = offer.position;
@@ -487,4 +491,96 @@ pub(super) fn staged_from_wire(wire: &WireStaged) -> Option<Staged> {
         reached,
         done_bytes: wire.done_bytes,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::heard::tests::{copy, history};
+    use super::*;
+
+    const STREAM: u64 = 5;
+
+    /// A copy that has asked.
+    fn asking() -> Channel {
+        let mut channel = copy(history(&[(1, 0)], 1000));
+        let (head, runs) = (Lsn(1000), false);
+        let (asked, expected, appended) = (Some(head), head, head);
+        channel.follower = Some(Follower { stream: STREAM, asked, runs, expected, appended });
+        channel
+    }
+
+    fn told(
+        channel: &mut Channel,
+        input: impl FnOnce(&mut Channel, &mut Context<'_>) -> Result<(), String>,
+    ) -> (Result<(), String>, Vec<Output>) {
+        let (settings, peer_name) = (Settings::default(), "a".parse().unwrap());
+        let (mut outputs, peer_name) = (Vec::new(), &peer_name);
+        let (now, conn, echo) = (Duration::from_secs(100), None, (0, 0));
+        let settings = &settings;
+        let outputs_now = &mut outputs;
+        let mut context = Context { now, conn, echo, peer_name, settings, outputs: outputs_now };
+        (input(channel, &mut context), outputs)
+    }
+
+    fn image(done_bytes: u64, total_bytes: u64) -> Message {
+        Message::Image {
+            group: [7; 16],
+            stream: STREAM,
+            position: WirePosition { epoch: 1, lsn: 4000, time: 0 },
+            since: None,
+            resumed: false,
+            total_bytes,
+            done_bytes,
+            common: 1000,
+        }
+    }
+
+    #[test]
+    fn a_peer_has_no_more_parts_wait_here_than_the_window_holds() {
+        let mut channel = asking();
+        told(&mut channel, |channel, context| channel.on_message(context, image(0, 1 << 40)))
+            .0
+            .unwrap();
+        let bytes = Bytes::from(vec![0; PAYLOAD_BYTES_MAX]);
+        let send = |channel: &mut Channel, from: u64| {
+            let mut queued = 0;
+            for number in from.. {
+                let (taken, outputs) = told(channel, |channel, context| {
+                    channel.on_part(context, STREAM, number, bytes.clone())
+                });
+                let Err(what) = taken else {
+                    assert!(matches!(&outputs[..], [Output::Stage { .. }]), "{outputs:?}");
+                    queued += bytes.len() as u64;
+                    assert!(queued <= 1 << 30, "without end");
+                    continue;
+                };
+                assert!(what.contains("more parts than the window"), "{what}");
+                assert!(outputs.is_empty(), "{outputs:?}");
+                return (queued, number);
+            }
+            unreachable!("it returns")
+        };
+        let window = Settings::default().window_bytes;
+        let (queued, next) = send(&mut channel, 0);
+        assert_eq!(queued, window);
+        told(&mut channel, |channel, context| {
+            channel.on_staged(context, STREAM, ImageProgress::default(), false);
+            Ok(())
+        })
+        .0
+        .unwrap();
+        assert_eq!(send(&mut channel, next).0, PAYLOAD_BYTES_MAX as u64, "as much as was staged");
+    }
+
+    #[test]
+    fn an_image_of_which_more_is_here_than_there_is_breaks_the_protocol() {
+        for (done, total) in [(u64::MAX, 0), (u64::MAX, u64::MAX - 1), (1, 0)] {
+            let mut channel = asking();
+            let (taken, outputs) = told(&mut channel, |channel, context| {
+                channel.on_message(context, image(done, total))
+            });
+            assert!(taken.is_err_and(|what| what.contains(&done.to_string())), "{done}");
+            assert!(outputs.is_empty() && channel.receiving.is_none(), "{outputs:?}");
+        }
+    }
 }
