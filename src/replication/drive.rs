@@ -21,7 +21,9 @@ use super::worker::{Job, Worker};
 
 impl Shared {
     /// Does what a core says. What it has a group's thread do keeps the room of the message that it
-    /// comes from; bytes of a log have a bound of their own there, the window.
+    /// comes from. Bytes of a log and parts of an image do not: the core holds a peer to a window
+    /// of each. Behind a thread that is busy for long they would take all of the room, and with it
+    /// that of the heartbeats, for every group.
     fn perform(self: &Arc<Self>, peer: NodeId, output: Output, room: Option<Room>) {
         if let Output::Retire { group, retired: true } = output {
             let shared = Arc::clone(self);
@@ -29,7 +31,7 @@ impl Shared {
         }
         let output = match Job::of(peer, output) {
             Ok((group, job)) => {
-                let room = room.filter(|_| !matches!(job, Job::Append { .. }));
+                let room = room.filter(|_| !matches!(job, Job::Append { .. } | Job::Stage { .. }));
                 return self.add_job(peer, group, job, room);
             }
             Err(output) => output,
@@ -178,13 +180,19 @@ pub(super) mod tests {
     use std::path::Path;
     use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
     use std::sync::{Condvar, Mutex};
+    use std::task::{Context, Poll, Waker};
+
+    use bytes::Bytes;
 
     use super::*;
     use crate::events::Events;
     use crate::group::{Group, GroupContext, LocalLimits, NodeIdentity, Registry};
     use crate::io::{Disk, DiskFile, Env, ManualClock, MemoryDisk, OpenMode, SeededEntropy, Space};
     use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
+    use crate::replication::bounds::{ROOM_BYTES, room_for};
+    use crate::replication::core::Settings;
     use crate::replication::service::{Replication, ReplicationConfig};
+    use crate::replication::wire::PAYLOAD_BYTES_MAX;
     use crate::units::{LogTime, Lsn, Name};
 
     /// A disk where, once it is told to, nothing gets a new name before it is let go.
@@ -253,7 +261,7 @@ pub(super) mod tests {
     /// A node without peers, with one group.
     pub(in crate::replication) struct Node {
         pub replication: Arc<Replication>,
-        registry: Arc<Registry>,
+        pub registry: Arc<Registry>,
         _dir: tempfile::TempDir,
     }
 
@@ -331,6 +339,47 @@ pub(super) mod tests {
         shared.perform(waited_for, lost, None);
         let away = group.required_peers()[0].1.away.clone();
         assert_eq!(away.map(|(reason, _)| reason), Some("gone".to_owned()));
+        disk.set_stuck(false);
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_a_busy_group_leaves_a_peer_room_for_its_heartbeats() {
+        let (disk, reached) = StuckDisk::new();
+        let (node, group) = node_on(disk.clone());
+        let (shared, peer, id) = (&node.replication.shared, NodeId([2; 16]), group.id());
+        // The thread of the group is held up.
+        disk.set_stuck(true);
+        let name: Name = "c".parse().unwrap();
+        let (common, staged) = (Lsn::ZERO, None);
+        let ship = Output::Ship { group: id, stream: 1, peer: name, since: None, common, staged };
+        shared.perform(NodeId([3; 16]), ship, None);
+        reached.recv_timeout(Duration::from_secs(60)).unwrap();
+        // As much as the core lets in of each.
+        let bytes_max = PAYLOAD_BYTES_MAX;
+        let bytes = Bytes::from(vec![0; bytes_max]);
+        let window = Settings::default().window_bytes as usize;
+        let mut context = Context::from_waker(Waker::noop());
+        for number in 0..window / bytes_max {
+            let (stream, bytes, position) = (2, bytes.clone(), Lsn(number as u64));
+            for output in [
+                Output::Stage { group: id, stream, bytes: bytes.clone() },
+                Output::Append { group: id, stream, position, bytes },
+            ] {
+                let own = shared.room_of(peer);
+                let mut room =
+                    std::pin::pin!(tokio::task::unconstrained(room_for(&own, bytes_max)));
+                let Poll::Ready(room) = room.as_mut().poll(&mut context) else {
+                    panic!("{number}: the link is not read")
+                };
+                shared.perform(peer, output, room);
+            }
+        }
+        assert_eq!(shared.room_of(peer).available_permits(), ROOM_BYTES);
+        // What has no bound of its own keeps its room.
+        let room = room_for(&shared.room_of(peer), 1).await;
+        shared.perform(peer, Output::DropStaging { group: id }, room);
+        assert!(shared.room_of(peer).available_permits() < ROOM_BYTES);
         disk.set_stuck(false);
         node.stop();
     }
