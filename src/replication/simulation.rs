@@ -9,4 +9,4 @@ pub use super::core::{ConnId, Input, LocalGroup, Membership, Output, PeerCore, S
 pub use super::repair::{mend_base, mend_log};
 pub use super::replica::local_group;
 pub use super::switchover::may_take_over;
-pub use super::worker::{Job, perform};
+pub use super::worker::{Job, Taking, perform};

@@ -137,6 +137,12 @@ impl Job {
     }
 }
 
+/// Whose image is staged, of those that this thread has begun. Its parts alone are let in: those
+/// that wait behind a beginning that was refused would go into the image that was staged before,
+/// and those behind a part that was refused would leave a hole in their own.
+#[derive(Debug, Default)]
+pub struct Taking(Option<(NodeId, u64)>);
+
 /// Whether the log was cut, and the group follows.
 type Yielded = Result<(), ReplicationError>;
 
@@ -174,6 +180,7 @@ fn run(
     report: &(impl Fn(NodeId, Input) + Send),
 ) {
     let mut next = None;
+    let mut taking = Taking::default();
     while let Some((job, _room)) = next.take().or_else(|| waiting.recv().ok()) {
         let more = |peer, stream| match waiting.try_recv().ok()? {
             (Job::Append { peer: p, stream: s, position, bytes }, _)
@@ -190,7 +197,7 @@ fn run(
             Job::Yield { peer, at, chain } => {
                 Some((peer, yielded(group.id(), yield_to(peer, at, chain))))
             }
-            job => perform(group, job, more),
+            job => perform(group, &mut taking, job, more),
         };
         if let Some((peer, input)) = done {
             report(peer, input);
@@ -198,10 +205,12 @@ fn run(
     }
 }
 
-/// Does one job; what is to be told of it, and which core. `more` gives the bytes that wait behind
-/// those of an append, if they continue the same stream.
+/// Does one job; what is to be told of it, and which core. `taking` goes from each job of the group
+/// to its next, in one life of the process. `more` gives the bytes that wait behind those of an
+/// append, if they continue the same stream.
 pub fn perform(
     group: &dyn Replica,
+    taking: &mut Taking,
     job: Job,
     mut more: impl FnMut(NodeId, u64) -> Option<(Lsn, Bytes)>,
 ) -> Option<(NodeId, Input)> {
@@ -249,16 +258,31 @@ pub fn perform(
             return Some((peer, Input::Shipped { group: group.id(), stream, offer }));
         }
         Job::BeginImage { peer, stream, offer } => {
-            if let Err(error) = group.begin_image(&offer) {
-                return Some((peer, stage_failed(group, stream, &error)));
+            match group.begin_image(&offer) {
+                Ok(()) => taking.0 = Some((peer, stream)),
+                Err(error) => {
+                    // What is refused has changed nothing: another image may still be on its way.
+                    if !matches!(error, GroupError::Refused { .. }) {
+                        taking.0 = None;
+                    }
+                    return Some((peer, stage_failed(group, stream, &error)));
+                }
             }
+        }
+        Job::Stage { peer, stream, .. } if taking.0 != Some((peer, stream)) => {
+            let reason = format!("group {} stages no image of this stream", group.name());
+            let group = group.id();
+            return Some((peer, Input::StageFailed { group, stream, reason, refused: false }));
         }
         Job::Stage { peer, stream, bytes } => {
             let input = match stage(group, &bytes) {
                 Ok((progress, switched)) => {
                     Input::Staged { group: group.id(), stream, progress, switched }
                 }
-                Err(error) => stage_failed(group, stream, &error),
+                Err(error) => {
+                    taking.0 = None;
+                    stage_failed(group, stream, &error)
+                }
             };
             return Some((peer, input));
         }
@@ -348,10 +372,16 @@ mod tests {
     use std::sync::mpsc::sync_channel;
     use std::time::Duration;
 
+    use bytes::BytesMut;
+
     use super::*;
+    use crate::group::{Group, Op, Place, Read, Request, View};
     use crate::io::MemoryDisk;
     use crate::log::control::Mode;
-    use crate::replication::drive::tests::{member, node_on};
+    use crate::log::record::crc32;
+    use crate::replication::drive::tests::{Node, member, node_on};
+    use crate::replication::wire::part::encode_part;
+    use crate::units::{BLOCK_BYTES, VolumeNumber};
 
     #[tokio::test]
     async fn a_yield_that_could_not_be_noted_is_refused_with_the_reason() {
@@ -368,5 +398,159 @@ mod tests {
         assert_eq!((told_of, id, &*reason), (peer, group.id(), "no room for peers"));
         assert!(group.positions().head > at, "its log is whole");
         node.stop();
+    }
+
+    const A: NodeId = NodeId([2; 16]);
+    const B: NodeId = NodeId([3; 16]);
+    /// Bytes of a part of data.
+    const PART: u64 = 128 << 10;
+
+    fn data(volume: VolumeNumber, part: u64, byte: u8) -> ImagePart {
+        let data = vec![byte; PART as usize];
+        let crcs = data.chunks(BLOCK_BYTES as usize).map(crc32).collect();
+        let at = Place { volume, offset: part * PART };
+        ImagePart::Data { at, crcs, data: data.into() }
+    }
+
+    fn stage(peer: NodeId, stream: u64, part: &ImagePart) -> Job {
+        let mut bytes = BytesMut::new();
+        encode_part(part, &mut bytes);
+        Job::Stage { peer, stream, bytes: bytes.freeze() }
+    }
+
+    fn content(group: &Group, volume: VolumeNumber) -> Vec<u8> {
+        let mut buffer = vec![0; 4 * PART as usize];
+        let mut reads = [Read { volume, offset: 0, buffer: &mut buffer, result: Ok(()) }];
+        group.read(&mut reads);
+        let [read] = reads;
+        read.result.unwrap();
+        buffer
+    }
+
+    /// A primary, and an empty copy whose thread does its jobs.
+    struct Images {
+        nodes: [Node; 2],
+        primary: Arc<Group>,
+        volume: VolumeNumber,
+        copy: Arc<Group>,
+        taking: Taking,
+    }
+
+    impl Images {
+        fn new() -> Images {
+            let (here, primary) = node_on(Arc::new(MemoryDisk::new()));
+            let volume = primary.create_volume("v".parse().unwrap(), 4 * PART).unwrap().number;
+            for part in 0..3 {
+                let data = &[part as u8 + 1; PART as usize];
+                let op = Op::Write { offset: part * PART, data };
+                primary.append(&[Request { volume, op, fua: false }]).pop().unwrap().unwrap();
+            }
+            let (there, _) = node_on(Arc::new(MemoryDisk::new()));
+            let (id, name) = (GroupId([9; 16]), "copy".parse().unwrap());
+            let copy = there.registry.create_copy(id, name, 1 << 20).unwrap();
+            Images { nodes: [here, there], primary, volume, copy, taking: Taking::default() }
+        }
+
+        fn perform(&mut self, job: Job) -> Option<Input> {
+            let done = perform(&*self.copy, &mut self.taking, job, |_, _| None);
+            done.map(|(_, input)| input)
+        }
+
+        fn offer(&self, stream: u64, staged: Option<&Staged>) -> ImageOffer {
+            let to = "b".parse().unwrap();
+            Replica::ship(&*self.primary, &to, None, Lsn::ZERO, staged, stream).unwrap()
+        }
+
+        /// The primary sends a part of its image.
+        fn part(&mut self, stream: u64, number: u64) -> Option<Input> {
+            let to = "b".parse().unwrap();
+            let part = Replica::next_part(&*self.primary, &to, stream, number).unwrap()?;
+            self.perform(stage(A, stream, &part))
+        }
+
+        /// It is asked anew: what is staged.
+        fn prepare(&mut self, stream: u64) -> Option<Staged> {
+            match self.perform(Job::Prepare { peer: A, stream }) {
+                Some(Input::Prepared { staged, .. }) => staged,
+                other => panic!("{other:?}"),
+            }
+        }
+
+        /// The image goes on, to its end.
+        fn finish(mut self, stream: u64, staged: Option<Staged>) {
+            let offer = self.offer(stream, staged.as_ref());
+            assert_eq!(offer.resumed, staged.is_some());
+            assert!(self.perform(Job::BeginImage { peer: A, stream, offer }).is_none());
+            let ends = (0..).find_map(|number| match self.part(stream, number)? {
+                Input::Staged { switched, .. } => switched.then_some(number),
+                other => panic!("{other:?}"),
+            });
+            assert!(ends.is_some_and(|number| number > 0));
+            assert!(content(&self.copy, self.volume) == content(&self.primary, self.volume));
+            self.nodes.iter().for_each(Node::stop);
+        }
+    }
+
+    fn is_refused(told: Option<Input>) -> bool {
+        matches!(told, Some(Input::StageFailed { .. }))
+    }
+
+    #[tokio::test]
+    async fn parts_behind_an_image_that_was_refused_go_into_none_that_was_staged_before() {
+        let mut images = Images::new();
+        let volume = images.volume;
+        let offer = images.offer(1, None);
+        assert!(images.perform(Job::BeginImage { peer: A, stream: 1, offer }).is_none());
+        for number in 0..2 {
+            assert!(matches!(images.part(1, number), Some(Input::Staged { .. })), "{number}");
+        }
+        // Another node sends an image that does not fit, and its parts right behind.
+        let offer = ImageOffer { since: Some(Lsn(4096)), ..offer };
+        let told = images.perform(Job::BeginImage { peer: B, stream: 7, offer });
+        assert!(matches!(told, Some(Input::StageFailed { refused: true, .. })), "{told:?}");
+        for part in [data(volume, 1, 0xbb), ImagePart::End] {
+            let told = images.perform(stage(B, 7, &part));
+            assert!(matches!(told, Some(Input::StageFailed { refused: false, .. })), "{told:?}");
+        }
+        // The first image goes on, in its stream and in the next one.
+        assert!(matches!(images.part(1, 2), Some(Input::Staged { .. })));
+        let staged = images.prepare(2).unwrap();
+        let reached: Vec<_> = staged.reached.iter().map(|reached| reached.to).collect();
+        assert_eq!(reached, [Place { volume, offset: 2 * PART }]);
+        assert_eq!(staged.done_bytes, 2 * PART);
+        images.finish(2, Some(staged));
+    }
+
+    #[tokio::test]
+    async fn behind_a_part_that_is_refused_no_other_of_its_stream_is_staged() {
+        let mut images = Images::new();
+        let volume = images.volume;
+        let offer = images.offer(1, None);
+        assert!(images.perform(Job::BeginImage { peer: A, stream: 1, offer }).is_none());
+        assert!(matches!(images.part(1, 0), Some(Input::Staged { .. })));
+        let ImagePart::Data { at, mut crcs, data: bytes } = data(volume, 0, 1) else { panic!() };
+        crcs[3] ^= 1;
+        let torn = ImagePart::Data { at, crcs, data: bytes };
+        assert!(is_refused(images.perform(stage(A, 1, &torn))));
+        assert!(is_refused(images.perform(stage(A, 1, &data(volume, 1, 2)))), "it leaves a hole");
+        let staged = images.prepare(2);
+        assert_eq!(staged.as_ref().map(|staged| staged.done_bytes), Some(0));
+        images.finish(2, staged);
+    }
+
+    #[tokio::test]
+    async fn a_part_of_the_stream_before_is_not_staged_in_the_next_ones_image() {
+        let mut images = Images::new();
+        let volume = images.volume;
+        assert!(is_refused(images.perform(stage(A, 1, &data(volume, 0, 9)))), "none has begun");
+        for stream in [1, 2] {
+            let staged = images.prepare(stream);
+            let offer = images.offer(stream, staged.as_ref());
+            assert!(images.perform(Job::BeginImage { peer: A, stream, offer }).is_none());
+            assert!(matches!(images.part(stream, 0), Some(Input::Staged { .. })));
+        }
+        assert!(is_refused(images.perform(stage(A, 1, &data(volume, 0, 9)))));
+        let staged = images.prepare(3);
+        images.finish(3, staged);
     }
 }

@@ -12,7 +12,7 @@ use tidelog::group::{
     DataState, Group, GroupContext, Image, LocalLimits, NodeIdentity, Read, Role, View,
 };
 use tidelog::io::{Clock, Disk, Entropy, Env, MemoryDisk, SeededEntropy};
-use tidelog::replication::simulation::{Input, Job, PeerCore, Settings};
+use tidelog::replication::simulation::{Input, Job, PeerCore, Settings, Taking};
 use tidelog::units::{Chain, LogTime, Lsn, Name, NodeId, VolumeNumber};
 
 use super::backups::Keeper;
@@ -72,6 +72,8 @@ struct Promise {
 pub struct Copy {
     pub group: Arc<Group>,
     pub jobs: VecDeque<Job>,
+    /// Whose image its thread stages.
+    pub taking: Taking,
     pub working: bool,
     pub dirty: Arc<AtomicBool>,
     pub looking: bool,
@@ -253,6 +255,7 @@ impl Node {
         let copy = Copy {
             group: found,
             jobs: VecDeque::new(),
+            taking: Taking::default(),
             working: false,
             dirty,
             looking: false,

@@ -374,8 +374,8 @@ impl World {
         let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
         let found = Arc::clone(&copy.group);
         let head = found.positions().head;
-        let jobs = &mut copy.jobs;
-        let told = perform(&*found, job, |peer, stream| match jobs.front() {
+        let (jobs, taking) = (&mut copy.jobs, &mut copy.taking);
+        let told = perform(&*found, taking, job, |peer, stream| match jobs.front() {
             Some(Job::Append { peer: p, stream: s, .. }) if (*p, *s) == (peer, stream) => {
                 match jobs.pop_front() {
                     Some(Job::Append { position, bytes, .. }) => Some((position, bytes)),
