@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde_json::Map;
 use serde_json::value::RawValue;
 
+use super::moment::KEPT;
 use super::rewind::Remembered;
 use super::rewound::Rewinds;
 use super::{ControlView, RewindView, Volume};
@@ -25,8 +26,9 @@ pub(super) const VOLUME_NUMBER_MAX: VolumeNumber = VolumeNumber(u32::MAX - 1);
 /// Bytes of a volume at most: what the map and the base count with.
 pub(super) const VOLUME_BYTES_MAX: u64 = 1 << 60;
 
-/// The highest place that an image of a peer may be at: as much again is left for the log.
-const PLACE_MAX: Lsn = Lsn(Lsn::MAX.0 / 2);
+/// The highest place that an image of a peer may be at: as much again is left for the log, below
+/// the addresses of what is kept.
+pub(super) const PLACE_MAX: Lsn = Lsn(KEPT.0 / 2);
 
 /// Whether a volume may have so many bytes.
 pub(super) fn is_volume_size(bytes: u64) -> bool {

@@ -5,6 +5,8 @@ use super::moments::{all, group_with_volume};
 use super::pins::follow;
 use super::*;
 use crate::base::ControlState;
+use crate::group::content::PLACE_MAX;
+use crate::group::moment::KEPT;
 use crate::io::OpenMode;
 use crate::log::control::{COUNTER_MAX, ControlKind};
 use crate::log::record::{Header, Kind, flags, payload_crcs};
@@ -367,9 +369,11 @@ fn say(state: &mut ControlState, from: &str, to: &str) {
 fn an_image_that_no_primary_has_is_refused_and_a_true_one_is_taken_after_it() {
     type Offer = fn(&mut ImageOffer);
     type State = fn(&mut ControlState);
-    let cases: [(&str, Offer, State, &str); 13] = [
+    let cases: [(&str, Offer, State, &str); 15] = [
         ("at the end of all", |offer| offer.position.lsn = Lsn::MAX, |_| (), "no log"),
         ("near it", |offer| offer.position.lsn = Lsn(Lsn::MAX.0 - (64 << 10)), |_| (), "no log"),
+        ("where kept slots begin", |offer| offer.position.lsn = KEPT, |_| (), "no log"),
+        ("near it", |offer| offer.position.lsn = Lsn(KEPT.0 - (64 << 10)), |_| (), "no log"),
         ("inside of eight bytes", |offer| offer.position.lsn.0 -= 4, |_| (), "no record"),
         ("parting beyond all", |offer| offer.common = Lsn(u64::MAX - 7), |_| (), "no log"),
         ("parting inside of eight bytes", |offer| offer.common = Lsn(3), |_| (), "no record"),
@@ -437,6 +441,28 @@ fn an_image_that_no_primary_has_is_refused_and_a_true_one_is_taken_after_it() {
         copy.promote("test").unwrap();
         write(&copy, volume, 0, &[6; 4096]);
     }
+}
+
+#[test]
+fn behind_an_image_at_the_highest_place_the_log_is_read_and_folded() {
+    let (a, b) = (Bench::new("a", 15), Bench::new("b", 16));
+    let (group, volume, _) = primary(&a);
+    let copy = b.create_copy();
+    let at = send_image(&group, &copy, |offer| offer.position.lsn = PLACE_MAX, |_| ()).unwrap();
+    assert_eq!(at.lsn, PLACE_MAX);
+    let mut expected = all(&*group, volume);
+    copy.promote("test").unwrap();
+    write(&copy, volume, 4096, &[6; 20_000]);
+    expected[4096..24_096].fill(6);
+    assert!(all(&*copy, volume) == expected);
+    copy.sync_now().unwrap();
+    copy.close().unwrap();
+    drop(copy);
+    let (copy, _) = b.open();
+    assert!(all(&*copy, volume) == expected);
+    set_policy(&copy, 0, 64 << 20);
+    super::moments::fold(&b, &copy);
+    assert!(copy.positions().horizon > PLACE_MAX && all(&*copy, volume) == expected);
 }
 
 #[test]
