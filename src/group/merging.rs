@@ -31,27 +31,28 @@ pub(super) struct Merging {
     /// What is not staged is in the base; else all of it is staged.
     partial: bool,
     ranges: Ranges,
-    volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
+    /// The files of what is staged.
+    pub volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
 }
 
 impl Merging {
     /// `None` where not all of an image is staged.
     pub(super) fn of(staging: Staging) -> Option<Merging> {
-        let Staging { state, control, ranges, volumes, .. } = staging;
+        let Staging { state, control, mut ranges, volumes, .. } = staging;
         if !state.complete {
             return None;
         }
-        Some(Merging { control: control?, partial: state.partial, ranges, volumes })
+        let control = control?;
+        // An image before it may have had volumes that are gone: what older moments need of them
+        // is in the base.
+        let content = Content::at_horizon(&control);
+        ranges.retain(|number| content.volumes.contains_key(&number));
+        Some(Merging { control, partial: state.partial, ranges, volumes })
     }
 
     /// Whether what is not staged is in the base.
     pub(super) fn is_partial(&self) -> bool {
         self.partial
-    }
-
-    /// The files of what is staged.
-    pub(super) fn volumes(&self) -> &BTreeMap<VolumeNumber, Arc<BaseVolume>> {
-        &self.volumes
     }
 
     /// Where the bytes of a range of a volume are: runs of (offset, length, cover), without gaps.

@@ -113,6 +113,11 @@ impl Ranges {
         self.runs.insert(first, (to - from, zeros));
     }
 
+    /// Forgets those of other volumes than these.
+    pub(super) fn retain(&mut self, is_there: impl Fn(VolumeNumber) -> bool) {
+        self.runs.retain(|at, _| is_there(at.volume));
+    }
+
     /// The runs of a volume, in order.
     pub(super) fn of(&self, volume: VolumeNumber) -> impl Iterator<Item = Range> + '_ {
         let from = Place { volume, offset: 0 };

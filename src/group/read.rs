@@ -264,9 +264,8 @@ impl Group {
         let mut log_reads: Vec<LogRead<'_>> = Vec::new();
         let mut base_reads: Vec<FromBase<'_>> = Vec::new();
         for (owner, fetch) in fetches.into_iter().enumerate() {
-            if self.plan(lookup, owner, fetch, &mut log_reads, &mut base_reads).is_none() {
-                troubles[owner] = Some(Trouble::Moved);
-            }
+            let planned = self.plan(lookup, owner, fetch, &mut log_reads, &mut base_reads);
+            troubles[owner] = planned.err();
         }
         let mut batch: Vec<BatchRead<'_>> = log_reads
             .iter_mut()
@@ -305,7 +304,7 @@ impl Group {
     }
 
     /// Fills what is zeros, and sorts the rest by where it is; pieces of the log that follow each
-    /// other become one read. `None` where a segment is gone.
+    /// other become one read.
     fn plan<'b>(
         &self,
         lookup: &dyn Lookup,
@@ -313,7 +312,7 @@ impl Group {
         fetch: Fetch<'b>,
         log_reads: &mut Vec<LogRead<'b>>,
         base_reads: &mut Vec<FromBase<'b>>,
-    ) -> Option<()> {
+    ) -> Result<(), Trouble> {
         let segment_bytes = self.segment_bytes();
         let merging = self.partial_merge();
         let mut rest = fetch.buffer;
@@ -330,10 +329,10 @@ impl Group {
                     };
                     for (offset, length, cover) in parts {
                         let buffer = take(&mut buffer, length);
-                        let staged = || merging.as_ref()?.volumes().get(&fetch.volume).cloned();
+                        let staged = || merging.as_ref()?.volumes.get(&fetch.volume).cloned();
                         let base = match cover {
                             Cover::Zeros => None,
-                            Cover::Data => staged(),
+                            Cover::Data => Some(staged().ok_or_else(|| no_file(fetch.volume))?),
                             Cover::Below => self.base_of(fetch.volume),
                         };
                         match base {
@@ -347,7 +346,8 @@ impl Group {
                 }
                 Source::Log { piece: lsn, piece_bytes, skip, crc } => {
                     let number = lsn.segment_number(segment_bytes);
-                    let At { file, segment, offset } = self.at(lookup, lsn)?;
+                    let At { file, segment, offset } =
+                        self.at(lookup, lsn).ok_or(Trouble::Moved)?;
                     let target = if skip == 0 && u64::from(piece_bytes) == piece.length {
                         let mut run = vec![(piece.length as usize, crc)];
                         let mut bytes = piece.length;
@@ -376,7 +376,7 @@ impl Group {
                 }
             }
         }
-        Some(())
+        Ok(())
     }
 
     /// The file that an address is in; `None` where that is gone.
@@ -505,6 +505,11 @@ pub(super) fn is_kept_now(moment: Option<&Moment>, volume: VolumeNumber, pieces:
         let mut base = pieces.iter().filter(in_base);
         base.any(|piece| moment.has_any(volume, piece.offset, piece.length))
     })
+}
+
+fn no_file(volume: VolumeNumber) -> Trouble {
+    let what = format!("what is staged of volume {volume} is gone");
+    Trouble::Io(io::Error::new(io::ErrorKind::NotFound, what))
 }
 
 fn wrong_checksum(address: Lsn) -> String {

@@ -303,7 +303,7 @@ impl Group {
             Err(cause) => return Err(self.fail_locked(core, "go on at an image", &cause)),
         };
         if !partial {
-            *self.bases.write().expect("no holder panics") = merging.volumes().clone();
+            *self.bases.write().expect("no holder panics") = merging.volumes.clone();
         }
         *self.merging.write().expect("no holder panics") = Some(std::sync::Arc::new(merging));
         self.log_begin.store(at.0, Ordering::Release);

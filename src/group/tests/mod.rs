@@ -17,6 +17,7 @@ mod races;
 mod registry;
 mod reign;
 mod repair;
+mod resumed;
 mod resync;
 mod returning;
 mod rewind;

@@ -318,7 +318,7 @@ fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
 }
 
 /// The image of before shows what it was opened at, whatever took its place.
-fn check_image(copy: &Group, old: &[(Volume, Vec<u8>)], what: &str) {
+pub(super) fn check_image(copy: &Group, old: &[(Volume, Vec<u8>)], what: &str) {
     if old.is_empty() {
         return;
     }

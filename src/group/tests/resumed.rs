@@ -1,0 +1,81 @@
+//! An image that comes in several goes: what of the ones before counts, and what no longer does.
+
+use super::resync::{Pair, all, check_image, follow, same, send};
+use super::*;
+
+const VOLUME: u64 = 3 << 20;
+
+/// The copy lies below the log: it is sent an image, as far as `parts` goes.
+fn go_on(pair: &Pair, parts: usize) -> bool {
+    let head = pair.copy.positions().head;
+    send(&pair.primary, &pair.copy, Some(head), head, parts)
+}
+
+/// All of the volumes of a copy in its base, and all of them written again on the primary.
+fn written_again(seed: u64, volumes: &[(&str, u64)]) -> (Pair, Vec<VolumeNumber>) {
+    let pair = Pair::new(seed);
+    let mut numbers = Vec::new();
+    for (text, bytes) in volumes {
+        let number = pair.primary.create_volume(name(text), *bytes).unwrap().number;
+        write(&pair.primary, number, 0, &vec![1; *bytes as usize]);
+        numbers.push(number);
+    }
+    pair.follow();
+    pair.there.pass(5);
+    pair.copy.fold_now().unwrap();
+    pair.copy.open_image(&Point::Now, Some(name("old")), "test", None).unwrap();
+    for (number, (_, bytes)) in numbers.iter().zip(volumes) {
+        write(&pair.primary, *number, 0, &vec![2; *bytes as usize]);
+    }
+    pair.fold();
+    (pair, numbers)
+}
+
+/// The copy follows, and is the primary again, also once all is in its base.
+fn check(pair: &Pair, what: &str) {
+    pair.primary.end_shipment(&name("b"));
+    assert!(follow(&pair.primary, &pair.copy), "{what}");
+    same(&pair.primary, &pair.copy, what);
+    pair.there.pass(5);
+    pair.copy.fold_now().unwrap_or_else(|error| panic!("{what}: {error}"));
+    same(&pair.primary, &pair.copy, what);
+}
+
+#[test]
+fn an_old_image_shows_a_volume_that_went_while_an_image_was_coming() {
+    let volumes = [("w", 1 << 20), ("v", 1 << 20)];
+    for restarted in [false, true] {
+        let (mut pair, numbers) = written_again(3, &volumes);
+        let old = all(&pair.copy);
+        one(&pair.primary, numbers[0], Op::Trim { offset: 256 << 10, length: 256 << 10 }).unwrap();
+        pair.fold();
+        assert!(!go_on(&pair, 8), "bytes and zeros are staged");
+        pair.primary.end_shipment(&name("b"));
+        pair.primary.remove_volume(&name("w")).unwrap();
+        assert!(go_on(&pair, usize::MAX));
+        pair.copy.switch_to_image().unwrap();
+        check_image(&pair.copy, &old, "before the image is in the base");
+        if restarted {
+            pair.restart_copy(1);
+            check_image(&pair.copy, &old, "after a start");
+        }
+        check(&pair, "it follows");
+        check_image(&pair.copy, &old, "in the base");
+    }
+}
+
+#[test]
+fn bytes_that_are_staged_and_not_there_are_an_error_and_no_zeros() {
+    let (pair, volumes) = written_again(4, &[("v", 1 << 20)]);
+    assert!(go_on(&pair, usize::MAX));
+    pair.copy.switch_to_image().unwrap();
+    let mut merging = pair.copy.merging.write().unwrap();
+    Arc::get_mut(merging.as_mut().unwrap()).unwrap().volumes.clear();
+    drop(merging);
+    let error = try_read(&*pair.copy, volumes[0], 0, 512).unwrap_err().to_string();
+    assert!(error.contains("what is staged of volume 1 is gone"), "{error}");
+    pair.copy.fold_now().unwrap_err();
+    drop(pair.copy);
+    let (copy, _) = pair.there.open();
+    assert_eq!(read(&*copy, volumes[0], 0, 512), [2; 512]);
+}
