@@ -211,7 +211,11 @@ impl Staging {
         let ImageProgress { done_bytes, total_bytes } = state.progress;
         state.progress = ImageProgress::told(done_bytes, total_bytes);
         let mut ranges = Ranges::default();
-        let file = disk.open(&dir.join(RANGES), OpenMode::Read)?;
+        let file = disk.open(&dir.join(RANGES), OpenMode::ReadWrite)?;
+        if file.len()? > state.ranges_bytes {
+            // After a failed sync its length is not what the disk has: it is cut, and grows anew.
+            file.set_len(state.ranges_bytes)?;
+        }
         let mut at = 0;
         while at < state.ranges_bytes {
             let count = (state.ranges_bytes - at).min((RANGE_BYTES as u64) << 15) as usize;

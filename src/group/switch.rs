@@ -5,6 +5,7 @@
 //! what the write has decided. The old log leaves with the old image; what of it is not part of the
 //! primary's history is kept as a branch before.
 
+use std::io;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
@@ -40,7 +41,7 @@ impl Group {
             let core = self.lock();
             (core.writer.head(), core.writer.chain())
         };
-        let Some(known) = staging.as_mut() else { return Ok(None) };
+        let Some(known) = staging.as_ref() else { return Ok(None) };
         if (known.state.old_head, known.state.old_chain) != here {
             *staging = None;
             drop(staging);
@@ -48,9 +49,30 @@ impl Group {
             return Ok(None);
         }
         if !known.state.complete {
-            known.checkpoint().map_err(|cause| self.io("make what is staged durable", &cause))?;
+            self.on_staged(&mut staging, Staging::checkpoint)
+                .map_err(|cause| self.io("make what is staged durable", &cause))?;
         }
-        Ok(Some(known.staged()))
+        Ok(staging.as_ref().map(Staging::staged))
+    }
+
+    /// Does something with what is staged, where anything is. A part that is refused changes
+    /// nothing, and may come again as it should be. After an error of the disk not all that the
+    /// memory takes for staged is there: what a start would find is, and without that the image
+    /// begins anew.
+    fn on_staged(
+        &self,
+        staging: &mut Option<Staging>,
+        act: impl FnOnce(&mut Staging) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let done = staging.as_mut().map_or(Ok(()), act);
+        if let Err(cause) = &done
+            && cause.kind() != io::ErrorKind::InvalidData
+        {
+            let found = Staging::open(self.context.env.disk.clone(), &self.dir);
+            *staging = found.ok().map(Staging::behind_a_gap);
+            self.note_receiving(staging.as_ref());
+        }
+        done
     }
 
     /// An image will come: makes ready to stage it.
@@ -87,12 +109,14 @@ impl Group {
             (known.state.old_head, known.state.old_chain, known.state.partial)
                 == (head, chain, partial)
         });
-        match staging.as_mut() {
-            Some(known) if offer.resumed && goes_on => known.resume(offer).map_err(io)?,
-            _ if offer.resumed => {
+        match offer.resumed {
+            true if goes_on => {
+                self.on_staged(&mut staging, |known| known.resume(offer)).map_err(io)?;
+            }
+            true => {
                 return Err(self.refused("has nothing staged that the image could go on from"));
             }
-            _ => {
+            false => {
                 *staging = None;
                 let state = State {
                     image: offer.position,
@@ -124,7 +148,7 @@ impl Group {
     /// Where the part is wrong, or what the disk says.
     pub fn stage(&self, part: ImagePart) -> Result<ImageProgress, GroupError> {
         let mut staging = self.staging.lock().expect("no holder panics");
-        let Some(known) = staging.as_mut() else {
+        let Some(known) = staging.as_ref() else {
             return Err(self.refused("expects no image"));
         };
         {
@@ -134,20 +158,10 @@ impl Group {
                 return Err(self.refused("has gone on from where the image began"));
             }
         }
-        if let Err(cause) = known.put(part) {
-            // A part that is refused changes nothing, and may come again as it should be. After an
-            // error of the disk not all that the memory takes for staged is there: what a start
-            // would find is, and without that the image begins anew.
-            if cause.kind() != std::io::ErrorKind::InvalidData {
-                let found = Staging::open(self.context.env.disk.clone(), &self.dir);
-                *staging = found.ok().map(Staging::behind_a_gap);
-                self.note_receiving(staging.as_ref());
-            }
-            return Err(self.io("stage an image", &cause));
-        }
-        let progress = known.state.progress;
+        self.on_staged(&mut staging, |known| known.put(part))
+            .map_err(|cause| self.io("stage an image", &cause))?;
         self.note_receiving(staging.as_ref());
-        Ok(progress)
+        Ok(staging.as_ref().expect("looked at").state.progress)
     }
 
     fn note_receiving(&self, staging: Option<&Staging>) {
@@ -327,7 +341,7 @@ impl Group {
     }
 
     /// The old segments go, and the first one of the new log is there.
-    fn begin_log_anew(&self, merging: &Merging) -> std::io::Result<Writer> {
+    fn begin_log_anew(&self, merging: &Merging) -> io::Result<Writer> {
         for number in self.segments.numbers().into_iter().rev() {
             self.segments.take_out(number, None)?;
         }

@@ -2,6 +2,7 @@
 
 use super::resync::{Pair, all, check_image, follow, same, send};
 use super::*;
+use crate::io::Fault;
 
 const VOLUME: u64 = 3 << 20;
 
@@ -39,6 +40,33 @@ fn check(pair: &Pair, what: &str) {
     pair.there.pass(5);
     pair.copy.fold_now().unwrap_or_else(|error| panic!("{what}: {error}"));
     same(&pair.primary, &pair.copy, what);
+}
+
+#[test]
+fn what_could_not_be_made_durable_is_sent_again_wherever_the_disk_failed() {
+    let faults: [fn(u64) -> Fault; 2] =
+        [|operation| Fault::Error { operation }, |operation| Fault::FailedSync { operation }];
+    let mut failures = [0, 0];
+    for (kind, fault) in faults.into_iter().enumerate() {
+        for operation in 0.. {
+            let (mut pair, _) = written_again(1, &[("v", 1 << 20), ("w", 1 << 20)]);
+            assert!(!go_on(&pair, 14), "both volumes are staged in part");
+            let disk = &pair.there.disk;
+            disk.inject(fault(disk.operations() + operation));
+            let staged = pair.copy.staged();
+            disk.clear_faults();
+            let Err(error) = staged else { break };
+            failures[kind] += 1;
+            let what = format!("fault {kind}, operation {operation}: {error}");
+            // That stream ended before an image began: the next one asks again.
+            assert!(go_on(&pair, usize::MAX), "{what}");
+            pair.copy.switch_to_image().unwrap();
+            // The start finishes the switch with what is on the disk.
+            pair.restart_copy(operation);
+            check(&pair, &what);
+        }
+    }
+    assert!(failures.iter().all(|count| *count >= 3), "{failures:?}");
 }
 
 #[test]
