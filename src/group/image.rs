@@ -203,6 +203,13 @@ impl Image {
         Ok(merge(ranges, size_bytes))
     }
 
+    /// Whether everything that the image at an earlier position has is in this one, below what came
+    /// later.
+    pub(super) fn has_all_of(&self, position: Lsn) -> bool {
+        let content = self.content.read().expect("no holder panics");
+        content.rewinds.is_on_path(position, self.position.lsn)
+    }
+
     /// The control records that count at the image, as a base has them there.
     pub(super) fn control_entries(&self) -> Vec<ControlEntry> {
         let content = self.content.read().expect("no holder panics");

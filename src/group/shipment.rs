@@ -223,6 +223,9 @@ impl Group {
         // What it shows is durable here: else a loss of power would leave the peer ahead.
         self.sync_now()?;
         let position = image.position();
+        // Of an image that a rewind has left behind blocks may be staged that nothing on the way to
+        // this one has changed.
+        let staged = staged.filter(|staged| image.has_all_of(staged.image.lsn));
         let checkpoint = self.resolve(&Point::Lsn(position.lsn))?;
         let control = ControlState {
             position,

@@ -70,6 +70,34 @@ fn what_could_not_be_made_durable_is_sent_again_wherever_the_disk_failed() {
 }
 
 #[test]
+fn what_is_staged_of_an_image_that_a_rewind_has_left_behind_counts_no_more() {
+    for crash in [None, Some(1), Some(2), Some(3), Some(4)] {
+        let (mut pair, volumes) = written_again(2, &[("v", VOLUME)]);
+        assert!(!go_on(&pair, 20));
+        // The primary has closed that image; there is another one, of two blocks more.
+        let reached = pair.copy.staged().unwrap().unwrap().reached;
+        assert!(reached[0].to.offset > 2 << 20, "{reached:?}");
+        pair.primary.end_shipment(&name("b"));
+        let back = pair.primary.positions().head;
+        for offset in [8192, (1 << 20) + 8192] {
+            write(&pair.primary, volumes[0], offset, &[3; 4096]);
+        }
+        assert!(!go_on(&pair, 4), "the two blocks are staged, and some behind");
+        match crash {
+            Some(seed) => pair.restart_copy(seed),
+            // Killed: what was written stays.
+            None => pair.copy = pair.there.open().0,
+        }
+        let staged = pair.copy.staged().unwrap().unwrap();
+        assert!(staged.image.lsn > back && staged.reached == reached, "{staged:?}");
+        pair.primary.rewind(&Point::Lsn(back), false).unwrap();
+        assert!(go_on(&pair, usize::MAX));
+        pair.copy.switch_to_image().unwrap();
+        check(&pair, &format!("{crash:?}"));
+    }
+}
+
+#[test]
 fn an_old_image_shows_a_volume_that_went_while_an_image_was_coming() {
     let volumes = [("w", 1 << 20), ("v", 1 << 20)];
     for restarted in [false, true] {
