@@ -127,8 +127,17 @@ impl SlotStore {
     ///
     /// # Errors
     ///
-    /// Where the repository cannot be read.
+    /// Where the repository cannot be read. What its holder did meanwhile was not seen then: a
+    /// claim counts as standing still only after another whole term.
     pub fn look(&mut self, now: Duration) -> io::Result<SlotView> {
+        let view = self.look_on(now);
+        if view.is_err() {
+            self.movement = None;
+        }
+        view
+    }
+
+    fn look_on(&mut self, now: Duration) -> io::Result<SlotView> {
         let result = self.read("result")?;
         let names = self.objects.list(&self.dir)?;
         let number = names
@@ -289,6 +298,25 @@ mod tests {
         let late = 100_000 * SECOND;
         assert!(matches!(b.look(late).expect("read").holder, Holder::Live(_)));
         assert!(matches!(b.look(late + 60 * SECOND).expect("read").holder, Holder::Still(_)));
+    }
+
+    #[test]
+    fn an_outage_that_holder_and_observer_see_takes_no_claim_from_its_holder() {
+        let (a, mut b, objects) = stores();
+        a.claim(1, &claim("a", 1)).expect("written");
+        a.renew(1, 5).expect("written");
+        assert!(matches!(b.look(Duration::ZERO).expect("read").holder, Holder::Live(_)));
+        objects.set_reachable(false);
+        for second in [1, 30, 70] {
+            a.renew(1, 6).expect_err("the outage");
+            b.look(second * SECOND).expect_err("the outage");
+        }
+        objects.set_reachable(true);
+        let back = 71 * SECOND;
+        for (after, still) in [(0, false), (59, false), (60, true)] {
+            let holder = b.look(back + after * SECOND).expect("read").holder;
+            assert_eq!(matches!(holder, Holder::Still(_)), still, "{after} s: {holder:?}");
+        }
     }
 
     #[test]

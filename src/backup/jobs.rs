@@ -22,7 +22,9 @@ pub struct JobChange {
     pub settings: Map<String, Value>,
 }
 
-/// The record of a job after a change. `id` is used where the job is new.
+/// The record of a job after a change; `existing` itself where nothing changes. `id` is used where
+/// the job is new. Its slots count from `now` on only where it takes other slots than before, or
+/// has them made in another repository: else a slot that is open or overdue would be forgotten.
 ///
 /// # Errors
 ///
@@ -50,7 +52,6 @@ pub fn changed_job(
             other: Map::new(),
         },
     };
-    record.since = now;
     if let Some(repository) = change.repository {
         record.repository = repository;
     }
@@ -74,8 +75,26 @@ pub fn changed_job(
             record.settings.insert(key, value);
         }
     }
-    record.settings = JobSettings::parse(&record.settings)?.to_record();
+    let settings = JobSettings::parse(&record.settings)?;
+    record.settings = settings.to_record();
+    if let Some(existing) = existing {
+        if JobSettings::parse(&existing.settings).is_ok_and(|before| before == settings) {
+            // As it was written, where it says the same.
+            record.settings.clone_from(&existing.settings);
+        }
+        if !has_same_slots(existing, &record) {
+            record.since = now;
+        }
+    }
     Ok(record)
+}
+
+/// Whether two records name the same slots, and look for their results at the same place.
+fn has_same_slots(one: &JobRecord, two: &JobRecord) -> bool {
+    fn slots(job: &JobRecord) -> (&str, Option<&str>, &str) {
+        (&job.repository, job.schedule.as_deref(), job.zone.as_deref().unwrap_or("UTC"))
+    }
+    slots(one) == slots(two)
 }
 
 #[cfg(test)]
@@ -96,12 +115,44 @@ mod tests {
         let again = change(json!({"settings": {"grace": "1s", "max_lag": null}}));
         let job =
             changed_job(Some(&job), name.clone(), again, EpochId(8), LogTime(2)).expect("valid");
-        assert_eq!((job.id, job.since), (EpochId(7), LogTime(2)));
+        assert_eq!((job.id, job.since), (EpochId(7), LogTime(1)));
         assert_eq!(job.schedule.as_deref(), Some("0 2 * * *"));
         assert_eq!(Value::Object(job.settings.clone()), json!({"grace": "1s"}));
         let off = change(json!({"schedule": "none"}));
         let job = changed_job(Some(&job), name, off, EpochId(8), LogTime(3)).expect("valid");
-        assert_eq!(job.schedule, None);
+        assert_eq!((job.schedule, job.since), (None, LogTime(3)));
+    }
+
+    #[test]
+    fn slots_count_anew_only_where_they_are_others_or_made_elsewhere() {
+        let name: Name = "nightly".parse().expect("a name");
+        let new = change(json!({"repository": "main", "schedule": "0 2 * * *",
+            "settings": {"grace": "5s"}}));
+        let job = changed_job(None, name.clone(), new, EpochId(7), LogTime(1)).expect("valid");
+        let after = |given: Value| {
+            changed_job(Some(&job), name.clone(), change(given), EpochId(8), LogTime(2))
+                .expect("valid")
+        };
+        for same in [
+            json!({}),
+            json!({"repository": "main", "schedule": "0 2 * * *"}),
+            json!({"settings": {"grace": "5000ms", "deadline": "1h", "max_lag": null}}),
+        ] {
+            assert_eq!(after(same.clone()), job, "{same}");
+        }
+        for (given, since) in [
+            (json!({"settings": {"grace": "6s"}}), 1),
+            (json!({"settings": {"deadline": "2h", "placement": "primary-only"}}), 1),
+            (json!({"zone": "UTC"}), 1),
+            (json!({"zone": "Europe/Berlin"}), 2),
+            (json!({"schedule": "0 3 * * *"}), 2),
+            (json!({"schedule": "none"}), 2),
+            (json!({"repository": "other"}), 2),
+        ] {
+            let changed = after(given.clone());
+            assert!(changed != job, "{given}");
+            assert_eq!(changed.since, LogTime(since), "{given}");
+        }
     }
 
     #[test]

@@ -240,8 +240,9 @@ impl Inner {
         let work = move || {
             let clock = Arc::clone(&inner.context.env.clock);
             let started = clock.monotonic();
-            let mut renewed = started;
+            let mut due = started;
             let mut counter = 0;
+            let mut failed = false;
             while renewing.load(Ordering::Acquire) {
                 let now = clock.monotonic();
                 if now.saturating_sub(started) >= limit.0 {
@@ -256,11 +257,16 @@ impl Inner {
                 if inner.is_stopping() {
                     stop.stop("the node is shutting down");
                 }
-                if now.saturating_sub(renewed) >= inner.config.claim_renew.0 || counter == 0 {
+                if now >= due {
                     counter += 1;
-                    renewed = now;
-                    if let Err(error) = store.renew(number, counter) {
-                        tracing::warn!("claim {number} could not be renewed: {error}");
+                    match store.renew(number, counter) {
+                        Ok(()) => (due, failed) = (now + inner.config.claim_renew.0, false),
+                        // Due still: observers count from when they see the repository again.
+                        Err(error) if !failed => {
+                            failed = true;
+                            tracing::warn!("claim {number} could not be renewed: {error}");
+                        }
+                        Err(_) => {}
                     }
                     if let Ok(Some(result)) = store.result() {
                         stop.stop(format!("{} finished the slot first", result.node));

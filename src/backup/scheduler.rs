@@ -292,7 +292,8 @@ impl Scheduler {
         Ok(group.control().jobs.iter().filter(|job| !job.removed).cloned().collect())
     }
 
-    /// Makes or changes a job; this node must be the primary.
+    /// Makes or changes a job; this node must be the primary. Where nothing changes, nothing is
+    /// appended.
     ///
     /// # Errors
     ///
@@ -309,7 +310,12 @@ impl Scheduler {
         let existing = control.jobs.iter().find(|known| known.name == job && !known.removed);
         let id = EpochId(env.entropy.next_u64());
         let record = changed_job(existing, job, change, id, env.clock.wall())?;
-        group.append_control(Control::Job(record.clone()))?;
+        if existing == Some(&record) {
+            // What another command appended a moment ago may not be durable yet.
+            group.sync_now()?;
+        } else {
+            group.append_control(Control::Job(record.clone()))?;
+        }
         Ok(record)
     }
 

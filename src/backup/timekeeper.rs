@@ -1,6 +1,6 @@
 //! The scheduler's clockwork: which slots are due, which went by, and which never got a backup.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::runner::missed_entry;
 use super::scheduler::{Inner, RunKey, SlotAlarm};
 use super::slot::Schedule;
 use crate::events::Severity;
-use crate::group::Group;
+use crate::group::{DataState, Group};
 use crate::log::control::JobRecord;
 use crate::units::{LogTime, Name};
 
@@ -28,20 +28,27 @@ impl Inner {
             // A sample, so that the load over the last seconds is known when it is asked for.
             let _ = self.meter.measure(self.context.env.clock.monotonic());
             self.give_up_stuck();
-            let mut scheduled = BTreeMap::new();
-            for group in self.registry.groups() {
+            let (mut scheduled, mut jobs) = (BTreeMap::new(), BTreeSet::new());
+            // Replication to a retired copy was stopped: it hears of no change of a job, and has no
+            // part in the group's backups.
+            let groups = self.registry.groups().into_iter();
+            for group in groups.filter(|group| group.data_state().0 != DataState::Retired) {
                 for job in group.control().jobs.iter().filter(|job| !job.removed) {
                     self.keep_job(&group, job);
                     if job.schedule.is_some() {
+                        jobs.insert(job.id);
                         scheduled.insert((group.name().clone(), job.name.clone()), job.since);
                     }
                 }
             }
             // Of a job that is gone, or is another since, nobody misses a slot.
-            self.lock().alarms.retain(|name, alarm| {
+            let mut state = self.lock();
+            state.watches.retain(|job, _| jobs.contains(job));
+            state.alarms.retain(|name, alarm| {
                 let since = scheduled.get(name);
                 since.is_some_and(|since| alarm.slot > *since) && !self.is_ahead(alarm.slot)
             });
+            drop(state);
             self.wait(Duration::from_secs(1));
         }
     }

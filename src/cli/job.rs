@@ -168,7 +168,7 @@ fn schedule(job: &JobInfo) -> String {
 
 fn show_job(job: &JobInfo) -> String {
     let mut text = format!(
-        "job         {}/{}\nrepository  {}\nschedule    {}\nset         {}\n",
+        "job         {}/{}\nrepository  {}\nschedule    {}\nslots since {}\n",
         job.group,
         job.name,
         job.repository,

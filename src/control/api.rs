@@ -479,7 +479,7 @@ pub struct JobInfo {
     pub schedule: Option<String>,
     /// The zone of the schedule; UTC where there is none.
     pub zone: Option<String>,
-    /// When it was set last.
+    /// From when on its slots count: when it was made, or its schedule, zone or repository changed.
     pub since: LogTime,
     /// What is not at its default.
     pub settings: Map<String, Value>,

@@ -313,7 +313,8 @@ pub struct JobRecord {
     /// The time zone of the schedule; UTC where none is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone: Option<String>,
-    /// The moment of the latest `job set`: slots before it do not exist.
+    /// From when on its slots count: the moment of the latest `job set` that made the job, or
+    /// changed its schedule, zone or repository.
     pub since: LogTime,
     /// All else, each with a default in [`crate::backup`]: placement, limits, conditions, keep.
     #[serde(default)]

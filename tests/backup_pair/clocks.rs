@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::json;
-use tidelog::backup::{BackupEntry, Outcome};
+use tidelog::backup::{BackupEntry, JobChange, Outcome};
 
 use super::rig::*;
 use super::{alarm_states, scheduled, unmade};
@@ -83,6 +83,84 @@ fn the_alarm_of_a_slot_ends_with_its_job() {
     for node in [&pair.a, &pair.b] {
         wait_for("the alarm to end", || alarm_states(node).is_empty().then_some(()));
     }
+}
+
+/// A `job set` that is repeated, as managers of configurations do, let what was overdue be forgotten.
+#[test]
+fn an_overdue_slot_stays_overdue_when_its_job_is_set_again() {
+    let settings = json!({"placement": "primary-only", "deadline": "5m", "run_limit": "10m"});
+    let (mut pair, clock, slot) = scheduled(settings.clone());
+    let change = JobChange {
+        repository: Some("main".to_owned()),
+        schedule: Some("1 2 * * *".to_owned()),
+        settings: settings.as_object().unwrap().clone(),
+        ..JobChange::default()
+    };
+    pair.a.scheduler.set_job("g", name("weekly"), change).unwrap();
+    pair.link.ship();
+    let alarms = |node: &Node| -> Vec<String> {
+        let alarms = node.scheduler.alarms().into_iter();
+        alarms.filter(|alarm| alarm.slot == slot).map(|alarm| alarm.job.to_string()).collect()
+    };
+    // Nobody was awake while a run might have brought the backup.
+    clock.advance(Duration::from_secs(60 + 5 * 60 + 10 * 60 + 600));
+    for node in [&pair.a, &pair.b] {
+        wait_for("the alarms", || (alarms(node) == ["nightly", "weekly"]).then_some(()));
+    }
+    pair.set_job("nightly", json!({"grace": "2s"}));
+    let head = pair.a.group().positions().head;
+    pair.set_job("nightly", json!({"grace": "2000ms"}));
+    assert_eq!(pair.a.group().positions().head, head, "nothing changed, nothing is appended");
+    pair.a.scheduler.remove_job("g", "weekly").unwrap();
+    pair.link.ship();
+    for node in [&pair.a, &pair.b] {
+        wait_for("one alarm to end", || (alarms(node).len() < 2).then_some(()));
+        assert_eq!(alarms(node), ["nightly"]);
+    }
+    // One that is started anew finds it overdue too.
+    pair.b.scheduler.shutdown();
+    let inside = pair.runtime.enter();
+    pair.b.scheduler = (pair.b.new_scheduler)();
+    drop(inside);
+    wait_for("the alarm", || (alarms(&pair.b) == ["nightly"]).then_some(()));
+}
+
+#[test]
+fn a_slot_that_waits_outlives_a_change_of_its_job_and_a_restart() {
+    let (mut pair, clock, slot) = scheduled(json!({"max_lag": "10s"}));
+    pair.link.set_lag(Duration::from_secs(60));
+    clock.advance(Duration::from_secs(60));
+    for node in [&pair.a, &pair.b] {
+        pair.await_open(node, slot);
+    }
+    pair.set_job("nightly", json!({"grace": "2s"}));
+    pair.link.ship();
+    let inside = pair.runtime.enter();
+    for node in [&mut pair.a, &mut pair.b] {
+        node.scheduler.shutdown();
+        node.scheduler = (node.new_scheduler)();
+    }
+    drop(inside);
+    for node in [&pair.a, &pair.b] {
+        pair.await_open(node, slot);
+    }
+    pair.link.set_lag(Duration::ZERO);
+    assert_eq!(pair.b.await_any(&["backup-done"]).details["slot"], json!(slot));
+}
+
+#[test]
+fn a_retired_copy_keeps_no_time_until_it_is_taken_up_again() {
+    let (pair, slot) = unmade();
+    for node in [&pair.a, &pair.b] {
+        wait_for("the alarm", || (!alarm_states(node).is_empty()).then_some(()));
+    }
+    pair.b.group().set_retired(true).unwrap();
+    wait_for("the alarm to end", || alarm_states(&pair.b).is_empty().then_some(()));
+    assert_eq!(alarm_states(&pair.a).len(), 1, "the primary has it still");
+    // Taken up again, it looks for the same slot.
+    pair.b.group().set_retired(false).unwrap();
+    let states = wait_for("the alarm", || Some(alarm_states(&pair.b)).filter(|s| !s.is_empty()));
+    assert_eq!(states, [("overdue".to_owned(), slot)]);
 }
 
 #[test]
