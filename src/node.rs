@@ -155,8 +155,13 @@ impl Node {
                            changed takes a restart";
             (Severity::Warning, waiting.to_owned())
         };
+        let shared = !reloaded.control.allow.is_empty();
         *config = reloaded;
         drop(config);
+        let (severity, text) = match self.control.share(shared) {
+            Ok(()) => (severity, text),
+            Err(error) => (Severity::Warning, format!("{text}; {error}")),
+        };
         self.context.events.emit(severity, "reloaded", None, text, serde_json::Value::Null);
     }
 

@@ -174,8 +174,10 @@ impl SlotStore {
     ///
     /// # Errors
     ///
-    /// Where the repository cannot be written.
+    /// Where the repository cannot be written, or holds a result that is not whole, which would be
+    /// in the way of this one's.
     pub fn claim(&self, number: u32, claim: &Claim) -> io::Result<bool> {
+        self.result()?;
         self.objects.create(&format!("{}/claim-{number:04}", self.dir), &body(claim))
     }
 
@@ -208,17 +210,25 @@ impl SlotStore {
         if self.objects.create(&format!("{}/result", self.dir), &body(result))? {
             return Ok(None);
         }
-        let other = self.read::<SlotResult>("result")?;
-        other.map(Some).ok_or_else(|| io::Error::other("the slot's result cannot be read"))
+        self.result()?.map(Some).ok_or_else(|| io::Error::other("the slot's result cannot be read"))
     }
 
     /// Whether another than this run has made the backup.
     ///
     /// # Errors
     ///
-    /// Where the repository cannot be read.
+    /// Where the repository cannot be read; `InvalidData` where the object is there and is not
+    /// whole, as after a crash on a file system without links.
     pub fn result(&self) -> io::Result<Option<SlotResult>> {
-        self.read("result")
+        let name = format!("{}/result", self.dir);
+        let Some(body) = self.objects.read(&name)? else { return Ok(None) };
+        serde_json::from_slice(&body).map(Some).map_err(|error| {
+            let what = format!(
+                "tidelog/{name} in the repository is cut short or damaged ({error}); remove it, \
+                 then `tidelog backup run`"
+            );
+            io::Error::new(io::ErrorKind::InvalidData, what)
+        })
     }
 
     /// An object of the slot; `None` where it is not there or not what it should be.
@@ -345,6 +355,22 @@ mod tests {
         assert_eq!(view.number, 3);
         assert!(matches!(view.holder, Holder::Live(_)));
         assert!(matches!(b.look(60 * SECOND).expect("read").holder, Holder::Still(_)));
+    }
+
+    #[test]
+    fn a_torn_result_is_named_and_lets_nobody_begin() {
+        let (a, mut b, objects) = stores();
+        objects.create(&format!("{}/result", a.dir), b"{\"no").expect("written");
+        let refused =
+            [a.result().err(), a.claim(1, &claim("a", 1)).err(), a.finish(&result("a", 1)).err()];
+        for error in refused {
+            let error = error.expect("it is not whole");
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+            let named = format!("tidelog/{}/result in the repository is cut short", a.dir);
+            assert!(error.to_string().contains(&named), "{error}");
+        }
+        let view = b.look(Duration::ZERO).expect("read");
+        assert_eq!((view.holder, view.result), (Holder::Nobody, None));
     }
 
     #[test]

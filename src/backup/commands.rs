@@ -1,5 +1,6 @@
 //! What operators ask of backups that exist: list, show, verify, restore; and of repositories.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -252,7 +253,15 @@ impl Inner {
             what: format!("the result of slot {}", manifest.slot),
             cause: error.to_string(),
         };
-        entry.outcome = match store.result().map_err(unread)? {
+        let result = match store.result() {
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                entry.reasons.push(Reason::new("no-result", error.to_string()));
+                entry.outcome = Outcome::Failed;
+                return Ok(entry);
+            }
+            result => result.map_err(unread)?,
+        };
+        entry.outcome = match result {
             Some(result) if result.id == id => {
                 entry.bytes_read = result.bytes_read;
                 Outcome::Done

@@ -113,8 +113,11 @@ impl FileObjects {
     fn create_in_place(path: &Path, body: &[u8]) -> io::Result<bool> {
         match fs::OpenOptions::new().write(true).create_new(true).open(path) {
             Ok(mut file) => {
-                file.write_all(body)?;
-                file.sync_all()?;
+                if let Err(error) = file.write_all(body).and_then(|()| file.sync_all()) {
+                    // This one's, and torn: it would be in the way of every later one.
+                    let _ = fs::remove_file(path);
+                    return Err(error);
+                }
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),

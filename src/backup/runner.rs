@@ -240,9 +240,7 @@ impl Inner {
         let work = move || {
             let clock = Arc::clone(&inner.context.env.clock);
             let started = clock.monotonic();
-            let mut due = started;
-            let mut counter = 0;
-            let mut failed = false;
+            let (mut due, mut counter) = (started, 0);
             while renewing.load(Ordering::Acquire) {
                 let now = clock.monotonic();
                 if now.saturating_sub(started) >= limit.0 {
@@ -259,15 +257,11 @@ impl Inner {
                 }
                 if now >= due {
                     counter += 1;
-                    match store.renew(number, counter) {
-                        Ok(()) => (due, failed) = (now + inner.config.claim_renew.0, false),
-                        // Due still: observers count from when they see the repository again.
-                        Err(error) if !failed => {
-                            failed = true;
-                            tracing::warn!("claim {number} could not be renewed: {error}");
-                        }
-                        Err(_) => {}
-                    }
+                    let renewed = store.renew(number, counter).inspect_err(|error| {
+                        tracing::warn!("claim {number} could not be renewed: {error}");
+                    });
+                    // Observers of an outage count from its end.
+                    due = now + inner.config.claim_renew.0 / if renewed.is_ok() { 1 } else { 5 };
                     if let Ok(Some(result)) = store.result() {
                         stop.stop(format!("{} finished the slot first", result.node));
                     }

@@ -14,6 +14,7 @@ use super::conversation::Published;
 use super::decision::{Decision, Explanation, explain};
 use super::error::BackupError;
 use super::facts::NodeFacts;
+use super::gather::others;
 use super::history::History;
 use super::job::JobSettings;
 use super::jobs::{JobChange, changed_job};
@@ -430,7 +431,11 @@ impl Inner {
         let name = job.name.clone();
         self.open(&group, job, settings, slot, OpenedBy::Command)?;
         let (mut told, mut not_told) = (Vec::new(), Vec::new());
-        if let Some(peer) = self.nodes(&group).other {
+        // Each node decides for itself, as in a slot of the schedule.
+        let first = self.nodes(&group).other;
+        let mut peers = others(&group.control(), self.context.node.id);
+        peers.retain(|peer| first.as_ref() != Some(peer));
+        for peer in first.into_iter().chain(peers) {
             let body = json!({ "group": key.group, "job": key.job, "slot": slot });
             let call = self.peers.call(&peer, "backup.start", body, Duration::from_secs(5));
             match self.runtime.block_on(call) {

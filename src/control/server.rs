@@ -98,6 +98,15 @@ impl ControlServer {
         Ok(ControlServer { path, stop, task })
     }
 
+    /// Lets other users than this node's own reach the socket, or keeps them from it.
+    ///
+    /// # Errors
+    ///
+    /// Where its mode cannot be set, or its directory keeps them out nevertheless.
+    pub fn share(&self, shared: bool) -> Result<(), ServerError> {
+        share(&self.path, shared)
+    }
+
     /// Answers what has been asked, and ends.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
@@ -137,10 +146,29 @@ async fn bind(path: &Path, shared: bool) -> Result<UnixListener, ServerError> {
             .map_err(|error| failed("could not replace a dead node's", &error))?;
     }
     let listener = UnixListener::bind(path).map_err(|error| failed("could not listen", &error))?;
+    set_mode(path, shared).map_err(|error| failed("could not set its mode", &error))?;
+    Ok(listener)
+}
+
+fn set_mode(path: &Path, shared: bool) -> std::io::Result<()> {
     let mode = if shared { 0o666 } else { 0o600 };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-        .map_err(|error| failed("could not set its mode", &error))?;
-    Ok(listener)
+}
+
+/// Sets the mode of a socket that is there. Its directory may be anybody's, and stays as it is.
+fn share(path: &Path, shared: bool) -> Result<(), ServerError> {
+    let failed =
+        |what: String| ServerError::new(format!("control socket {}: {what}", path.display()));
+    set_mode(path, shared)
+        .map_err(|error| failed(format!("could not set its mode: {}", cause(&error))))?;
+    let Some(directory) = path.parent().filter(|_| shared) else { return Ok(()) };
+    match std::fs::metadata(directory) {
+        Ok(found) if found.permissions().mode() & 0o011 == 0 => {
+            let directory = directory.display();
+            Err(failed(format!("its directory lets in its owner alone; `chmod 711 {directory}`")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The places of the control socket, by what a user may do.
@@ -420,6 +448,25 @@ impl MetricsServer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_is_shared_and_taken_back_while_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let open = std::fs::Permissions::from_mode(0o711);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        share(&path, true).unwrap();
+        assert_eq!(mode(&path), 0o666);
+        share(&path, false).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        let closed = std::fs::Permissions::from_mode(0o700);
+        std::fs::set_permissions(dir.path(), closed).unwrap();
+        let refused = share(&path, true).unwrap_err().to_string();
+        assert!(refused.contains("chmod 711"), "{refused}");
+        assert_eq!((mode(&path), mode(dir.path())), (0o666, 0o700));
+    }
 
     #[test]
     fn only_named_users_are_allowed() {

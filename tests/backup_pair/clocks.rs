@@ -85,7 +85,7 @@ fn the_alarm_of_a_slot_ends_with_its_job() {
     }
 }
 
-/// A `job set` that is repeated, as managers of configurations do, let what was overdue be forgotten.
+/// A `job set` that was repeated at intervals let what was overdue be forgotten.
 #[test]
 fn an_overdue_slot_stays_overdue_when_its_job_is_set_again() {
     let settings = json!({"placement": "primary-only", "deadline": "5m", "run_limit": "10m"});
@@ -161,6 +161,27 @@ fn a_retired_copy_keeps_no_time_until_it_is_taken_up_again() {
     pair.b.group().set_retired(false).unwrap();
     let states = wait_for("the alarm", || Some(alarm_states(&pair.b)).filter(|s| !s.is_empty()));
     assert_eq!(states, [("overdue".to_owned(), slot)]);
+}
+
+/// Every run made a whole backup, found that it could not say so, and took it back.
+#[test]
+fn a_result_that_a_crash_tore_is_named_before_anything_is_made() {
+    let settings = json!({"placement": "primary-only", "deadline": "5m", "run_limit": "10m"});
+    let (pair, clock, slot) = scheduled(settings);
+    let job = pair.a.group().control().jobs[0].id;
+    let tidelog = pair.dir.path().join("repository/tidelog");
+    let dir = tidelog.join(format!("slots/{job}/2026-11-24T02-01-00.000000000Z"));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("result"), "{\"node\":").unwrap();
+    clock.advance(Duration::from_secs(60));
+    let failed = pair.a.await_any(&["backup-failed", "backup-done"]);
+    assert_eq!((failed.code.as_str(), &failed.details["slot"]), ("backup-failed", &json!(slot)));
+    assert!(failed.text.contains("000Z/result in the repository is cut short"), "{failed:?}");
+    let snapshots = pair.dir.path().join("repository/snapshots");
+    assert_eq!(std::fs::read_dir(snapshots).unwrap().count(), 0);
+    clock.advance(Duration::from_secs(5 * 60 + 10 * 60 + 600));
+    let alarm = pair.a.await_any(&["backup-unknown", "backup-overdue"]);
+    assert!(alarm.code == "backup-unknown" && alarm.text.contains("/result in"), "{alarm:?}");
 }
 
 #[test]

@@ -62,6 +62,21 @@ fn the_secondary_backs_up_and_the_primary_stands_down_until_the_link_is_cut() {
 }
 
 #[test]
+fn a_run_by_command_is_told_to_every_node_that_holds_the_group() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let third: PeerHandler = Arc::new(|_, _| Box::pin(async { Ok(json!({})) }));
+    let key = ("c".to_owned(), "backup.start".to_owned());
+    pair.link.handlers.lock().unwrap().insert(key, third);
+    let mut member = pair.a.group().control().members[0].clone();
+    (member.node, member.name) = (node_id("c"), name("c"));
+    pair.a.group().append_control(Control::Member(member)).unwrap();
+    pair.link.ship();
+    assert_eq!(pair.run(&pair.a).told, [name("b"), name("c")]);
+    pair.a.await_event("backup-done");
+    assert_eq!(pair.run(&pair.b).told, [name("a"), name("c")]);
+}
+
+#[test]
 fn a_secondary_only_job_fails_aloud_where_the_link_is_cut() {
     let pair = Pair::new(json!({"placement": "secondary-only", "grace": "1s"}));
     pair.link.set_lost(Duration::from_secs(5));
