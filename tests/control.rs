@@ -269,13 +269,20 @@ fn hangup_reloads_who_may_use_the_socket_and_says_what_waits() {
             (found.len() == count).then(|| found.pop().unwrap())
         })
     };
+    let socket = node.control_socket();
+    let mode = |mode| std::fs::Permissions::from_mode(mode);
+    let is = || std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777;
+    assert_eq!(is(), 0o600);
+    std::fs::set_permissions(socket.parent().unwrap(), mode(0o711)).unwrap();
     std::fs::write(&path, text.replace("[control]\n", "[control]\nallow = [\"daemon\"]\n"))
         .unwrap();
     assert_eq!(reloaded(1)["severity"], "info");
+    assert_eq!(is(), 0o666, "who is allowed now can open it");
     std::fs::write(&path, format!("{text}\n[limits]\nconnections = 3\n")).unwrap();
     let event = reloaded(2);
     assert_eq!(event["severity"], "warning");
     assert!(event["text"].as_str().unwrap().contains("restart"), "{event}");
+    assert_eq!(is(), 0o600);
 }
 
 #[test]
