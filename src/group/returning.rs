@@ -181,6 +181,9 @@ impl Group {
             let Some(asking) = &mut core.asking else { return Ok(()) };
             asking.unanswered.remove(&peer);
             if !asking.unanswered.is_empty() {
+                drop(core);
+                // Who waited for this one alone without a limit waits for the others with one.
+                self.space.notify_all();
                 return Ok(());
             }
         }

@@ -503,3 +503,31 @@ fn what_a_full_disk_left_of_a_received_log_is_no_damage_behind_a_reign_that_bega
         assert!(end_of(&copy).0 >= end.0, "{pages} pages: the reign is gone");
     }
 }
+
+#[test]
+fn who_waits_for_a_required_peer_goes_on_when_it_has_answered_and_another_has_not() {
+    for round in 0..20 {
+        let bench = Bench::new("a", 60 + round);
+        let group = bench.create();
+        join_as(&group, 8, Mode::Async, OnLoss::Continue);
+        join_as(&group, 9, Mode::Sync, OnLoss::Block);
+        group.sync_now().unwrap();
+        drop(group);
+        let (group, _) = bench.open();
+        let (sender, seen) = std::sync::mpsc::channel();
+        let waiting = group.clone();
+        std::thread::spawn(move || {
+            sender.send(()).unwrap();
+            // Nothing here looks again every few seconds.
+            waiting.wait_to_serve().unwrap();
+            sender.send(()).unwrap();
+        });
+        seen.recv().unwrap();
+        // In some rounds the answer comes before the other waits, in most not.
+        (0..round * 500).for_each(|_| std::thread::yield_now());
+        group.note_answer(NodeId([9; 16])).unwrap();
+        let served = seen.recv_timeout(Duration::from_secs(60));
+        served.expect("it waits although the peer that it needs has answered");
+        assert!(!group.is_asking());
+    }
+}
