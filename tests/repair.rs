@@ -379,6 +379,55 @@ fn a_primary_whose_log_is_damaged_in_the_middle_takes_it_from_its_copy() {
     assert!(found == long);
 }
 
+#[test]
+fn a_stopped_primary_takes_nothing_of_a_peer_that_was_promoted_and_is_made_its_copy_by_hand() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = pair(dir.path());
+    b.stop();
+    let log_end = |node: &Appliance| node.status("g")["log"]["head_lsn"].as_u64().unwrap();
+    let write = |node: &Appliance, byte: u8, blocks: u64| {
+        let mut host = client(node, "large");
+        for block in 0..blocks {
+            host.write(block << 16, &[byte; 4096]).unwrap();
+        }
+        host.flush().unwrap();
+        host.disconnect().unwrap();
+    };
+    let (end, before) = (log_end(&a), contents(&a, ""));
+    write(&a, 9, 8);
+    let mark = log_end(&a);
+    a.stop();
+    // The header of the first record that b lacks.
+    let log = files(&a, "log", "seg");
+    turn(&log[0], end + 50);
+    let damaged = std::fs::read(&log[0]).unwrap();
+    b.restart();
+    b.run(&["promote", "g", "--force"]);
+    write(&b, 10, 24);
+    assert!(log_end(&b) > mark);
+    a.restart();
+    let why = wait_for("a to say why it is not repaired", || {
+        let why = a.status("g")["damage"][0]["repair"].as_str()?.to_owned();
+        (!why.contains("connected")).then_some(why)
+    });
+    assert!(why.contains(&format!("b: group g: b reigns since LSN {end}")), "{why}");
+    assert!(!a.has_event("repaired"), "{}", a.log_tail());
+    let now = std::fs::read(&log[0]).unwrap();
+    assert!(now[..mark as usize] == damaged[..mark as usize], "what a has is as it was");
+    // What an operator can do is in the text: to see what is left here, and to follow the peer.
+    a.run(&["image", "open", "g", "--at", "now", "--name", "left"]);
+    assert_eq!(contents(&a, "@left"), before);
+    a.run(&["group", "delete", "g"]);
+    b.run(&["replicate", "g", "--to", "a"]);
+    wait_for("a to be a copy of b", || {
+        let status = a.status("g");
+        let whole = status["log"]["durable_lsn"].as_u64() == Some(log_end(&b));
+        (whole && status["role"] == "secondary").then_some(())
+    });
+    a.run(&["image", "open", "g", "--at", "now", "--name", "equal"]);
+    assert_eq!(contents(&a, "@equal"), contents(&b, ""));
+}
+
 fn verify(node: &Appliance) -> (bool, Value) {
     let output = node.command(&["--json", "verify", "g"]);
     let told = serde_json::from_slice(&output.stdout).unwrap_or_else(|cause| {

@@ -234,12 +234,14 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
              status {name}` shows which volumes they use"
         )));
     }
+    // With a damaged log it can write no record that replication ends, and serves nobody.
+    let reigns = group.role() == Role::Primary && !group.log_is_broken();
     if let Some(peer) = context.replication.status(&group).iter().find(|peer| {
         let follows = matches!(&*peer.replication_state, "streaming" | "catching-up");
-        group.role() == Role::Primary || peer.link_state == "connected" && follows
+        reigns || peer.link_state == "connected" && follows
     }) && group.data_state().0 != DataState::Retired
     {
-        let node = if group.role() == Role::Primary { "here" } else { "on the primary" };
+        let node = if reigns { "here" } else { "on the primary" };
         return Err(Problem::refused(format!(
             "group {name}: is replicated with {}; `tidelog replicate {name} --stop` {node} first",
             peer.name

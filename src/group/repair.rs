@@ -4,7 +4,9 @@
 //! A peer's bytes count for nothing by themselves. Records are taken where they continue the chain
 //! of what is whole before the gap, and what stands behind the gap here continues theirs; blocks
 //! where they are what the base's own sums say. So nothing that is whole is ever changed, and who
-//! has damage gives none of it away.
+//! has damage gives none of it away. Where a primary has stopped and nothing behind its gap says
+//! what belongs there, records are taken only of reigns that were its own log's, and only around
+//! what is whole here: a peer that was promoted has others at the same places.
 //!
 //! Both are written in place: what is overwritten is damaged already, each sector of a write that
 //! tears is the old one or the right one, and the next look finds what is still wrong.
@@ -15,14 +17,17 @@ use serde::{Deserialize, Serialize};
 
 use super::engine::Group;
 use super::staging::born_in;
-use super::{GroupError, Point, Read, View};
+use super::{EpochRecord, GroupError, Point, Read, View};
+use crate::log::control::{Control, ControlKind};
 use crate::log::reader::Scanner;
-use crate::log::record::{Header, Kind};
+use crate::log::record::{Header, Kind, MAGIC};
 use crate::log::segment::fits;
-use crate::units::{BLOCK_BYTES, Chain, Lsn, VolumeNumber};
+use crate::units::{BLOCK_BYTES, Chain, Lsn, NodeId, VolumeNumber};
 
 /// Bytes of the log that one answer carries at most.
 pub const REPAIR_BYTES_MAX: u64 = 4 << 20;
+/// Bytes that are looked at together where the disk may fail to read.
+const PAGE_BYTES: usize = 4096;
 /// Blocks that one answer carries at most: those of a chunk.
 pub const REPAIR_BLOCKS_MAX: usize = 256;
 
@@ -79,6 +84,52 @@ fn whole_records(gap: Gap, bytes: &[u8], segment_bytes: u64) -> Vec<Gap> {
         ends.push(next);
     }
     ends
+}
+
+/// The reign that whole records end in, where it is another node's and began among them; none
+/// where it was known before, or is this node's own. `bytes` are those records.
+fn begun_elsewhere(known: &[EpochRecord], me: NodeId, bytes: &[u8]) -> Option<Reign> {
+    let (mut rest, mut reign) = (bytes, None);
+    while let Ok(header) = Header::decode(rest) {
+        let from = header.header_bytes() as usize;
+        let body = rest.get(from..from + header.payload_bytes as usize).unwrap_or_default();
+        let is_known = known.iter().any(|epoch| epoch.id == header.epoch);
+        if is_known {
+            reign = None;
+        } else if header.control_kind == ControlKind::Epoch as u32
+            && let Ok(Some(Control::Epoch(epoch))) = Control::from_json(header.control_kind, body)
+        {
+            let author = (epoch.author != me).then(|| epoch.author_name.to_string());
+            reign = author.map(|author| Reign { author, since: header.lsn });
+        }
+        rest = rest.get(header.record_bytes() as usize..).unwrap_or_default();
+    }
+    reign
+}
+
+/// A reign of another node.
+struct Reign {
+    author: String,
+    since: Lsn,
+}
+
+/// The first place where a header stands whole at its own position and a peer's bytes for the same
+/// place are not the same. Both begin at `at`; what reigns of other nodes have left there does not
+/// count.
+fn whole_and_other(
+    at: Lsn,
+    here: &[u8],
+    theirs: &[u8],
+    counts: impl Fn(&Header) -> bool,
+) -> Option<Lsn> {
+    (0..here.len()).step_by(8).find_map(|place| {
+        let bytes = here[place..].starts_with(&MAGIC).then_some(&here[place..])?;
+        let header = Header::decode(bytes).ok()?;
+        let count = header.header_bytes() as usize;
+        let other = theirs.get(place..place + count) != Some(&bytes[..count]);
+        let stands = header.lsn == at.advance(place as u64);
+        (stands && other && counts(&header)).then_some(header.lsn)
+    })
 }
 
 impl Group {
@@ -145,7 +196,8 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// Where the log was folded or cut meanwhile, or what the disk says.
+    /// Where the log was folded or cut meanwhile, where another node's reign would take the place of
+    /// what was durable here, or what the disk says.
     pub fn mend_log(&self, gap: Gap, bytes: &[u8]) -> Result<Mended, GroupError> {
         let segment_bytes = self.segment_bytes();
         // Neither a fold nor a cut takes the segments away.
@@ -168,6 +220,10 @@ impl Group {
             let whole = whole_records(gap, bytes, segment_bytes);
             let Some(end) = whole.iter().find(joins) else { return Ok(Mended::Short) };
             let count = end.at.bytes_since(gap.at).min(bytes.len() as u64);
+            if let Some(mark) = mark.filter(|mark| end.at >= *mark) {
+                let reigns = &core.view.epochs;
+                self.check_unjoined(reigns, gap.at, &bytes[..count as usize], mark)?;
+            }
             let (mut at, mut rest) = (gap.at, &bytes[..count as usize]);
             let mut touched = Vec::new();
             while !rest.is_empty() {
@@ -199,6 +255,47 @@ impl Group {
     #[must_use]
     pub fn log_is_broken(&self) -> bool {
         self.lock().durable_before.is_some()
+    }
+
+    /// Whether records that reach to the mark, and lead to nothing that stands here, may be those
+    /// that stood here.
+    fn check_unjoined(
+        &self,
+        reigns: &[EpochRecord],
+        at: Lsn,
+        bytes: &[u8],
+        mark: Lsn,
+    ) -> Result<(), GroupError> {
+        let (name, me) = (self.name(), self.context.node.id);
+        if let Some(Reign { author, since }) = begun_elsewhere(reigns, me, bytes) {
+            return Err(self.refused(format!(
+                "{author} reigns since LSN {since}, and this node had more durably, up to LSN \
+                 {mark}, which that reign would overwrite; nothing was changed. `tidelog image open \
+                 {name} --at now` here shows all up to the damage at LSN {at}; to go on with \
+                 {author} without the rest, `tidelog group delete {name}` here, then `tidelog \
+                 replicate {name} --to {here}` there",
+                here = self.context.node.name
+            )));
+        }
+        let mut here = vec![0; bytes.len()];
+        for (index, page) in here.chunks_mut(PAGE_BYTES).enumerate() {
+            // What cannot be read is not whole.
+            if self.segments.read(at.advance((index * PAGE_BYTES) as u64), page).is_err() {
+                page.fill(0);
+            }
+        }
+        // A copy that had no room may have left what it received.
+        let elsewhere = |header: &Header| {
+            reigns.iter().any(|reign| reign.id == header.epoch && reign.author != me)
+        };
+        match whole_and_other(at, &here, bytes, |header| !elsewhere(header)) {
+            None => Ok(()),
+            Some(place) => Err(self.refused(format!(
+                "its records from LSN {at} on differ from the whole one that stands here at LSN \
+                 {place}; nothing was changed; `tidelog image open {name} --at now` shows all up to \
+                 the damage"
+            ))),
+        }
     }
 
     /// Whether the record that stands here at a place continues a chain.

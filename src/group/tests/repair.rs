@@ -244,6 +244,78 @@ fn a_primary_that_stopped_for_damage_serves_again_after_the_repair_and_its_next_
     assert!(read(&*group, number, 0, 3 << 20) == expected);
 }
 
+/// Another node with what is on a disk.
+fn other_with(bench: &Bench, node: u8) -> Bench {
+    let node = NodeIdentity { id: NodeId([node; 16]), name: name(&format!("n{node}")) };
+    Bench { disk: Arc::new(bench.disk.crash(1)), node, ..bench.after_crash(0) }
+}
+
+#[test]
+fn a_reign_that_began_before_what_a_stopped_primary_had_overwrites_none_of_it() {
+    let bench = Bench::new("a", 8);
+    let (primary, volume) = layered(&bench);
+    let number = volume.number;
+    let more = |group: &Group, byte: u8| {
+        let ends = (0..20).map(|block| {
+            write(group, number, (1 << 20) + block * 4096, &[byte + block as u8; 4096])
+        });
+        let ends: Vec<Lsn> = ends.collect();
+        group.sync_now().unwrap();
+        ends[18]
+    };
+    let at = primary.positions().head;
+    // A copy that ends here, and this node as a copied disk would be.
+    let (early, twin) = (other_with(&bench, 2), bench.after_crash(1));
+    let last = more(&primary, 10);
+    let expected = read(&*primary, number, 0, 3 << 20);
+    primary.close().unwrap();
+    let mark = primary.positions().head;
+    // One that has everything.
+    let late = other_with(&bench, 3);
+    drop(primary);
+    for peer in [&early, &late] {
+        let (copy, _) = peer.open();
+        copy.promote("promote").unwrap();
+        more(&copy, 50);
+        copy.close().unwrap();
+    }
+    let (clone, _) = twin.open();
+    more(&clone, 100);
+    clone.close().unwrap();
+    // The header of the first record that the one lacks, and of the very last.
+    Pair::turn_log(&bench, at.advance(40));
+    Pair::turn_log(&bench, last.advance(40));
+    let (group, _) = bench.open();
+    assert!(group.log_is_broken());
+    let segment = at.segment_number(SEGMENT);
+    let part = DamagedPart::Log { segment };
+    let gap = group.gap(segment).unwrap().expect("there is one");
+    assert_eq!(gap.at, at);
+    let before = bench.disk.operations();
+    let records_of = |peer: &Bench, gap: Gap| {
+        let (copy, _) = peer.open();
+        assert!(copy.positions().head >= mark);
+        copy.records_for(gap, 1 << 20).unwrap()
+    };
+    let why = group.mend_log(gap, &records_of(&early, gap)).unwrap_err().to_string();
+    assert!(why.contains(&format!("n2 reigns since LSN {at}, and")), "{why}");
+    assert!(why.contains(&format!("up to LSN {mark}")), "{why}");
+    let why = group.mend_log(gap, &records_of(&twin, gap)).unwrap_err().to_string();
+    assert!(why.contains("differ from the whole one that stands here"), "{why}");
+    assert_eq!(bench.disk.operations(), before, "nothing was written");
+    assert!(matches!(group.check_part(&part), Found::Damaged(_)));
+    // A reign that began behind all of it is in nobody's way.
+    let joined = group.mend_log(gap, &records_of(&late, gap)).unwrap();
+    assert!(matches!(joined, Mended::To(end) if end < last), "{joined:?}");
+    let gap = group.gap(segment).unwrap().expect("the other");
+    assert_eq!(group.mend_log(gap, &records_of(&late, gap)).unwrap(), Mended::To(mark));
+    assert!(matches!(group.check_part(&part), Found::Whole(_)));
+    drop(group);
+    let (group, _) = bench.open();
+    assert_eq!(group.data_state().0, DataState::Consistent);
+    assert!(read(&*group, number, 0, 3 << 20) == expected);
+}
+
 #[test]
 fn a_crash_in_a_repair_leaves_what_was_or_what_is_right() {
     let pair = Pair::new(6);
