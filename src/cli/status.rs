@@ -191,6 +191,11 @@ fn show_group(group: &GroupStatus) -> String {
     if let Some(verify) = &group.verify {
         lines.push(format!("  verify  {}", super::check::show_verify(verify)));
     }
+    let earlier = group.differences.iter().filter(|found| Some(*found) != group.verify.as_ref());
+    lines.extend(earlier.map(|found| {
+        let until = "holds until a comparison with that peer finds all the same";
+        format!("  differs {}\n          {until}", super::check::show_verify(found))
+    }));
     let damage = group.damage.iter().take(DAMAGE_SHOWN);
     lines.extend(damage.map(|damage| format!("  damaged {}", super::check::show_damage(damage))));
     if group.damage.len() > DAMAGE_SHOWN {

@@ -96,6 +96,9 @@ pub struct GroupStatus {
     /// The comparison with a peer that runs here, or the last one.
     #[serde(default)]
     pub verify: Option<VerifyStatus>,
+    /// For each peer the last comparison that found a difference, until one finds none.
+    #[serde(default)]
+    pub differences: Vec<VerifyStatus>,
 }
 
 /// `GET /v1/groups/GROUP/scrub`.

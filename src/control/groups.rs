@@ -105,6 +105,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
         damage: context.replication.damage(group),
         scrub: context.replication.scrub_status(group),
         verify: context.replication.verify_status(group),
+        differences: context.replication.differences(group),
     }
 }
 

@@ -107,7 +107,7 @@ fn families(context: &Context) -> Vec<Family> {
     let mut scrub_running = gauge("tidelog_scrub_running", "1 while a scrub runs");
     let mut differing = gauge(
         "tidelog_verify_differing_bytes",
-        "Bytes that the last comparison with a peer found not to be the same",
+        "Bytes that the last comparison with a peer, or one that none has refuted, found to differ",
     );
     let mut alarms = gauge("tidelog_backup_alarms", "Slots without a backup, or not known of");
     for state in ["overdue", "unknown"] {
@@ -142,8 +142,10 @@ fn families(context: &Context) -> Vec<Family> {
         push(&mut primary, f64::from(u8::from(group.role() == Role::Primary)));
         let is_consistent = group.data_state().0 == DataState::Consistent;
         push(&mut consistent, f64::from(u8::from(is_consistent)));
-        if let Some(verify) = context.replication.verify_status(&group) {
-            push(&mut differing, verify.differing_bytes as f64);
+        let compared = context.replication.verify_status(&group).into_iter();
+        let compared = compared.chain(context.replication.differences(&group));
+        if let Some(most) = compared.map(|verify| verify.differing_bytes).max() {
+            push(&mut differing, most as f64);
         }
         push(&mut damaged, context.replication.damage(&group).len() as f64);
         if let Some(scrub) = context.replication.scrub_status(&group) {

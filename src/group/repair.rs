@@ -196,8 +196,8 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// Where the log was folded or cut meanwhile, where another node's reign would take the place of
-    /// what was durable here, or what the disk says.
+    /// Where the log was folded or cut meanwhile, where another node's reign would take the place
+    /// of what was durable here, or what the disk says.
     pub fn mend_log(&self, gap: Gap, bytes: &[u8]) -> Result<Mended, GroupError> {
         let segment_bytes = self.segment_bytes();
         // Neither a fold nor a cut takes the segments away.
@@ -270,8 +270,8 @@ impl Group {
         if let Some(Reign { author, since }) = begun_elsewhere(reigns, me, bytes) {
             return Err(self.refused(format!(
                 "{author} reigns since LSN {since}, and this node had more durably, up to LSN \
-                 {mark}, which that reign would overwrite; nothing was changed. `tidelog image open \
-                 {name} --at now` here shows all up to the damage at LSN {at}; to go on with \
+                 {mark}, which that reign would overwrite; nothing was changed. `tidelog image \
+                 open {name} --at now` here shows all up to the damage at LSN {at}; to go on with \
                  {author} without the rest, `tidelog group delete {name}` here, then `tidelog \
                  replicate {name} --to {here}` there",
                 here = self.context.node.name
@@ -292,8 +292,8 @@ impl Group {
             None => Ok(()),
             Some(place) => Err(self.refused(format!(
                 "its records from LSN {at} on differ from the whole one that stands here at LSN \
-                 {place}; nothing was changed; `tidelog image open {name} --at now` shows all up to \
-                 the damage"
+                 {place}; nothing was changed; `tidelog image open {name} --at now` shows all up \
+                 to the damage"
             ))),
         }
     }

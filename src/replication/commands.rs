@@ -258,9 +258,7 @@ impl Replication {
                     facts.data_state = Some(told.data_state);
                     facts.data_reason = told.data_reason;
                     facts.log_check = check;
-                    let compared = shared.ledger(group.id()).verify;
-                    let compared = compared.filter(|v| v.peer.as_str() == facts.peer);
-                    let differs = compared.and_then(|compared| compared.difference());
+                    let differs = shared.ledger(group.id()).differs_from(Some(&*facts.peer));
                     facts.log_check.differs = facts.log_check.differs.take().or(differs);
                     facts.mismatch = facts.mismatch.or(told.mismatch);
                 }

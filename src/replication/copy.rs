@@ -20,7 +20,6 @@ use super::core::Membership;
 use super::health::LogCheck;
 use super::rpc::PeerContext;
 use super::service::Shared;
-use super::verify::VerifyStatus;
 
 pub(super) const METHOD: &str = "replication.copies";
 
@@ -260,7 +259,7 @@ impl Shared {
             checked_to: pass.checked_to(),
             damaged: ledger.of_log(),
             base_damaged: ledger.of_base(),
-            differs: ledger.verify.as_ref().and_then(VerifyStatus::difference),
+            differs: ledger.differs_from(None),
             age: pass.age(now, self.started),
         }
     }

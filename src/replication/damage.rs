@@ -50,6 +50,9 @@ pub(super) struct Ledger {
     pub(super) scrub: Option<ScrubStatus>,
     #[serde(default)]
     pub(super) verify: Option<VerifyStatus>,
+    /// The last comparison with each peer that found a difference, until one finds none.
+    #[serde(default)]
+    differences: Vec<VerifyStatus>,
 }
 
 pub(super) type Ledgers = HashMap<GroupId, Ledger>;
@@ -100,6 +103,26 @@ impl Ledger {
     /// What is damaged of the base.
     pub(super) fn of_base(&self) -> Option<String> {
         self.line(|part| matches!(part, DamagedPart::Base { .. }))
+    }
+
+    /// Takes over what a comparison found: a difference, or that those in `ended` are none.
+    pub(super) fn note_compared(&mut self, status: &VerifyStatus, ended: &[VerifyStatus]) {
+        self.differences.retain(|known| !ended.contains(known));
+        if status.difference().is_some() {
+            self.differences.retain(|known| known.peer != status.peer);
+            self.differences.push(status.clone());
+        }
+    }
+
+    /// The comparisons that speak against the copies, the last one of each peer.
+    pub(super) fn differences(&self) -> &[VerifyStatus] {
+        &self.differences
+    }
+
+    /// What speaks against the copies here and on one peer, or on any.
+    pub(super) fn differs_from(&self, peer: Option<&str>) -> Option<String> {
+        let is_it = |known: &&VerifyStatus| peer.is_none_or(|peer| known.peer.as_str() == peer);
+        self.differences.iter().find(is_it)?.difference()
     }
 
     /// The damaged parts, as they were found.
@@ -235,8 +258,11 @@ pub(super) fn load(dir: &Path) -> Ledgers {
         if let Some(scrub) = &mut ledger.scrub {
             scrub.ended_with_the_process();
         }
-        if let Some(verify) = &mut ledger.verify {
-            verify.ended_with_the_process();
+        if let Some(verify) = &mut ledger.verify
+            && verify.ended_with_the_process()
+        {
+            let ended = verify.clone();
+            ledger.note_compared(&ended, &[]);
         }
     }
     ledgers

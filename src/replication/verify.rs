@@ -11,8 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::events::Severity;
 use crate::group::{Group, GroupError, Image, Point, Read, View};
 use crate::units::{
-    BLOCK_BYTES, ByteSize, CHUNK_BYTES, Chain, GroupId, LogTime, Lsn, Name, Position, VolumeNumber,
-    total,
+    BLOCK_BYTES, ByteSize, CHUNK_BYTES, Chain, GroupId, Lsn, Name, Position, VolumeNumber, total,
 };
 
 use super::repair::understood;
@@ -26,100 +25,8 @@ pub(super) const CLOSE: &str = "verify.close";
 
 /// Bytes of a volume that one call compares.
 const SPAN_BYTES: u64 = 16 << 20;
-/// Extents that are listed at most; more are counted.
-const EXTENTS_MAX: usize = 1000;
 /// An image that its comparison forgot is closed after this time.
 const EXPIRES_AFTER: Duration = Duration::from_secs(24 * 3600);
-
-/// What a comparison has come to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum VerifyState {
-    /// It goes on.
-    Running,
-    /// All is the same.
-    Equal,
-    /// Something is not.
-    Differs,
-    /// It could not be carried out.
-    Failed,
-}
-
-/// A range that is not the same on both nodes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DifferingExtent {
-    /// The volume's name.
-    pub volume: Name,
-    /// First byte.
-    pub offset: u64,
-    /// Bytes.
-    pub length: u64,
-    /// Where it cannot be read: this node's name, or the peer's. Else both are sure of theirs.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unreadable_on: Option<Name>,
-}
-
-/// The comparison of a group that runs on this node, or the last one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VerifyStatus {
-    /// What it has come to.
-    pub state: VerifyState,
-    /// Since when.
-    pub state_since: LogTime,
-    /// Why it failed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub state_reason: Option<String>,
-    /// With whom.
-    pub peer: Name,
-    /// The image that was compared.
-    pub position: Position,
-    /// Bytes compared.
-    pub done_bytes: u64,
-    /// Bytes of all volumes.
-    pub total_bytes: u64,
-    /// Bytes that differ, or cannot be read on one of the nodes.
-    pub differing_bytes: u64,
-    /// Where; of very many, the first.
-    pub extents: Vec<DifferingExtent>,
-}
-
-impl VerifyStatus {
-    /// The process that ran it has ended.
-    pub(super) fn ended_with_the_process(&mut self) {
-        if self.state == VerifyState::Running {
-            self.state = VerifyState::Failed;
-            self.state_reason = Some("the node was started again meanwhile".to_owned());
-        }
-    }
-
-    /// What speaks against the copy: where both nodes are sure of different bytes.
-    pub(super) fn difference(&self) -> Option<String> {
-        let first = self.extents.iter().find(|extent| extent.unreadable_on.is_none())?;
-        let VerifyStatus { peer, position, .. } = self;
-        (self.state == VerifyState::Differs).then(|| {
-            format!(
-                "{} differ from {peer}'s at LSN {}, the first of volume {} at {}",
-                ByteSize(self.differing_bytes),
-                position.lsn,
-                first.volume,
-                first.offset
-            )
-        })
-    }
-
-    fn add(&mut self, volume: &Name, offset: u64, length: u64, unreadable_on: Option<&Name>) {
-        self.differing_bytes = self.differing_bytes.saturating_add(length);
-        if let Some(last) = self.extents.last_mut()
-            && (&last.volume, last.offset + last.length) == (volume, offset)
-            && last.unreadable_on.as_ref() == unreadable_on
-        {
-            last.length += length;
-        } else if self.extents.len() < EXTENTS_MAX {
-            let (volume, unreadable_on) = (volume.clone(), unreadable_on.cloned());
-            self.extents.push(DifferingExtent { volume, offset, length, unreadable_on });
-        }
-    }
-}
 
 #[derive(Serialize, Deserialize)]
 struct AskOpen {
@@ -327,6 +234,16 @@ impl Shared {
         self.change_ledger(group.id(), |ledger| ledger.verify.as_mut().map(change));
     }
 
+    fn note_compared(&self, group: &Group, status: &VerifyStatus) {
+        // Neither the group nor the peers are asked with the ledgers locked.
+        let mut ended = self.ledger(group.id()).differences().to_vec();
+        ended.retain(|known| {
+            let in_history = group.is_in_history(known.position);
+            status.ends(known, in_history, self.peer_named(known.peer.as_str()).is_ok())
+        });
+        self.change_ledger(group.id(), |ledger| ledger.note_compared(status, &ended));
+    }
+
     /// Compares a group with a peer's copy; on a thread that may wait.
     fn compare(&self, group: &Group, peer: &Name) {
         let (image, theirs, result) = match self.open_both(group, peer) {
@@ -356,8 +273,11 @@ impl Shared {
             };
             status.state_reason = result.err();
         });
-        self.save_ledgers();
         let status = self.ledger(group.id()).verify;
+        if let Some(status) = &status {
+            self.note_compared(group, status);
+        }
+        self.save_ledgers();
         if let Some(image) = image
             && let Err(error) = group.close_this_image(&image)
         {
@@ -484,29 +404,18 @@ impl Shared {
         }
         if let Some(mut status) = ask.result.filter(|status| status.state != VerifyState::Running) {
             status.peer = peer.name.clone();
-            status.extents.truncate(EXTENTS_MAX);
-            self.change_ledger(group.id(), |ledger| ledger.verify = Some(status.clone()));
+            status.bound();
+            self.note_compared(&group, &status);
+            self.change_ledger(group.id(), |ledger| {
+                let runs = ledger.verify.as_ref().is_some_and(|v| v.state == VerifyState::Running);
+                if !runs {
+                    ledger.verify = Some(status.clone());
+                }
+            });
             self.save_ledgers();
             self.tell_of_comparison(&group, &status);
         }
         Ok(Value::Null)
-    }
-}
-
-impl VerifyStatus {
-    /// What is to be done about a difference.
-    fn advice(&self, group: &Name) -> String {
-        let VerifyStatus { peer, position, .. } = self;
-        match self.difference() {
-            Some(difference) => format!(
-                "{difference}; both are whole by their own sums, and nothing tells which is right:                  look at both with `tidelog image open {group} --at lsn:{}`, then have the copy made                  anew: `tidelog replicate {group} --stop` on the primary, `tidelog group delete                  {group}` on the copy's node, and replicate again",
-                position.lsn
-            ),
-            None => format!(
-                "{} cannot be read on one of the nodes; they are repaired from the other where it                  has them: `tidelog status {group}` there and on {peer}, then verify again",
-                ByteSize(self.differing_bytes)
-            ),
-        }
     }
 }
 
@@ -575,7 +484,17 @@ impl Replication {
     pub fn verify_status(&self, group: &Group) -> Option<VerifyStatus> {
         self.shared.ledger(group.id()).verify
     }
+
+    /// For each peer with which a comparison has found a difference the last that did, until one
+    /// finds that all is the same.
+    #[must_use]
+    pub fn differences(&self, group: &Group) -> Vec<VerifyStatus> {
+        self.shared.ledger(group.id()).differences().to_vec()
+    }
 }
 
+mod status;
 #[cfg(test)]
 mod tests;
+
+pub use self::status::{DifferingExtent, VerifyState, VerifyStatus};
