@@ -201,8 +201,8 @@ impl Group {
     }
 
     /// Remembers, over a restart, whether this node and a peer have both served as primary: such a
-    /// node yields to an operator only, so it asks nobody when it starts. That ends with the peer it
-    /// began with, and with no other one that follows this node.
+    /// node yields to an operator only, so it asks nobody when it starts. That ends with the peer
+    /// that it began with, and with no other one that follows this node.
     ///
     /// # Errors
     ///

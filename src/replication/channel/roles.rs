@@ -56,7 +56,8 @@ impl Channel {
     }
 
     /// Whether the log here ends between the record that replication to this node was stopped and
-    /// the one that took it up again: the peer has more of this very log, and this node as a member.
+    /// the one that took it up again: the peer has more of this very log, and this node as a
+    /// member.
     fn is_taken_up_again(&self) -> bool {
         let goes_on = |remote: &Remote| {
             remote.primary
