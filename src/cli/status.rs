@@ -91,7 +91,11 @@ fn show(status: &Status) -> String {
     }
     for group in &status.unopened_groups {
         let since = output::age(group.since);
-        text.push_str(&format!("\ngroup {}  not open: {} ({since})\n", group.id, group.reason));
+        let name = group.name.as_ref().map(|name| format!("{name}, ")).unwrap_or_default();
+        text.push_str(&format!(
+            "\ngroup {name}{}  not open: {} ({since})\n",
+            group.id, group.reason
+        ));
     }
     for group in &status.groups {
         text.push('\n');

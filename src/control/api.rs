@@ -39,11 +39,15 @@ pub struct Status {
     pub attention: Vec<Attention>,
 }
 
-/// A group that could not be opened; one that found no room on the disk is tried again.
+/// A group that could not be opened; one that found no room on the disk, or its name taken by
+/// another that is open, is tried again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UnopenedGroup {
     /// The name of its directory: the group's id.
     pub id: String,
+    /// Its name, where that could be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
     /// Why.
     pub reason: String,
     /// Since when.

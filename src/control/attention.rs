@@ -53,8 +53,9 @@ pub struct Attention {
 pub fn attention(status: &Status) -> Vec<Attention> {
     let mut found = Vec::new();
     for group in &status.unopened_groups {
-        let text = format!("group {}: is not open: {}", group.id, group.reason);
-        found.push(of("group-not-opened", &group.id, text));
+        let name = group.name.as_ref().map_or(group.id.as_str(), |name| name.as_str());
+        let text = format!("group {name} in {}: is not open: {}", group.id, group.reason);
+        found.push(of("group-not-opened", name, text));
     }
     for group in &status.groups {
         look_at_group(group, &mut found);

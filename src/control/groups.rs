@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::events::Severity;
-use crate::group::{DataState, Group, GroupError, Role};
+use crate::group::{DataState, Group, GroupError, NotOpened, Role};
 use crate::log::control::{Control, OnFull, OnPeerBehind, PolicyRecord};
 use crate::replication::Parting;
 use crate::units::{ByteSize, LogTime, Name, Span};
@@ -40,7 +40,7 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
             .registry
             .unopened()
             .into_iter()
-            .map(|(id, why)| UnopenedGroup { id, reason: why.reason, since: why.since })
+            .map(|NotOpened { id, name, reason, since }| UnopenedGroup { id, name, reason, since })
             .collect(),
         backup_alarms: alarms.collect(),
         attention: Vec::new(),

@@ -370,7 +370,7 @@ pub use image::Image;
 pub use moment::Cost;
 pub use ranges::Place;
 pub use recover::Recovery;
-pub use registry::Registry;
+pub use registry::{NotOpened, Registry};
 pub use repair::{Gap, Mended, Wanted};
 pub use required::RequiredPeer;
 pub use returning::Discard;

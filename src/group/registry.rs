@@ -8,9 +8,8 @@ use serde_json::json;
 
 use super::engine::{Group, Listener, NewGroup};
 use super::files::{discard, is_discarded};
-use super::meta::{META, UNFINISHED_META};
+use super::meta::{META, MetaFile, UNFINISHED_META};
 use super::recover::Recovery;
-use super::room::Shortage;
 use super::{GroupContext, GroupError, Role};
 use crate::events::Severity;
 use crate::io::Disk;
@@ -32,8 +31,25 @@ pub struct Registry {
 
 /// A group on the disk that could not be opened.
 struct Unopened {
+    /// Where its `meta` tells it.
+    name: Option<Name>,
     error: GroupError,
+    /// What is in the way may go by itself.
+    is_tried_again: bool,
     since: LogTime,
+}
+
+/// A group on the disk that could not be opened, as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotOpened {
+    /// The name of its directory: the group's id.
+    pub id: String,
+    /// The group's name, where its `meta` could be read.
+    pub name: Option<Name>,
+    /// Why it is not open.
+    pub reason: String,
+    /// Since when.
+    pub since: LogTime,
 }
 
 impl Registry {
@@ -79,59 +95,114 @@ impl Registry {
         Ok(registry)
     }
 
-    /// Opens and starts one group, or notes why not; whether it is open now.
+    /// Opens and starts one group, or notes why not; whether it is open now. One of a name that
+    /// another has that is open is left alone: each has hosts of its own.
     fn open_one(&self, id: &str) -> bool {
         let path = self.dir.join(id);
-        let error = match Group::open(self.context.clone(), &path) {
+        let name = self.name_on_disk(id);
+        let taken = name.clone().filter(|name| self.is_open(name));
+        let opened = match &taken {
+            Some(name) => Err(self.name_is_taken(name, &path)),
+            None => Group::open(self.context.clone(), &path),
+        };
+        let error = match opened {
             Ok((group, recovery)) => {
                 group.start_workers();
                 let name = group.name().clone();
                 self.recoveries.write().expect("no holder panics").insert(name.clone(), recovery);
-                self.groups.write().expect("no holder panics").insert(name, group);
+                let before = self.groups.write().expect("no holder panics").insert(name, group);
+                assert!(before.is_none(), "an open group is never replaced");
                 return true;
             }
             Err(error) => error,
         };
+        let is_tried_again = taken.is_some() || matches!(error, GroupError::NoSpace { .. });
         let mut unopened = self.unopened.lock().expect("no holder panics");
         if let Some(known) = unopened.get_mut(id) {
-            known.error = error;
+            (known.error, known.is_tried_again) = (error, is_tried_again);
+            known.name = name.or(known.name.take());
             return false;
         }
         let text = format!("{} was left as it is: {error}", path.display());
         let since = self.context.env.clock.wall();
-        unopened.insert(id.to_owned(), Unopened { error, since });
+        unopened.insert(id.to_owned(), Unopened { name, error, is_tried_again, since });
         drop(unopened);
         let details = json!({ "id": id });
         self.context.events.emit(Severity::Error, "group-not-opened", Some(id), text, details);
         false
     }
 
-    /// Tries again to open the groups that found no room on the disk.
+    fn is_open(&self, name: &Name) -> bool {
+        self.groups.read().expect("no holder panics").contains_key(name)
+    }
+
+    /// The name that the `meta` of a group tells, where it can be read.
+    fn name_on_disk(&self, id: &str) -> Option<Name> {
+        let path = self.dir.join(id).join(META);
+        let found = MetaFile::open(&*self.context.env.disk, &path).ok().flatten()?;
+        Some(found.meta.name)
+    }
+
+    fn name_is_taken(&self, name: &Name, path: &Path) -> GroupError {
+        GroupError::Refused {
+            group: name.clone(),
+            what: format!(
+                "another group of this name is open, so that this one is not; once `tidelog group \
+                 delete {name}` has removed the other, it is opened by itself; to give this one \
+                 up, stop the node and remove {}",
+                path.display()
+            ),
+        }
+    }
+
+    /// Refuses a name that a group on the disk has that is not open: both would have it later.
+    fn check_unopened(&self, name: &Name) -> Result<(), GroupError> {
+        let mut unopened = self.unopened.lock().expect("no holder panics");
+        for (id, known) in unopened.iter_mut() {
+            known.name = known.name.take().or_else(|| self.name_on_disk(id));
+            if known.name.as_ref() == Some(name) {
+                let what = format!(
+                    "a group of this name is on the disk already and could not be opened: {}; take \
+                     another name, or, to give that group up, stop the node and remove {}",
+                    known.error,
+                    self.dir.join(id).display()
+                );
+                return Err(GroupError::Refused { group: name.clone(), what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries again to open the groups that found no room on the disk, or their name taken.
     pub fn open_rest(&self) {
         let _one_at_a_time = self.changing.lock().expect("no holder panics");
-        let is_due = |(id, unopened): (&String, &Unopened)| {
-            matches!(unopened.error, GroupError::NoSpace { .. }).then(|| id.clone())
-        };
+        let is_due =
+            |(id, unopened): (&String, &Unopened)| unopened.is_tried_again.then(|| id.clone());
         let due: Vec<String> = {
             let unopened = self.unopened.lock().expect("no holder panics");
             unopened.iter().filter_map(is_due).collect()
         };
         for id in due.into_iter().filter(|id| self.open_one(id)) {
             self.unopened.lock().expect("no holder panics").remove(&id);
-            let text = format!("{} is open now: the disk has room", self.dir.join(&id).display());
+            let text = format!(
+                "{} is open now: nothing is in its way any more",
+                self.dir.join(&id).display()
+            );
             let details = json!({ "id": id });
             self.context.events.emit(Severity::Info, "group-opened", Some(&id), text, details);
             self.notify();
         }
     }
 
-    /// The groups that could not be opened: the names of their directories, and why.
+    /// The groups that could not be opened, and why.
     #[must_use]
-    pub fn unopened(&self) -> Vec<(String, Shortage)> {
+    pub fn unopened(&self) -> Vec<NotOpened> {
         let unopened = self.unopened.lock().expect("no holder panics");
-        let told = unopened.iter().map(|(id, unopened)| {
-            let reason = unopened.error.to_string();
-            (id.clone(), Shortage { reason, since: unopened.since })
+        let told = unopened.iter().map(|(id, unopened)| NotOpened {
+            id: id.clone(),
+            name: unopened.name.clone(),
+            reason: unopened.error.to_string(),
+            since: unopened.since,
         });
         told.collect()
     }
@@ -215,11 +286,11 @@ impl Registry {
         make: impl FnOnce(GroupContext, &Path, NewGroup) -> Result<Arc<Group>, GroupError>,
     ) -> Result<Arc<Group>, GroupError> {
         let _one_at_a_time = self.changing.lock().expect("no holder panics");
-        let taken = self.groups.read().expect("no holder panics").contains_key(&new.name);
-        if taken || self.by_id(new.id).is_some() {
+        if self.is_open(&new.name) || self.by_id(new.id).is_some() {
             let name = new.name.to_string();
             return Err(GroupError::Exists { group: new.name, what: "group", name });
         }
+        self.check_unopened(&new.name)?;
         let path = self.dir.join(new.id.to_string());
         let disk = &self.context.env.disk;
         let looked = |cause| GroupError::io(&new.name, "look for what is left", &cause);
