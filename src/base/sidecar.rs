@@ -84,13 +84,14 @@ pub fn encode_header(volume: VolumeNumber) -> [u8; 16] {
     bytes
 }
 
-/// What is wrong with the header, if anything.
-pub fn check_header(bytes: &[u8; 16], volume: VolumeNumber) -> Result<(), String> {
+/// Whether the header is whole; one that is not is rot, and is written anew: all of it follows from
+/// the volume's number. An error where it is whole and another one's.
+pub fn is_header_whole(bytes: &[u8; 16], volume: VolumeNumber) -> Result<bool, String> {
+    if crc32fast::hash(&bytes[..12]).to_le_bytes() != bytes[12..] {
+        return Ok(false);
+    }
     if bytes[..4] != MAGIC {
         return Err(format!("magic: got {:?}, expected {MAGIC:?}", &bytes[..4]));
-    }
-    if crc32fast::hash(&bytes[..12]).to_le_bytes() != bytes[12..] {
-        return Err("header: its checksum is wrong".to_owned());
     }
     if bytes[4..8] != VERSION.to_le_bytes() {
         return Err(format!("version: got {:?}, expected {VERSION}", &bytes[4..8]));
@@ -98,7 +99,7 @@ pub fn check_header(bytes: &[u8; 16], volume: VolumeNumber) -> Result<(), String
     if bytes[8..12] != volume.0.to_le_bytes() {
         return Err(format!("volume: got {:?}, expected {volume}", &bytes[8..12]));
     }
-    Ok(())
+    Ok(true)
 }
 
 /// What the sidecar says of a chunk as a whole.
@@ -194,12 +195,12 @@ mod tests {
             0xc9, 0xfd, 0xee, 0xa2, // checksum
         ];
         assert_eq!(bytes, golden);
-        assert_eq!(check_header(&bytes, VolumeNumber(7)), Ok(()));
-        assert!(check_header(&bytes, VolumeNumber(8)).unwrap_err().contains("volume"));
+        assert_eq!(is_header_whole(&bytes, VolumeNumber(7)), Ok(true));
+        assert!(is_header_whole(&bytes, VolumeNumber(8)).unwrap_err().contains("volume"));
         for byte in 0..16 {
             let mut wrong = bytes;
             wrong[byte] ^= 0x10;
-            assert!(check_header(&wrong, VolumeNumber(7)).is_err(), "byte {byte}");
+            assert_eq!(is_header_whole(&wrong, VolumeNumber(7)), Ok(false), "byte {byte}");
         }
     }
 

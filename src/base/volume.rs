@@ -123,16 +123,25 @@ impl BaseVolume {
         Ok(BaseVolume::of(disk, dir, number, image, sums, size_bytes))
     }
 
-    /// Opens the base of a volume; `NotFound` where it was never made, or not to the end.
+    /// Opens the base of a volume; `NotFound` where it was never made, or not to the end. A header
+    /// of the sidecar that has rotted is written anew.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path, number: VolumeNumber) -> io::Result<BaseVolume> {
         let path = sums_path(dir, number);
         let sums = disk.open(&path, OpenMode::ReadWrite)?;
         let image = disk.open(&image_path(dir, number), OpenMode::ReadWrite)?;
         let mut header = [0; 16];
-        let read = sums.read_at(&mut header, 0).map_err(|error| error.to_string());
-        read.and_then(|()| sidecar::check_header(&header, number)).map_err(|cause| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("{}: {cause}", path.display()))
-        })?;
+        let whole = sums.read_at(&mut header, 0).is_ok()
+            && sidecar::is_header_whole(&header, number).map_err(|cause| {
+                io::Error::new(io::ErrorKind::InvalidData, format!("{}: {cause}", path.display()))
+            })?;
+        if !whole {
+            // Nothing hangs on it. All of its page, since no part of an unreadable one can be
+            // written.
+            let mut page = [0; sidecar::HEADER_BYTES as usize];
+            page[..16].copy_from_slice(&sidecar::encode_header(number));
+            sums.write_at(&[IoSlice::new(&page)], 0)?;
+            sums.sync()?;
+        }
         let size_bytes = image.len()?;
         if sums.len()? < sidecar::file_bytes(size_bytes) {
             // A resize that did not get to its sync; it will be done again.

@@ -5,6 +5,7 @@
 //! already. Until it is whole a branch has a name of its own, the same one at every attempt, so
 //! that a cut that is tried again goes on with what it has; a start ends what a crash has left.
 
+use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -15,7 +16,7 @@ use super::content::Content;
 use super::engine::Group;
 use super::timeline::Checkpoint;
 use super::{GroupError, files};
-use crate::io::{Disk, DiskFile, OpenMode};
+use crate::io::{Disk, DiskFile, OpenMode, read_around};
 use crate::log::reader::{ScanEnd, Scanner, remains};
 use crate::log::record::Kind;
 use crate::log::segment::{Segments, segment_name};
@@ -70,12 +71,54 @@ pub(super) struct Keeping {
     branch: Branch,
     dir: Option<PathBuf>,
     suffix: &'static str,
+    /// What cannot be read below it becomes zeros where it is copied, as damage that is told.
+    zeros_below: Lsn,
+    /// The segments of which that was so.
+    unread: BTreeSet<u64>,
 }
 
 impl Keeping {
     /// Nothing is made yet; the name of `branch` is given then.
     pub(super) fn new(group_dir: &Path, branch: Branch) -> Keeping {
-        Keeping { group_dir: group_dir.to_owned(), branch, dir: None, suffix: UNFINISHED }
+        Keeping {
+            group_dir: group_dir.to_owned(),
+            branch,
+            dir: None,
+            suffix: UNFINISHED,
+            zeros_below: Lsn::ZERO,
+            unread: BTreeSet::new(),
+        }
+    }
+
+    /// The same; what cannot be read below a position becomes zeros where it is copied. Else the
+    /// disk's word ends it.
+    pub(super) fn around(mut self, zeros_below: Lsn) -> Keeping {
+        self.zeros_below = zeros_below;
+        self
+    }
+
+    /// The segments of which something could not be read.
+    pub(super) fn unread(&self) -> &BTreeSet<u64> {
+        &self.unread
+    }
+
+    fn copy(&mut self, segments: &Segments, number: u64, to: &Path, bytes: u64) -> io::Result<()> {
+        let segment = segments.get(number).ok_or(io::ErrorKind::NotFound)?;
+        let start = number * segments.segment_bytes();
+        let zeros_below = self.zeros_below.0.saturating_sub(start);
+        if copy(segments, &*segment.file, to, bytes, zeros_below)? {
+            self.unread.insert(number);
+        }
+        Ok(())
+    }
+
+    /// Whether something whole stands behind a position in a segment.
+    fn is_whole_behind(&self, segments: &Segments, number: u64, at: Lsn) -> io::Result<bool> {
+        let (found, unread) = remains(segments, number, at, |_| false)?;
+        match unread {
+            Some(cause) if self.zeros_below < Lsn::MAX => Err(cause),
+            _ => Ok(found.last_end.is_some()),
+        }
     }
 
     /// The branch, where something was kept.
@@ -363,8 +406,7 @@ pub(super) fn settle(
     // rather than one with a gap whose far side looks whole.
     let behind = segments.numbers().into_iter().rev().filter(|number| *number > last);
     for number in behind.collect::<Vec<_>>() {
-        let found = remains(segments, number, at, |_| false)?;
-        if found.last_end.is_some() {
+        if branch.is_whole_behind(segments, number, at)? {
             let to = branch.dir(&**disk)?.join(segment_name(number));
             segments.take_out(number, Some(&to))?;
         } else {
@@ -373,17 +415,19 @@ pub(super) fn settle(
     }
     let first = trusted.segment_number(segment_bytes);
     for number in first..=last {
-        let Some(segment) = segments.get(number) else { continue };
+        if segments.get(number).is_none() {
+            continue;
+        }
         let start = Lsn(number * segment_bytes);
         let kept = at.bytes_since(start).min(segment_bytes);
         let cut_off = kept < segment_bytes
-            && (chain_end > at || remains(segments, number, at, |_| false)?.last_end.is_some());
+            && (chain_end > at || branch.is_whole_behind(segments, number, at)?);
         if cut_off {
             let to = branch.dir(&**disk)?.join(segment_name(number));
-            copy(segments, &*segment.file, &to, segment_bytes)?;
+            branch.copy(segments, number, &to, segment_bytes)?;
         }
         let temporary = segments.dir().join(format!("{number:012}.new"));
-        copy(segments, &*segment.file, &temporary, kept)?;
+        branch.copy(segments, number, &temporary, kept)?;
         branch.sync(&**disk)?;
         segments.replace(number, &temporary)?;
         segments.drop_index(number)?;
@@ -403,20 +447,26 @@ pub(super) fn keep_segments(
     branch.suffix = COPYING;
     let first = from.segment_number(segments.segment_bytes());
     for number in segments.numbers().into_iter().filter(|number| *number >= first) {
-        let Some(segment) = segments.get(number) else { continue };
         let to = branch.dir(&**disk)?.join(segment_name(number));
-        copy(segments, &*segment.file, &to, segments.segment_bytes())?;
+        branch.copy(segments, number, &to, segments.segment_bytes())?;
     }
     branch.finish(&**disk)?;
     Ok(branch.dir.is_some().then(|| branch.branch.clone()))
 }
 
 /// Copies the first `bytes` of a segment to a new file of a segment's length, and syncs it. Where
-/// the disk is full, spares make room.
-fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
-    match copy_once(segments, from, to, bytes) {
+/// the disk is full, spares make room. What cannot be read before `zeros_below` becomes zeros;
+/// whether there was any.
+fn copy(
+    segments: &Segments,
+    from: &dyn DiskFile,
+    to: &Path,
+    bytes: u64,
+    zeros_below: u64,
+) -> io::Result<bool> {
+    match copy_once(segments, from, to, bytes, zeros_below) {
         Err(cause) if cause.kind() == io::ErrorKind::StorageFull && segments.drop_spares()? => {
-            copy_once(segments, from, to, bytes)
+            copy_once(segments, from, to, bytes, zeros_below)
         }
         copied => copied,
     }
@@ -427,7 +477,13 @@ fn copy(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::
     })
 }
 
-fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) -> io::Result<()> {
+fn copy_once(
+    segments: &Segments,
+    from: &dyn DiskFile,
+    to: &Path,
+    bytes: u64,
+    zeros_below: u64,
+) -> io::Result<bool> {
     let disk = segments.disk();
     if disk.exists(to)? {
         // Of an attempt before: its room counts only once it is gone for good.
@@ -436,13 +492,19 @@ fn copy_once(segments: &Segments, from: &dyn DiskFile, to: &Path, bytes: u64) ->
     }
     let file = disk.open(to, OpenMode::CreateNew)?;
     file.set_len(segments.segment_bytes())?;
-    let mut at = 0;
+    let (mut at, mut unread) = (0, false);
     let mut buffer = vec![0; bytes.min(1 << 20) as usize];
     while at < bytes {
         let count = (bytes - at).min(buffer.len() as u64) as usize;
-        from.read_at(&mut buffer[..count], at)?;
+        if let Some(failed) = read_around(from, &mut buffer[..count], at) {
+            if failed.end > zeros_below {
+                return Err(failed.cause);
+            }
+            unread = true;
+        }
         file.write_at(&[IoSlice::new(&buffer[..count])], at)?;
         at += count as u64;
     }
-    file.sync()
+    file.sync()?;
+    Ok(unread)
 }

@@ -61,6 +61,9 @@ struct Found {
     durable: Lsn,
     damaged: Vec<Lsn>,
     remains: Remains,
+    /// What the disk said where it ended, or of what is behind: only where all that is missing was
+    /// durable, and so is damage, does it go on without that.
+    unread: Option<io::Error>,
 }
 
 impl Group {
@@ -143,6 +146,13 @@ impl Group {
             remains: Remains { durable: proven(found.remains.durable), ..found.remains },
             clean: before.clean,
         });
+        let mut unread = found.unread.take();
+        if !matches!(decision, RecoveryDecision::Damage { .. })
+            && let Some(cause) = unread.take()
+        {
+            // Nothing says that it was durable, and nobody can say what stands there.
+            return Err(io("read log", &cause));
+        }
         let (at, damage) = match decision {
             RecoveryDecision::Keep => (found.chain_end, None),
             RecoveryDecision::Cut { at, .. } => (at, None),
@@ -166,10 +176,15 @@ impl Group {
             RecoveryDecision::Damage { .. } => true,
         };
         let mut kept = Vec::new();
+        // Segments of which something cannot be read.
+        let mut lacking = BTreeSet::new();
         if unclean && !stopped {
             let last_seen = found.remains.last_end.unwrap_or(found.chain_end);
             let (authored, reason) = if before.yielding {
                 let whole = scan_to(Lsn::MAX)?;
+                if let Some(cause) = whole.unread {
+                    return Err(io("read log", &cause));
+                }
                 let epochs = whole.content.table.view(Vec::new()).epochs;
                 (authored_behind(&epochs, context.node.id, at, whole.chain_end), YIELDED)
             } else {
@@ -184,9 +199,13 @@ impl Group {
                 cut: context.env.clock.wall(),
                 reason: reason.to_owned(),
             };
-            let mut keeping = Keeping::new(dir, branch);
-            settle(&segments, before.durable.min(at), at, found.chain_end, &mut keeping)
+            let trusted = before.durable.min(at);
+            let is_damaged = damage.is_some() || !found.damaged.is_empty();
+            let zeros_below = if is_damaged { Lsn::MAX } else { trusted };
+            let mut keeping = Keeping::new(dir, branch).around(zeros_below);
+            settle(&segments, trusted, at, found.chain_end, &mut keeping)
                 .map_err(|cause| io("settle the end of the log", &cause))?;
+            lacking.clone_from(keeping.unread());
             kept.extend(keeping.kept());
         }
         let left = finish_branches(&*disk, dir);
@@ -194,8 +213,11 @@ impl Group {
         segments
             .ensure(at.segment_number(before.segment_bytes))
             .map_err(|cause| io("open segment", &cause))?;
-        let writer = Writer::open(segments.clone(), at, end.chain, end.requests)
-            .map_err(|cause| io("read the end of the log", &cause))?;
+        let writer = Writer::open(segments.clone(), at, end.chain, end.requests).or_else(|_| {
+            lacking.insert(at.segment_number(before.segment_bytes));
+            Writer::open_around(segments.clone(), at, end.chain, end.requests)
+        });
+        let writer = writer.map_err(|cause| io("read the end of the log", &cause))?;
         let incarnation = Incarnation(context.env.entropy.next_u64());
         meta.update(|meta| {
             meta.incarnation = incarnation;
@@ -235,6 +257,13 @@ impl Group {
             as_copy: !primary,
             ..Recovery::default()
         };
+        for segment in lacking {
+            group.suspect(DamagedPart::Log { segment });
+            let text = format!(
+                "a part of segment {segment} of the log was durable, and the disk cannot read it"
+            );
+            group.emit(Severity::Error, "log-damaged", text, json!({ "segment": segment }));
+        }
         group.report_recovery(&found, decision, before.failed, lost, &mut recovery);
         for branch in &kept {
             group.tell_of_branch(branch);
@@ -242,8 +271,9 @@ impl Group {
         if stopped {
             let (damaged_at, durable) = damage.expect("that is why");
             let cause = io::Error::other(format!(
-                "damaged at {damaged_at}, segment {}, although it was durable up to {durable}",
-                damaged_at.segment_number(group.segment_bytes())
+                "damaged at {damaged_at}, segment {}, although it was durable up to {durable}{}",
+                damaged_at.segment_number(group.segment_bytes()),
+                unread.map(|cause| format!(": {cause}")).unwrap_or_default()
             ));
             group.fail("log", &cause);
             group.lock().durable_before = Some(durable);
@@ -363,6 +393,7 @@ fn scan(
         durable: Lsn::ZERO,
         damaged: Vec::new(),
         remains: Remains::default(),
+        unread: None,
     };
     let segment_bytes = segments.segment_bytes();
     let mut request: Vec<(Header, Vec<u8>)> = Vec::new();
@@ -370,7 +401,7 @@ fn scan(
     loop {
         let at = scanner.at();
         if at >= end {
-            found.remains = found.behind(segments, at, me)?;
+            (found.remains, found.unread) = found.behind(segments, at, me)?;
             break;
         }
         if at.segment_offset(segment_bytes) == 0
@@ -385,24 +416,32 @@ fn scan(
         }
         let header = match scanner.next(at >= mark) {
             Ok(header) => header,
-            Err(ScanEnd::Payload(header)) => {
-                let behind = found.behind(segments, header.end(), me)?;
+            Err(end) => {
+                // A header may be whole where its payload is not, or cannot be read.
+                let (header, cause) = match end {
+                    ScanEnd::Payload(header) => (Some(*header), None),
+                    ScanEnd::Io(cause) => (scanner.unread().cloned(), Some(cause)),
+                    _ => (None, None),
+                };
+                let behind = header.as_ref().map_or(at.advance(8), Header::end);
+                let (behind, unread) = found.behind(segments, behind, me)?;
                 let proven = if own(&found.content) { behind.durable } else { Lsn::ZERO };
-                let control = header.kind == Kind::Control as u8;
-                if control || mark.max(proven) < header.end() {
+                match header {
+                    // It was durable: the chain goes on, and who reads these blocks is told.
+                    Some(header)
+                        if header.kind != Kind::Control as u8
+                            && mark.max(proven) >= header.end() =>
+                    {
+                        found.damaged.push(header.lsn);
+                        scanner.step_over(&header);
+                        header
+                    }
                     // Torn, or a control record that nothing can be shown without.
-                    found.remains = behind;
-                    break;
+                    _ => {
+                        (found.remains, found.unread) = (behind, cause.or(unread));
+                        break;
+                    }
                 }
-                // It was durable: the chain goes on, and who reads these blocks is told.
-                found.damaged.push(header.lsn);
-                scanner.step_over(&header);
-                *header
-            }
-            Err(ScanEnd::Io(cause)) => return Err(cause),
-            Err(_) => {
-                found.remains = found.behind(segments, scanner.at().advance(8), me)?;
-                break;
             }
         };
         let control = header.kind == Kind::Control as u8;
@@ -416,18 +455,25 @@ impl Found {
     /// What stands at its own position from here on, in any segment. What was received and did not
     /// fit on a full disk can still stand there, behind a reign that began here since: what that
     /// calls durable is so where it was written.
-    fn behind(&self, segments: &Segments, from: Lsn, me: NodeId) -> io::Result<Remains> {
+    /// Beside it what the disk said of what could not be read there.
+    fn behind(
+        &self,
+        segments: &Segments,
+        from: Lsn,
+        me: NodeId,
+    ) -> io::Result<(Remains, Option<io::Error>)> {
         let reigns = self.content.table.view(Vec::new()).epochs;
         let theirs = reigns.iter().filter(|reign| reign.author != me).map(|reign| reign.id);
         let theirs: BTreeSet<EpochId> = theirs.collect();
         let first = from.segment_number(segments.segment_bytes());
-        let mut all = Remains::default();
+        let (mut all, mut unread) = (Remains::default(), None);
         for number in segments.numbers().into_iter().filter(|number| *number >= first) {
-            let found = remains(segments, number, from, |reign| theirs.contains(&reign))?;
+            let (found, failed) = remains(segments, number, from, |reign| theirs.contains(&reign))?;
+            unread = unread.or(failed);
             all.last_end = all.last_end.max(found.last_end);
             all.durable = all.durable.max(found.durable);
         }
-        Ok(all)
+        Ok((all, unread))
     }
 
     /// Takes the next record; what it does is done when its request is whole.

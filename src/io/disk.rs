@@ -75,6 +75,46 @@ pub trait Disk: Send + Sync {
     }
 }
 
+/// What could not be read of a part of a file.
+#[derive(Debug)]
+pub struct Unread {
+    /// Behind the last byte of it, in the file.
+    pub end: u64,
+    /// What the disk said first.
+    pub cause: io::Error,
+}
+
+/// Reads what can be read of `[offset, offset + buffer.len())`; the rest is zeros.
+pub fn read_around(file: &dyn DiskFile, buffer: &mut [u8], offset: u64) -> Option<Unread> {
+    let cause = file.read_at(buffer, offset).err()?;
+    let mut end = None;
+    // By pages, and where one fails by sectors.
+    parts(buffer, offset, 4096, &mut |page, at| {
+        if file.read_at(page, at).is_ok() {
+            return;
+        }
+        parts(page, at, 512, &mut |sector, at| {
+            if file.read_at(sector, at).is_err() {
+                sector.fill(0);
+                end = Some(at + sector.len() as u64);
+            }
+        });
+    });
+    end.map(|end| Unread { end, cause })
+}
+
+/// Calls `each` with the parts of a buffer that lie between multiples of `bytes` in the file.
+fn parts(buffer: &mut [u8], offset: u64, bytes: u64, each: &mut dyn FnMut(&mut [u8], u64)) {
+    let (mut rest, mut at) = (buffer, offset);
+    while !rest.is_empty() {
+        let count = ((bytes - at % bytes) as usize).min(rest.len());
+        let (part, behind) = rest.split_at_mut(count);
+        each(part, at);
+        at += count as u64;
+        rest = behind;
+    }
+}
+
 /// An open file. Offsets and lengths are bytes. All methods may be called from any thread.
 pub trait DiskFile: Send + Sync {
     /// The file's length.

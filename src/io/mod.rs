@@ -14,7 +14,7 @@ mod ring;
 use std::sync::Arc;
 
 pub use clock::{Clock, ManualClock, SystemClock};
-pub use disk::{BatchRead, Disk, DiskFile, OpenMode, Space};
+pub use disk::{BatchRead, Disk, DiskFile, OpenMode, Space, Unread, read_around};
 pub use entropy::{Entropy, KernelEntropy, SeededEntropy};
 pub use files::FileDisk;
 pub use memory::{Fault, MemoryDisk};

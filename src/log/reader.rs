@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::io::read_around;
 use crate::log::record::{HEADER_BYTES, Header, Kind, RecordError};
 use crate::log::segment::{Segment, Segments, fits};
 use crate::units::{Chain, EpochId, Lsn};
@@ -43,6 +44,10 @@ pub struct Scanner<'a> {
     window_at: Lsn,
     /// What is read does not stay in the cache.
     once: bool,
+    /// Before it no more is read than what is asked for: something behind cannot be read.
+    narrow_to: Lsn,
+    /// The record here, where its header could be read and its payload could not.
+    unread: Option<Header>,
     /// Where the last record's payload lies in `window`.
     payload: std::ops::Range<usize>,
 }
@@ -59,6 +64,8 @@ impl<'a> Scanner<'a> {
             window: Vec::new(),
             window_at: at,
             once: false,
+            narrow_to: Lsn::ZERO,
+            unread: None,
             payload: 0..0,
         }
     }
@@ -82,6 +89,13 @@ impl<'a> Scanner<'a> {
         self.chain
     }
 
+    /// The record at which the scan stands, where its header is whole and the disk could not read
+    /// its payload.
+    #[must_use]
+    pub fn unread(&self) -> Option<&Header> {
+        self.unread.as_ref()
+    }
+
     /// The payload of the last record, where [`Scanner::next`] was asked for it.
     #[must_use]
     pub fn payload(&self) -> &[u8] {
@@ -95,6 +109,7 @@ impl<'a> Scanner<'a> {
     ///
     /// Why the chain ends here; the scan stays where it is.
     pub fn next(&mut self, payloads: bool) -> Result<Header, ScanEnd> {
+        self.unread = None;
         let segment_bytes = self.segments.segment_bytes();
         let room = segment_bytes - self.at.segment_offset(segment_bytes);
         self.fill(HEADER_BYTES as u64, room)?;
@@ -116,7 +131,10 @@ impl<'a> Scanner<'a> {
         self.payload = 0..0;
         if header.payload_bytes > 0 && (payloads || header.kind == Kind::Control as u8) {
             let header_bytes = header.header_bytes();
-            self.fill(record_bytes, room)?;
+            if let Err(end) = self.fill(record_bytes, room) {
+                self.unread = Some(header).filter(|_| matches!(end, ScanEnd::Io(_)));
+                return Err(end);
+            }
             let start = (self.at.bytes_since(self.window_at) + header_bytes) as usize;
             self.payload = start..start + header.payload_bytes as usize;
             if !header.body_is_whole(&self.window[start..start + header.body_bytes() as usize]) {
@@ -161,21 +179,29 @@ impl<'a> Scanner<'a> {
             self.segment = Some(self.segments.get(number).ok_or(ScanEnd::NoSegment(number))?);
         }
         let segment = self.segment.as_ref().expect("set above");
-        let wanted = bytes.max(WINDOW_BYTES as u64).min(room);
-        self.window.resize(wanted as usize, 0);
-        self.window_at = self.at;
         let offset = self.at.segment_offset(segment_bytes);
-        let result = if self.once {
-            segment.file.read_once(&mut self.window, offset)
-        } else {
-            segment.file.read_at(&mut self.window, offset)
-        };
-        if let Err(error) = result {
-            self.window.clear();
-            return Err(error.into());
+        self.window_at = self.at;
+        let ahead = bytes.max(WINDOW_BYTES as u64).min(room);
+        let wanted = if self.at < self.narrow_to { bytes } else { ahead };
+        let mut result = read(segment, &mut self.window, wanted, offset, self.once);
+        if result.is_err() && wanted > bytes {
+            // Nobody has asked for what is behind.
+            self.narrow_to = self.at.advance(wanted);
+            result = read(segment, &mut self.window, bytes, offset, self.once);
         }
-        Ok(())
+        Ok(result.inspect_err(|_| self.window.clear())?)
     }
+}
+
+fn read(
+    segment: &Segment,
+    window: &mut Vec<u8>,
+    bytes: u64,
+    offset: u64,
+    once: bool,
+) -> io::Result<()> {
+    window.resize(bytes as usize, 0);
+    if once { segment.file.read_once(window, offset) } else { segment.file.read_at(window, offset) }
 }
 
 /// What stands behind the end of a chain.
@@ -189,20 +215,21 @@ pub struct Remains {
 
 /// Looks at every place where a record could start in `[from, end of segment)` for records that
 /// stand at their own position: what was written behind a gap. `elsewhere` says of a reign that
-/// another node's disk is meant by what its records call durable.
+/// another node's disk is meant by what its records call durable. Beside it what the disk said of
+/// the places that could not be read, if there were any.
 ///
 /// # Errors
 ///
-/// What the disk says.
+/// Where the file's length cannot be told.
 pub fn remains(
     segments: &Segments,
     number: u64,
     from: Lsn,
     elsewhere: impl Fn(EpochId) -> bool,
-) -> io::Result<Remains> {
+) -> io::Result<(Remains, Option<io::Error>)> {
     let segment_bytes = segments.segment_bytes();
-    let mut found = Remains::default();
-    let Some(segment) = segments.get(number) else { return Ok(found) };
+    let (mut found, mut unread) = (Remains::default(), None);
+    let Some(segment) = segments.get(number) else { return Ok((found, None)) };
     let file_bytes = segment.file.len()?.min(segment_bytes);
     let start = number * segment_bytes;
     let mut offset = from.0.max(start) - start;
@@ -211,7 +238,8 @@ pub fn remains(
     while offset < file_bytes {
         let count = (file_bytes - offset).min(1 << 20);
         window.resize(count as usize, 0);
-        segment.file.read_at(&mut window, offset)?;
+        let failed = read_around(&*segment.file, &mut window, offset);
+        unread = unread.or(failed.map(|failed| failed.cause));
         let last_window = offset + count == file_bytes;
         let until = if last_window { count } else { count - overlap };
         let mut place = 0;
@@ -234,5 +262,5 @@ pub fn remains(
         }
         offset += until;
     }
-    Ok(found)
+    Ok((found, unread))
 }

@@ -7,6 +7,7 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
+use crate::io::read_around;
 use crate::log::record::{ALIGNMENT, HEADER_BYTES, Header, Kind, flags};
 use crate::log::segment::{Segments, fits};
 use crate::units::{BLOCK_BYTES, Chain, EpochId, LogTime, Lsn, VolumeNumber};
@@ -85,6 +86,27 @@ impl Writer {
     ) -> io::Result<Writer> {
         let mut tail = vec![0; (head.0 % BLOCK_BYTES) as usize];
         segments.read(Lsn(head.0 - tail.len() as u64), &mut tail)?;
+        Ok(Writer { segments, head, chain, requests, tail })
+    }
+
+    /// The same where that page cannot be read: what stands there is zeros, and damage, which is
+    /// to be told.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such segment.
+    pub fn open_around(
+        segments: Arc<Segments>,
+        head: Lsn,
+        chain: Chain,
+        requests: u64,
+    ) -> io::Result<Writer> {
+        let mut tail = vec![0; (head.0 % BLOCK_BYTES) as usize];
+        let at = Lsn(head.0 - tail.len() as u64);
+        let number = at.segment_number(segments.segment_bytes());
+        let segment = segments.get(number).ok_or(io::ErrorKind::NotFound)?;
+        let offset = at.segment_offset(segments.segment_bytes());
+        let _ = read_around(&*segment.file, &mut tail, offset);
         Ok(Writer { segments, head, chain, requests, tail })
     }
 

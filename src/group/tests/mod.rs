@@ -24,6 +24,7 @@ mod rewind;
 mod room;
 mod scrub;
 mod switch;
+mod unreadable;
 
 use std::path::PathBuf;
 use std::sync::Arc;
