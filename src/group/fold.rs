@@ -18,15 +18,14 @@ use super::GroupError;
 use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
+use super::fold_damage::Rotted;
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
-use super::read::Fetch;
 use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::extent_map::ExtentMap;
 use crate::log::control::OnFull;
-use crate::log::record::crc32;
 use crate::units::{BLOCK_BYTES, Lsn};
 
 /// Bytes that are fetched and written at a time.
@@ -140,7 +139,7 @@ impl Group {
             horizon: core.timeline.horizon().lsn,
             head: core.writer.head(),
             durable: core.durable,
-            // What a peer lacks counts as what could be lost, where the log is to wait for it.
+            // What a peer lacks counts as what could be rotted, where the log is to wait for it.
             committed: core.committed().min(from(true)),
             barrier: core.content.barrier,
             // Unless space is short, the log is kept for a peer that follows.
@@ -263,8 +262,9 @@ impl Group {
             meta.fold_target = meta.fold_target.max(target.lsn);
             meta.durable = meta.durable.max(target.lsn);
         })?;
+        let mut rotted = Rotted::default();
         for known in content.volumes.values() {
-            self.fold_volume(known)?;
+            self.fold_volume(known, &mut rotted)?;
         }
         let state = ControlState {
             position: target.position(),
@@ -278,6 +278,7 @@ impl Group {
             .map_err(|cause| self.io("write control state", &cause))?;
         drop(content);
         self.move_horizon(state);
+        self.tell_rotted(rotted);
         Ok(())
     }
 
@@ -333,7 +334,7 @@ impl Group {
         }
     }
 
-    fn fold_volume(&self, known: &VolumeContent) -> Result<(), GroupError> {
+    fn fold_volume(&self, known: &VolumeContent, rotted: &mut Rotted) -> Result<(), GroupError> {
         let volume = &known.volume;
         let steps = fold_steps(known.map.pieces(), volume.size_bytes);
         let base = match self.base_of(volume.number) {
@@ -376,24 +377,24 @@ impl Group {
             match step {
                 FoldStep::Copy { offset, piece } => {
                     if batch.end() != Some(offset) || batch.bytes() >= BATCH_BYTES {
-                        self.write_batch(known, &base, &mut batch)?;
+                        self.write_batch(known, &base, &mut batch, rotted)?;
                         batch.offset = offset;
                     }
                     batch.born = batch.born.max(written_at(&piece.source));
                     batch.pieces.push(piece);
                 }
                 FoldStep::Zero { offset, length, born } => {
-                    self.write_batch(known, &base, &mut batch)?;
+                    self.write_batch(known, &base, &mut batch, rotted)?;
                     let _gate = self.base_gate.write().expect("no holder panics");
                     base.zero_blocks(offset, length, born).map_err(write)?;
                 }
                 FoldStep::Mend { offset, parts } => {
-                    self.write_batch(known, &base, &mut batch)?;
-                    self.mend(known, &base, offset, parts)?;
+                    self.write_batch(known, &base, &mut batch, rotted)?;
+                    self.mend(known, &base, offset, parts, rotted)?;
                 }
             }
         }
-        self.write_batch(known, &base, &mut batch)?;
+        self.write_batch(known, &base, &mut batch, rotted)?;
         for piece in known.touched.pieces().take_while(|piece| piece.offset < volume.size_bytes) {
             let length = piece.length.min(volume.size_bytes - piece.offset);
             let _gate = self.base_gate.write().expect("no holder panics");
@@ -402,12 +403,14 @@ impl Group {
         base.sync().map_err(|cause| self.fail(&format!("sync of base of {}", volume.name), &cause))
     }
 
-    /// Whole blocks from the log, one behind the other, with the checksums they came with.
+    /// Whole blocks from the log, one behind the other, with the checksums they came with: those of
+    /// one that is damaged there do not hold, and prove it when a peer has it.
     fn write_batch(
         &self,
         known: &VolumeContent,
         base: &BaseVolume,
         batch: &mut Batch,
+        rotted: &mut Rotted,
     ) -> Result<(), GroupError> {
         if batch.pieces.is_empty() {
             return Ok(());
@@ -415,8 +418,7 @@ impl Group {
         let Batch { offset, pieces, born } = std::mem::take(batch);
         let mut data = vec![0; pieces.len() * BLOCK_BYTES as usize];
         let crcs: Vec<u32> = pieces.iter().filter_map(crc_of).collect();
-        let volume = known.volume.number;
-        self.fetch_checked(vec![Fetch { volume, pieces, buffer: &mut data }])?;
+        self.fetch_blocks(known, offset, pieces, &mut data, rotted)?;
         let _gate = self.base_gate.write().expect("no holder panics");
         base.write_blocks(offset, &data, &crcs, born)
             .map_err(|cause| self.io(format!("write base of {}", known.volume.name), &cause))
@@ -429,6 +431,7 @@ impl Group {
         base: &Arc<BaseVolume>,
         offset: u64,
         parts: Vec<crate::extent_map::Piece>,
+        rotted: &mut Rotted,
     ) -> Result<(), GroupError> {
         let mut block = vec![0; BLOCK_BYTES as usize];
         let covered: u64 = parts.iter().map(|part| part.length).sum();
@@ -444,13 +447,7 @@ impl Group {
             base.read_unchecked(offset, &mut block)
                 .map_err(|cause| self.io(format!("read base of {}", known.volume.name), &cause))?;
         }
-        for part in parts {
-            let start = (part.offset - offset) as usize;
-            let buffer = &mut block[start..start + part.length as usize];
-            let volume = known.volume.number;
-            self.fetch_checked(vec![Fetch { volume, pieces: vec![part], buffer }])?;
-        }
-        let crc = crc32(&block);
+        let crc = self.fetch_parts(known, offset, parts, &mut block, rotted)?;
         let _gate = self.base_gate.write().expect("no holder panics");
         // The map still says that a part of this block is in the base: whoever reads it there must
         // find block and sum together.

@@ -327,6 +327,7 @@ mod engine;
 mod extents;
 mod files;
 mod fold;
+mod fold_damage;
 mod fold_plan;
 mod holds;
 mod image;

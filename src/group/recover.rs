@@ -147,7 +147,8 @@ impl Group {
             clean: before.clean,
         });
         let mut unread = found.unread.take();
-        if !matches!(decision, RecoveryDecision::Damage { .. })
+        // Behind the end of a log that was closed in order nothing was.
+        if matches!(decision, RecoveryDecision::Cut { .. })
             && let Some(cause) = unread.take()
         {
             // Nothing says that it was durable, and nobody can say what stands there.

@@ -376,6 +376,14 @@ pub fn crc32(piece: &[u8]) -> u32 {
     crc32fast::hash(piece)
 }
 
+/// CRC-32 of two pieces, one behind the other, from those of each and the bytes of the second.
+#[must_use]
+pub fn crc32_joined(first: u32, second: u32, second_bytes: u64) -> u32 {
+    let mut joined = crc32fast::Hasher::new_with_initial(first);
+    joined.combine(&crc32fast::Hasher::new_with_initial_len(second, second_bytes));
+    joined.finalize()
+}
+
 /// CRCs of the payload of a record at `offset`.
 #[must_use]
 pub fn payload_crcs(offset: u64, payload: &[u8]) -> Vec<u32> {

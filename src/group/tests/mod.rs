@@ -8,6 +8,7 @@ mod clock;
 mod cut;
 mod failures;
 mod fold;
+mod fold_damage;
 mod hostile;
 mod images;
 mod model;

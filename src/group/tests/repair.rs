@@ -137,6 +137,44 @@ fn records_that_do_not_join_what_is_whole_here_are_not_taken() {
 }
 
 #[test]
+fn a_block_that_a_fold_took_damaged_from_the_log_is_taken_from_a_peer() {
+    let pair = Pair::new(12);
+    let number = pair.volume.number;
+    Pair::turn_log(&pair.b, Lsn(pair.primary.positions().head.0 - 100));
+    let found = damaged(&pair.copy);
+    assert_eq!(found.len(), 1);
+    set_policy(&pair.copy, 0, 64 << 20);
+    pair.b.pass(5);
+    pair.copy.sync_now().unwrap();
+    assert_eq!(pair.copy.fold_now().unwrap(), pair.copy.positions().head);
+    let is_error = |block: &u64| try_read(&*pair.copy, number, block * 4096, 4096).is_err();
+    let errors: Vec<u64> = (0..(3 << 20) / 4096).filter(is_error).collect();
+    assert_eq!(errors.len(), 1, "{errors:?} of {found:?}");
+    assert!(pair.repair_base(), "{:?}", damaged(&pair.copy));
+    let expected = read(&*pair.primary, number, 0, 3 << 20);
+    assert!(read(&*pair.copy, number, 0, 3 << 20) == expected);
+}
+
+#[test]
+fn what_the_disk_could_not_read_of_a_log_is_taken_from_a_peer() {
+    let pair = Pair::new(13);
+    let whole = Pair::bytes(&pair.copy);
+    let at = Lsn(pair.primary.positions().head.0 - 6000);
+    let Pair { a, b, primary, copy, volume } = pair;
+    drop(copy);
+    let path = dir().join("log").join(segment_name(at.segment_number(SEGMENT)));
+    let offset = at.segment_offset(SEGMENT);
+    b.disk.inject(crate::io::Fault::Unreadable { path, offset, length: 512 });
+    let (copy, _) = b.open();
+    let pair = Pair { a, b, primary, copy, volume };
+    assert!(!damaged(&pair.copy).is_empty());
+    // What is written there is readable.
+    pair.b.disk.clear_faults();
+    assert!(pair.repair_log(), "{:?}", damaged(&pair.copy));
+    assert!(Pair::bytes(&pair.copy).starts_with(&whole));
+}
+
+#[test]
 fn who_has_damage_gives_none_of_it_away() {
     let pair = Pair::new(3);
     let at = Lsn(pair.copy.positions().head.0 - 9000);

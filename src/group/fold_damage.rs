@@ -1,0 +1,143 @@
+//! What a fold does with payloads that have rotted in the log: the fold goes on, since nothing would
+//! bring it past them, and their blocks go into the base as damaged ones.
+//!
+//! Such a block has a checksum that does not hold: who reads it is told, and sees no other data. A
+//! whole block keeps the one that its record has, and where all that is known of its parts joins to
+//! one, it gets that: a peer's block is proved by it. A host that writes all of the block anew
+//! makes it whole.
+
+use serde_json::json;
+
+use super::GroupError;
+use super::content::VolumeContent;
+use super::engine::Group;
+use super::read::Fetch;
+use super::scrub::DamagedPart;
+use crate::events::Severity;
+use crate::extent_map::{Piece, Source};
+use crate::log::record::{crc32, crc32_joined};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Name, VolumeNumber};
+
+/// The blocks that a fold found damaged in the log: of which volume, and where.
+#[derive(Default)]
+pub(super) struct Rotted(Vec<(VolumeNumber, Name, u64)>);
+
+impl Rotted {
+    fn push(&mut self, known: &VolumeContent, offset: u64) {
+        self.0.push((known.volume.number, known.volume.name.clone(), offset));
+    }
+}
+
+impl Group {
+    /// Fetches whole blocks from `offset` on; those that are damaged are zeros.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub(super) fn fetch_blocks(
+        &self,
+        known: &VolumeContent,
+        offset: u64,
+        pieces: Vec<Piece>,
+        data: &mut [u8],
+        rotted: &mut Rotted,
+    ) -> Result<(), GroupError> {
+        let volume = known.volume.number;
+        let all = vec![Fetch { volume, pieces: pieces.clone(), buffer: &mut *data }];
+        if self.fetch_checked(all).is_ok() {
+            return Ok(());
+        }
+        let blocks = data.chunks_exact_mut(BLOCK_BYTES as usize);
+        for ((index, buffer), piece) in blocks.enumerate().zip(pieces) {
+            if !self.fetch_or_zeros(volume, piece, buffer)? {
+                rotted.push(known, offset + index as u64 * BLOCK_BYTES);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches the parts of the block at `offset` that the log has into it; the block's checksum,
+    /// which does not hold where one of them is damaged.
+    ///
+    /// # Errors
+    ///
+    /// What the disk says.
+    pub(super) fn fetch_parts(
+        &self,
+        known: &VolumeContent,
+        offset: u64,
+        parts: Vec<Piece>,
+        block: &mut [u8],
+        rotted: &mut Rotted,
+    ) -> Result<u32, GroupError> {
+        // The checksum so far, as it would be of whole parts; up to where.
+        let (mut sum, mut at) = (Some(crc32(&[])), 0);
+        let mut whole = true;
+        for part in parts {
+            let (begin, bytes) = ((part.offset - offset) as usize, part.length as usize);
+            sum = sum.map(|sum| joined(sum, &block[at..begin]));
+            at = begin + bytes;
+            let buffer = &mut block[begin..at];
+            if self.fetch_or_zeros(known.volume.number, part, buffer)? {
+                sum = sum.map(|sum| joined(sum, buffer));
+                continue;
+            }
+            whole = false;
+            sum = match part.source {
+                Source::Log { piece_bytes, crc, .. } if u64::from(piece_bytes) == part.length => {
+                    sum.map(|sum| crc32_joined(sum, crc, part.length))
+                }
+                _ => None,
+            };
+        }
+        sum = sum.map(|sum| joined(sum, &block[at..]));
+        if !whole {
+            rotted.push(known, offset);
+        }
+        let never = !crc32(block);
+        Ok(sum.unwrap_or(never))
+    }
+
+    /// Whether a piece is whole; one that is damaged is zeros. What the disk cannot read may be
+    /// there at the next attempt, and is waited for while writers need no room.
+    fn fetch_or_zeros(
+        &self,
+        volume: VolumeNumber,
+        piece: Piece,
+        buffer: &mut [u8],
+    ) -> Result<bool, GroupError> {
+        let fetch = Fetch { volume, pieces: vec![piece], buffer: &mut *buffer };
+        match self.fetch_checked(vec![fetch]) {
+            Ok(()) => return Ok(true),
+            Err(GroupError::Damaged { .. }) => {}
+            Err(error) => {
+                if !self.is_pressed(&self.lock()) {
+                    return Err(error);
+                }
+            }
+        }
+        buffer.fill(0);
+        Ok(false)
+    }
+
+    /// Tells which blocks are damaged in the base now, and has a peer asked for them.
+    pub(super) fn tell_rotted(&self, rotted: Rotted) {
+        let Some((_, volume, offset)) = rotted.0.first() else { return };
+        let blocks = rotted.0.len();
+        let text = format!(
+            "{blocks} blocks of which the log held the data were damaged there, the first of volume \
+             {volume} at {offset}: reading them is an error until a peer has given them or a host \
+             has written all of them anew"
+        );
+        let details = json!({ "volume": volume, "offset": offset, "blocks": blocks });
+        self.emit(Severity::Error, "log-damaged", text, details);
+        for (volume, _, offset) in &rotted.0 {
+            self.suspect(DamagedPart::Base { volume: *volume, chunk: offset / CHUNK_BYTES });
+        }
+    }
+}
+
+/// The checksum of what has `sum` with `bytes` behind it.
+fn joined(sum: u32, bytes: &[u8]) -> u32 {
+    crc32_joined(sum, crc32(bytes), bytes.len() as u64)
+}

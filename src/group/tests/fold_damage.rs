@@ -1,0 +1,153 @@
+//! Folds over payloads that have rotted in the log.
+
+use super::*;
+use crate::log::segment::segment_name;
+
+const BYTES: u64 = 1 << 20;
+/// Blocks that have rotted: written whole, and in part.
+const ROTTED: [u64; 3] = [3, 10, 11];
+
+/// A group with what is to be folded, and some of it rotted; what the volume would hold, and an
+/// image of the moment where the base is.
+fn rotted(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, Arc<Image>) {
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), BYTES).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    let mut expected = vec![0; BYTES as usize];
+    let mut put = |offset: u64, data: &[u8]| {
+        expected[offset as usize..][..data.len()].copy_from_slice(data);
+        write(&group, volume.number, offset, data)
+    };
+    put(8 * 4096, &[1; 8 * 4096]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    let before = group.open_image(&Point::Now, None, "test", None).unwrap();
+    for block in 0..6 {
+        put(block * 4096, &[2 + block as u8; 4096]);
+    }
+    let mut ends = vec![put(3 * 4096, &[0x33; 4096])];
+    ends.push(put(10 * 4096 + 512, &[0x44; 512]));
+    // What is left of it is not all that its checksum is of.
+    ends.push(put(11 * 4096, &[0x55; 1024]));
+    put(11 * 4096 + 512, &[0x66; 1024]);
+    put(12 * 4096 + 1024, &[0x77; 512]);
+    group.sync_now().unwrap();
+    // It tells what was durable before it.
+    put(20 * 4096, &[8; 4096]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    for end in ends {
+        let at = Lsn(end.0 - 100);
+        let file = dir().join("log").join(segment_name(at.segment_number(SEGMENT)));
+        bench.disk.damage(&file, at.segment_offset(SEGMENT), 1, 0x10);
+    }
+    (group, volume, expected, before)
+}
+
+/// All blocks are as they should be; those that have rotted are errors, and no other data.
+fn check(view: &dyn View, volume: &Volume, expected: &[u8], rotted: &[u64], what: &str) {
+    for block in 0..BYTES / 4096 {
+        let got = try_read(view, volume.number, block * 4096, 4096);
+        if rotted.contains(&block) {
+            assert!(matches!(got, Err(GroupError::Damaged { .. })), "{what}: block {block}");
+        } else {
+            let got = got.unwrap_or_else(|error| panic!("{what}: block {block}: {error}"));
+            assert!(got == expected[block as usize * 4096..][..4096], "{what}: block {block}");
+        }
+    }
+}
+
+fn fold(bench: &Bench, group: &Group, what: &str) {
+    bench.pass(5);
+    group.sync_now().unwrap();
+    let folded = group.fold_now().unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert_eq!(folded, group.positions().head, "{what}");
+}
+
+#[test]
+fn a_fold_goes_on_over_what_has_rotted_in_the_log_and_the_block_stays_an_error() {
+    let bench = Bench::new("a", 1);
+    let (group, volume, mut expected, before) = rotted(&bench);
+    fold(&bench, &group, "first");
+    check(&*group, &volume, &expected, &ROTTED, "live");
+    let now = group.open_image(&Point::Now, None, "test", None).unwrap();
+    check(&*now, &volume, &expected, &ROTTED, "image");
+    let mut old = vec![0; BYTES as usize];
+    old[8 * 4096..16 * 4096].fill(1);
+    check(&*before, &volume, &old, &[], "image of before");
+    let [said] = &bench.said("log-damaged")[..] else { panic!("it is told once") };
+    assert!(said.contains("3 blocks") && said.contains("volume v at 12288"), "{said}");
+    let chunk = DamagedPart::Base { volume: volume.number, chunk: 0 };
+    assert!(group.take_suspects().contains(&chunk));
+    group.close().unwrap();
+    drop((before, now, group));
+    // It is so after a restart, and further folds are not held up.
+    let (group, _) = bench.open();
+    check(&*group, &volume, &expected, &ROTTED, "after a restart");
+    let put = |expected: &mut Vec<u8>, offset: u64, data: &[u8]| {
+        expected[offset as usize..][..data.len()].copy_from_slice(data);
+        write(&group, volume.number, offset, data);
+    };
+    put(&mut expected, 40 * 4096, &[9; 4096]);
+    fold(&bench, &group, "second");
+    check(&*group, &volume, &expected, &ROTTED, "after another fold");
+    // Who writes all of a block makes it whole.
+    for block in ROTTED {
+        put(&mut expected, block * 4096, &[0xaa; 4096]);
+    }
+    check(&*group, &volume, &expected, &[], "written anew");
+    fold(&bench, &group, "third");
+    check(&*group, &volume, &expected, &[], "written anew and folded");
+    for base in group.bases.read().unwrap().values() {
+        base.check(0, BYTES).unwrap();
+    }
+}
+
+#[test]
+fn a_crash_at_any_boundary_of_a_fold_over_rot_never_gives_it_a_good_checksum() {
+    let bench = Bench::new("a", 2);
+    let (group, volume, expected, _) = rotted(&bench);
+    bench.disk.record();
+    group.fold_now().unwrap();
+    let stopped = bench.disk.take_recorded();
+    assert!(stopped.len() > 10, "{} boundaries", stopped.len());
+    for (boundary, disk) in stopped.into_iter().enumerate() {
+        for seed in 0..6 {
+            let what = format!("boundary {boundary}, seed {seed}");
+            let disk = Arc::new(disk.crash(seed + 100 * boundary as u64));
+            let after = Bench { disk, ..bench.after_crash(0) };
+            let (group, _) = after.open();
+            fold(&after, &group, &what);
+            check(&*group, &volume, &expected, &ROTTED, &what);
+        }
+    }
+}
+
+#[test]
+fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_room() {
+    let bench = Bench::new("a", 3);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), BYTES).unwrap();
+    set_policy(&group, 0, 4 * SEGMENT);
+    let mut expected = vec![0; BYTES as usize];
+    let end = write(&group, volume.number, 0, &[1; 4096]);
+    expected[..4096].fill(1);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    let path = dir().join("log").join(segment_name(0));
+    bench.disk.inject(crate::io::Fault::Unreadable { path, offset: end.0 - 512, length: 512 });
+    assert!(matches!(group.fold_now(), Err(GroupError::Io { .. })));
+    for round in 0..4 {
+        let offset = 8192 + round * 60_000 / 4096 * 4096;
+        write(&group, volume.number, offset, &[3; 60_000]);
+        expected[offset as usize..][..60_000].fill(3);
+    }
+    bench.pass(5);
+    group.sync_now().unwrap();
+    // What had begun is finished first, then the rest.
+    group.fold_now().unwrap();
+    check(&*group, &volume, &expected, &[0], "folded");
+    bench.disk.clear_faults();
+    check(&*group, &volume, &expected, &[0], "read again");
+}
