@@ -47,8 +47,8 @@ enum Trouble {
     Checksum(Lsn),
     /// The base says so; perhaps only because the folder was at work there.
     Base(BaseError),
-    /// The disk.
-    Io(io::Error),
+    /// The disk cannot read; where in the log, if it is there.
+    Io(Option<Lsn>, io::Error),
 }
 
 /// A read from a segment, or of a kept block.
@@ -187,10 +187,13 @@ impl Group {
                         self.suspect_block(&cause);
                         reads[index].result = Err(self.damaged(cause.to_string()));
                     }
-                    Trouble::Io(cause) if settled => {
+                    Trouble::Io(lsn, cause) if settled => {
+                        if let Some(lsn) = lsn {
+                            self.suspect_record(lookup, lsn);
+                        }
                         reads[index].result = Err(self.io("read", &cause));
                     }
-                    Trouble::Checksum(_) | Trouble::Base(_) | Trouble::Io(_) => open.push(index),
+                    Trouble::Checksum(_) | Trouble::Base(_) | Trouble::Io(..) => open.push(index),
                 }
                 before[index] = Some(pieces);
             }
@@ -290,7 +293,7 @@ impl Group {
         let base_results: Vec<_> = base_batch.into_iter().map(|read| read.result).collect();
         for (read, result) in log_reads.into_iter().zip(results) {
             if let Err(cause) = result {
-                troubles[read.owner] = Some(Trouble::Io(cause));
+                troubles[read.owner] = Some(Trouble::Io(Some(read.lsn), cause));
             } else if !read.target.finish() {
                 troubles[read.owner] = Some(Trouble::Checksum(read.lsn));
             }
@@ -414,7 +417,12 @@ impl Group {
                 self.suspect_block(&cause);
                 Err(self.damaged(cause.to_string()))
             }
-            Some(Trouble::Io(cause)) => Err(self.io("read", &cause)),
+            Some(Trouble::Io(lsn, cause)) => {
+                if let Some(lsn) = lsn {
+                    self.suspect_record(self, lsn);
+                }
+                Err(self.io("read", &cause))
+            }
         }
     }
 
@@ -509,7 +517,7 @@ pub(super) fn is_kept_now(moment: Option<&Moment>, volume: VolumeNumber, pieces:
 
 fn no_file(volume: VolumeNumber) -> Trouble {
     let what = format!("what is staged of volume {volume} is gone");
-    Trouble::Io(io::Error::new(io::ErrorKind::NotFound, what))
+    Trouble::Io(None, io::Error::new(io::ErrorKind::NotFound, what))
 }
 
 fn wrong_checksum(address: Lsn) -> String {
