@@ -86,6 +86,7 @@ impl Node {
                 log_limit_bytes: config.limits.log_limit.map(|size| size.0),
                 disk_reserve_bytes: config.limits.disk_reserve.map(|size| size.0),
             },
+            failures: config.control.socket.parent().map(Path::to_owned),
             events: events.clone(),
         };
         let dir = config.data_dir.join("groups");

@@ -139,6 +139,7 @@ impl Bench {
             env: Env { disk: Arc::new(self.disk.clone()), clock, entropy },
             node: NodeIdentity { id: NodeId([3; 16]), name: "n".parse().unwrap() },
             limits: LocalLimits::default(),
+            failures: None,
             events: self.events.clone(),
         }
     }

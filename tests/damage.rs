@@ -50,6 +50,7 @@ fn context(disk: &MemoryDisk, events: &Events) -> GroupContext {
         env: Env { disk: Arc::new(disk.clone()), clock, entropy },
         node: NodeIdentity { id: NodeId([3; 16]), name: "n".parse().unwrap() },
         limits: LocalLimits::default(),
+        failures: None,
         events: events.clone(),
     }
 }

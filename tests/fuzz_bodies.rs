@@ -205,6 +205,7 @@ fn group_context(disk: &MemoryDisk) -> GroupContext {
         env: Env { disk: Arc::new(disk.clone()), clock, entropy: Arc::new(SeededEntropy::new(1)) },
         node: NodeIdentity { id: NodeId([3; 16]), name: "n".parse().unwrap() },
         limits: LocalLimits::default(),
+        failures: None,
         events: Events::in_memory(),
     }
 }

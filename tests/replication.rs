@@ -80,6 +80,7 @@ impl Node {
             env: Env { clock: Arc::clone(&clock) as Arc<dyn Clock>, ..Env::real() },
             node: NodeIdentity { id, name: name.parse().unwrap() },
             limits: LocalLimits::default(),
+            failures: None,
             events: Events::in_memory(),
         };
         let registry = Registry::open(context.clone(), &dir.join("groups")).unwrap();

@@ -360,6 +360,7 @@ mod tests {
             },
             node: NodeIdentity { id: NodeId([1; 16]), name: "a".parse().unwrap() },
             limits: LocalLimits::default(),
+            failures: None,
             events: Events::in_memory(),
         };
         let (dir, id) = (Path::new("/groups/g"), GroupId([7; 16]));

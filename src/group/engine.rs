@@ -695,6 +695,8 @@ impl Group {
         if failed {
             self.space.notify_all();
             self.fail_waiters();
+            let why = reports.iter().map(|report| report.text.as_str()).collect::<Vec<_>>();
+            self.context.latch_failure(self.id(), &why.join("\n"));
             // Best effort: the disk has just failed.
             if let Err(error) = self.write_meta(|meta| meta.failed = true) {
                 tracing::warn!("the failure could not be latched on disk: {error}");

@@ -5,6 +5,7 @@
 //! [`Group::read_log`] and appends with [`Group::append_received`]; who shows the past opens an
 //! [`Image`].
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,9 @@ pub struct GroupContext {
     pub node: NodeIdentity,
     /// The node's own limits.
     pub limits: LocalLimits,
+    /// A directory on another file system, which a boot of the machine clears: where failures of
+    /// the groups' disk are written down (`latch.rs`).
+    pub failures: Option<PathBuf>,
     /// Where events go.
     pub events: Events,
 }
@@ -333,6 +337,7 @@ mod holds;
 mod image;
 mod indexing;
 mod keep;
+mod latch;
 mod merging;
 mod meta;
 mod moment;

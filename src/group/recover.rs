@@ -168,7 +168,8 @@ impl Group {
         let end = found.timeline.end();
         let boot = context.env.clock.boot();
         // What was answered is still there where the machine has gone on running.
-        let same_boot = boot.is_some() && boot == before.boot && !before.failed;
+        let failed = before.failed || context.has_failed(before.group);
+        let same_boot = boot.is_some() && boot == before.boot && !failed;
         let lost = match decision {
             RecoveryDecision::Keep => false,
             RecoveryDecision::Cut { whole_records_behind, .. } => {
@@ -233,6 +234,9 @@ impl Group {
             }
         })
         .map_err(|cause| io("write meta", &cause))?;
+        if !stopped {
+            context.forget_failure(before.group);
+        }
         let base_at = before.fold_target.max(horizon.position.lsn);
         let moments =
             load_moments(&*disk, dir, base_at).map_err(|cause| io("read moments", &cause))?;
@@ -265,7 +269,7 @@ impl Group {
             );
             group.emit(Severity::Error, "log-damaged", text, json!({ "segment": segment }));
         }
-        group.report_recovery(&found, decision, before.failed, lost, &mut recovery);
+        group.report_recovery(&found, decision, failed, lost, &mut recovery);
         for branch in &kept {
             group.tell_of_branch(branch);
         }

@@ -12,7 +12,8 @@ pub trait Clock: Send + Sync {
     fn wall(&self) -> LogTime;
     /// Time since some fixed moment of this process; never runs backwards.
     fn monotonic(&self) -> Duration;
-    /// A number of this boot of the machine: while it is the same, the page cache has lost nothing.
+    /// A number of this boot of the machine: while it is the same, the page cache has lost nothing
+    /// but what a disk that failed did not take.
     /// `None` where that cannot be told.
     fn boot(&self) -> Option<u64>;
     /// Time since the machine was started, with what it slept; nobody can set it. `None` where that

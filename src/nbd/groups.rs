@@ -313,6 +313,7 @@ mod tests {
             node: NodeIdentity { id: NodeId(entropy.next_id()), name: "a".parse().unwrap() },
             env: Env { disk: disk.clone(), clock, entropy },
             limits: LocalLimits::default(),
+            failures: None,
             events: Events::in_memory(),
         };
         Registry::open(context, Path::new("/data/groups")).unwrap()

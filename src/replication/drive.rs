@@ -278,6 +278,7 @@ pub(super) mod tests {
             env: Env { disk, clock, entropy: Arc::new(SeededEntropy::new(1)) },
             node: NodeIdentity { id: NodeId([1; 16]), name: "a".parse().unwrap() },
             limits: LocalLimits::default(),
+            failures: None,
             events: Events::in_memory(),
         };
         let registry = Registry::open(context.clone(), Path::new("/groups")).unwrap();

@@ -147,6 +147,7 @@ impl Node {
             env,
             node: NodeIdentity { id: node_id(this), name: name(this) },
             limits: LocalLimits::default(),
+            failures: None,
             events,
         };
         let registry = Registry::open(context.clone(), &data_dir.join("groups")).unwrap();

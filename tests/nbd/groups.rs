@@ -35,6 +35,7 @@ fn context() -> GroupContext {
         env: Env::real(),
         node: NodeIdentity { id: NodeId([1; 16]), name: name("a") },
         limits: LocalLimits::default(),
+        failures: None,
         events: Events::in_memory(),
     }
 }

@@ -218,6 +218,7 @@ impl Node {
             env: Env { disk: Arc::new(self.disk.clone()), clock, entropy },
             node: NodeIdentity { id: self.id, name: self.name.clone() },
             limits: LocalLimits::default(),
+            failures: None,
             events: self.events.clone(),
         }
     }

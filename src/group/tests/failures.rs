@@ -394,3 +394,41 @@ fn a_primary_whose_damage_hides_its_own_reign_stops_and_keeps_its_log() {
         }
     }
 }
+
+#[test]
+fn a_failure_that_its_own_disk_did_not_take_is_known_at_the_next_start() {
+    let bench = Bench::new("a", 30);
+    bench.clock.set_boot(1);
+    let run = PathBuf::from("/run");
+    let context = |bench: &Bench| GroupContext { failures: Some(run.clone()), ..bench.context() };
+    bench.disk.create_dir(&run).unwrap();
+    let new = NewGroup { id: GROUP, name: name("g"), segment_bytes: SEGMENT };
+    let group = Group::create(context(&bench), &dir(), new).unwrap();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    group.sync_now().unwrap();
+    write(&group, volume.number, 0, &[1; 4096]);
+    let reigns = group.control().epochs.len();
+    // What the disk has when it is mounted again: neither the write nor a word of the failure.
+    let again = |seed| Bench { disk: Arc::new(bench.disk.crash(seed)), ..bench.after_crash(0) };
+    let (with, without) = (again(1), again(1));
+    bench.disk.inject(Fault::FailedSync { operation: bench.disk.operations() });
+    group.sync_now().unwrap_err();
+    let [latch] = &bench.disk.list(&run).unwrap()[..] else { panic!("it is not written down") };
+    for after in [&with, &without] {
+        let _ = after.disk.create_dir(&run);
+    }
+    with.disk.open(&run.join(latch), crate::io::OpenMode::Create).unwrap();
+    let start = |bench: &Bench| {
+        let (group, recovery) = Group::open(context(bench), &dir()).unwrap();
+        let found = (recovery.cut.is_some(), group.control().epochs.len() - reigns);
+        (group, found)
+    };
+    assert_eq!(start(&without).1, (false, 0), "a process that was killed has lost nothing");
+    let (group, found) = start(&with);
+    assert_eq!(found, (true, 1), "what was answered may be missing: a new reign begins");
+    assert!(with.event_codes().contains(&"data-recovered".to_owned()));
+    drop(group);
+    assert!(with.disk.list(&run).unwrap().is_empty());
+    let (_, (cut, _)) = start(&with);
+    assert!(!cut, "it is told once");
+}

@@ -82,6 +82,7 @@ impl Bench {
             env,
             node: self.node.clone(),
             limits: LocalLimits::default(),
+            failures: None,
             events: self.events.clone(),
         }
     }
