@@ -139,7 +139,7 @@ impl Group {
             horizon: core.timeline.horizon().lsn,
             head: core.writer.head(),
             durable: core.durable,
-            // What a peer lacks counts as what could be rotted, where the log is to wait for it.
+            // What a peer lacks counts as what could be lost, where the log is to wait for it.
             committed: core.committed().min(from(true)),
             barrier: core.content.barrier,
             // Unless space is short, the log is kept for a peer that follows.

@@ -1,4 +1,4 @@
-//! What a fold does with payloads that have rotted in the log: the fold goes on, since nothing would
+//! What a fold does with payloads that have rotted in the log: it goes on, since nothing would
 //! bring it past them, and their blocks go into the base as damaged ones.
 //!
 //! Such a block has a checksum that does not hold: who reads it is told, and sees no other data. A
@@ -125,9 +125,9 @@ impl Group {
         let Some((_, volume, offset)) = rotted.0.first() else { return };
         let blocks = rotted.0.len();
         let text = format!(
-            "{blocks} blocks of which the log held the data were damaged there, the first of volume \
-             {volume} at {offset}: reading them is an error until a peer has given them or a host \
-             has written all of them anew"
+            "{blocks} blocks of which the log held the data were damaged there, the first of \
+             volume {volume} at {offset}: reading them is an error until a peer has given them \
+             or a host has written all of them anew"
         );
         let details = json!({ "volume": volume, "offset": offset, "blocks": blocks });
         self.emit(Severity::Error, "log-damaged", text, details);
