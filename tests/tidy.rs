@@ -593,6 +593,8 @@ fn every_proof_applies_to_the_sources_and_names_a_test() {
         let test = text.lines().find_map(|line| line.strip_prefix("Test: ")).unwrap_or_default();
         let known = if text.contains("\nSuite: clients\n") {
             root().join(format!("tests/clients/{test}.sh")).exists()
+        } else if text.contains("\nSuite: sim\n") {
+            test.starts_with("scripts/sim --seed ")
         } else {
             tests.contains(&format!("fn {test}("))
         };
