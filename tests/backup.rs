@@ -42,8 +42,8 @@ impl RamView {
                 *byte = b"tidelog\n"[at % 8];
             }
             let number = VolumeNumber(index as u32 + 1);
-            let volume =
-                Volume { number, name: name(volume), size_bytes: *size as u64, restore_lsn: None };
+            let (name, size_bytes) = (name(volume), *size as u64);
+            let volume = Volume { number, name, size_bytes, restore_lsn: None, restoring: false };
             (volume, Mutex::new(bytes))
         });
         RamView {

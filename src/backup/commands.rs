@@ -446,6 +446,6 @@ impl RestoreSink for VolumeSink {
     }
 
     fn finish(&mut self) -> Result<(), String> {
-        self.group.sync_now().map(drop).map_err(|error| error.to_string())
+        self.group.end_restore(&self.claim).map_err(|error| error.to_string())
     }
 }

@@ -175,7 +175,12 @@ fn show_group(group: &GroupStatus) -> String {
         output::time(window.to)
     ));
     let volumes = group.volumes.iter().map(|volume| {
-        format!("{} {} ({} clients)", volume.name, ByteSize(volume.size_bytes), volume.clients)
+        let size = ByteSize(volume.size_bytes);
+        let clients = match volume.restoring {
+            true => "restore not ended".to_owned(),
+            false => format!("{} clients", volume.clients),
+        };
+        format!("{} {size} ({clients})", volume.name)
     });
     lines.push(format!("  volumes {}", or_none(volumes.collect())));
     for volume in &group.volumes {

@@ -113,9 +113,10 @@ pub fn show_host(host: &Host) -> String {
 fn show_one(volume: &VolumeInfo) -> String {
     let hosts = volume.hosts.iter().map(|host| format!("host     {}\n", show_host(host)));
     let hosts: String = hosts.collect();
+    let restoring = if volume.restoring { "restore  has not ended\n" } else { "" };
     format!(
         "volume   {}\nsize     {} ({} bytes)\nblocks   {} bytes\nclients  {}\nrole     {}\n\
-         {hosts}",
+         {restoring}{hosts}",
         volume.export,
         ByteSize(volume.size_bytes),
         volume.size_bytes,

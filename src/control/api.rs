@@ -141,6 +141,9 @@ pub struct VolumeStatus {
     /// Who they are of, and who has an image of it open on this node; oldest first.
     #[serde(default)]
     pub hosts: Vec<Host>,
+    /// A restore into it has not come to its end: no host is served it.
+    #[serde(default)]
+    pub restoring: bool,
 }
 
 /// Positions and room of a log.
@@ -294,6 +297,9 @@ pub struct VolumeInfo {
     /// Who they are of, and who has an image of it open on this node; oldest first.
     #[serde(default)]
     pub hosts: Vec<Host>,
+    /// A restore into it has not come to its end: no host is served it.
+    #[serde(default)]
+    pub restoring: bool,
     /// The name of its NBD export.
     pub export: String,
     /// This node's role in its group: only the primary exports it.

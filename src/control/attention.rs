@@ -13,7 +13,7 @@ use crate::group::Role;
 use crate::units::ByteSize;
 
 /// The words for what may be wrong, gravest first.
-pub const CODES: [&str; 21] = [
+pub const CODES: [&str; 22] = [
     "group-not-opened",
     "data-failed",
     "split-brain",
@@ -23,6 +23,7 @@ pub const CODES: [&str; 21] = [
     "hosts-wait",
     "degraded",
     "log-full",
+    "restore-not-ended",
     "primary-full",
     "damaged",
     "copies-differ",
@@ -95,6 +96,18 @@ fn look_at_group(group: &GroupStatus, found: &mut Vec<Attention>) {
     }
     if let Some(why) = &group.role_reason {
         tell("not-serving", format!("is primary here and serves no host: {why}"));
+    }
+    // While one runs, it counts as a client.
+    let restoring = group.volumes.iter().filter(|volume| volume.restoring && volume.clients == 0);
+    for volume in restoring.filter(|_| group.role == Role::Primary) {
+        let volume = &volume.name;
+        tell(
+            "restore-not-ended",
+            format!(
+                "volume {volume}: a restore into it has not come to its end, and no host is served \
+                 it: `tidelog backup restore ID --to {name}/{volume}` restores it whole"
+            ),
+        );
     }
     let log = &group.log;
     if let Some(why) = &log.full_reason {
@@ -340,6 +353,16 @@ mod tests {
                 vec![(peer("degraded"), json!(true)), (peer("degraded_reason"), why.clone())],
             ),
             ("log-full", vec![(log("full_reason"), why.clone())]),
+            (
+                "restore-not-ended",
+                vec![(
+                    group("volumes"),
+                    json!([{
+                        "name": "v", "size_bytes": 4096, "block_size_bytes": 4096, "clients": 0,
+                        "restoring": true,
+                    }]),
+                )],
+            ),
             ("damaged", vec![(group("damage"), damage)]),
             ("copies-differ", reasons("copies-differ")),
             ("copies-differ", reasons("logs-differ")),
@@ -400,7 +423,8 @@ mod tests {
             assert_eq!(one.code, code);
             assert!(one.text.starts_with("group ") && !one.text.contains('\n'), "{}", one.text);
             let said = one.text.contains("the very reason");
-            let by_itself = ["no-primary", "rpo-exceeded", "disk-nearly-full"].contains(&code);
+            let by_itself = ["no-primary", "rpo-exceeded", "disk-nearly-full", "restore-not-ended"];
+            let by_itself = by_itself.contains(&code);
             assert!(said || by_itself, "{}", one.text);
         }
     }

@@ -80,6 +80,7 @@ fn group_status(context: &Context, group: &Group) -> GroupStatus {
                 block_size_bytes: VOLUME_BLOCK_BYTES,
                 clients: clients(group, volume),
                 hosts: hosts(group, volume),
+                restoring: volume.restoring,
             })
             .collect(),
         log: LogStatus {

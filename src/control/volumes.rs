@@ -26,6 +26,7 @@ fn volume_info(group: &Group, volume: &Volume) -> VolumeInfo {
         block_size_bytes: VOLUME_BLOCK_BYTES,
         clients: clients(group, volume),
         hosts: hosts(group, volume),
+        restoring: volume.restoring,
         export: format!("{}/{}", group.name(), volume.name),
         role: group.role(),
     }

@@ -391,7 +391,8 @@ impl Group {
             if number > VOLUME_NUMBER_MAX {
                 return Err(self.refused("has used all numbers of volumes; make another group"));
             }
-            let volume = Volume { number, name: name.clone(), size_bytes, restore_lsn: None };
+            let name = name.clone();
+            let volume = Volume { number, name, size_bytes, restore_lsn: None, restoring: false };
             made = Some(volume.clone());
             Ok(volume_record(volume, false))
         })?;

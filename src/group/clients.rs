@@ -157,18 +157,35 @@ impl Group {
     }
 
     /// Says in the log, durably, that what follows replaces what the claimed volume holds: hosts
-    /// that come later tell it from what they have seen before.
+    /// that come later tell it from what they have seen before, and are served it once that has
+    /// ended ([`Group::end_restore`]).
     ///
     /// # Errors
     ///
     /// Where the volume is gone, or this node is not the primary; what the disk says.
     pub fn begin_restore(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
+        self.note_restore(claim, true)
+    }
+
+    /// Says in the log, durably, that all of a restore is there.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Group::begin_restore`].
+    pub fn end_restore(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
+        self.note_restore(claim, false)
+    }
+
+    fn note_restore(&self, claim: &RestoreClaim, restoring: bool) -> Result<(), GroupError> {
         self.append_control_with(|core| {
             let number = claim.0.volume;
             let mut volumes = core.view.volumes.iter();
             let volume = volumes.find(|known| known.number == number).cloned();
             let mut volume = volume.ok_or_else(|| self.no_volume(number))?;
-            volume.restore_lsn = Some(core.writer.head());
+            volume.restoring = restoring;
+            if restoring {
+                volume.restore_lsn = Some(core.writer.head());
+            }
             Ok(volume_record(volume, false))
         })?;
         Ok(())

@@ -203,6 +203,7 @@ impl Content {
                     name: record.name.clone(),
                     size_bytes: record.size_bytes,
                     restore_lsn: record.restore_lsn,
+                    restoring: record.restoring,
                 };
                 match self.volumes.get_mut(&record.number) {
                     None => {
@@ -359,9 +360,10 @@ impl About<'_> {
 
 /// What says that a volume is so from now on, or is gone.
 pub(super) fn volume_record(volume: Volume, removed: bool) -> Control {
-    let Volume { number, name, size_bytes, restore_lsn } = volume;
+    let Volume { number, name, size_bytes, restore_lsn, restoring } = volume;
     let other = Map::new();
-    Control::Volume(VolumeRecord { number, name, size_bytes, restore_lsn, removed, other })
+    let record = VolumeRecord { number, name, size_bytes, restore_lsn, restoring, removed, other };
+    Control::Volume(record)
 }
 
 /// The kind of a record. A control record of a later version is one too: it is carried along.

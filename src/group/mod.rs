@@ -121,6 +121,8 @@ pub struct Volume {
     pub size_bytes: u64,
     /// Where a restore last began to replace what it holds; `None` where none ever did.
     pub restore_lsn: Option<Lsn>,
+    /// That restore has not come to its end: what the volume holds is of no one moment.
+    pub restoring: bool,
 }
 
 /// What the control records say at one position.

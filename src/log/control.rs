@@ -183,6 +183,9 @@ pub struct VolumeRecord {
     /// Where a restore last began to replace what it holds; none where none ever did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore_lsn: Option<Lsn>,
+    /// That restore has not come to its end: what the volume holds is of no one moment.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub restoring: bool,
     /// The volume is gone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub removed: bool,
@@ -411,7 +414,7 @@ mod tests {
             ),
             (
                 3,
-                r#"{"number":1,"name":"v","size_bytes":4096,"restore_lsn":8192,"removed":true,"later":1}"#,
+                r#"{"number":1,"name":"v","size_bytes":4096,"restore_lsn":8192,"restoring":true,"removed":true,"later":1}"#,
             ),
             (
                 4,

@@ -177,6 +177,16 @@ impl LiveVolume {
         self.group.check_unclaimed(self.volume.number).map_err(|error| {
             Refusal::Policy(format!("export `{}/{}`: {error}", self.group.name(), self.volume.name))
         })?;
+        if self.volume.restoring {
+            let (group, volume) = (self.group.name(), &self.volume.name);
+            let before = self.volume.restore_lsn.unwrap_or(Lsn::ZERO);
+            return Err(Refusal::Policy(format!(
+                "export `{group}/{volume}`: a restore into it has not come to its end, so it holds \
+                 no one moment; `tidelog backup restore ID --to {group}/{volume}` restores it \
+                 whole, `tidelog rewind {group} --to lsn:{before}` takes the group back to before \
+                 it"
+            )));
+        }
         Ok(Arc::new(self))
     }
 }
@@ -382,6 +392,14 @@ mod tests {
         // One that was past that when the restore began comes no further.
         let refused = early.attach("a host", Box::new(|| {})).expect_err("it is claimed");
         assert!(refused.to_string().contains("a restore writes into it"), "{refused}");
+        drop(claim);
+        // It failed, or its node died: what is there is of no one moment.
+        match exports.open("g/v") {
+            Err(Refusal::Policy(text)) => assert!(text.contains("not come to its end"), "{text}"),
+            other => panic!("{:?}", other.err()),
+        }
+        let claim = group.claim_for_restore(number).unwrap();
+        group.end_restore(&claim).unwrap();
         drop(claim);
         drop(early.attach("a host", Box::new(|| {})).unwrap());
         assert_ne!(early.info(), told, "and is told that it is another by now");

@@ -260,6 +260,7 @@ fn a_peer_cannot_make_a_volume_that_nobody_can_count_with() {
             name: name("v"),
             size_bytes,
             restore_lsn: None,
+            restoring: false,
             removed: false,
             other: serde_json::Map::new(),
         };
