@@ -15,7 +15,8 @@ use tidelog::group::{
 };
 use tidelog::io::{Clock, Entropy, Env, KernelEntropy, SeededEntropy, SystemClock};
 use tidelog::replication::{
-    INVITE_VALID, PeerStatus, ReplicateOptions, Replication, ReplicationConfig, Verdict,
+    INVITE_VALID, PeerStatus, ReplicateOptions, Replication, ReplicationConfig, ReplicationError,
+    Verdict,
 };
 use tidelog::units::{LogTime, Lsn, Name, NodeId, Span};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -483,7 +484,7 @@ async fn a_token_works_once_in_its_time_and_few_wrong_ones_void_it() {
     let dir = tempfile::tempdir().unwrap();
     let a = Node::start(&dir.path().join("a"), "a", None);
     let b = Node::start(&dir.path().join("b"), "b", None);
-    let refused = |result: Result<_, tidelog::replication::ReplicationError>| match result {
+    let refused = |result: Result<_, ReplicationError>| match result {
         Ok(_) => panic!("was let in"),
         Err(error) => error.to_string(),
     };
@@ -615,7 +616,9 @@ async fn calls_are_answered_or_say_why_not() {
     assert!(answer[1] == large);
     let error = call("fail", Value::Null, 60 * SECOND).await.unwrap_err().to_string();
     assert_eq!(error, "peer b: group g: it does not work");
-    let error = call("none", Value::Null, 60 * SECOND).await.unwrap_err().to_string();
+    let error = call("none", Value::Null, 60 * SECOND).await.unwrap_err();
+    assert!(matches!(error, ReplicationError::Declined { .. }), "it was not begun: {error:?}");
+    let error = error.to_string();
     assert!(error.contains("none: this node does not answer that call"), "{error}");
     let error = call("never", Value::Null, SECOND / 20).await.unwrap_err().to_string();
     assert!(error.contains("did not answer never"), "{error}");
@@ -651,6 +654,11 @@ async fn a_peer_that_calls_too_much_at_once_is_told_so_and_the_link_goes_on() {
         let error = calls.join_next().await.unwrap().unwrap().unwrap_err().to_string();
         assert!(error.contains("too many calls at once"), "{error}");
     }
+    // A call that was not begun has changed nothing, so the primary goes on.
+    let refused = pair.a.replication.switchover("g", None).await.unwrap_err().to_string();
+    assert!(refused.contains("too many calls at once; try again"), "{refused}");
+    assert!(refused.contains("this node goes on as primary"), "{refused}");
+    assert_eq!(pair.a.group().role(), Role::Primary);
     write(&pair.a.group(), &SeededEntropy::new(17), 5);
     pair.wait_equal();
     // What a connection asked for ends with it, and makes room.

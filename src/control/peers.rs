@@ -25,7 +25,9 @@ impl From<ReplicationError> for Problem {
             ReplicationError::Group(error) => return error.into(),
             ReplicationError::NoPeer(_) => (404, "no-such-peer"),
             ReplicationError::NotConnected { .. } => (503, "peer-not-connected"),
-            ReplicationError::Peer { .. } => (502, "peer-refused"),
+            ReplicationError::Peer { .. } | ReplicationError::Declined { .. } => {
+                (502, "peer-refused")
+            }
             ReplicationError::NoAnswer { .. } => (504, "peer-silent"),
             ReplicationError::Refused(_) => (409, "refused"),
             ReplicationError::Store(_) => (500, "io"),

@@ -8,9 +8,9 @@ use serde_json::Map;
 
 use super::content::{VOLUME_NUMBER_MAX, is_volume_size, volume_record};
 use super::engine::{Core, Group, is_callers, volume_named};
-use super::{BookmarkRecord, GroupError, Op, Request, Role, Volume};
+use super::{BookmarkRecord, GroupError, Op, Request, Volume};
 use crate::extent_map::Freed;
-use crate::log::control::{COUNTER_MAX, Consistency, Control, EpochRecord};
+use crate::log::control::{Consistency, Control};
 use crate::log::record::{Kind, flags, payload_crcs};
 use crate::log::segment::payload_bytes_max;
 use crate::log::writer::{Draft, Stamp};
@@ -327,47 +327,6 @@ impl Group {
         epoch: EpochId,
     ) -> Result<Lsn, GroupError> {
         self.append_body(&mut self.lock(), control, Some(epoch), &mut Vec::new())
-    }
-
-    /// Begins a reign of this node: the record is the first of the new epoch, and durable on
-    /// return.
-    pub(super) fn begin_epoch(&self, mut epoch: EpochRecord) -> Result<EpochRecord, GroupError> {
-        let appended = {
-            let mut core = self.lock();
-            // A group that is being closed is marked as ending where it ends now.
-            if core.closed {
-                return Err(self.refused("is closed"));
-            }
-            // One more than the last, also where that came between the decision and now.
-            let last = core.view.epochs.last().map_or(0, |last| last.counter);
-            epoch.counter = epoch.counter.max(last.saturating_add(1));
-            if epoch.counter > COUNTER_MAX {
-                return Err(self.refused("has used all numbers of reigns; make another group"));
-            }
-            // A pad before it belongs to the reign already: here the histories part.
-            epoch.first_lsn = core.writer.head();
-            let control = Control::Epoch(epoch.clone());
-            let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new());
-            if let Ok(end) = end {
-                assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
-                core.role = Role::Primary;
-                let now = core.clock.last();
-                core.required.begin_anew(now);
-            }
-            end
-        };
-        self.report();
-        self.notify();
-        let end = appended?;
-        self.sync_now()?;
-        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
-        // again. So does an error, and nobody is served meanwhile.
-        self.write_meta(|meta| {
-            (meta.reigns, meta.demoted, meta.retired, meta.reign_due) = (true, false, false, false);
-            meta.durable = meta.durable.max(end);
-        })
-        .map_err(|cause| self.fail("write meta", &cause))?;
-        Ok(epoch)
     }
 
     /// Makes a volume, durable on return.

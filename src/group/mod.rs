@@ -379,6 +379,7 @@ pub use moment::Cost;
 pub use ranges::Place;
 pub use recover::Recovery;
 pub use registry::{NotOpened, Registry};
+pub use reign::TookOver;
 pub use repair::{Gap, Mended, Wanted};
 pub use required::RequiredPeer;
 pub use returning::Discard;

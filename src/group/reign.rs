@@ -5,10 +5,20 @@ use std::sync::atomic::Ordering;
 use serde_json::{Map, json};
 
 use super::engine::Group;
+use super::receive::Pending;
 use super::{EpochRecord, GroupError, NodeIdentity, Role};
 use crate::events::Severity;
-use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
-use crate::units::Lsn;
+use crate::log::control::{COUNTER_MAX, Control, MemberRecord, Mode, OnLoss};
+use crate::units::{Chain, Lsn};
+
+/// What came of [`Group::take_over`].
+#[derive(Debug)]
+pub enum TookOver {
+    /// This node reigns.
+    Reigns(EpochRecord),
+    /// It does not, and no record of a reign was written.
+    Refused(GroupError),
+}
 
 impl Group {
     /// Begins a new epoch with this node as its author; durable on return. The present epoch where
@@ -27,8 +37,40 @@ impl Group {
             let last = self.control().epochs.last().cloned();
             return Ok(last.expect("a primary began an epoch"));
         }
+        let counter = self.prepare_reign()?;
+        self.begin_reign(reason, counter, None)
+    }
+
+    /// Begins a reign at exactly this end of the log, which its primary hands over.
+    ///
+    /// # Errors
+    ///
+    /// What leaves open whether this node reigns: it did already, or its disk failed while the
+    /// record of the reign was written.
+    pub fn take_over(&self, head: Lsn, chain: Chain) -> Result<TookOver, GroupError> {
+        let _turn = self.turn.lock().expect("no holder panics");
+        if self.role() == Role::Primary {
+            return Err(self.refused("is primary here already"));
+        }
+        let counter = match self.prepare_reign() {
+            Ok(counter) => counter,
+            Err(error) => return Ok(TookOver::Refused(error)),
+        };
+        let error = match self.begin_reign("switchover", counter, Some((head, chain))) {
+            Ok(epoch) => return Ok(TookOver::Reigns(epoch)),
+            Err(error) => error,
+        };
+        // A failed write may have left the whole record in the log.
+        let core = self.lock();
+        let untouched = core.role == Role::Secondary && core.failed.is_none();
+        if untouched { Ok(TookOver::Refused(error)) } else { Err(error) }
+    }
+
+    /// Whether this node may begin a reign, and the lowest number of it. What came from the other
+    /// primary is durable on return, before anything of our own.
+    fn prepare_reign(&self) -> Result<u64, GroupError> {
         let counter = {
-            let mut core = self.lock();
+            let core = self.lock();
             self.failed_error(&core)?;
             let last = core.view.epochs.last();
             if core.closed {
@@ -45,20 +87,81 @@ impl Group {
             if let Some(target) = core.content.base_ahead {
                 return Err(self.base_is_ahead(target));
             }
-            let counter = last.counter.saturating_add(1);
-            core.pending = super::receive::Pending::default();
-            counter
+            last.counter.saturating_add(1)
         };
-        // What came from the other primary is durable here before anything of our own.
         let durable = self.sync_now()?;
         self.update_meta(|meta| meta.durable = meta.durable.max(durable))?;
-        let epoch = self.begin_epoch(self.new_epoch(reason, counter))?;
+        Ok(counter)
+    }
+
+    fn begin_reign(
+        &self,
+        reason: &str,
+        counter: u64,
+        at: Option<(Lsn, Chain)>,
+    ) -> Result<EpochRecord, GroupError> {
+        let epoch = self.begin_epoch_at(self.new_epoch(reason, counter), at)?;
         {
             let mut core = self.lock();
             (core.retired, core.needs_image) = (None, None);
         }
         self.become_member();
         self.notify();
+        Ok(epoch)
+    }
+
+    /// Begins a reign of this node: the record is the first of the new epoch, and durable on
+    /// return.
+    pub(super) fn begin_epoch(&self, epoch: EpochRecord) -> Result<EpochRecord, GroupError> {
+        self.begin_epoch_at(epoch, None)
+    }
+
+    /// The same at exactly this end of the log, where one is given.
+    fn begin_epoch_at(
+        &self,
+        mut epoch: EpochRecord,
+        at: Option<(Lsn, Chain)>,
+    ) -> Result<EpochRecord, GroupError> {
+        let appended = {
+            let mut core = self.lock();
+            let (head, chain) = (core.writer.head(), core.writer.chain());
+            if let Some(at) = at.filter(|at| *at != (head, chain)) {
+                return Err(self.refused(format!("ends at LSN {head}, not as asked at {}", at.0)));
+            }
+            // A group that is being closed is marked as ending where it ends now.
+            if core.closed {
+                return Err(self.refused("is closed"));
+            }
+            // One more than the last, also where that came between the decision and now.
+            let last = core.view.epochs.last().map_or(0, |last| last.counter);
+            epoch.counter = epoch.counter.max(last.saturating_add(1));
+            if epoch.counter > COUNTER_MAX {
+                return Err(self.refused("has used all numbers of reigns; make another group"));
+            }
+            // A pad before it belongs to the reign already: here the histories part.
+            epoch.first_lsn = core.writer.head();
+            let control = Control::Epoch(epoch.clone());
+            let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new());
+            if let Ok(end) = end {
+                assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
+                core.role = Role::Primary;
+                core.pending = Pending::default();
+                let now = core.clock.last();
+                core.required.begin_anew(now);
+            }
+            end
+        };
+        self.report();
+        self.notify();
+        let end = appended?;
+        self.sync_now()?;
+        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
+        // again. So does an error, and nobody is served meanwhile.
+        self.write_meta(|meta| {
+            (meta.reigns, meta.demoted, meta.retired, meta.reign_due) = (true, false, false, false);
+            meta.durable = meta.durable.max(end);
+        })
+        .map_err(|cause| self.fail("write meta", &cause))?;
         Ok(epoch)
     }
 

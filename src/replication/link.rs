@@ -21,7 +21,7 @@ use super::bounds::{Bodies, Calls, Handshakes, Room, room_for};
 use super::bulk::{Bulk, Ready, Waiting};
 use super::core::{ConnId, Input};
 use super::pairing::{EXPORTER_BYTES, EXPORTER_LABEL, Fingerprint};
-use super::service::Shared;
+use super::service::{Answered, Shared};
 use super::tls;
 use super::wire::{
     FRAME_HEADER_BYTES, FrameHeader, FrameKind, HELLO_BYTES, Hello, Message, Purpose, VERSIONS,
@@ -487,7 +487,12 @@ impl Reader {
             }
             Message::Answer { id, ok, body } => {
                 let body = self.bodies.finish(id, true, body);
-                self.shared.answered(self.conn, id, ok, body);
+                let failed = |body: Vec<u8>| String::from_utf8_lossy(&body).into_owned();
+                let answer = if ok { Answered::Well(body) } else { Answered::Failed(failed(body)) };
+                self.shared.answered(self.conn, id, answer);
+            }
+            Message::Declined { id, reason } => {
+                self.shared.answered(self.conn, id, Answered::Declined(reason));
             }
             Message::Welcome { name, address, program } => {
                 self.shared.on_welcome(peer, &name, &address, &program);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::group::{
     ControlView, DataState, Discard, Group, GroupError, ImageOffer, ImagePart, ImageProgress,
-    Positions, ReceiveError, Registry, RequiredPeer, Role, Staged,
+    Positions, ReceiveError, Registry, RequiredPeer, Role, Staged, TookOver,
 };
 use crate::log::control::{Control, EpochRecord};
 use crate::units::{Chain, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Position};
@@ -48,6 +48,7 @@ pub trait Replica: Send + Sync {
     fn sync_now(&self) -> Result<Lsn, GroupError>;
     fn demote(&self) -> Result<(), GroupError>;
     fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError>;
+    fn take_over(&self, head: Lsn, chain: Chain) -> Result<TookOver, GroupError>;
     fn set_retired(&self, retired: bool) -> Result<(), GroupError>;
     fn append_control(&self, control: Control) -> Result<Lsn, GroupError>;
     fn subscribe(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
@@ -231,6 +232,9 @@ impl Replica for Group {
     }
     fn promote(&self, reason: &str) -> Result<EpochRecord, GroupError> {
         Group::promote(self, reason)
+    }
+    fn take_over(&self, head: Lsn, chain: Chain) -> Result<TookOver, GroupError> {
+        Group::take_over(self, head, chain)
     }
     fn set_retired(&self, retired: bool) -> Result<(), GroupError> {
         Group::set_retired(self, retired)

@@ -14,7 +14,7 @@ use super::bounds::BODY_BYTES_MAX;
 use super::core::ConnId;
 use super::link::Conn;
 use super::pairing::Fingerprint;
-use super::service::{Replication, ReplicationError, Shared};
+use super::service::{Answered, Replication, ReplicationError, Shared};
 use super::wire::Message;
 
 /// Bytes of a body that go with one message.
@@ -71,8 +71,8 @@ impl Replication {
     ///
     /// # Errors
     ///
-    /// Where the peer is unknown or not connected, the link is lost meanwhile, the time is up, or
-    /// the handler there failed: its words are in the error.
+    /// Where the peer is unknown or not connected, it does not begin the call, the link is lost
+    /// meanwhile, the time is up, or the handler there failed: its words are in the error.
     pub async fn call(
         &self,
         peer_name: &str,
@@ -125,8 +125,11 @@ impl Shared {
                 });
             }
             Ok(Err(_)) => return Err(failed(format!("{method}: the link was lost meanwhile"))),
-            Ok(Ok(Err(text))) => return Err(failed(text)),
-            Ok(Ok(Ok(body))) => body,
+            Ok(Ok(Answered::Failed(text))) => return Err(failed(text)),
+            Ok(Ok(Answered::Declined(what))) => {
+                return Err(ReplicationError::Declined { name: peer_name.to_owned(), what });
+            }
+            Ok(Ok(Answered::Well(body))) => body,
         };
         serde_json::from_slice(&body)
             .map_err(|error| failed(format!("{method}: the answer is not JSON: {error}")))
@@ -183,26 +186,30 @@ impl Shared {
         body: Vec<u8>,
     ) {
         let Some(place) = conn.calls.admit(body.len()) else {
-            let body = format!("{method}: too many calls at once; try again").into_bytes();
-            return conn.send(&Message::Answer { id, ok: false, body });
+            let reason = format!("{method}: too many calls at once; try again");
+            return conn.send(&Message::Declined { id, reason });
         };
         let handler = self.handlers.read().expect("no holder panics").get(&method).map(Arc::clone);
         let peer = self.peer(conn.peer);
         let conn = Arc::clone(conn);
         tokio::spawn(async move {
             let _place = place;
-            let answered = async {
+            let prepared = || {
                 let handler = handler
                     .ok_or_else(|| format!("{method}: this node does not answer that call"))?;
                 let peer = peer.ok_or("not a peer any more")?;
-                let value = serde_json::from_slice(&body)
+                let value: Value = serde_json::from_slice(&body)
                     .map_err(|error| format!("{method}: the body is not JSON: {error}"))?;
                 let who = PeerContext { node: peer.node, name: peer.name, key: conn.key };
-                handler(who, value).await
+                Ok::<_, String>((handler, who, value))
+            };
+            let (handler, who, value) = match prepared() {
+                Ok(prepared) => prepared,
+                Err(reason) => return conn.send(&Message::Declined { id, reason }),
             };
             // Nobody waits for what a connection that has ended asked for.
             let result = tokio::select! {
-                result = answered => result,
+                result = handler(who, value) => result,
                 () = conn.closed() => return,
             };
             let (mut ok, mut body) = match result {
@@ -218,13 +225,11 @@ impl Shared {
     }
 
     /// Gives an answer to whoever waits for it.
-    pub(super) fn answered(&self, conn: ConnId, id: u64, ok: bool, body: Vec<u8>) {
+    pub(super) fn answered(&self, conn: ConnId, id: u64, answer: Answered) {
         let waiting = self.pending.lock().expect("no holder panics").remove(&(conn, id));
         if let Some(waiting) = waiting {
-            let result =
-                if ok { Ok(body) } else { Err(String::from_utf8_lossy(&body).into_owned()) };
             // Fails where the caller gave up.
-            let _ = waiting.send(result);
+            let _ = waiting.send(answer);
         }
     }
 }

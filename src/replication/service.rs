@@ -59,6 +59,8 @@ pub enum ReplicationError {
     NotConnected { name: String, reason: String },
     #[error("peer {name}: {what}")]
     Peer { name: String, what: String },
+    #[error("peer {name}: {what}")]
+    Declined { name: String, what: String },
     #[error("peer {name}: did not answer {method} within {seconds:.1} s")]
     NoAnswer { name: String, method: String, seconds: f64 },
     #[error("{0}")]
@@ -71,8 +73,18 @@ pub enum ReplicationError {
     Listen { address: SocketAddr, cause: std::io::Error },
 }
 
+/// What came of a call.
+pub(super) enum Answered {
+    /// Its answer.
+    Well(Vec<u8>),
+    /// It failed, and may have done something.
+    Failed(String),
+    /// It was not begun.
+    Declined(String),
+}
+
 /// Calls that wait for their answer, by connection and number.
-type PendingCalls = HashMap<(ConnId, u64), oneshot::Sender<Result<Vec<u8>, String>>>;
+type PendingCalls = HashMap<(ConnId, u64), oneshot::Sender<Answered>>;
 
 /// What all tasks of the service share.
 pub struct Shared {

@@ -8,5 +8,5 @@ pub use super::commands::{put_member, refusal_to_promote};
 pub use super::core::{ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings};
 pub use super::repair::{mend_base, mend_log};
 pub use super::replica::local_group;
-pub use super::switchover::may_take_over;
+pub use super::switchover::{TakeOverAnswer, take_over};
 pub use super::worker::{Job, Taking, perform};

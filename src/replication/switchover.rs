@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::events::Severity;
-use crate::group::Role;
+use crate::group::{Role, TookOver};
 use crate::units::{Chain, GroupId, Lsn, Name, NodeId};
 
 use super::channel::ReplicationState;
@@ -38,9 +38,10 @@ struct TakeOver {
 }
 
 /// What it did. An error in its place says nothing of what it did.
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum TakeOverAnswer {
+pub enum TakeOverAnswer {
+    /// It reigns.
     Primary,
     /// It touched nothing.
     Refused(String),
@@ -122,14 +123,23 @@ impl Replication {
             Ok(Ok(TakeOverAnswer::Primary)) => return Ok(()),
             Ok(Ok(TakeOverAnswer::Refused(why))) => why,
             Err(ReplicationError::NotConnected { reason, .. }) => reason,
+            Err(ReplicationError::Declined { what, .. }) => what,
+            // Nothing was sent.
+            Err(error @ ReplicationError::NoPeer(_)) => error.to_string(),
             Ok(Err(error)) => return Err(unknown(name, peer, &error.to_string())),
             Err(error) => return Err(unknown(name, peer, &error.to_string())),
         };
         let promoting = Arc::clone(group);
-        run_blocking(move || {
+        let promoted = run_blocking(move || {
             promoting.promote("switchover-refused").map(|_| ()).map_err(Into::into)
-        })
-        .await?;
+        });
+        if let Err(error) = promoted.await {
+            return Err(ReplicationError::Refused(format!(
+                "group {name}: {peer} did not take over: {why}; this node could not go on as \
+                 primary: {error}; `tidelog status {name}` on both shows whether one reigns; else \
+                 `tidelog promote {name}` on one of them"
+            )));
+        }
         Err(ReplicationError::Refused(format!(
             "group {name}: {peer} did not take over: {why}; this node goes on as primary"
         )))
@@ -146,8 +156,6 @@ fn unknown(group: &Name, peer: &Name, why: &str) -> ReplicationError {
 }
 
 impl Shared {
-    /// The one peer of a group, or the one of that name, which streams, and up to where it has
-    /// everything durably.
     /// Hosts must be able to write where they are sent.
     fn check_copy_can_serve(
         &self,
@@ -165,6 +173,8 @@ impl Shared {
         }
     }
 
+    /// The one peer of a group, or the one of that name, which streams, and up to where it has
+    /// everything durably.
     fn streaming_peer(
         &self,
         group: &dyn Replica,
@@ -219,52 +229,60 @@ impl Shared {
 
     /// Begins a reign here, where this node has exactly what the peer that asks has.
     pub(super) fn take_over(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
-        let TakeOver { group, head, chain } = serde_json::from_value(body.clone())
-            .map_err(|error| format!("a request that is not understood: {error}"))?;
-        let replica = self.groups.by_id(group).ok_or_else(|| "it has no such group".to_owned());
-        let may = replica.and_then(|replica| {
-            may_take_over(&*replica, self.me(), peer.node, head, chain).map(|()| replica)
-        });
-        let answer = match may {
-            Err(why) => TakeOverAnswer::Refused(why),
-            Ok(group) => {
-                group.promote("switchover").map_err(|error| error.to_string())?;
-                let (name, from) = (group.name(), &peer.name);
-                let text = format!(
-                    "group {name}: the new reign begins at LSN {head}: {from} has handed it over"
-                );
-                let details = json!({ "from_lsn": head, "from": from });
-                let name = Some(name.as_str());
-                self.context.events.emit(Severity::Info, "promoted", name, text, details);
-                TakeOverAnswer::Primary
+        let answer = match serde_json::from_value::<TakeOver>(body.clone()) {
+            Ok(asked) => self.take_over_as_asked(peer, &asked)?,
+            Err(error) => {
+                TakeOverAnswer::Refused(format!("a request that is not understood: {error}"))
             }
         };
         Ok(serde_json::to_value(answer).expect("plain data becomes JSON"))
     }
+
+    fn take_over_as_asked(
+        &self,
+        peer: &PeerContext,
+        asked: &TakeOver,
+    ) -> Result<TakeOverAnswer, String> {
+        let TakeOver { group, head, chain } = *asked;
+        let Some(group) = self.groups.by_id(group) else {
+            return Ok(TakeOverAnswer::Refused("it has no such group".to_owned()));
+        };
+        let answer = take_over(&*group, self.me(), peer.node, head, chain)?;
+        if matches!(answer, TakeOverAnswer::Primary) {
+            let (name, from) = (group.name(), &peer.name);
+            let text = format!(
+                "group {name}: the new reign begins at LSN {head}: {from} has handed it over"
+            );
+            let details = json!({ "from_lsn": head, "from": from });
+            let name = Some(name.as_str());
+            self.context.events.emit(Severity::Info, "promoted", name, text, details);
+        }
+        Ok(answer)
+    }
 }
 
-/// Whether this node, `me`, has exactly what the peer that asks has, and may follow it as primary.
+/// Begins a reign on this node, `me`, where it has exactly what the peer that asks has, and may
+/// follow it as primary.
 ///
 /// # Errors
 ///
-/// Why not.
-pub fn may_take_over(
+/// What leaves open who reigns: this node did already, or its disk failed while the record of
+/// the reign was written.
+pub fn take_over(
     group: &dyn Replica,
     me: NodeId,
     peer: NodeId,
     head: Lsn,
     chain: Chain,
-) -> Result<(), String> {
+) -> Result<TakeOverAnswer, String> {
     let member = membership_of(&group.control(), me, peer, false, false);
     if !matches!(member, Membership::Member { .. }) {
-        return Err("it knows the asker as no member of the group".to_owned());
+        let why = "it knows the asker as no member of the group";
+        return Ok(TakeOverAnswer::Refused(why.to_owned()));
     }
-    if group.role() != Role::Secondary {
-        return Err("it is primary already".to_owned());
+    match group.take_over(head, chain) {
+        Ok(TookOver::Reigns(_)) => Ok(TakeOverAnswer::Primary),
+        Ok(TookOver::Refused(why)) => Ok(TakeOverAnswer::Refused(why.to_string())),
+        Err(error) => Err(error.to_string()),
     }
-    let here = group.positions();
-    if (here.head, here.chain) != (head, chain) {
-        return Err(format!("its log ends at LSN {}, not as asked at {head}", here.head));
-    }
-    Ok(())
 }

@@ -687,6 +687,13 @@ pub enum Message {
         /// Bytes that are staged, those of earlier streams included.
         done_bytes: u64,
     },
+    /// A call was not begun.
+    Declined {
+        /// The call.
+        id: u64,
+        /// Why.
+        reason: String,
+    },
 }
 
 fn configuration() -> impl bincode::config::Config {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tidelog::group::Role;
 use tidelog::replication::ReplicationState;
-use tidelog::replication::simulation::may_take_over;
+use tidelog::replication::simulation::{TakeOverAnswer, take_over};
 use tidelog::units::{Chain, Lsn};
 
 use super::event::Event;
@@ -132,15 +132,13 @@ impl World {
                 }
                 let (me, asker) = (self.nodes[peer].id, self.nodes[node].id);
                 let Some(found) = self.nodes[peer].group(group).cloned() else { return };
-                let took_over = match may_take_over(&*found, me, asker, head, chain) {
-                    Err(why) => {
+                let took_over = match take_over(&*found, me, asker, head, chain) {
+                    Ok(TakeOverAnswer::Primary) => true,
+                    Ok(TakeOverAnswer::Refused(why)) => {
                         self.say(format_args!("{} refuses: {why}", self.nodes[peer].name));
                         false
                     }
-                    Ok(()) => match found.promote("switchover") {
-                        Err(_) => return self.coverage.add("switchovers unanswered", 1),
-                        Ok(_) => true,
-                    },
+                    Err(_) => return self.coverage.add("switchovers unanswered", 1),
                 };
                 if took_over && self.nodes[peer].disk.has_power() {
                     self.coverage.add("switchovers", 1);

@@ -10,7 +10,7 @@ use crate::log::record::{Kind, flags, payload_crcs};
 use crate::log::writer::{Draft, Stamp};
 
 /// Appends a control record of a later version, that must be understood.
-fn append_unknown(group: &Group) {
+pub(super) fn append_unknown(group: &Group) {
     let body = b"{}";
     let draft = Draft {
         kind: Kind::Control,

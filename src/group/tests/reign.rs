@@ -1,7 +1,9 @@
 //! Whose turn it is: what a reign writes of its own, and what must not wait for what.
 
+use super::images::append_unknown;
 use super::*;
 use crate::io::Fault;
+use crate::units::Chain;
 
 fn member(bench: &Bench, removed: bool) -> Control {
     let Bench { node, .. } = bench;
@@ -90,4 +92,73 @@ fn a_primary_is_not_retired_by_what_was_decided_before_it_was_promoted() {
     drop(copy);
     let (again, _) = bench.open();
     assert_eq!(again.data_state().0, DataState::Consistent);
+}
+
+#[test]
+fn a_reign_is_taken_over_at_its_very_place_or_nothing_is_changed() {
+    let (_bench, copy) = stopped_copy(3);
+    let Positions { head, chain, .. } = copy.positions();
+    let refused = |at: (Lsn, Chain), expected: &str| {
+        let answer = copy.take_over(at.0, at.1).unwrap();
+        let TookOver::Refused(why) = answer else { panic!("{answer:?}") };
+        assert!(why.to_string().contains(expected), "{why}");
+        assert_eq!((copy.role(), copy.positions().head), (Role::Secondary, head));
+    };
+    refused((Lsn(head.0 - 8), chain), "not as asked");
+    refused((Lsn(head.0 + 8), chain), "not as asked");
+    refused((head, Chain(chain.0 ^ 1)), "not as asked");
+    let answer = copy.take_over(head, chain).unwrap();
+    let TookOver::Reigns(epoch) = answer else { panic!("{answer:?}") };
+    assert_eq!((epoch.first_lsn, copy.role()), (head, Role::Primary));
+    // Who reigns already is not told to be refused: the other would begin a reign beside it.
+    assert!(copy.take_over(head, chain).is_err());
+
+    let (_bench, copy) = stopped_copy(3);
+    append_unknown(&copy);
+    let Positions { head, chain, .. } = copy.positions();
+    let answer = copy.take_over(head, chain).unwrap();
+    assert!(matches!(answer, TookOver::Refused(_)), "{answer:?}");
+    assert_eq!((copy.role(), copy.positions().head), (Role::Secondary, head));
+}
+
+#[test]
+fn a_reign_is_refused_only_where_its_record_is_in_no_log() {
+    let faults: [fn(u64) -> Fault; 4] = [
+        |operation| Fault::Error { operation },
+        |operation| Fault::FailedSync { operation },
+        |operation| Fault::PowerOff { operation },
+        |pages| Fault::NoSpace { bytes: pages * 4096 },
+    ];
+    let (mut refused, mut left_open, mut written) = (0, 0, 0);
+    for (kind, fault) in faults.iter().enumerate() {
+        for (writes, nth) in (0..4).flat_map(|writes| (0..8).map(move |nth| (writes, nth))) {
+            let (bench, copy) = stopped_copy(writes);
+            let Positions { head, chain, .. } = copy.positions();
+            let from = if kind == 3 { 0 } else { bench.disk.operations() };
+            bench.disk.inject(fault(from + nth));
+            let answer = copy.take_over(head, chain);
+            // Where the write of the record itself failed.
+            let unpromoted = copy.role() == Role::Secondary;
+            drop(copy);
+            bench.disk.clear_faults();
+            let (again, _) = bench.open();
+            let what = format!("fault {kind}, {writes} writes, {nth}: {answer:?}");
+            match answer {
+                Ok(TookOver::Reigns(epoch)) => {
+                    assert_eq!(again.role(), Role::Primary, "{what}");
+                    assert_eq!(again.control().epochs.last(), Some(&epoch), "{what}");
+                }
+                Ok(TookOver::Refused(_)) => {
+                    let found = (again.role(), again.positions().head);
+                    assert_eq!(found, (Role::Secondary, head), "{what}");
+                    refused += 1;
+                }
+                Err(_) => {
+                    left_open += 1;
+                    written += u32::from(unpromoted && again.positions().head > head);
+                }
+            }
+        }
+    }
+    assert!(refused > 0 && left_open > 0 && written > 0, "{refused} {left_open} {written}");
 }

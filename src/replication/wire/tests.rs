@@ -353,6 +353,10 @@ fn the_messages_of_version_1_are_frozen() {
                 "0050000000000000", // bytes staged
             ]),
         ),
+        (
+            Message::Declined { id: 1, reason: text("r") },
+            fields(&["11000000", "0100000000000000", "0100000000000000", "72"]),
+        ),
     ];
     for (message, golden) in &cases {
         let bytes = message.encode().unwrap();
@@ -361,7 +365,7 @@ fn the_messages_of_version_1_are_frozen() {
     }
     let kinds: std::collections::BTreeSet<u8> =
         cases.iter().map(|(message, _)| message.encode().unwrap()[0]).collect();
-    assert_eq!(kinds.len(), 17, "every variant is pinned");
+    assert_eq!(kinds.len(), 18, "every variant is pinned");
 }
 
 #[test]
