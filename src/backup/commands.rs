@@ -384,7 +384,7 @@ impl Inner {
         let found = control.volumes.iter().find(|known| known.name == *volume).cloned();
         let found = found.ok_or_else(|| failed("the volume does not exist".to_owned()))?;
         let claim = group.claim_for_restore(found.number)?;
-        Ok(VolumeSink { group: Arc::clone(&group), volume: found, claim })
+        Ok(VolumeSink { group: Arc::clone(&group), volume: found, claim, begun: false })
     }
 }
 
@@ -407,10 +407,21 @@ struct VolumeSink {
     group: Arc<Group>,
     volume: Volume,
     claim: RestoreClaim,
+    begun: bool,
 }
 
 impl VolumeSink {
-    fn append(&self, op: Op<'_>) -> Result<(), String> {
+    /// Before the first byte it is noted that the volume is another from here on: so it is where
+    /// the restore does not end, too.
+    fn begin_once(&mut self) -> Result<(), String> {
+        if !std::mem::replace(&mut self.begun, true) {
+            self.group.begin_restore(&self.claim).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, op: Op<'_>) -> Result<(), String> {
+        self.begin_once()?;
         let request = Request { volume: self.volume.number, op, fua: false };
         let results = self.group.append(&[request]);
         results.into_iter().try_for_each(|result| result.map(drop).map_err(|e| e.to_string()))
@@ -425,8 +436,6 @@ impl RestoreSink for VolumeSink {
                 self.volume.size_bytes
             ));
         }
-        // Before the first byte: what a restore leaves that does not end is another content too.
-        self.group.begin_restore(&self.claim).map_err(|error| error.to_string())?;
         let rest = self.volume.size_bytes - size_bytes;
         if rest == 0 {
             return Ok(());
@@ -446,6 +455,7 @@ impl RestoreSink for VolumeSink {
     }
 
     fn finish(&mut self) -> Result<(), String> {
+        self.begin_once()?;
         self.group.end_restore(&self.claim).map_err(|error| error.to_string())
     }
 }

@@ -17,9 +17,9 @@ use super::reach::Reach;
 use super::repository::{BackupPlan, Parent, Repository};
 use super::run::{Next, Observation, PeerPhase, SlotRun};
 use super::scheduler::{Inner, RunKey};
-use super::source::{Progress, Stop};
+use super::source::{Progress, Stop, chosen_volumes};
 use crate::events::Severity;
-use crate::group::{Group, Image, Point, Role, View};
+use crate::group::{Group, Image, Point, Role, View, Volume};
 use crate::log::control::JobRecord;
 use crate::units::{EpochId, LogTime, Lsn, Name};
 
@@ -336,25 +336,15 @@ impl Inner {
         image: &Arc<Image>,
     ) -> Result<SlotResult, String> {
         let position = image.position();
-        let all = image.volumes();
-        let named = &task.settings.volumes;
-        if let Some(missing) =
-            named.iter().find(|name| all.iter().all(|volume| volume.name != **name))
-        {
-            return Err(format!("volume {missing}: does not exist in the group"));
-        }
-        let volumes: Vec<ManifestVolume> = all
-            .iter()
-            .filter(|volume| named.is_empty() || named.contains(&volume.name))
-            .map(|volume| ManifestVolume {
-                number: volume.number,
-                name: volume.name.clone(),
-                size_bytes: volume.size_bytes,
+        let volumes = chosen_volumes(image.volumes(), &task.settings.volumes)?;
+        let volumes: Vec<ManifestVolume> = volumes
+            .into_iter()
+            .map(|Volume { number, name, size_bytes, .. }| ManifestVolume {
+                number,
+                name,
+                size_bytes,
             })
             .collect();
-        if volumes.is_empty() {
-            return Err("the group has no volume; `tidelog volume create` makes one".to_owned());
-        }
         let manifest = Manifest {
             version: MANIFEST_VERSION,
             group: task.group.name().clone(),

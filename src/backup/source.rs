@@ -16,7 +16,7 @@ use rustic_core::repofile::{Metadata, Node, NodeType};
 use rustic_core::{ReadSource, ReadSourceEntry, RusticResult, jiff::Timestamp};
 
 use crate::group::{self, Allocation, View, Volume};
-use crate::units::{EpochId, Lsn, Position, VolumeNumber, total};
+use crate::units::{EpochId, Lsn, Name, Position, VolumeNumber, total};
 
 /// Bytes of a file.
 pub const FILE_BYTES: u64 = 4 << 20;
@@ -28,6 +28,28 @@ pub(super) const MANIFEST_FILE: &str = "tidelog.json";
 const READ_BYTES: usize = 256 << 10;
 /// Extents that are asked for at once.
 const EXTENTS: usize = 512;
+
+/// The volumes of an image that a job names; all where it names none.
+///
+/// # Errors
+///
+/// Where there is none, or one of them holds no one moment.
+pub(super) fn chosen_volumes(all: Vec<Volume>, named: &[Name]) -> Result<Vec<Volume>, String> {
+    if let Some(missing) = named.iter().find(|name| all.iter().all(|it| it.name != **name)) {
+        return Err(format!("volume {missing}: does not exist in the group"));
+    }
+    let chosen = |volume: &Volume| named.is_empty() || named.contains(&volume.name);
+    let volumes: Vec<Volume> = all.into_iter().filter(chosen).collect();
+    if volumes.is_empty() {
+        return Err("the group has no volume; `tidelog volume create` makes one".to_owned());
+    }
+    match volumes.iter().find(|volume| volume.restoring) {
+        Some(Volume { name, .. }) => Err(format!(
+            "volume {name}: a restore into it has not come to its end, so it holds no one moment"
+        )),
+        None => Ok(volumes),
+    }
+}
 
 /// The identity of a file's content: where it was last read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

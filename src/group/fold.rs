@@ -18,7 +18,7 @@ use super::GroupError;
 use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
-use super::fold_damage::Rotted;
+use super::fold_damage::{Rotted, is_left_damaged};
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
 use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
@@ -49,7 +49,7 @@ impl Group {
         self.close_expired();
         self.finish_merge()?;
         self.sweep_moments()?;
-        self.finish_fold()?;
+        self.finish_fold(false)?;
         let horizon = {
             let core = self.lock();
             // What no peer has may yet leave the history: from the base nothing can be cut.
@@ -81,7 +81,7 @@ impl Group {
             }
             core.fold_target = core.fold_target.max(target.lsn);
         }
-        self.fold_to(target)
+        self.fold_to(target, false)
     }
 
     /// The horizon stays. Where the log is full, and will be, that is an error: its writers are
@@ -168,14 +168,14 @@ impl Group {
     pub(super) fn take_up_fold(&self, target: Lsn) {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
         self.lock().unfinished_fold = Some(target);
-        if let Err(error) = self.finish_fold() {
+        if let Err(error) = self.finish_fold(false) {
             let text = format!("a fold that was interrupted could not be finished: {error}");
             self.emit(Severity::Error, "fold-failed", text, json!({ "target": target }));
         }
     }
 
-    /// Finishes what an earlier attempt began, if any did.
-    fn finish_fold(&self) -> Result<(), GroupError> {
+    /// Finishes what an earlier attempt began, if any did; as of [`Group::fold_to`].
+    fn finish_fold(&self, gives_up: bool) -> Result<(), GroupError> {
         let (target, horizon, end) = {
             let core = self.lock();
             let Some(target) = core.unfinished_fold else { return Ok(()) };
@@ -190,7 +190,7 @@ impl Group {
         }
         let from = self.lock().timeline.before_lsn(target);
         let found = self.follow_to(from, |header| header.end() <= target)?;
-        self.fold_to(found).map(|_| ())
+        self.fold_to(found, gives_up).map(|_| ())
     }
 
     /// The log ends before `target`, up to which a fold had begun.
@@ -203,21 +203,21 @@ impl Group {
     }
 
     /// Folds all of the log, whatever its policy is, for who holds the lock of the folder: an image
-    /// takes the place of what the base will be.
+    /// takes the place of what the base will be. What is damaged may be what the image brings.
     pub(super) fn fold_all(&self) -> Result<(), GroupError> {
         self.sync_now()?;
-        self.finish_fold()?;
+        self.finish_fold(true)?;
         let end = self.lock().timeline.end();
         if end.lsn > self.lock().timeline.horizon().lsn {
-            self.fold_to(end)?;
+            self.fold_to(end, true)?;
         }
         Ok(())
     }
 
-    /// Folds up to the end of a request.
-    fn fold_to(&self, target: Checkpoint) -> Result<Lsn, GroupError> {
+    /// Folds up to the end of a request; whether no repair of what is damaged is waited for.
+    fn fold_to(&self, target: Checkpoint, gives_up: bool) -> Result<Lsn, GroupError> {
         let folded = loop {
-            match self.write_base(&target) {
+            match self.write_base(&target, gives_up) {
                 Err(GroupError::NoSpace { .. }) if self.make_room() => {}
                 folded => break folded,
             }
@@ -240,7 +240,8 @@ impl Group {
     }
 
     /// Makes the base the image at `target`, and moves the horizon there.
-    fn write_base(&self, target: &Checkpoint) -> Result<(), GroupError> {
+    fn write_base(&self, target: &Checkpoint, gives_up: bool) -> Result<(), GroupError> {
+        let mut rotted = Rotted::new(gives_up);
         let begun = self.has_begun(target.lsn);
         let moments = self.claim(target.lsn, begun)?;
         let old = self.lock().horizon.clone();
@@ -253,7 +254,7 @@ impl Group {
         } else {
             let content = self.keep_moments(&old, target.lsn, &moments)?;
             for known in content.volumes.values() {
-                self.check_what_stays(known)?;
+                self.check_what_stays(known, &rotted)?;
             }
             content
         };
@@ -262,7 +263,6 @@ impl Group {
             meta.fold_target = meta.fold_target.max(target.lsn);
             meta.durable = meta.durable.max(target.lsn);
         })?;
-        let mut rotted = Rotted::default();
         for known in content.volumes.values() {
             self.fold_volume(known, &mut rotted)?;
         }
@@ -284,16 +284,16 @@ impl Group {
 
     /// Reads the blocks of the base of which a fold will keep a part. Once it has begun, a wrong
     /// checksum may be its own doing, and is overwritten: damage must be found before.
-    fn check_what_stays(&self, known: &VolumeContent) -> Result<(), GroupError> {
+    fn check_what_stays(&self, known: &VolumeContent, rotted: &Rotted) -> Result<(), GroupError> {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
         let mut block = vec![0; BLOCK_BYTES as usize];
         for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
             let FoldStep::Mend { offset, parts } = step else { continue };
-            if parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES {
-                base.read(offset, &mut block).map_err(|cause| {
-                    self.suspect_block(&cause);
-                    self.damaged(cause.to_string())
-                })?;
+            if parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
+                && let Err(cause) = base.read(offset, &mut block)
+            {
+                self.suspect_block(&cause);
+                self.leave_damaged(&base, offset, &cause, rotted)?;
             }
         }
         Ok(())
@@ -436,7 +436,13 @@ impl Group {
         let mut block = vec![0; BLOCK_BYTES as usize];
         let covered: u64 = parts.iter().map(|part| part.length).sum();
         let born = parts.iter().map(|part| written_at(&part.source)).max().unwrap_or_default();
-        if covered < BLOCK_BYTES && base.read(offset, &mut block).is_err() {
+        if covered < BLOCK_BYTES
+            && let Err(cause) = base.read(offset, &mut block)
+        {
+            if is_left_damaged(&cause) {
+                rotted.push(known, offset);
+                return Ok(());
+            }
             // A crash in the middle of an earlier attempt at this very block may have left any of
             // its sectors new, the rest old, and a checksum of neither. What the log lacks is the
             // same in both. Nothing else excuses a wrong checksum.

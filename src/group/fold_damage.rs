@@ -1,10 +1,12 @@
 //! What a fold does with payloads that have rotted in the log: it goes on, since nothing would
-//! bring it past them, and their blocks go into the base as damaged ones.
+//! bring it past them, and their blocks go into the base as damaged ones. Where a peer may have
+//! them, it waits for the repair while writers need no room.
 //!
 //! Such a block has a checksum that does not hold: who reads it is told, and sees no other data. A
 //! whole block keeps the one that its record has, and where all that is known of its parts joins to
-//! one, it gets that: a peer's block is proved by it. A host that writes all of the block anew
-//! makes it whole.
+//! one, it gets that: a peer's block is proved by it. A damaged block of the base of which the log
+//! has a part stays as it is, with a checksum that never holds: what a peer has of before lacks
+//! that part. A host that writes all of the block anew makes it whole.
 
 use serde_json::json;
 
@@ -13,19 +15,33 @@ use super::content::VolumeContent;
 use super::engine::Group;
 use super::read::Fetch;
 use super::scrub::DamagedPart;
+use crate::base::{BaseError, BaseVolume};
 use crate::events::Severity;
 use crate::extent_map::{Piece, Source};
 use crate::log::record::{crc32, crc32_joined};
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Name, VolumeNumber};
 
-/// The blocks that a fold found damaged in the log: of which volume, and where.
-#[derive(Default)]
-pub(super) struct Rotted(Vec<(VolumeNumber, Name, u64)>);
+/// The blocks that a fold leaves damaged: of which volume, and where.
+pub(super) struct Rotted {
+    blocks: Vec<(VolumeNumber, Name, u64)>,
+    /// No repair is waited for.
+    gives_up: bool,
+}
 
 impl Rotted {
-    fn push(&mut self, known: &VolumeContent, offset: u64) {
-        self.0.push((known.volume.number, known.volume.name.clone(), offset));
+    pub(super) fn new(gives_up: bool) -> Rotted {
+        Rotted { blocks: Vec::new(), gives_up }
     }
+
+    pub(super) fn push(&mut self, known: &VolumeContent, offset: u64) {
+        self.blocks.push((known.volume.number, known.volume.name.clone(), offset));
+    }
+}
+
+/// Whether a block was left damaged by a fold: its checksum has no bit in common with that of its
+/// bytes.
+pub(super) fn is_left_damaged(cause: &BaseError) -> bool {
+    matches!(cause, BaseError::Damaged { got, expected, .. } if *expected == !*got)
 }
 
 impl Group {
@@ -49,7 +65,7 @@ impl Group {
         }
         let blocks = data.chunks_exact_mut(BLOCK_BYTES as usize);
         for ((index, buffer), piece) in blocks.enumerate().zip(pieces) {
-            if !self.fetch_or_zeros(volume, piece, buffer)? {
+            if !self.fetch_or_zeros(volume, piece, buffer, rotted)? {
                 rotted.push(known, offset + index as u64 * BLOCK_BYTES);
             }
         }
@@ -78,7 +94,7 @@ impl Group {
             sum = sum.map(|sum| joined(sum, &block[at..begin]));
             at = begin + bytes;
             let buffer = &mut block[begin..at];
-            if self.fetch_or_zeros(known.volume.number, part, buffer)? {
+            if self.fetch_or_zeros(known.volume.number, part, buffer, rotted)? {
                 sum = sum.map(|sum| joined(sum, buffer));
                 continue;
             }
@@ -98,23 +114,60 @@ impl Group {
         Ok(sum.unwrap_or(never))
     }
 
-    /// Whether a piece is whole; one that is damaged is zeros. What the disk cannot read may be
-    /// there at the next attempt, and is waited for while writers need no room.
+    /// Whether a fold goes on over what is damaged: writers need the room, or nobody could repair
+    /// it. What the disk cannot read may be there at the next attempt.
+    fn goes_over(&self, error: &GroupError, rotted: &Rotted) -> bool {
+        let core = self.lock();
+        let me = self.context.node.id;
+        let alone = core.view.members.iter().all(|member| member.node == me);
+        let nobody = alone && matches!(error, GroupError::Damaged { .. });
+        rotted.gives_up || nobody || self.is_pressed(&core)
+    }
+
+    /// A block of the base is damaged, of which a fold would keep a part. It stays as it is, and
+    /// gets its checksum that never holds before the fold begins: one that is taken up again would
+    /// else take it for a block that it had written in part, and call it good.
+    ///
+    /// # Errors
+    ///
+    /// The damage, where a repair is waited for; what the disk says.
+    pub(super) fn leave_damaged(
+        &self,
+        base: &BaseVolume,
+        offset: u64,
+        cause: &BaseError,
+        rotted: &Rotted,
+    ) -> Result<(), GroupError> {
+        if is_left_damaged(cause) {
+            return Ok(());
+        }
+        let error = self.damaged(cause.to_string());
+        if !matches!(cause, BaseError::Damaged { .. }) || !self.goes_over(&error, rotted) {
+            return Err(error);
+        }
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        let born = self.lock().timeline.horizon().lsn;
+        let _gate = self.base_gate.write().expect("no holder panics");
+        base.read_unchecked(offset, &mut block)
+            .and_then(|()| base.write_blocks(offset, &block, &[!crc32(&block)], born))
+            .and_then(|()| base.settle())
+            .and_then(|()| base.sync())
+            .map_err(|cause| self.io("write base", &cause))
+    }
+
+    /// Whether a piece is whole; one that is damaged is zeros.
     fn fetch_or_zeros(
         &self,
         volume: VolumeNumber,
         piece: Piece,
         buffer: &mut [u8],
+        rotted: &Rotted,
     ) -> Result<bool, GroupError> {
         let fetch = Fetch { volume, pieces: vec![piece], buffer: &mut *buffer };
         match self.fetch_checked(vec![fetch]) {
             Ok(()) => return Ok(true),
-            Err(GroupError::Damaged { .. }) => {}
-            Err(error) => {
-                if !self.is_pressed(&self.lock()) {
-                    return Err(error);
-                }
-            }
+            Err(error) if self.goes_over(&error, rotted) => {}
+            Err(error) => return Err(error),
         }
         buffer.fill(0);
         Ok(false)
@@ -122,16 +175,16 @@ impl Group {
 
     /// Tells which blocks are damaged in the base now, and has a peer asked for them.
     pub(super) fn tell_rotted(&self, rotted: Rotted) {
-        let Some((_, volume, offset)) = rotted.0.first() else { return };
-        let blocks = rotted.0.len();
+        let Some((_, volume, offset)) = rotted.blocks.first() else { return };
+        let blocks = rotted.blocks.len();
         let text = format!(
-            "{blocks} blocks of which the log held the data were damaged there, the first of \
-             volume {volume} at {offset}: reading them is an error until a peer has given them \
-             or a host has written all of them anew"
+            "{blocks} blocks were damaged in the log, or in the base below what the log had of \
+             them, the first of volume {volume} at {offset}: reading them is an error until a \
+             host has written all of them anew, or a peer has given what it can"
         );
         let details = json!({ "volume": volume, "offset": offset, "blocks": blocks });
         self.emit(Severity::Error, "log-damaged", text, details);
-        for (volume, _, offset) in &rotted.0 {
+        for (volume, _, offset) in &rotted.blocks {
             self.suspect(DamagedPart::Base { volume: *volume, chunk: offset / CHUNK_BYTES });
         }
     }

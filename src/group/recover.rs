@@ -294,9 +294,11 @@ impl Group {
             let control = group.control();
             let nodes = control.members.iter().map(|member| member.node);
             let unanswered: BTreeSet<_> = nodes.filter(|node| *node != me).collect();
+            // One that is no member any more can neither be asked nor resolved with.
+            let split = before.split_from.is_some_and(|peer| unanswered.contains(&peer));
             let alone = unanswered.is_empty();
             group.lock().asking = Some(Asking { until, unanswered, held_back: None });
-            if (alone || before.split_from.is_some())
+            if (alone || split)
                 && let Err(error) = group.serve()
             {
                 group.emit(Severity::Error, "recovery-failed", error.to_string(), json!(null));

@@ -335,6 +335,8 @@ impl Registry {
         let disk = &self.context.env.disk;
         let path = self.dir.join(group.id().to_string());
         let removed = discard(&**disk, &path);
+        // Another copy of it may come here again.
+        self.context.forget_failure(group.id());
         self.notify();
         removed.map_err(|cause| GroupError::io(name, format!("remove {}", path.display()), &cause))
     }

@@ -183,8 +183,8 @@ impl LiveVolume {
             return Err(Refusal::Policy(format!(
                 "export `{group}/{volume}`: a restore into it has not come to its end, so it holds \
                  no one moment; `tidelog backup restore ID --to {group}/{volume}` restores it \
-                 whole, `tidelog rewind {group} --to lsn:{before}` takes the group back to before \
-                 it"
+                 whole, `tidelog rewind {group} --to lsn:{before}` takes the group, all of its \
+                 volumes, back to before it"
             )));
         }
         Ok(Arc::new(self))

@@ -28,7 +28,7 @@ use bytes::Bytes;
 
 use crate::events::Severity;
 use crate::group::{ImageOffer, Staged};
-use crate::units::{ByteSize, Chain, GroupId, LogTime, Lsn, Name};
+use crate::units::{ByteSize, Chain, EpochId, GroupId, LogTime, Lsn, Name};
 
 use super::core::{Appended, ConnId, LocalGroup, Membership, Output, Settings};
 use super::epoch::{History, Relation};
@@ -110,6 +110,8 @@ pub struct Channel {
     told_have_more: (bool, bool),
     /// Whether the shell knows that this peer's stream is followed.
     told_follows: bool,
+    /// Whether it knows the peer as primary, and its newest reign.
+    told_reigns: Option<(bool, Option<EpochId>)>,
     /// An image is sent to the peer.
     shipping: Option<image::Shipping>,
     /// An image comes from the peer.
@@ -186,6 +188,7 @@ impl Channel {
             silent: false,
             told_have_more: (false, false),
             told_follows: false,
+            told_reigns: None,
             shipping: None,
             receiving: None,
             staged_there: None,
@@ -322,13 +325,14 @@ impl Channel {
             self.stop(context, self.local.id.0, follower.stream, StopCode::NotPrimary, reason);
         }
         let follows_changed = before.follows != self.local.follows;
+        let given_up = before.given_up != self.local.given_up;
         if follows_changed && self.silent && self.local.follows.is_none() {
             self.announce(context);
         }
         let asks_nobody = self.follower.is_none() && self.sender.is_none();
-        if (follows_changed || cut) && asks_nobody {
+        if (follows_changed || cut || given_up) && asks_nobody {
             // Two that refuse would else be asked in turn without end.
-            if self.needs_a_hand() {
+            if self.needs_a_hand() && !given_up {
                 self.ask_later(context.now);
             } else {
                 self.evaluate(context);
@@ -398,8 +402,10 @@ impl Channel {
 
     /// Tells others what has changed; called after every input.
     pub(super) fn after_input(&mut self, context: &mut Context<'_>) {
-        if self.told_follows != self.follower.is_some() {
-            self.told_follows = self.follower.is_some();
+        let remote = self.remote.as_ref();
+        let reigns = remote.map(|remote| (remote.primary, remote.history.last().map(|it| it.id)));
+        if self.told_follows != self.follower.is_some() || self.told_reigns != reigns {
+            (self.told_follows, self.told_reigns) = (self.follower.is_some(), reigns);
             context.outputs.push(Output::FollowChanged { group: self.local.id });
         }
         self.tell_required(context);

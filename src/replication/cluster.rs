@@ -12,7 +12,7 @@ mod returns;
 mod stops;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -150,6 +150,8 @@ struct Node {
     up: bool,
     /// Another node whose log it follows.
     follows: Option<Name>,
+    /// Reigns that their authors have given up.
+    given_up: BTreeSet<EpochId>,
     membership: Membership,
     retired: bool,
     /// Its disk takes nothing, and gives nothing.
@@ -217,6 +219,8 @@ impl Node {
             retired: self.retired,
             membership: self.membership,
             follows: self.follows.clone(),
+            authored: false,
+            given_up: self.given_up.clone(),
         }
     }
 }
@@ -323,6 +327,7 @@ impl World {
                 incarnation: side as u64 + 1,
                 up: true,
                 follows: None,
+                given_up: BTreeSet::new(),
                 membership: Membership::Member { rpo_target: None, mode: Mode::Async },
                 retired: false,
                 broken_disk: false,

@@ -13,17 +13,17 @@
 mod lives;
 mod signals;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::events::Severity;
 use crate::log::control::Mode;
-use crate::units::{GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Span};
+use crate::units::{EpochId, GroupId, Incarnation, LogTime, Lsn, Name, NodeId, Span};
 
-use super::channel::{Channel, Context};
-use super::epoch::History;
+use super::channel::{Channel, Context, Remote};
+use super::epoch::{History, Reign};
 use super::status::PeerStatus;
 use super::wire::Message;
 
@@ -111,6 +111,26 @@ pub struct LocalGroup {
     pub membership: Membership,
     /// Another peer, by whose stream it follows now.
     pub follows: Option<Name>,
+    /// Its newest reign is this node's own.
+    pub authored: bool,
+    /// Reigns that their authors have given up; see [`given_up`].
+    pub given_up: BTreeSet<EpochId>,
+}
+
+/// Of the newest reigns here and at the peers those whose author is heard, is no primary, and does
+/// not have them any more: an operator had it yield.
+pub fn given_up<'a>(
+    own: Option<&'a Reign>,
+    peers: impl Iterator<Item = (NodeId, &'a Remote)> + Clone,
+) -> BTreeSet<EpochId> {
+    let newest = peers.clone().filter_map(|(_, remote)| remote.history.last()).chain(own);
+    let by_its_author = |reign: &&Reign| {
+        peers.clone().any(|(node, remote)| {
+            let lacks = remote.history.reigns.iter().all(|known| known.id != reign.id);
+            node == reign.author && !remote.primary && lacks
+        })
+    };
+    newest.filter(by_its_author).map(|reign| reign.id).collect()
 }
 
 enum Link {

@@ -1,6 +1,7 @@
 //! What replication needs of a group and of the node's groups, as traits, so that the protocol can
 //! be tested against groups that are not the engine's.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::group::{
@@ -325,5 +326,7 @@ pub fn local_group(group: &dyn Replica, me: NodeId, peer: NodeId, asked_for: boo
         retired: data_state == DataState::Retired,
         membership: membership_of(&control, me, peer, primary, asked_for),
         follows: None,
+        authored: control.epochs.last().is_some_and(|epoch| epoch.author == me),
+        given_up: BTreeSet::new(),
     }
 }

@@ -1,5 +1,6 @@
 //! The end of a split brain: what each side has, and yielding by command.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::group::{Account, DataState, Discard, Group, Host, View};
-use crate::units::{ByteSize, GroupId, Lsn, Name, NodeId};
+use crate::units::{ByteSize, EpochId, GroupId, Lsn, Name, NodeId};
 
 use super::channel::{Channel, Parted, ReplicationState};
-use super::core::Input;
+use super::core::{Input, PeerCore, given_up};
 use super::peers::{Peer, StoreError};
-use super::replica::Replica;
+use super::replica::{Replica, history_of};
 use super::rpc::PeerContext;
 use super::service::{Replication, ReplicationError, Shared};
 
@@ -195,6 +196,21 @@ impl Replication {
         super::commands::run_blocking(work).await?;
         Ok(parting)
     }
+}
+
+/// Of each group the reigns that their authors have given up, as far as the peers are heard.
+pub(super) fn given_up_of(
+    groups: &[Arc<dyn Replica>],
+    cores: &BTreeMap<NodeId, PeerCore>,
+) -> BTreeMap<GroupId, BTreeSet<EpochId>> {
+    let of = |group: &Arc<dyn Replica>| {
+        let id = group.id();
+        let heard = cores.iter();
+        let heard = heard.filter_map(|(node, core)| Some((*node, core.channel(id)?.remote()?)));
+        let own = history_of(&**group, &group.positions());
+        (id, given_up(own.last(), heard))
+    };
+    groups.iter().map(of).collect()
 }
 
 /// What a peer is asked for.

@@ -28,6 +28,7 @@ use super::link::{self, Conn};
 use super::pairing::{Fingerprint, Invites};
 use super::peers::{Peer, PeerStore, StoreError};
 use super::replica::{Replica, Replicas, local_group, membership_of};
+use super::resolve::given_up_of;
 use super::rpc::Handler;
 use super::tls::Identity;
 use super::wire::{Hello, Message, Purpose, VERSIONS, Verdict};
@@ -488,17 +489,14 @@ impl Shared {
         let mut known = Vec::new();
         let mut cores = locked(&self.cores);
         // By whose stream each group follows; of several the first.
-        let mut followed: Vec<(&Name, GroupId)> = Vec::new();
+        let mut followed: Vec<(Name, GroupId)> = Vec::new();
         for core in cores.values() {
-            followed.extend(core.groups().filter_map(|group| {
-                core.channel(group)
-                    .filter(|channel| channel.follows())
-                    .map(|_| (core.name(), group))
-            }));
+            let channels = core.groups().filter_map(|group| Some((group, core.channel(group)?)));
+            let of_core = channels.filter(|(_, channel)| channel.follows());
+            followed.extend(of_core.map(|(group, _)| (core.name().clone(), group)));
         }
         followed.sort();
-        let followed: Vec<(Name, GroupId)> =
-            followed.into_iter().map(|(name, group)| (name.clone(), group)).collect();
+        let given_up = given_up_of(&groups, &cores);
         for peer in &peers {
             let Some(core) = cores.get_mut(&peer.node) else { continue };
             let mut of_core = Vec::new();
@@ -507,6 +505,7 @@ impl Shared {
                     local_group(&**group, self.me(), peer.node, peer.copies.contains(&group.id()));
                 let other = |(name, id): &&(Name, GroupId)| *id == local.id && *name != peer.name;
                 local.follows = followed.iter().find(other).map(|(name, _)| name.clone());
+                local.given_up = given_up.get(&local.id).cloned().unwrap_or_default();
                 let member = matches!(local.membership, Membership::Member { .. });
                 // Where it may be about to cut its log, that may soon say otherwise.
                 let parted = core.channel(local.id).is_some_and(|it| it.parted().is_some());

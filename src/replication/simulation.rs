@@ -5,7 +5,9 @@
 pub use super::bulk::{Bulk, Waiting};
 pub use super::channel::{Channel, Parted};
 pub use super::commands::{put_member, refusal_to_promote};
-pub use super::core::{ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings};
+pub use super::core::{
+    ConnId, Input, LocalGroup, Membership, Output, PeerCore, Settings, given_up,
+};
 pub use super::repair::{mend_base, mend_log};
 pub use super::replica::local_group;
 pub use super::switchover::{TakeOverAnswer, take_over};

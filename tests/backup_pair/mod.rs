@@ -194,6 +194,19 @@ fn a_backup_is_restored_into_a_volume_unless_hosts_use_it() {
 }
 
 #[test]
+fn a_volume_whose_restore_has_not_ended_is_in_no_backup() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let group = pair.a.group();
+    let claim = group.claim_for_restore(group.control().volumes[0].number).unwrap();
+    group.begin_restore(&claim).unwrap();
+    drop(claim);
+    pair.run(&pair.a);
+    let failed = pair.a.await_any(&["backup-run-failed", "backup-failed", "backup-done"]);
+    assert_ne!(failed.code, "backup-done");
+    assert!(failed.text.contains("a restore into it has not come to its end"), "{failed:?}");
+}
+
+#[test]
 fn a_schedule_makes_its_slot_once_on_one_node() {
     let pair = Pair::new(json!({}));
     let change = JobChange { schedule: Some("* * * * *".to_owned()), ..JobChange::default() };

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tidelog::group::{DataState, GroupError};
 use tidelog::replication::simulation::{
-    Bulk, ConnId, Input, Job, Membership, Output, Waiting, local_group, perform,
+    Bulk, ConnId, Input, Job, Membership, Output, Waiting, given_up, local_group, perform,
 };
 use tidelog::replication::wire::Message;
 use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
@@ -432,6 +432,11 @@ impl World {
             .map(|core| core.name().clone())
             .collect();
         followed.sort();
+        let heard = self.nodes[node].links.iter().filter_map(|(peer, link)| {
+            Some((self.nodes[*peer].id, link.core.channel(id)?.remote()?))
+        });
+        let own = local_group(&*found, me, me, false).history;
+        let given_up = given_up(own.last(), heard);
         for peer in 0..self.nodes.len() {
             if peer == node {
                 continue;
@@ -441,6 +446,7 @@ impl World {
             let mut local = local_group(&*found, me, self.nodes[peer].id, asked);
             let other = followed.iter().find(|name| **name != self.nodes[peer].name);
             local.follows = other.cloned();
+            local.given_up.clone_from(&given_up);
             let channel = self.nodes[node].links[&peer].core.channel(id);
             let parted = channel.is_some_and(|channel| channel.parted().is_some());
             if asked && !parted && matches!(local.membership, Membership::Member { .. }) {

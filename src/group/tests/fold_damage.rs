@@ -105,6 +105,55 @@ fn a_fold_goes_on_over_what_has_rotted_in_the_log_and_the_block_stays_an_error()
 }
 
 #[test]
+fn a_fold_goes_on_over_a_damaged_block_of_the_base_of_which_the_log_has_a_part() {
+    let bench = Bench::new("a", 4);
+    let (group, volume, mut expected, _) = rotted(&bench);
+    fold(&bench, &group, "first");
+    let put = |group: &Group, expected: &mut Vec<u8>, offset: u64, data: &[u8]| {
+        expected[offset as usize..][..data.len()].copy_from_slice(data);
+        write(group, volume.number, offset, data);
+        bench.pass(5);
+        group.sync_now().unwrap();
+    };
+    // One that has the checksum of what is lost, one that has none, and one that rots now.
+    let base = dir().join("base").join(format!("{}.img", volume.number));
+    bench.disk.damage(&base, 9 * 4096 + 100, 1, 1);
+    for block in [3, 9, 11] {
+        put(&group, &mut expected, block * 4096 + 512, &[0x99; 512]);
+    }
+    let rotted = [3, 9, 10, 11];
+    bench.disk.record();
+    fold(&bench, &group, "second");
+    for (boundary, disk) in bench.disk.take_recorded().into_iter().enumerate() {
+        let what = format!("boundary {boundary}");
+        let after = Bench { disk: Arc::new(disk.crash(boundary as u64)), ..bench.after_crash(0) };
+        let (group, _) = after.open();
+        fold(&after, &group, &what);
+        check(&*group, &volume, &expected, &rotted, &what);
+    }
+    check(&*group, &volume, &expected, &rotted, "live");
+    for block in rotted {
+        put(&group, &mut expected, block * 4096, &[0xaa; 4096]);
+    }
+    fold(&bench, &group, "third");
+    check(&*group, &volume, &expected, &[], "written anew and folded");
+}
+
+#[test]
+fn where_a_peer_may_have_it_a_fold_waits_for_what_has_rotted_while_writers_have_room() {
+    let bench = Bench::new("a", 5);
+    let (group, volume, expected, _) = rotted(&bench);
+    super::returning::join(&group, 9);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    assert!(matches!(group.fold_now(), Err(GroupError::Damaged { .. })));
+    assert!(!group.take_suspects().is_empty(), "a peer is asked");
+    // An image of the primary is to take its place.
+    group.fold_all().unwrap();
+    check(&*group, &volume, &expected, &ROTTED, "folded");
+}
+
+#[test]
 fn a_crash_at_any_boundary_of_a_fold_over_rot_never_gives_it_a_good_checksum() {
     let bench = Bench::new("a", 2);
     let (group, volume, expected, _) = rotted(&bench);

@@ -11,6 +11,12 @@ pub(super) fn join(group: &Group, node: u8) {
     join_as(group, node, Mode::default(), OnLoss::default());
 }
 
+fn remove(group: &Group, node: u8) {
+    let known = group.control().members.iter().find(|it| it.node == NodeId([node; 16])).cloned();
+    let member = MemberRecord { removed: true, ..known.unwrap() };
+    group.append_control(Control::Member(member)).unwrap();
+}
+
 fn join_as(group: &Group, node: u8, mode: Mode, on_loss: OnLoss) {
     let member = MemberRecord {
         node: NodeId([node; 16]),
@@ -67,7 +73,16 @@ fn a_split_brain_is_remembered_until_it_ends_with_the_node_it_began_with() {
     group.note_split_brain(with, false).unwrap();
     group.close().unwrap();
     drop(group);
-    assert!(bench.open().0.waits_because().is_some(), "it asks its peer first");
+    let (group, _) = bench.open();
+    assert!(group.waits_because().is_some(), "it asks its peer first");
+    group.serve().unwrap();
+    // It is no member any more: nobody could end it with it.
+    group.note_split_brain(with, true).unwrap();
+    join(&group, 8);
+    remove(&group, 9);
+    group.close().unwrap();
+    drop(group);
+    assert!(bench.open().0.waits_because().is_some(), "it asks the peer that it has");
 }
 
 #[test]

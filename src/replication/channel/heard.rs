@@ -159,6 +159,8 @@ impl Channel {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::log::control::Mode;
     use crate::replication::epoch::Reign;
@@ -178,6 +180,8 @@ pub(super) mod tests {
 
     pub(in super::super) fn copy(history: History) -> Channel {
         let local = LocalGroup {
+            authored: false,
+            given_up: BTreeSet::new(),
             id: GroupId([7; 16]),
             name: "g".parse().unwrap(),
             primary: false,

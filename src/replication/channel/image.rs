@@ -348,11 +348,9 @@ impl Channel {
         if follower.asked.is_none() || self.local.primary {
             return Err(format!("group {name}: an image that nobody asked for"));
         }
-        if offer.common < self.local.history.head
-            && let Some(reason) = self.holds_a_later_reign()
-        {
+        if offer.common < self.local.history.head && self.holds_a_later_reign() {
             self.parted = Some(Parted { at: offer.common, chain: None });
-            self.on_yield_refused(context, reason);
+            self.hold_a_later_reign(context);
             return Ok(());
         }
         if offer.done_bytes > offer.total_bytes {

@@ -157,7 +157,8 @@ impl Channel {
         let (mine, theirs) = (self.local.history.last(), remote.history.last()?);
         let newer = mine.is_none_or(|mine| theirs.counter > mine.counter);
         let foreign = mine.is_none_or(|mine| theirs.author != mine.author);
-        (newer && foreign).then_some(theirs.counter)
+        let goes_on = !self.local.given_up.contains(&theirs.id);
+        (newer && foreign && goes_on).then_some(theirs.counter)
     }
 
     /// All that the peer had is here again.
@@ -311,13 +312,18 @@ impl Channel {
             return;
         }
         if let Some(other) = &self.local.follows {
-            match self.holds_a_later_reign() {
-                Some(reason) => self.set_state(context, ReplicationState::Blocked, reason),
-                None => {
-                    let reason = format!("this node follows {other}");
-                    self.set_state(context, ReplicationState::Idle, reason);
-                }
-            }
+            let (name, peer) = (&self.local.name, context.peer_name);
+            let (state, reason) = if self.holds_a_later_reign() {
+                let reason = format!(
+                    "{peer} is primary of an earlier reign, beside {other}, which this node \
+                     follows: two nodes may serve the group; `tidelog resolve {name} --preview` \
+                     on {peer} shows what each has"
+                );
+                (ReplicationState::Blocked, reason)
+            } else {
+                (ReplicationState::Idle, format!("this node follows {other}"))
+            };
+            self.set_state(context, state, reason);
             return;
         }
         self.end_following();
@@ -357,30 +363,46 @@ impl Channel {
         if !peer_is_primary || self.local.primary && !reigned_after {
             return;
         }
-        if let Some(reason) = self.holds_a_later_reign() {
-            return self.on_yield_refused(context, reason);
+        if self.holds_a_later_reign() {
+            return self.hold_a_later_reign(context);
         }
         context.outputs.push(Output::Yield { group: self.local.id, at, chain });
     }
 
-    /// Why a copy does not yield to its peer by itself, where what would be cut off was received of
-    /// a later reign: its primary has answered by it.
-    pub(super) fn holds_a_later_reign(&self) -> Option<String> {
-        let remote = self.remote.as_ref().filter(|remote| remote.primary)?;
-        let (mine, theirs) = (self.local.history.last()?, remote.history.last());
+    /// Whether this copy holds what it received of a reign that is no earlier than the peer's, and
+    /// that the peer, which is primary, lacks: another primary has answered by it. It does not
+    /// yield by itself then, unless that other one has given it up.
+    pub(super) fn holds_a_later_reign(&self) -> bool {
+        let Some(remote) = self.remote.as_ref().filter(|remote| remote.primary) else {
+            return false;
+        };
+        let Some(mine) = self.local.history.last() else { return false };
+        let theirs = remote.history.last();
         let same = theirs.is_some_and(|theirs| theirs.id == mine.id);
-        let later = theirs.is_some_and(|theirs| theirs.counter > mine.counter);
+        let earlier = theirs.is_some_and(|theirs| theirs.counter > mine.counter);
         let relation = compare(&self.local.history, &remote.history);
-        let loses = matches!(relation, Relation::Diverged { .. } | Relation::TheirsIsPrefix);
-        (!self.local.primary && !same && !later && loses).then(|| {
-            let name = &self.local.name;
-            format!(
-                "this copy holds a later reign than that of its peer, which is primary: two nodes \
-                 may serve the group; nothing was changed: run `tidelog promote {name}` here to go \
-                 on with what is here, or `tidelog resolve {name} --discard-local` here, which \
-                 keeps as a branch what the peer lacks, and follows it"
-            )
-        })
+        let lacks = matches!(relation, Relation::Diverged { .. } | Relation::TheirsIsPrefix);
+        let given_up = self.local.given_up.contains(&mine.id);
+        !self.local.primary && !self.local.authored && !given_up && !same && !earlier && lacks
+    }
+
+    /// The copy stays as it is, and both sides say what helps.
+    pub(super) fn hold_a_later_reign(&mut self, context: &mut Context<'_>) {
+        let (name, peer) = (self.local.name.clone(), context.peer_name);
+        if let Some(follower) = self.end_following() {
+            let reason = format!(
+                "the copy there holds a later reign than the one here, and yields to none by \
+                 itself: on that node `tidelog resolve {name} --preview` shows both, `tidelog \
+                 resolve {name} --discard-local` has it follow this one"
+            );
+            self.stop(context, self.local.id.0, follower.stream, StopCode::Diverged, &reason);
+        }
+        let reason = format!(
+            "this copy holds a later reign than that of {peer}, which is primary; nothing was \
+             changed: `tidelog resolve {name} --preview` shows what each has; `tidelog resolve \
+             {name} --discard-local` here keeps as a branch what {peer} lacks, and follows it"
+        );
+        self.set_state(context, ReplicationState::Blocked, reason);
     }
 
     pub(in crate::replication) fn on_yielded(&mut self, context: &mut Context<'_>) {

@@ -351,7 +351,7 @@ fn a_restart_does_not_end_a_split_brain() {
 /// What its later primary has answered by it stays, whoever is reached again first.
 #[test]
 fn a_copy_yields_by_itself_to_no_earlier_reign() {
-    for folded in [false, true] {
+    for (folded, given_up) in [(false, false), (true, false), (false, true), (true, true)] {
         let mut world = cut_off(18);
         // Another node was promoted, and this copy followed it.
         let now = world.now;
@@ -371,9 +371,19 @@ fn a_copy_yields_by_itself_to_no_earlier_reign() {
         world.run(seconds(30));
         assert!(world.nodes[1].log.bytes == there && world.nodes[1].branches.is_empty());
         let (state, reason) = world.state(1);
-        assert!(state == ReplicationState::Blocked && reason.contains("a later reign"), "{reason}");
-        assert_eq!(world.state(0).0, ReplicationState::Blocked);
-        world.resolve(1);
+        assert_eq!(state, ReplicationState::Blocked);
+        let says = "this copy holds a later reign than that of a, which is primary";
+        assert!(reason.contains(says) && reason.contains("--discard-local` here"), "{reason}");
+        let (state, reason) = world.state(0);
+        assert_eq!(state, ReplicationState::Blocked);
+        assert!(reason.contains("on that node `tidelog resolve g --preview`"), "{reason}");
+        if given_up {
+            // An operator had its primary yield.
+            world.nodes[1].given_up.insert(EpochId(77));
+            world.look(1);
+        } else {
+            world.resolve(1);
+        }
         world.run(seconds(10));
         world.assert_streaming();
         assert_eq!(world.nodes[1].branches.len(), 1);

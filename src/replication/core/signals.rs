@@ -351,7 +351,8 @@ pub enum Output {
         /// To be given back.
         ticket: u64,
     },
-    /// Whether the group follows by this peer's stream has changed: other peers' cores are to know.
+    /// Whether the group follows by this peer's stream has changed, or which reigns the peer has:
+    /// other peers' cores are to know.
     FollowChanged {
         /// The group.
         group: GroupId,
