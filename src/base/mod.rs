@@ -18,4 +18,6 @@ mod volume;
 pub use control::{ControlEntry, ControlState, ControlStateError};
 pub use exam::{Exam, Remedy};
 pub use overlay::{Kept, Mark, Overlay};
+#[cfg(test)]
+pub use sidecar::sum_offset;
 pub use volume::{BaseError, BaseRead, BaseVolume, read_batch};

@@ -214,7 +214,7 @@ impl Group {
         Ok(())
     }
 
-    /// Folds up to the end of a request; whether no repair of what is damaged is waited for.
+    /// Folds up to the end of a request; whether what the disk cannot read is not waited for.
     fn fold_to(&self, target: Checkpoint, gives_up: bool) -> Result<Lsn, GroupError> {
         let folded = loop {
             match self.write_base(&target, gives_up) {
@@ -241,7 +241,6 @@ impl Group {
 
     /// Makes the base the image at `target`, and moves the horizon there.
     fn write_base(&self, target: &Checkpoint, gives_up: bool) -> Result<(), GroupError> {
-        let mut rotted = Rotted::new(gives_up);
         let begun = self.has_begun(target.lsn);
         let moments = self.claim(target.lsn, begun)?;
         let old = self.lock().horizon.clone();
@@ -254,7 +253,7 @@ impl Group {
         } else {
             let content = self.keep_moments(&old, target.lsn, &moments)?;
             for known in content.volumes.values() {
-                self.check_what_stays(known, &rotted)?;
+                self.check_what_stays(known)?;
             }
             content
         };
@@ -263,6 +262,7 @@ impl Group {
             meta.fold_target = meta.fold_target.max(target.lsn);
             meta.durable = meta.durable.max(target.lsn);
         })?;
+        let mut rotted = Rotted::new(gives_up);
         for known in content.volumes.values() {
             self.fold_volume(known, &mut rotted)?;
         }
@@ -284,7 +284,7 @@ impl Group {
 
     /// Reads the blocks of the base of which a fold will keep a part. Once it has begun, a wrong
     /// checksum may be its own doing, and is overwritten: damage must be found before.
-    fn check_what_stays(&self, known: &VolumeContent, rotted: &Rotted) -> Result<(), GroupError> {
+    fn check_what_stays(&self, known: &VolumeContent) -> Result<(), GroupError> {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
         let mut block = vec![0; BLOCK_BYTES as usize];
         for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
@@ -293,7 +293,7 @@ impl Group {
                 && let Err(cause) = base.read(offset, &mut block)
             {
                 self.suspect_block(&cause);
-                self.leave_damaged(&base, offset, &cause, rotted)?;
+                self.leave_damaged(&base, offset, &cause)?;
             }
         }
         Ok(())
@@ -441,7 +441,11 @@ impl Group {
         {
             if is_left_damaged(&cause) {
                 rotted.push(known, offset);
-                return Ok(());
+                // It has changed all the same, for whoever asks what has.
+                let _gate = self.base_gate.write().expect("no holder panics");
+                return base.raise_births(offset, BLOCK_BYTES, born).map_err(|cause| {
+                    self.io(format!("write base of {}", known.volume.name), &cause)
+                });
             }
             // A crash in the middle of an earlier attempt at this very block may have left any of
             // its sectors new, the rest old, and a checksum of neither. What the log lacks is the

@@ -1,12 +1,16 @@
 //! What a fold does with payloads that have rotted in the log: it goes on, since nothing would
-//! bring it past them, and their blocks go into the base as damaged ones. Where a peer may have
-//! them, it waits for the repair while writers need no room.
+//! bring it past them, and their blocks go into the base as damaged ones.
 //!
 //! Such a block has a checksum that does not hold: who reads it is told, and sees no other data. A
 //! whole block keeps the one that its record has, and where all that is known of its parts joins to
-//! one, it gets that: a peer's block is proved by it. A damaged block of the base of which the log
-//! has a part stays as it is, with a checksum that never holds: what a peer has of before lacks
-//! that part. A host that writes all of the block anew makes it whole.
+//! one, it gets that: a peer's block is proved by it. A host that writes all of the block anew
+//! makes it whole.
+//!
+//! A damaged block of the base of which the log has a part is waited for while writers have room.
+//! Then it stays as it is, with a checksum that never holds: what a peer has of before lacks that
+//! part.
+
+use std::collections::BTreeMap;
 
 use serde_json::json;
 
@@ -15,6 +19,7 @@ use super::content::VolumeContent;
 use super::engine::Group;
 use super::read::Fetch;
 use super::scrub::DamagedPart;
+use super::staging::born_in;
 use crate::base::{BaseError, BaseVolume};
 use crate::events::Severity;
 use crate::extent_map::{Piece, Source};
@@ -24,7 +29,7 @@ use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Name, VolumeNumber};
 /// The blocks that a fold leaves damaged: of which volume, and where.
 pub(super) struct Rotted {
     blocks: Vec<(VolumeNumber, Name, u64)>,
-    /// No repair is waited for.
+    /// What the disk cannot read is not waited for.
     gives_up: bool,
 }
 
@@ -114,48 +119,55 @@ impl Group {
         Ok(sum.unwrap_or(never))
     }
 
-    /// Whether a fold goes on over what is damaged: writers need the room, or nobody could repair
-    /// it. What the disk cannot read may be there at the next attempt.
-    fn goes_over(&self, error: &GroupError, rotted: &Rotted) -> bool {
-        let core = self.lock();
-        let me = self.context.node.id;
-        let alone = core.view.members.iter().all(|member| member.node == me);
-        let nobody = alone && matches!(error, GroupError::Damaged { .. });
-        rotted.gives_up || nobody || self.is_pressed(&core)
-    }
-
-    /// A block of the base is damaged, of which a fold would keep a part. It stays as it is, and
-    /// gets its checksum that never holds before the fold begins: one that is taken up again would
-    /// else take it for a block that it had written in part, and call it good.
+    /// A block of the base is damaged, of which a fold would keep a part. Where what is here does
+    /// not make it right, it stays as it is, and gets its checksum that never holds before the fold
+    /// begins: one that is taken up again would else take it for a block that it had written in
+    /// part, and call it good.
     ///
     /// # Errors
     ///
-    /// The damage, where a repair is waited for; what the disk says.
+    /// The damage, while writers have room and somebody may repair it; what the disk says.
     pub(super) fn leave_damaged(
         &self,
         base: &BaseVolume,
         offset: u64,
         cause: &BaseError,
-        rotted: &Rotted,
     ) -> Result<(), GroupError> {
         if is_left_damaged(cause) {
             return Ok(());
         }
-        let error = self.damaged(cause.to_string());
-        if !matches!(cause, BaseError::Damaged { .. }) || !self.goes_over(&error, rotted) {
-            return Err(error);
+        let damaged = |cause: &BaseError| self.damaged(cause.to_string());
+        if !matches!(cause, BaseError::Damaged { .. }) {
+            return Err(damaged(cause));
+        }
+        let (born, pressed) = {
+            let core = self.lock();
+            (core.timeline.horizon().lsn, self.is_pressed(&core))
+        };
+        let _gate = self.base_gate.write().expect("no holder panics");
+        // The block may be whole, and its checksum not.
+        let exam = base.examine(offset / CHUNK_BYTES).map_err(|cause| damaged(&cause))?;
+        let none = BTreeMap::new();
+        if let Some(remedy) = exam.remedy(&none, born_in(born)) {
+            base.mend(&exam, &remedy, &none)
+                .map_err(|cause| self.fail("repair of a base", &cause))?;
         }
         let mut block = vec![0; BLOCK_BYTES as usize];
-        let born = self.lock().timeline.horizon().lsn;
-        let _gate = self.base_gate.write().expect("no holder panics");
+        if base.read(offset, &mut block).is_ok() {
+            return Ok(());
+        }
+        if !pressed {
+            return Err(damaged(cause));
+        }
         base.read_unchecked(offset, &mut block)
             .and_then(|()| base.write_blocks(offset, &block, &[!crc32(&block)], born))
             .and_then(|()| base.settle())
-            .and_then(|()| base.sync())
-            .map_err(|cause| self.io("write base", &cause))
+            .map_err(|cause| self.io("write base", &cause))?;
+        base.sync().map_err(|cause| self.fail("sync of a base", &cause))
     }
 
-    /// Whether a piece is whole; one that is damaged is zeros.
+    /// Whether a piece is whole; one that is damaged is zeros. What the disk cannot read may be
+    /// there at the next attempt, and is waited for while writers need no room.
     fn fetch_or_zeros(
         &self,
         volume: VolumeNumber,
@@ -166,8 +178,12 @@ impl Group {
         let fetch = Fetch { volume, pieces: vec![piece], buffer: &mut *buffer };
         match self.fetch_checked(vec![fetch]) {
             Ok(()) => return Ok(true),
-            Err(error) if self.goes_over(&error, rotted) => {}
-            Err(error) => return Err(error),
+            Err(GroupError::Damaged { .. }) => {}
+            Err(error) => {
+                if !rotted.gives_up && !self.is_pressed(&self.lock()) {
+                    return Err(error);
+                }
+            }
         }
         buffer.fill(0);
         Ok(false)

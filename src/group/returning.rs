@@ -209,6 +209,9 @@ impl Group {
     /// What the disk says.
     pub fn note_split_brain(&self, peer: NodeId, there_is: bool) -> Result<(), GroupError> {
         let known = self.meta.lock().expect("no holder panics").meta.split_from;
+        // One that is no member any more can end it with nobody.
+        let members = &self.control().members;
+        let known = known.filter(|node| members.iter().any(|member| member.node == *node));
         let split_from = match (there_is, known) {
             (true, None) => Some(peer),
             (false, Some(known)) if known == peer => None,

@@ -127,7 +127,9 @@ pub fn given_up<'a>(
     let by_its_author = |reign: &&Reign| {
         peers.clone().any(|(node, remote)| {
             let lacks = remote.history.reigns.iter().all(|known| known.id != reign.id);
-            node == reign.author && !remote.primary && lacks
+            // One that has nothing at all was made anew.
+            let had = !remote.history.reigns.is_empty();
+            node == reign.author && !remote.primary && had && lacks
         })
     };
     newest.filter(by_its_author).map(|reign| reign.id).collect()

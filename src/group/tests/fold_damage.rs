@@ -1,5 +1,7 @@
 //! Folds over payloads that have rotted in the log.
 
+use std::path::PathBuf;
+
 use super::*;
 use crate::log::segment::segment_name;
 
@@ -56,6 +58,18 @@ fn check(view: &dyn View, volume: &Volume, expected: &[u8], rotted: &[u64], what
             assert!(got == expected[block as usize * 4096..][..4096], "{what}: block {block}");
         }
     }
+}
+
+/// Hosts write until they need the room of what is folded.
+fn press(bench: &Bench, group: &Arc<Group>, volume: &Volume, expected: &mut [u8]) {
+    set_policy(group, 0, 4 * SEGMENT);
+    for round in 0..4 {
+        let offset = (64 + round * 15) * 4096;
+        write(group, volume.number, offset, &[3; 60_000]);
+        expected[offset as usize..][..60_000].fill(3);
+    }
+    bench.pass(5);
+    group.sync_now().unwrap();
 }
 
 fn fold(bench: &Bench, group: &Group, what: &str) {
@@ -122,6 +136,7 @@ fn a_fold_goes_on_over_a_damaged_block_of_the_base_of_which_the_log_has_a_part()
         put(&group, &mut expected, block * 4096 + 512, &[0x99; 512]);
     }
     let rotted = [3, 9, 10, 11];
+    press(&bench, &group, &volume, &mut expected);
     bench.disk.record();
     fold(&bench, &group, "second");
     for (boundary, disk) in bench.disk.take_recorded().into_iter().enumerate() {
@@ -139,18 +154,54 @@ fn a_fold_goes_on_over_a_damaged_block_of_the_base_of_which_the_log_has_a_part()
     check(&*group, &volume, &expected, &[], "written anew and folded");
 }
 
-#[test]
-fn where_a_peer_may_have_it_a_fold_waits_for_what_has_rotted_while_writers_have_room() {
-    let bench = Bench::new("a", 5);
-    let (group, volume, expected, _) = rotted(&bench);
-    super::returning::join(&group, 9);
+/// A group whose base has a block that has rotted, of which the log has a part.
+fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), BYTES).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    let mut expected = vec![0; BYTES as usize];
+    expected[9 * 4096..10 * 4096].fill(1);
+    write(&group, volume.number, 9 * 4096, &[1; 4096]);
+    fold(bench, &group, "first");
+    let base = dir().join("base").join(format!("{}.img", volume.number));
+    write(&group, volume.number, 9 * 4096 + 512, &[2; 512]);
+    expected[9 * 4096 + 512..][..512].fill(2);
     bench.pass(5);
     group.sync_now().unwrap();
+    (group, volume, expected, base)
+}
+
+#[test]
+fn a_fold_waits_for_a_repair_of_the_base_while_writers_have_room_and_what_it_leaves_has_changed() {
+    let bench = Bench::new("a", 5);
+    let (group, volume, mut expected, base) = rotted_base(&bench);
+    let before = group.positions().horizon;
+    bench.disk.damage(&base, 9 * 4096 + 100, 1, 1);
     assert!(matches!(group.fold_now(), Err(GroupError::Damaged { .. })));
     assert!(!group.take_suspects().is_empty(), "a peer is asked");
-    // An image of the primary is to take its place.
-    group.fold_all().unwrap();
-    check(&*group, &volume, &expected, &ROTTED, "folded");
+    press(&bench, &group, &volume, &mut expected);
+    fold(&bench, &group, "pressed");
+    check(&*group, &volume, &expected, &[9], "left");
+    // A backup that has the block of before must not go on with it.
+    let now = group.open_image(&Point::Now, None, "test", None).unwrap();
+    let changed = now.changed_since(volume.number, before).unwrap();
+    let holds = |(from, length): &(u64, u64)| (*from..from + length).contains(&(9 * 4096));
+    assert!(changed.iter().any(holds), "{changed:?}");
+    write(&group, volume.number, 9 * 4096, &[3; 4096]);
+    expected[9 * 4096..10 * 4096].fill(3);
+    fold(&bench, &group, "written anew");
+    check(&*group, &volume, &expected, &[], "written anew");
+}
+
+#[test]
+fn a_fold_makes_a_checksum_of_the_base_right_that_has_rotted_and_keeps_the_block() {
+    let bench = Bench::new("a", 6);
+    let (group, volume, expected, base) = rotted_base(&bench);
+    let sums = base.with_extension("sum");
+    bench.disk.damage(&sums, crate::base::sum_offset(9), 1, 1);
+    assert!(try_read(&*group, volume.number, 9 * 4096, 4096).is_err());
+    fold(&bench, &group, "second");
+    check(&*group, &volume, &expected, &[], "folded");
 }
 
 #[test]
@@ -178,7 +229,7 @@ fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_
     let bench = Bench::new("a", 3);
     let group = bench.create();
     let volume = group.create_volume(name("v"), BYTES).unwrap();
-    set_policy(&group, 0, 4 * SEGMENT);
+    set_policy(&group, 0, 64 << 20);
     let mut expected = vec![0; BYTES as usize];
     let end = write(&group, volume.number, 0, &[1; 4096]);
     expected[..4096].fill(1);
@@ -187,13 +238,7 @@ fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_
     let path = dir().join("log").join(segment_name(0));
     bench.disk.inject(crate::io::Fault::Unreadable { path, offset: end.0 - 512, length: 512 });
     assert!(matches!(group.fold_now(), Err(GroupError::Io { .. })));
-    for round in 0..4 {
-        let offset = 8192 + round * 60_000 / 4096 * 4096;
-        write(&group, volume.number, offset, &[3; 60_000]);
-        expected[offset as usize..][..60_000].fill(3);
-    }
-    bench.pass(5);
-    group.sync_now().unwrap();
+    press(&bench, &group, &volume, &mut expected);
     // What had begun is finished first, then the rest.
     group.fold_now().unwrap();
     check(&*group, &volume, &expected, &[0], "folded");

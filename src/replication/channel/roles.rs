@@ -133,7 +133,10 @@ impl Channel {
             self.set_state(context, ReplicationState::Idle, reason);
             return;
         }
-        if compare(&self.local.history, &remote.history) == Relation::MineIsPrefix {
+        let newest = remote.history.last();
+        let given_up = newest.is_some_and(|newest| self.local.given_up.contains(&newest.id));
+        let lacks = compare(&self.local.history, &remote.history) == Relation::MineIsPrefix;
+        if lacks && !given_up {
             let lost = remote.history.head.bytes_since(self.local.history.head);
             context.outputs.push(Output::Event {
                 severity: Severity::Warning,
