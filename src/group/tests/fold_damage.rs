@@ -164,6 +164,9 @@ fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
     write(&group, volume.number, 9 * 4096, &[1; 4096]);
     fold(bench, &group, "first");
     let base = dir().join("base").join(format!("{}.img", volume.number));
+    // A moment above the base.
+    write(&group, volume.number, 20 * 4096, &[4; 4096]);
+    expected[20 * 4096..21 * 4096].fill(4);
     write(&group, volume.number, 9 * 4096 + 512, &[2; 512]);
     expected[9 * 4096 + 512..][..512].fill(2);
     bench.pass(5);
@@ -175,11 +178,13 @@ fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
 fn a_fold_waits_for_a_repair_of_the_base_while_writers_have_room_and_what_it_leaves_has_changed() {
     let bench = Bench::new("a", 5);
     let (group, volume, mut expected, base) = rotted_base(&bench);
-    let before = group.positions().horizon;
+    let before = Lsn(group.positions().horizon.0 + 4096);
     bench.disk.damage(&base, 9 * 4096 + 100, 1, 1);
     assert!(matches!(group.fold_now(), Err(GroupError::Damaged { .. })));
     assert!(!group.take_suspects().is_empty(), "a peer is asked");
-    press(&bench, &group, &volume, &mut expected);
+    // Elsewhere, since a chunk has one birth.
+    let other = group.create_volume(name("w"), BYTES).unwrap();
+    press(&bench, &group, &other, &mut vec![0; BYTES as usize]);
     fold(&bench, &group, "pressed");
     check(&*group, &volume, &expected, &[9], "left");
     // A backup that has the block of before must not go on with it.
