@@ -19,7 +19,6 @@ use super::content::VolumeContent;
 use super::engine::Group;
 use super::read::Fetch;
 use super::scrub::DamagedPart;
-use super::staging::born_in;
 use crate::base::{BaseError, BaseVolume};
 use crate::events::Severity;
 use crate::extent_map::{Piece, Source};
@@ -136,29 +135,24 @@ impl Group {
         if is_left_damaged(cause) {
             return Ok(());
         }
-        let damaged = |cause: &BaseError| self.damaged(cause.to_string());
+        let error = self.damaged(cause.to_string());
         if !matches!(cause, BaseError::Damaged { .. }) {
-            return Err(damaged(cause));
+            return Err(error);
+        }
+        // The block may be whole, and its checksum not.
+        self.mend_chunk(base, offset / CHUNK_BYTES, &BTreeMap::new())?;
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        if base.read(offset, &mut block).is_ok() {
+            return Ok(());
         }
         let (born, pressed) = {
             let core = self.lock();
             (core.timeline.horizon().lsn, self.is_pressed(&core))
         };
-        let _gate = self.base_gate.write().expect("no holder panics");
-        // The block may be whole, and its checksum not.
-        let exam = base.examine(offset / CHUNK_BYTES).map_err(|cause| damaged(&cause))?;
-        let none = BTreeMap::new();
-        if let Some(remedy) = exam.remedy(&none, born_in(born)) {
-            base.mend(&exam, &remedy, &none)
-                .map_err(|cause| self.fail("repair of a base", &cause))?;
-        }
-        let mut block = vec![0; BLOCK_BYTES as usize];
-        if base.read(offset, &mut block).is_ok() {
-            return Ok(());
-        }
         if !pressed {
-            return Err(damaged(cause));
+            return Err(error);
         }
+        let _gate = self.base_gate.write().expect("no holder panics");
         base.read_unchecked(offset, &mut block)
             .and_then(|()| base.write_blocks(offset, &block, &[!crc32(&block)], born))
             .and_then(|()| base.settle())

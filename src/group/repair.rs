@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::engine::Group;
 use super::staging::born_in;
 use super::{EpochRecord, GroupError, Point, Read, View};
+use crate::base::BaseVolume;
 use crate::log::control::{Control, ControlKind};
 use crate::log::reader::Scanner;
 use crate::log::record::{Header, Kind, MAGIC};
@@ -379,6 +380,16 @@ impl Group {
             return Err(self.refused("a fold is to be finished first"));
         }
         let Some(base) = self.base_of(volume) else { return Ok(false) };
+        self.mend_chunk(&base, chunk, blocks)
+    }
+
+    /// The same for who holds the lock of the folder, and may be about to fold.
+    pub(super) fn mend_chunk(
+        &self,
+        base: &BaseVolume,
+        chunk: u64,
+        blocks: &BTreeMap<u64, Vec<u8>>,
+    ) -> Result<bool, GroupError> {
         let born = born_in(self.lock().timeline.horizon().lsn);
         let exam = base.examine(chunk).map_err(|cause| self.damaged(cause.to_string()))?;
         if exam.is_whole() {

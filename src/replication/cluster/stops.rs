@@ -13,6 +13,21 @@ impl World {
     }
 }
 
+/// A copy that streams.
+fn streaming(seed: u64) -> World {
+    let mut world = World::new(seed);
+    world.run(seconds(5));
+    world.assert_streaming();
+    world
+}
+
+/// One whose stream is paused, so that no record reaches it.
+fn paused(seed: u64) -> World {
+    let mut world = streaming(seed);
+    world.feed(0, Input::Pause { group: GROUP, paused: true });
+    world
+}
+
 #[test]
 fn a_stranger_learns_nothing_and_a_stopped_copy_gets_the_last_record() {
     let mut world = World::new(11);
@@ -91,9 +106,7 @@ fn a_copy_that_was_empty_when_its_peer_came_learns_that_it_was_stopped() {
 
 #[test]
 fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
-    let mut world = World::new(19);
-    world.run(seconds(5));
-    world.assert_streaming();
+    let mut world = streaming(19);
     // What made it a member and what ended that may come in one piece.
     world.nodes[1].membership = Membership::Pending;
     world.look(1);
@@ -104,9 +117,7 @@ fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
 
 #[test]
 fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
-    let mut world = World::new(20);
-    world.run(seconds(5));
-    world.assert_streaming();
+    let mut world = streaming(20);
     // The copy lacks the record yet: the stream to it goes on until it has it.
     world.set_member(Membership::Stranger);
     world.nodes[0].primary = false;
@@ -120,9 +131,7 @@ fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
 
 #[test]
 fn who_begins_to_reign_tells_a_copy_of_its_stop_that_nobody_could_tell() {
-    let mut world = World::new(21);
-    world.run(seconds(5));
-    world.assert_streaming();
+    let mut world = streaming(21);
     // Stopped by another node, on whose log this one follows: a secondary tells nobody.
     world.feed(0, Input::Pause { group: GROUP, paused: true });
     world.nodes[0].primary = false;
@@ -137,9 +146,7 @@ fn who_begins_to_reign_tells_a_copy_of_its_stop_that_nobody_could_tell() {
 
 #[test]
 fn who_begins_to_reign_tells_a_copy_of_its_stop_that_said_what_it_holds_before() {
-    let mut world = World::new(22);
-    world.run(seconds(5));
-    world.assert_streaming();
+    let mut world = streaming(22);
     world.nodes[0].primary = false;
     world.weather.partitioned = true;
     world.run(seconds(20));
@@ -173,10 +180,7 @@ fn a_copy_that_follows_another_node_is_retired_by_no_word_before_it_does_not() {
 
 #[test]
 fn a_primary_that_asks_whether_it_still_is_one_stops_no_copy_before_it_serves() {
-    let mut world = World::new(25);
-    world.run(seconds(5));
-    world.assert_streaming();
-    world.feed(0, Input::Pause { group: GROUP, paused: true });
+    let mut world = paused(25);
     // Back from a crash, with the record of the stop; another node may reign by now.
     world.nodes[0].recovering = true;
     world.set_member(Membership::Stranger);
@@ -189,10 +193,7 @@ fn a_primary_that_asks_whether_it_still_is_one_stops_no_copy_before_it_serves() 
 
 #[test]
 fn a_stop_that_is_told_of_what_a_copy_held_before_it_followed_another_one_is_none() {
-    let mut world = World::new(23);
-    world.run(seconds(5));
-    world.assert_streaming();
-    world.feed(0, Input::Pause { group: GROUP, paused: true });
+    let mut world = paused(23);
     world.nodes[0].primary = false;
     world.set_member(Membership::Stranger);
     world.run(seconds(1));
@@ -217,9 +218,7 @@ fn a_stop_that_is_told_of_what_a_copy_held_before_it_followed_another_one_is_non
 
 #[test]
 fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_unless_it_ends_there() {
-    let mut world = World::new(13);
-    world.run(seconds(5));
-    world.assert_streaming();
+    let mut world = streaming(13);
     let passes = |world: &mut World, membership| {
         world.nodes[1].membership = membership;
         world.look(1);
@@ -244,9 +243,7 @@ fn a_copy_that_passes_its_own_stop_while_it_catches_up_is_not_retired_unless_it_
 
 #[test]
 fn a_copy_whose_log_ends_between_its_stop_and_what_took_it_up_again_follows_on() {
-    let mut world = World::new(26);
-    world.run(seconds(5));
-    world.assert_streaming();
+    let mut world = streaming(26);
     world.weather.partitioned = true;
     world.run(seconds(20));
     world.nodes[1].membership = Membership::Stopped;
