@@ -71,6 +71,8 @@ pub enum BackupCommand {
         id: Option<String>,
     },
     /// Bring volumes of a backup back
+    ///
+    /// Into a volume it ends as a host's flush does: in mode `sync` once the peer has all of it too.
     Restore {
         /// Its id, or the start of it
         id: String,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::GroupError;
 use super::content::volume_record;
 use super::engine::Group;
-use crate::units::{LogTime, Name, VolumeNumber};
+use crate::units::{LogTime, Lsn, Name, VolumeNumber};
 
 /// What this node itself is called where it has a volume open.
 const THIS_NODE: &str = "this node";
@@ -164,19 +164,21 @@ impl Group {
     ///
     /// Where the volume is gone, or this node is not the primary; what the disk says.
     pub fn begin_restore(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
-        self.note_restore(claim, true)
+        self.note_restore(claim, true).map(drop)
     }
 
-    /// Says in the log, durably, that all of a restore is there.
+    /// Says in the log that all of a restore is there, and waits as a host's flush does: until that
+    /// is durable here, and on the peers that a flush waits for.
     ///
     /// # Errors
     ///
     /// As of [`Group::begin_restore`].
     pub fn end_restore(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
-        self.note_restore(claim, false)
+        let end = self.note_restore(claim, false)?;
+        self.wait_durable(end)
     }
 
-    fn note_restore(&self, claim: &RestoreClaim, restoring: bool) -> Result<(), GroupError> {
+    fn note_restore(&self, claim: &RestoreClaim, restoring: bool) -> Result<Lsn, GroupError> {
         self.append_control_with(|core| {
             let number = claim.0.volume;
             let mut volumes = core.view.volumes.iter();
@@ -187,8 +189,7 @@ impl Group {
                 volume.restore_lsn = Some(core.writer.head());
             }
             Ok(volume_record(volume, false))
-        })?;
-        Ok(())
+        })
     }
 
     /// Whether hosts may have a volume open.

@@ -2,6 +2,7 @@
 //! must hold the bytes too.
 
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
 
 use super::engine::{Core, Group};
 use super::required::Floors;
@@ -58,6 +59,17 @@ impl Group {
     /// waits for: at once, or from another thread.
     pub fn when_durable(&self, lsn: Lsn, done: Done) {
         self.wait_for(Waiter { lsn, wish: Wish::Flush, done });
+    }
+
+    /// Waits for what [`Group::when_durable`] tells.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be promised any more: the group failed, is closed, or has another primary.
+    pub(super) fn wait_durable(&self, lsn: Lsn) -> Result<(), GroupError> {
+        let (told, answer) = mpsc::channel();
+        self.when_durable(lsn, Box::new(move |result| drop(told.send(result))));
+        answer.recv().unwrap_or_else(|_| Err(self.refused("is closed")))
     }
 
     /// Has everything up to `lsn` made durable here soon.

@@ -15,7 +15,7 @@ use tidelog::backup::{JobChange, Outcome, PeerHandler, Progress, RestoreTarget, 
 use tidelog::events::Severity;
 use tidelog::group::Role;
 use tidelog::io::{Env, ManualClock};
-use tidelog::log::control::Control;
+use tidelog::log::control::{Control, MemberRecord, Mode};
 use tidelog::units::{LogTime, Span};
 
 use crate::support::{PATIENCE, wait_for};
@@ -191,6 +191,42 @@ fn a_backup_is_restored_into_a_volume_unless_hosts_use_it() {
     assert!(alone.load(Ordering::Relaxed) > 0, "nobody else was served the volume meanwhile");
     assert_eq!(restored(), Some(begin), "and the volume says so");
     drop(group.client(volume).unwrap());
+}
+
+#[test]
+fn a_restore_in_sync_mode_is_done_when_a_flush_would_be() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let run = pair.run(&pair.a);
+    pair.a.await_event("backup-done");
+    let id = pair.entry(&pair.a, &run, "a").id.unwrap();
+    let (group, b) = (pair.a.group(), node_id("b"));
+    let member = MemberRecord { mode: Mode::Sync, ..group.control().members[0].clone() };
+    group.append_control(Control::Member(member)).unwrap();
+    for lost in [false, true] {
+        let head = group.positions().head;
+        group.note_peer_holds(b, head, head);
+        let target = RestoreTarget::Volume { group: name("g"), volume: name("v") };
+        let (scheduler, id) = (Arc::clone(&pair.a.scheduler), id.clone());
+        let (done, answer) = channel();
+        pair.runtime.spawn(async move {
+            done.send(scheduler.restore(&id, None, target, Progress::new()).await)
+        });
+        wait_for("all of the restore to be durable here", || {
+            let (volume, at) = (&group.control().volumes[0], group.positions());
+            let ended = volume.restore_lsn >= Some(head) && !volume.restoring;
+            (ended && at.durable == at.head).then_some(())
+        });
+        let end = group.positions().head;
+        group.note_peer_holds(b, end, head);
+        let early = answer.recv_timeout(Duration::from_millis(300));
+        assert!(early.is_err(), "done, and the peer has it in memory only: {early:?}");
+        if lost {
+            group.note_peer_lost(b, "its link is down", end, head);
+        } else {
+            group.note_peer_holds(b, end, end);
+        }
+        answer.recv_timeout(PATIENCE).unwrap().unwrap();
+    }
 }
 
 #[test]
