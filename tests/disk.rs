@@ -26,6 +26,15 @@ fn make_group(a: &Appliance) {
     a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
 }
 
+/// What an examination prints whose exit status says that it left out something.
+fn not_all(node: &Appliance, arguments: &[&str]) -> String {
+    let output = node.command(arguments);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {told}");
+    assert!(told.contains("not all was "), "{arguments:?}: {told}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// Writes a mebibyte after the other, until one is refused or all are written.
 fn write_until_refused(node: &Appliance, bytes: u64) -> Result<(), Errno> {
     let mut client = client(node, "large");
@@ -159,9 +168,13 @@ fn a_log_that_cannot_be_synced_fails_the_group_and_the_next_start_heals_it() {
     let groups = dir.path().join("a").display().to_string();
     assert!(told.contains(&groups) && told.contains("hosts' writes get errors"), "{told}");
     // What may not be on the disk is not read, and that is said.
-    let scrub = a.run(&["scrub", "g", "--wait"]);
+    let scrub = not_all(&a, &["scrub", "g", "--wait"]);
     assert!(scrub.contains("at the end of the log were not durable, and not read"), "{scrub}");
     assert!(a.events("scrub-done").pop().unwrap().contains("not durable here, and not read"));
+    for node in [&a, &b] {
+        let verify = not_all(node, &["verify", "g"]);
+        assert!(verify.contains("equal") && verify.contains("on a: the data failed"), "{verify}");
+    }
     let head = status["log"]["head_lsn"].as_u64().unwrap();
     wait_for_status(&b, "b to have the bytes that were not durable", |status| {
         status["log"]["durable_lsn"].as_u64().unwrap() >= head

@@ -72,7 +72,7 @@ pub enum BackupCommand {
     },
     /// Bring volumes of a backup back
     ///
-    /// Into a volume it ends as a host's flush does: in mode `sync` once the peer has all of it too.
+    /// Into a volume it ends as a host's flush does: in mode `sync` once the peer has it too.
     Restore {
         /// Its id, or the start of it
         id: String,

@@ -21,7 +21,7 @@ use super::{Session, output};
 pub struct ScrubArguments {
     /// The group
     group: Name,
-    /// Wait for the end; the exit status is 1 where something is damaged then
+    /// Wait for the end; the exit status is 1 where something is damaged then, or was not examined
     #[arg(long, conflicts_with = "stop")]
     wait: bool,
     /// Bytes a second at most; by itself it reads 256M, and 32M while hosts write
@@ -66,9 +66,21 @@ pub async fn scrub(session: &Session, arguments: &ScrubArguments) -> Result<()> 
             told.damage.len(),
             first.what
         ),
-        (Some(scrub), None) if scrub.state == ScrubState::Done => Ok(()),
+        (Some(scrub), None) if scrub.state == ScrubState::Done => match not_examined(scrub) {
+            None => Ok(()),
+            Some(why) => bail!("group {group}: scrub: not all was examined: {why}"),
+        },
         _ => bail!("group {group}: the scrub was stopped; `tidelog scrub {group}` begins anew"),
     }
+}
+
+/// Why a scrub that came to its end says nothing of a part.
+fn not_examined(scrub: &ScrubStatus) -> Option<String> {
+    let untold = || {
+        let untold = format!("{} parts could not be told beside a fold; scrub again", scrub.untold);
+        (scrub.untold > 0).then_some(untold)
+    };
+    scrub.left_out.clone().or_else(untold)
 }
 
 /// A scrub in one line.
@@ -98,6 +110,9 @@ pub fn show_scrub(scrub: &ScrubStatus) -> String {
     if scrub.untold > 0 {
         text = format!("{text}; {} parts could not be told beside a fold", scrub.untold);
     }
+    if let Some(why) = &scrub.left_out {
+        text = format!("{text}; {why}");
+    }
     text
 }
 
@@ -114,7 +129,8 @@ pub fn show_damage(damage: &DamageInfo) -> String {
 /// Compare this node's copy of a group with a peer's at one position, by hashes
 ///
 /// Both nodes open an image and hash it; only hashes go over the link. The exit status is 1 where
-/// something differs, or cannot be read on one of them. It goes on when this command is ended:
+/// something differs, or cannot be read on one of them, or one of them does not have all that it is
+/// to have: its data failed, or its log is cut off. It goes on when this command is ended:
 /// `tidelog status GROUP` shows how far it is.
 #[derive(Args)]
 pub struct VerifyArguments {
@@ -145,8 +161,11 @@ pub async fn verify(session: &Session, arguments: &VerifyArguments) -> Result<()
     } else {
         output::print(&format!("group {group}: verify: {}", show_verify(&verify)))?;
     }
-    match verify.state {
-        VerifyState::Equal => Ok(()),
+    match (verify.state, &verify.left_out) {
+        (VerifyState::Equal, None) => Ok(()),
+        (VerifyState::Equal, Some(why)) => {
+            bail!("group {group}: verify: not all was compared: {why}")
+        }
         _ => bail!(
             "group {group}: verify: {}; `tidelog events` says what to do",
             verify.state_reason.as_deref().unwrap_or("the copies are not the same")
@@ -183,6 +202,9 @@ pub fn show_verify(verify: &VerifyStatus) -> String {
         if let Some(node) = &extent.unreadable_on {
             text += &format!(", cannot be read on {node}");
         }
+    }
+    if let Some(why) = &verify.left_out {
+        text += &format!("; {why}");
     }
     if verify.extents.len() > EXTENTS_SHOWN {
         text += &format!("\n          and more; `--json` has {} extents", verify.extents.len());

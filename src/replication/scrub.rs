@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::events::Severity;
-use crate::group::{DamagedPart, Found, Group, GroupError};
+use crate::group::{DamagedPart, DataState, Found, Group, GroupError};
 use crate::units::{ByteSize, CHUNK_BYTES, LogTime, Lsn, VolumeNumber, total};
 
 use super::service::{Replication, ReplicationError, Shared, locked};
@@ -63,6 +63,19 @@ pub struct ScrubStatus {
     pub skipped_bytes: u64,
     /// Parts that it could not tell, since a fold or a merge had stopped half-way.
     pub untold: u64,
+    /// Why what was read is not all that is to be here, where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
+}
+
+/// Why what can be read of a group here is not all that is to be here.
+pub(super) fn left_out(state: DataState, reason: Option<String>) -> Option<String> {
+    let why = |what: &str| format!("{what}: {}", reason.as_deref().unwrap_or("unknown"));
+    match state {
+        DataState::Consistent | DataState::Retired => None,
+        DataState::Failed => Some(why("the data failed, and what is not durable is not examined")),
+        DataState::None | DataState::ReceivingImage => Some(why("no image is there")),
+    }
 }
 
 impl ScrubStatus {
@@ -79,6 +92,7 @@ impl ScrubStatus {
             repaired: 0,
             skipped_bytes,
             untold: 0,
+            left_out: None,
         }
     }
 
@@ -270,8 +284,10 @@ impl Shared {
         };
         let stopped = scrub.run(plan).is_err();
         let now = self.wall();
+        let (state, reason, _) = group.data_state();
         self.change_scrub(group, |scrub| {
             scrub.state_since = now;
+            scrub.left_out = left_out(state, reason);
             if stopped {
                 scrub.state = ScrubState::Stopped;
                 scrub.state_reason = Some("by command, or as the node stopped".to_owned());
@@ -306,11 +322,15 @@ impl Shared {
                     scrub.damaged, scrub.repaired
                 ),
             ),
-            ScrubState::Done => (
-                Severity::Info,
-                "scrub-done",
-                format!("read {read}: {} parts were damaged, all are whole", scrub.damaged),
-            ),
+            ScrubState::Done => {
+                let severity = match scrub.left_out {
+                    None => Severity::Info,
+                    Some(_) => Severity::Warning,
+                };
+                let text =
+                    format!("read {read}: {} parts were damaged, all are whole", scrub.damaged);
+                (severity, "scrub-done", text)
+            }
         };
         let skipped = match (scrub.state, scrub.skipped_bytes) {
             (ScrubState::Running, _) | (_, 0) => String::new(),
@@ -320,7 +340,8 @@ impl Shared {
             (ScrubState::Running, _) | (_, 0) => String::new(),
             (_, parts) => format!("; {parts} parts could not be told beside a fold"),
         };
-        let text = format!("group {name}: scrub: {text}{skipped}{untold}");
+        let left_out = scrub.left_out.as_ref().map_or(String::new(), |why| format!("; {why}"));
+        let text = format!("group {name}: scrub: {text}{skipped}{untold}{left_out}");
         self.context.events.emit(severity, code, Some(name.as_str()), text, json!(scrub));
     }
 }
@@ -410,6 +431,16 @@ mod tests {
         assert_eq!(slow, Duration::from_millis(300));
         assert_eq!(rest_after(1 << 20, Duration::from_secs(9), true, None), Duration::ZERO);
         assert!(rest_after(u64::MAX, Duration::ZERO, true, Some(0)) > Duration::from_secs(1 << 30));
+    }
+
+    #[test]
+    fn only_a_whole_copy_is_examined_whole() {
+        for whole in [DataState::Consistent, DataState::Retired] {
+            assert_eq!(left_out(whole, Some("why".to_owned())), None);
+        }
+        for part in [DataState::Failed, DataState::None, DataState::ReceivingImage] {
+            assert!(left_out(part, Some("why".to_owned())).unwrap().ends_with(": why"));
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::units::{
 
 use super::repair::understood;
 use super::rpc::PeerContext;
-use super::scrub::rest_after;
+use super::scrub::{left_out, rest_after};
 use super::service::{Replication, ReplicationError, Shared};
 
 pub(super) const OPEN: &str = "verify.open";
@@ -42,6 +42,9 @@ struct Opened {
     /// Up to where this node can show an image.
     at: Lsn,
     image: Option<Name>,
+    /// Why that is not all that is to be there, where it is not.
+    #[serde(default)]
+    left_out: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -114,6 +117,12 @@ fn hashes_of(runs: Vec<(u64, Option<String>)>, pieces: usize) -> Result<Vec<Opti
 fn reaches(group: &Group) -> Lsn {
     let positions = group.positions();
     positions.request_end.min(positions.committed)
+}
+
+/// Why an image is not all that is to be here.
+fn not_all(group: &Group) -> Option<String> {
+    let (state, reason, _) = group.data_state();
+    left_out(state, reason)
 }
 
 /// A comparison on its thread.
@@ -307,10 +316,19 @@ impl Shared {
                 |error| format!("{error}; {peer} reaches to {at}, try when it is no longer behind"),
             )?;
         let position = image.position();
-        let theirs = open(at, Some((position, group.chain_at(position.lsn))))
-            .and_then(|opened| opened.image.ok_or_else(|| "it opened no image".to_owned()));
+        let theirs = open(at, Some((position, group.chain_at(position.lsn)))).and_then(|opened| {
+            let image = opened.image.ok_or_else(|| "it opened no image".to_owned())?;
+            Ok((image, opened.left_out))
+        });
         match theirs {
-            Ok(theirs) => Ok((image, theirs)),
+            Ok((theirs, left_out)) => {
+                let here = not_all(group).map(|why| (&self.context.node.name, why));
+                let found = here.or(left_out.map(|why| (peer, why)));
+                self.change_verify(group, |status| {
+                    status.left_out = found.map(|(node, why)| format!("on {node}: {why}"));
+                });
+                Ok((image, theirs))
+            }
             Err(why) => {
                 group.close_this_image(&image).map_err(said)?;
                 Err(why)
@@ -349,7 +367,7 @@ impl Shared {
         let group = self.shared_with(peer, ask.group)?;
         let Some((position, chain)) = ask.exactly else {
             let at = reaches(&group).min(ask.at);
-            return Ok(json!(Opened { at, image: None }));
+            return Ok(json!(Opened { at, image: None, left_out: None }));
         };
         if !group.is_in_history(position) {
             return Err(format!("LSN {} is not in its history", position.lsn));
@@ -370,7 +388,8 @@ impl Shared {
             let _ = group.close_this_image(&image);
             return Err(format!("no request ends at LSN {} there", position.lsn));
         }
-        Ok(json!(Opened { at: position.lsn, image: Some(image.name().clone()) }))
+        let image = Some(image.name().clone());
+        Ok(json!(Opened { at: position.lsn, image, left_out: not_all(&group) }))
     }
 
     /// Answers a peer that compares: the hashes of a range.
@@ -462,6 +481,7 @@ impl Replication {
             total_bytes: 0,
             differing_bytes: 0,
             extents: Vec::new(),
+            left_out: None,
         };
         let runs = shared.change_ledger(group.id(), |ledger| {
             let runs = ledger.verify.as_ref().is_some_and(|v| v.state == VerifyState::Running);

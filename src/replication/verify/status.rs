@@ -57,6 +57,9 @@ pub struct VerifyStatus {
     pub differing_bytes: u64,
     /// Where; of very many, the first.
     pub extents: Vec<DifferingExtent>,
+    /// Why what was compared is not all that is to be on both nodes, where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
 }
 
 impl VerifyStatus {

@@ -65,6 +65,7 @@ fn compared(peer: &str, state: VerifyState, position: Position) -> VerifyStatus 
         total_bytes: 8192,
         differing_bytes: 0,
         extents: Vec::new(),
+        left_out: None,
     };
     if state == VerifyState::Differs {
         status.add(&"v".parse().unwrap(), 4096, 4096, None);
