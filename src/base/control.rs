@@ -10,6 +10,7 @@
 //! A body is the payload of a control record as its author wrote it, never encoded again; kinds
 //! that this version does not know are carried along.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::path::Path;
@@ -19,7 +20,7 @@ use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::io::{Disk, OpenMode};
-use crate::units::{Chain, EpochId, LogTime, Lsn, Position};
+use crate::units::{Chain, EpochId, LogTime, Lsn, Position, VolumeNumber};
 
 const NAME: &str = "control";
 const NEW_NAME: &str = "control.new";
@@ -39,6 +40,10 @@ pub struct ControlState {
     pub requests: u64,
     /// The records that still say something, in the order of their positions.
     pub entries: Vec<ControlEntry>,
+    /// The volumes that have files in the base beside this, and the sizes in bytes of these: what
+    /// else is not there was never folded.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub bases: BTreeMap<VolumeNumber, u64>,
 }
 
 /// One control record that was folded.
@@ -189,6 +194,7 @@ mod tests {
                 body: RawValue::from_string(r#"{"later": [1,  2.50], "b":"ü"}"#.to_owned())
                     .unwrap(),
             }],
+            bases: BTreeMap::from([(VolumeNumber(3), 8192)]),
         }
     }
 
@@ -202,6 +208,16 @@ mod tests {
     #[test]
     fn the_control_state_is_these_bytes() {
         let golden = concat!(
+            "tidelog-control 1 235f306ae5ec285c 296\n",
+            r#"{"position":{"epoch":"0000000000000abc","lsn":4096,"time":"1970-01-01T00:00:01.5Z"},"#,
+            r#""chain":"0123456789abcdef","requests":7,"entries":[{"kind":77,"version":1,"flags":2,"#,
+            r#""lsn":512,"epoch":"0000000000000abc","time":"1970-01-01T00:00:01Z","#,
+            r#""body":{"later": [1,  2.50], "b":"ü"}}],"bases":{"3":8192}}"#,
+            "\n",
+        );
+        assert_eq!(String::from_utf8(state().encode()).unwrap(), golden);
+        // As it was before files of the base were listed.
+        let older = concat!(
             "tidelog-control 1 966b69060525ce24 277\n",
             r#"{"position":{"epoch":"0000000000000abc","lsn":4096,"time":"1970-01-01T00:00:01.5Z"},"#,
             r#""chain":"0123456789abcdef","requests":7,"entries":[{"kind":77,"version":1,"flags":2,"#,
@@ -209,7 +225,9 @@ mod tests {
             r#""body":{"later": [1,  2.50], "b":"ü"}}]}"#,
             "\n",
         );
-        assert_eq!(String::from_utf8(state().encode()).unwrap(), golden);
+        let state = ControlState { bases: BTreeMap::new(), ..state() };
+        assert_eq!(decode(older.as_bytes()).unwrap().encode(), older.as_bytes());
+        assert_eq!(state.encode(), older.as_bytes());
     }
 
     #[test]

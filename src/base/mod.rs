@@ -5,10 +5,12 @@
 //! the middle of a fold leaves blocks, sums and slots of which each sector is old or new; the fold
 //! is then done again, which rewrites all of them. Blocks that the fold does not touch read right
 //! throughout: their bytes and sums are the same before and after. `exam.rs` tells what rotted of a
-//! chunk, and what of it two of block, sum and slot, or a peer's bytes, make right again.
+//! chunk, and what of it two of block, sum and slot, or a peer's bytes, make right again; `lost.rs`
+//! brings back a file that the disk lost, as damage.
 
 mod control;
 mod exam;
+mod lost;
 mod overlay;
 mod sidecar;
 #[cfg(test)]
@@ -17,6 +19,7 @@ mod volume;
 
 pub use control::{ControlEntry, ControlState, ControlStateError};
 pub use exam::{Exam, Remedy};
+pub use lost::Lost;
 pub use overlay::{Kept, Mark, Overlay};
 #[cfg(test)]
 pub use sidecar::sum_offset;

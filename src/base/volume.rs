@@ -83,11 +83,11 @@ struct OpenChunk {
     reserved: bool,
 }
 
-fn image_path(dir: &Path, number: VolumeNumber) -> PathBuf {
+pub(super) fn image_path(dir: &Path, number: VolumeNumber) -> PathBuf {
     dir.join(format!("{number}.img"))
 }
 
-fn sums_path(dir: &Path, number: VolumeNumber) -> PathBuf {
+pub(super) fn sums_path(dir: &Path, number: VolumeNumber) -> PathBuf {
     dir.join(format!("{number}.sum"))
 }
 

@@ -778,6 +778,7 @@ pub(super) fn beginning(group: GroupId) -> ControlState {
         chain: genesis(group),
         requests: 0,
         entries: Vec::new(),
+        bases: BTreeMap::new(),
     }
 }
 

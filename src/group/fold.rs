@@ -20,6 +20,7 @@ use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
 use super::fold_damage::{Rotted, is_left_damaged};
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
+use super::lost::sizes_of;
 use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
@@ -271,6 +272,7 @@ impl Group {
             chain: target.chain,
             requests: target.requests,
             entries: content.table.folded(target.lsn),
+            bases: sizes_of(&self.bases.read().expect("no holder panics"), &content),
         };
         let disk = &self.context.env.disk;
         state

@@ -184,6 +184,7 @@ impl Group {
             chain: at.chain,
             requests: at.requests,
             entries: past.table.folded(moment.lsn()),
+            bases: Default::default(),
         };
         // This syncs the directory too.
         state.store(disk, dir)?;

@@ -12,6 +12,7 @@ use super::GroupError;
 use super::content::Content;
 use super::engine::Group;
 use super::files;
+use super::lost::{LostBase, bring_back_bases, sizes_of};
 use super::meta::Meta;
 use super::moment::MOMENTS;
 use super::ranges::{Cover, Place, Ranges};
@@ -90,7 +91,8 @@ impl Merging {
                 bases.write().expect("no holder panics").insert(*number, Arc::new(moved));
             }
         }
-        self.control.store(&**disk, &base_dir)?;
+        let sizes = sizes_of(&bases.read().expect("no holder panics"), &content);
+        ControlState { bases: sizes, ..self.control.clone() }.store(&**disk, &base_dir)?;
         let moments = group_dir.join(MOMENTS);
         if disk.exists(&moments)? {
             if self.partial {
@@ -158,11 +160,13 @@ impl Merging {
 }
 
 /// At the start, before anything else is looked at: goes on from a switch that was written down.
+/// What was lost of the base that the image lies above.
 pub(super) fn finish_at_start(
     disk: &Arc<dyn Disk>,
     group_dir: &Path,
     meta: &Meta,
-) -> io::Result<()> {
+) -> io::Result<Vec<LostBase>> {
+    let mut lost = Vec::new();
     if meta.old_log {
         drop_old_log(&**disk, &group_dir.join("log"))?;
     }
@@ -170,9 +174,15 @@ pub(super) fn finish_at_start(
         let staging = Staging::open(disk.clone(), group_dir)?;
         let merging = Merging::of(staging)
             .ok_or_else(|| io::Error::other("an image that was switched to is not complete"))?;
+        let base_dir = group_dir.join("base");
+        if merging.partial
+            && let Ok(below) = ControlState::load(&**disk, &base_dir)
+        {
+            lost = bring_back_bases(&**disk, &base_dir, &below, false)?;
+        }
         merging.merge(disk, group_dir, &RwLock::default(), &RwLock::default())?;
     }
-    Ok(())
+    Ok(lost)
 }
 
 /// Removes every segment and what belongs to one, spares too: the image may lie before what they

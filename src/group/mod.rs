@@ -340,6 +340,7 @@ mod image;
 mod indexing;
 mod keep;
 mod latch;
+mod lost;
 mod merging;
 mod meta;
 mod moment;

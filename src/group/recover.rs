@@ -14,9 +14,10 @@ use serde_json::json;
 
 use super::branch::{Branch, Keeping, finish_branches, remove_discarded, settle};
 use super::content::Content;
-use super::engine::{Group, beginning, checkpoint, placed};
+use super::engine::{Group, checkpoint, placed};
 use super::holds::{load_moments, remove_bases, volumes_of};
 use super::indexing::indexed;
+use super::lost::{bring_back_bases, load_horizon};
 use super::merging::finish_at_start;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
@@ -91,8 +92,9 @@ impl Group {
         // Before anything else, since it may be what makes room.
         remove_discarded(&*disk, dir);
         let mut meta = meta;
+        let mut lost_bases = Vec::new();
         if before.old_log || before.merging {
-            finish_at_start(&disk, dir, &before)
+            lost_bases = finish_at_start(&disk, dir, &before)
                 .map_err(|cause| io("go on from the image that was received", &cause))?;
             meta.update(|meta| (meta.old_log, meta.merging) = (false, false))
                 .map_err(|cause| io("write meta", &cause))?;
@@ -102,20 +104,13 @@ impl Group {
             .map_err(|cause| io("open log", &cause))?;
         let segments = Arc::new(segments);
         let base_dir = dir.join("base");
-        let horizon = match ControlState::load(&*disk, &base_dir) {
-            // A killed process may have left it in the cache alone, and from here on the log below
-            // it goes.
-            Ok(state) => {
-                disk.sync_dir(&base_dir).map_err(|cause| io("sync base", &cause))?;
-                state
-            }
-            Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {
-                beginning(before.group)
-            }
-            Err(cause) => {
-                return Err(GroupError::Damaged { group: name.clone(), what: cause.to_string() });
-            }
-        };
+        let horizon = load_horizon(&*disk, &base_dir, &before).map_err(|cause| match cause {
+            ControlStateError::Io(cause) => io("read base", &cause),
+            ControlStateError::Damaged(what) => GroupError::Damaged { group: name.clone(), what },
+        })?;
+        let ended = before.fold_target <= horizon.position.lsn;
+        let lost = bring_back_bases(&*disk, &base_dir, &horizon, ended);
+        lost_bases.extend(lost.map_err(|cause| io("make what is lost of the base", &cause))?);
         // Folded segments of which a crash took the new names of some, so that gaps are between
         // them.
         segments.retire_below(horizon.position.lsn.segment_number(before.segment_bytes));
@@ -269,6 +264,7 @@ impl Group {
             );
             group.emit(Severity::Error, "log-damaged", text, json!({ "segment": segment }));
         }
+        group.tell_lost_bases(&lost_bases);
         group.report_recovery(&found, decision, failed, lost, &mut recovery);
         for branch in &kept {
             group.tell_of_branch(branch);

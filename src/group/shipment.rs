@@ -232,6 +232,7 @@ impl Group {
             chain: checkpoint.chain,
             requests: checkpoint.requests,
             entries: image.control_entries(),
+            bases: Default::default(),
         };
         let (ranges, changed_bytes) = plan(&image, since, staged)?;
         let done_bytes = staged.map_or(0, |staged| staged.done_bytes);

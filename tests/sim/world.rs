@@ -211,6 +211,8 @@ impl World {
             }
             let heard = std::mem::take(&mut *self.nodes[node].heard.lock().expect("no panic"));
             for (code, text) in heard {
+                // No disk here loses a name that was synced.
+                assert_ne!(code, "base-lost", "{}: {text}", self.nodes[node].name);
                 self.coverage.event(&code);
                 self.say(format_args!("{} tells {code}: {text}", self.nodes[node].name));
             }

@@ -11,6 +11,7 @@ mod fold;
 mod fold_damage;
 mod hostile;
 mod images;
+mod lost;
 mod model;
 mod moments;
 mod pins;

@@ -8,17 +8,17 @@ use crate::log::reader::Scanner;
 use crate::log::segment::segment_name;
 
 /// A primary with something in log and base, and its copy.
-struct Pair {
-    a: Bench,
-    b: Bench,
-    primary: Arc<Group>,
-    copy: Arc<Group>,
-    volume: Volume,
+pub(super) struct Pair {
+    pub a: Bench,
+    pub b: Bench,
+    pub primary: Arc<Group>,
+    pub copy: Arc<Group>,
+    pub volume: Volume,
 }
 
 impl Pair {
     /// Both have the same bytes: the copy's disk is a copy of the primary's.
-    fn new(seed: u64) -> Pair {
+    pub fn new(seed: u64) -> Pair {
         let a = Bench::new("a", seed);
         let (primary, volume) = layered(&a);
         Pair::of(a, primary, volume)
@@ -57,7 +57,7 @@ impl Pair {
     }
 
     /// The same for the base.
-    fn repair_base(&self) -> bool {
+    pub fn repair_base(&self) -> bool {
         let number = self.volume.number;
         for (part, _) in damaged(&self.copy) {
             let DamagedPart::Base { chunk, .. } = part else { continue };

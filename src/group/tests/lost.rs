@@ -1,0 +1,126 @@
+//! Files of the base that the disk lost, in whole or in part.
+
+use std::path::Path;
+
+use super::repair::Pair;
+use super::scrub::base_file;
+use super::*;
+use crate::base::ControlState;
+use crate::io::OpenMode;
+
+const BLOCKS: u64 = (3 << 20) / 4096;
+
+/// What is lost of a file.
+#[derive(Clone, Copy, Debug)]
+enum Loss {
+    All,
+    /// What is behind so many bytes.
+    Behind(u64),
+}
+
+fn lose(bench: &Bench, file: &Path, loss: Loss) {
+    match loss {
+        Loss::All => bench.disk.remove(file).unwrap(),
+        Loss::Behind(bytes) => {
+            let file = bench.disk.open(file, OpenMode::ReadWrite).unwrap();
+            assert!(file.len().unwrap() > bytes);
+            file.set_len(bytes).unwrap();
+            file.sync().unwrap();
+        }
+    }
+    bench.disk.sync_dir(file.parent().unwrap()).unwrap();
+}
+
+/// Blocks that cannot be read; the others are as they should be.
+fn errors(group: &Group, volume: &Volume, expected: &[u8]) -> usize {
+    let mut errors = 0;
+    for block in 0..BLOCKS {
+        match try_read(group, volume.number, block * 4096, 4096) {
+            Ok(got) => assert!(got == expected[block as usize * 4096..][..4096], "block {block}"),
+            Err(GroupError::Damaged { .. }) => errors += 1,
+            Err(other) => panic!("block {block}: {other}"),
+        }
+    }
+    errors
+}
+
+#[test]
+fn a_file_of_the_base_that_is_lost_is_an_error_for_who_reads_it_and_never_zeros() {
+    let (image, sums) = ("img", "sum");
+    let losses: [(&[&str], Loss, bool); 6] = [
+        (&[image], Loss::All, true),
+        (&[sums], Loss::All, true),
+        (&[image, sums], Loss::All, false),
+        (&[image], Loss::Behind(20 << 10), true),
+        (&[sums], Loss::Behind(8192 + 1024 + 512), true),
+        (&[sums], Loss::Behind(17), true),
+    ];
+    for (files, loss, provable) in losses {
+        let mut pair = Pair::new(7);
+        let volume = pair.volume.clone();
+        let expected = read(&*pair.primary, volume.number, 0, 3 << 20);
+        drop(pair.copy);
+        for file in files {
+            lose(&pair.b, &base_file(&volume, file), loss);
+        }
+        let b = pair.b.after_crash(3);
+        let (copy, _) = b.open();
+        assert!(errors(&copy, &volume, &expected) > 0, "{files:?} {loss:?}");
+        let said = b.said("base-lost");
+        assert!(said.len() == 1 && files.iter().all(|file| said[0].contains(file)), "{said:?}");
+        pair.copy = copy;
+        // With one of block and sum left, a peer's block is the second that says so.
+        assert_eq!(pair.repair_base(), provable, "{files:?} {loss:?}");
+        assert_eq!(errors(&pair.copy, &volume, &expected) == 0, provable, "{files:?} {loss:?}");
+        // It is told once, and stays an error.
+        drop(pair.copy);
+        let again = b.after_crash(4);
+        let (copy, _) = again.open();
+        assert_eq!(again.said("base-lost"), Vec::<String>::new());
+        assert_eq!(errors(&copy, &volume, &expected) == 0, provable, "{files:?} {loss:?}");
+    }
+}
+
+#[test]
+fn a_fold_goes_on_over_a_base_that_was_lost_and_what_hosts_write_anew_is_whole() {
+    let pair = Pair::new(8);
+    let volume = pair.volume.clone();
+    drop(pair.copy);
+    drop(pair.primary);
+    for file in ["img", "sum"] {
+        lose(&pair.a, &base_file(&volume, file), Loss::All);
+    }
+    let a = pair.a.after_crash(3);
+    let (group, _) = a.open();
+    group.serve().unwrap();
+    let data: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 4096) as u8 | 1).collect();
+    for offset in (0..3 << 20).step_by(64 << 10) {
+        write(&group, volume.number, offset, &data[offset as usize..][..64 << 10]);
+    }
+    a.pass(5);
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    assert_eq!(errors(&group, &volume, &data), 0);
+    drop(group);
+    let a = a.after_crash(4);
+    let (group, _) = a.open();
+    assert_eq!(errors(&group, &volume, &data), 0);
+    assert_eq!(a.said("base-lost"), Vec::<String>::new());
+}
+
+#[test]
+fn a_base_whose_control_state_is_lost_or_old_is_not_opened() {
+    let pair = Pair::new(9);
+    drop(pair.copy);
+    let control = dir().join("base").join("control");
+    let whole = ControlState::load(&*pair.b.disk, &dir().join("base")).unwrap();
+    let older = ControlState { position: Default::default(), ..whole };
+    lose(&pair.b, &control, Loss::All);
+    let refused = |why: &str| {
+        let error = Group::open(pair.b.context(), &dir()).err().expect("it is not opened");
+        assert!(error.to_string().contains(why), "{error}");
+    };
+    refused("the disk lost the newer file");
+    older.store(&*pair.b.disk, &dir().join("base")).unwrap();
+    refused("the disk lost the newer file");
+}
