@@ -323,6 +323,11 @@ fn secondary_meets(faults_now: &[(Call, Code, &str)], restart: bool) {
         wait_for("the all-clear", || node.events("replication-resumed").pop());
     }
     assert_eq!(contents(&b, "@end"), contents(&a, ""));
+    if !restart {
+        wait_for("a to tell of the room on b", || a.events("copy-has-room").pop());
+        let told = ["copy-full", "copy-has-room"].map(|code| a.events(code).len());
+        assert_eq!(told, [1, 1], "once each, whatever was tried");
+    }
 }
 
 #[test]

@@ -163,6 +163,7 @@ impl Group {
                 self.report();
                 return Err(wrong(at, error.to_string()));
             }
+            Group::note_taken(&mut core);
             for (place, header) in part {
                 sync_wanted |= wants_sync(header);
                 core.apply(header, payload_of(&pending.bytes, *place, header), &mut freed);

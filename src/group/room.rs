@@ -36,6 +36,10 @@ pub struct DiskRoom {
 /// A refusal counts at least so long: what fits a gap that is left says nothing of the next write.
 const REFUSED_FOR: Duration = Duration::from_secs(5);
 
+/// On a copy so long: its primary tries again each minute at the latest, and until a try succeeded
+/// nothing says that there is room.
+const REFUSED_FOR_COPY: Duration = Duration::from_secs(90);
+
 /// What a log takes of the disk is looked at so often at most: every file of it is.
 const MEASURE_EVERY: Duration = Duration::from_secs(1);
 
@@ -109,6 +113,18 @@ impl Group {
         let reason = self.why_full(&core)?;
         let since = core.room.full_since.unwrap_or_else(|| self.context.env.clock.wall());
         Some(Shortage { reason, since })
+    }
+
+    /// The same as far as is known at this moment: not where the disk has room again, and a copy
+    /// has only not tried since.
+    #[must_use]
+    pub fn full_now(&self) -> Option<String> {
+        let core = self.lock();
+        let now = self.context.env.clock.monotonic();
+        let has_room = core.room.disk.is_some_and(|disk| disk.free_bytes > disk.reserve_bytes);
+        let refused = core.room.refused.as_ref();
+        let old = refused.is_some_and(|(_, at)| now.saturating_sub(*at) >= REFUSED_FOR);
+        self.why_full(&core).filter(|_| !(old && has_room))
     }
 
     /// Why the log is not folded, where that fails, and since when.
@@ -210,6 +226,17 @@ impl Group {
         core.room.fold_failure = failure.map(|error| (error.to_string(), since));
     }
 
+    /// An append of a copy found room: the one that found none is history.
+    pub(super) fn note_taken(core: &mut Core) {
+        core.room.refused = None;
+    }
+
+    /// Whether the log is full, or was and is under pressure still: one shortage, as events count.
+    #[must_use]
+    pub fn is_short_of_room(&self) -> bool {
+        self.lock().room.full_since.is_some()
+    }
+
     /// What the disk has, as last looked at.
     #[must_use]
     pub fn disk_room(&self) -> Option<DiskRoom> {
@@ -236,7 +263,11 @@ impl Group {
             log_limit_bytes: self.log_bytes(&core).saturating_add(beyond),
         });
         let now = self.context.env.clock.monotonic();
-        let old = |(_, at): &(String, Duration)| now.saturating_sub(*at) >= REFUSED_FOR;
+        let lasts = match core.role {
+            Role::Primary => REFUSED_FOR,
+            Role::Secondary => REFUSED_FOR_COPY,
+        };
+        let old = |(_, at): &(String, Duration)| now.saturating_sub(*at) >= lasts;
         if beyond > 0 && core.room.refused.as_ref().is_some_and(old) {
             core.room.refused = None;
         }

@@ -295,7 +295,7 @@ impl Replication {
                 .then(|| reason.unwrap_or_else(|| "no reason is known".to_owned()));
             let reigning = cores.values().find(|core| reigns(core, group));
             let primary = reigning.map(PeerCore::name);
-            refusal_of_own_disk(replica.name(), failed, replica.why_full(), primary)
+            refusal_of_own_disk(replica.name(), failed, replica.full_now(), primary)
         });
         cannot_serve.or_else(|| refusal_to_promote(cores.values(), group, now, wall))
     }

@@ -35,6 +35,10 @@ pub(super) struct CopyReport {
     /// Why its log is full, where it is.
     #[serde(default)]
     pub(super) log_full: Option<String>,
+    /// It is short of room, though it may have some at this moment: full a moment ago, and filled
+    /// as fast as it is folded.
+    #[serde(default)]
+    short_of_room: bool,
     checked_to: Lsn,
     #[serde(default)]
     damaged: Option<String>,
@@ -49,7 +53,7 @@ pub(super) struct CopyReport {
 }
 
 /// Reports, with when they were asked for; none where the peer was away since, and only that its
-/// disk had failed is kept, for when it is well again.
+/// disk had failed or was full is kept, for when it is well again.
 pub(super) type Reports = HashMap<(NodeId, GroupId), (CopyReport, Option<Duration>)>;
 
 impl CopyReport {
@@ -68,6 +72,26 @@ impl CopyReport {
     fn is_well_again(&self, before: Option<&CopyReport>) -> bool {
         let is_well = self.role == Role::Secondary && self.data_state == DataState::Consistent;
         is_well && before.is_some_and(|before| before.failure().is_some())
+    }
+
+    /// A shortage of room lasts until it has ended: not from one try to the next.
+    fn goes_on_from(&mut self, before: Option<&CopyReport>) {
+        if self.short_of_room && self.log_full.is_none() {
+            self.log_full = before.and_then(|before| before.log_full.clone());
+        }
+    }
+
+    /// The shortage of room that it tells of, by what it is called, and why.
+    fn shortage(&self) -> Option<(Role, &str)> {
+        Some((self.role, self.log_full.as_deref()?))
+    }
+
+    /// The shortage that begins with this, and whose ends, by role.
+    fn shortages(&self, before: Option<&CopyReport>) -> (Option<String>, Option<Role>) {
+        let then = before.and_then(CopyReport::shortage).map(|(role, _)| role);
+        let now = self.shortage().map(|(role, _)| role);
+        let begins = self.shortage().filter(|_| then != now).map(|(_, why)| why.to_owned());
+        (begins, then.filter(|_| then != now))
     }
 
     /// The check of the log there, as old as it is by now.
@@ -134,15 +158,25 @@ impl Shared {
         };
         match serde_json::from_value::<Vec<CopyReport>>(answer) {
             Ok(reports) => {
-                for report in reports.into_iter().filter(|report| groups.contains(&report.group)) {
-                    let key = (node, report.group);
-                    let (fails, is_well) = {
+                for mut report in
+                    reports.into_iter().filter(|report| groups.contains(&report.group))
+                {
+                    let (key, role) = ((node, report.group), report.role);
+                    let (fails, is_well, (full, has_room)) = {
                         let mut copies = self.copies.lock().expect("no holder panics");
                         let before = copies.get(&key).map(|(before, _)| before);
-                        let told = (report.fails_anew(before), report.is_well_again(before));
+                        report.goes_on_from(before);
+                        let failure = (report.fails_anew(before), report.is_well_again(before));
+                        let told = (failure.0, failure.1, report.shortages(before));
                         copies.insert(key, (report, Some(asked)));
                         told
                     };
+                    if let Some(role) = has_room {
+                        self.tell_of_room(name, key.1, role, None);
+                    }
+                    if let Some(why) = full {
+                        self.tell_of_room(name, key.1, role, Some(&why));
+                    }
                     if let Some(why) = fails {
                         self.tell_copy_failed(name, key.1, &why);
                     }
@@ -164,6 +198,23 @@ impl Shared {
         );
         let events = &self.context.events;
         events.emit(Severity::Error, "copy-failed", Some(name), text, json!({ "peer": peer }));
+    }
+
+    /// A peer's log has no room, for that reason, or has some again.
+    fn tell_of_room(&self, peer: &str, group: GroupId, role: Role, why: Option<&str>) {
+        let Some(group) = self.groups.by_id(group) else { return };
+        let name = group.name().as_str();
+        let (full, has_room, whose) = match role {
+            Role::Primary => ("primary-full", "primary-has-room", "its primary"),
+            Role::Secondary => ("copy-full", "copy-has-room", "the copy"),
+        };
+        let (severity, code, what) = match why {
+            Some(why) => (Severity::Warning, full, format!("has no room: {why}")),
+            None => (Severity::Info, has_room, "has room again".to_owned()),
+        };
+        let text = format!("group {name}: the log of {whose} on {peer} {what}");
+        let events = &self.context.events;
+        events.emit(severity, code, Some(name), text, json!({ "peer": peer }));
     }
 
     fn tell_copy_recovered(&self, peer: &str, group: GroupId) {
@@ -209,7 +260,7 @@ impl Shared {
             if is_void {
                 *asked = None;
             }
-            !is_void || report.failure().is_some()
+            !is_void || report.failure().is_some() || report.log_full.is_some()
         });
     }
 
@@ -238,6 +289,7 @@ impl Shared {
                     data_state,
                     data_reason,
                     log_full: group.why_full(),
+                    short_of_room: group.is_short_of_room(),
                     checked_to: check.checked_to,
                     damaged: check.damaged,
                     base_damaged: check.base_damaged,
@@ -277,6 +329,7 @@ mod tests {
             data_state: DataState::Consistent,
             data_reason: None,
             log_full: None,
+            short_of_room: false,
             checked_to: Lsn(8),
             damaged: None,
             base_damaged: None,
@@ -306,6 +359,44 @@ mod tests {
         for no in [&primary, &demoted] {
             assert!(!no.is_well_again(Some(&demoted)));
         }
+    }
+
+    #[test]
+    fn a_full_log_there_is_told_when_it_begins_and_when_it_ends_and_not_with_each_try() {
+        let told = |role: &str, full: Option<&str>, short: bool| -> CopyReport {
+            let told = json!({
+                "group": GroupId([7; 16]), "role": role, "data_state": "consistent",
+                "log_full": full, "short_of_room": short, "checked_to": 8, "check_age_seconds": 1.0,
+            });
+            serde_json::from_value(told).unwrap()
+        };
+        let copy = |full, short| told("secondary", full, short);
+        let mut before: Option<CopyReport> = None;
+        let mut events = Vec::new();
+        for mut report in [
+            copy(None, false),
+            copy(Some("ENOSPC"), false),
+            copy(Some("ENOSPC"), true),
+            copy(None, true),
+            copy(Some("ENOSPC again"), true),
+            copy(None, true),
+            copy(None, false),
+            copy(None, false),
+            copy(Some("ENOSPC"), true),
+            told("primary", Some("folding"), true),
+            told("primary", None, false),
+        ] {
+            report.goes_on_from(before.as_ref());
+            let (begins, ends) = report.shortages(before.as_ref());
+            events.extend(ends.map(|role| (role, None)));
+            events.extend(begins.map(|why| (report.role, Some(why))));
+            before = Some(report);
+        }
+        let full = |why: &str| Some(why.to_owned());
+        let (a, b) = (Role::Primary, Role::Secondary);
+        let begins_anew = [(b, full("ENOSPC")), (b, None), (a, full("folding")), (a, None)];
+        assert_eq!(events[..2], [(b, full("ENOSPC")), (b, None)]);
+        assert_eq!(events[2..], begins_anew);
     }
 
     #[test]

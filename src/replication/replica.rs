@@ -25,6 +25,10 @@ pub trait Replica: Send + Sync {
     fn data_state(&self) -> (DataState, Option<String>, LogTime);
     /// Why its log is full, where it is.
     fn why_full(&self) -> Option<String>;
+    /// Why an append would find no room now, where it would not.
+    fn full_now(&self) -> Option<String>;
+    /// Whether it is full, or was and is under pressure still.
+    fn is_short_of_room(&self) -> bool;
     fn positions(&self) -> Positions;
     fn control(&self) -> Arc<ControlView>;
     fn incarnation(&self) -> Incarnation;
@@ -95,6 +99,14 @@ pub trait Replicas: Send + Sync {
 }
 
 impl Replica for Group {
+    fn full_now(&self) -> Option<String> {
+        Group::full_now(self)
+    }
+
+    fn is_short_of_room(&self) -> bool {
+        Group::is_short_of_room(self)
+    }
+
     fn why_full(&self) -> Option<String> {
         self.log_full().map(|full| full.reason)
     }

@@ -228,3 +228,41 @@ fn what_a_log_takes_of_the_disk_is_measured_once_a_second_however_fast_it_grows(
     let (third, allocated) = grown();
     assert_eq!(third, allocated);
 }
+
+#[test]
+fn a_copy_that_found_no_room_says_so_until_a_try_succeeded() {
+    let (a, b) = (Bench::new("a", 20), Bench::new("b", 21));
+    let (group, volume) = group_with_volume(&a);
+    write(&group, volume, 0, &vec![1; 60_000]);
+    let copy = b.create_copy();
+    let mut bytes = vec![0; group.positions().head.0 as usize];
+    group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+    let take = || {
+        let at = copy.received_end();
+        copy.append_received(at, &bytes[at.0 as usize..])
+    };
+    b.disk.inject(Fault::NoSpace { bytes: 0 });
+    take().unwrap_err();
+    b.disk.clear_faults();
+    // It waits a minute at most between two tries.
+    for seconds in [0, 10, 40] {
+        b.pass(seconds);
+        copy.look_at_disk();
+        assert!(copy.log_full().is_some(), "after {seconds} s more");
+        assert_eq!(copy.full_now().is_some(), seconds == 0, "it could be promoted");
+    }
+    take().unwrap();
+    assert_eq!(copy.log_full(), None);
+    assert_eq!(copy.received_end(), group.positions().head);
+    // Where nobody tries, room is enough in the end.
+    write(&group, volume, 0, &vec![2; 60_000]);
+    bytes.resize(group.positions().head.0 as usize, 0);
+    group.read_log(Lsn::ZERO, &mut bytes).unwrap();
+    b.disk.inject(Fault::NoSpace { bytes: 0 });
+    let at = copy.received_end();
+    copy.append_received(at, &bytes[at.0 as usize..]).unwrap_err();
+    b.disk.clear_faults();
+    b.pass(90);
+    copy.look_at_disk();
+    assert_eq!(copy.log_full(), None);
+}
