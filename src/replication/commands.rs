@@ -534,7 +534,11 @@ fn copy_facts(
 
 impl Shared {
     /// Makes the empty copy that a peer asks for. A name that another group has is refused.
-    fn create_copy(&self, peer: &super::rpc::PeerContext, body: &Value) -> Result<Value, String> {
+    pub(super) fn create_copy(
+        &self,
+        peer: &super::rpc::PeerContext,
+        body: &Value,
+    ) -> Result<Value, String> {
         #[derive(serde::Deserialize)]
         struct Body {
             group: GroupId,
@@ -548,38 +552,39 @@ impl Shared {
         {
             return Err(format!("segments of {} bytes are not possible", body.segment_bytes));
         }
-        match self.groups.by_id(body.group) {
-            Some(known) => {
-                let control = known.control();
-                let members = &control.members;
-                let theirs = members.iter().any(|member| member.node == peer.node);
-                if !theirs && !self.peer(peer.node).is_some_and(|p| p.copies.contains(&body.group))
-                {
-                    return Err(format!(
-                        "group {} is here already, and {} is no member of it; `tidelog group \
-                         delete {0}` on this node, if what it has is not needed",
-                        body.name, peer.name
-                    ));
-                }
+        let known = self.groups.by_id(body.group);
+        if let Some(known) = &known {
+            let control = known.control();
+            let theirs = control.members.iter().any(|member| member.node == peer.node);
+            if !theirs && !self.peer(peer.node).is_some_and(|p| p.copies.contains(&body.group)) {
+                return Err(format!(
+                    "group {} is here already, and {} is no member of it; `tidelog group delete \
+                     {0}` on this node, if what it has is not needed",
+                    body.name, peer.name
+                ));
             }
-            None => {
-                if self.groups.by_name(body.name.as_str()).is_ok() {
-                    return Err(format!(
-                        "another group with the name `{}` is there already; `tidelog group delete {0}` \
-                         on one of the two nodes, if it is not needed",
-                        body.name
-                    ));
-                }
-                self.groups
-                    .create_copy(body.group, body.name.clone(), body.segment_bytes)
-                    .map_err(|error| error.to_string())?;
-                let text =
-                    format!("group {}: a copy is made here, as {} asked", body.name, peer.name);
-                let name = Some(body.name.as_str());
-                self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
-            }
+        } else if self.groups.by_name(body.name.as_str()).is_ok() {
+            return Err(format!(
+                "another group with the name `{}` is there already; `tidelog group delete {0}` on \
+                 one of the two nodes, if it is not needed",
+                body.name
+            ));
         }
-        self.ask_for(peer.node, body.group).map_err(|error| error.to_string())?;
+        // First: a copy that nobody is known to have asked for is refused to who asks again.
+        self.ask_for(peer.node, body.group).map_err(|error| {
+            format!("{error}; nothing was changed on either node: make room there, and try again")
+        })?;
+        if known.is_none() {
+            let name = body.name.clone();
+            let made = self.groups.create_copy(body.group, name, body.segment_bytes);
+            if let Err(error) = made {
+                self.forget_asked_for(peer.node, body.group);
+                return Err(error.to_string());
+            }
+            let text = format!("group {}: a copy is made here, as {} asked", body.name, peer.name);
+            let name = Some(body.name.as_str());
+            self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
+        }
         self.groups_changed();
         Ok(Value::Null)
     }

@@ -313,6 +313,7 @@ mod tests {
     use crate::io::MemoryDisk;
     use crate::log::control::Mode;
     use crate::replication::drive::tests::{Node, member, node_on};
+    use crate::replication::pairing::Fingerprint;
     use crate::units::{Chain, LogTime};
 
     const PEER: NodeId = NodeId([2; 16]);
@@ -354,6 +355,28 @@ mod tests {
         shared.yield_to(&*group, PEER, parted, Discard::Authored).unwrap();
         assert_eq!(group.positions().head, parted.at);
         assert!(is_asked_for(&node, &group), "it asks to follow although no record says so");
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn who_asks_for_a_copy_that_cannot_be_noted_is_told_that_nothing_was_changed() {
+        let (node, group, _) = parted();
+        let shared = &node.replication.shared;
+        let peer =
+            PeerContext { node: PEER, name: "b".parse().unwrap(), key: Fingerprint([0; 32]) };
+        let other = GroupId([9; 16]);
+        let in_the_way = shared.config.state_dir.join("peers.new");
+        for (id, name) in [(group.id(), "g"), (other, "h")] {
+            let ask = serde_json::json!({ "group": id, "name": name, "segment_bytes": 1 << 20 });
+            std::fs::create_dir(&in_the_way).unwrap();
+            let refused = shared.create_copy(&peer, &ask).unwrap_err();
+            assert!(refused.contains("peers: could not be written"), "{refused}");
+            assert!(refused.contains("nothing was changed on either node"), "{refused}");
+            assert!(shared.groups.by_id(other).is_none(), "{name}");
+            std::fs::remove_dir(&in_the_way).unwrap();
+            shared.create_copy(&peer, &ask).unwrap();
+        }
+        assert!(shared.groups.by_id(other).is_some());
         node.stop();
     }
 
