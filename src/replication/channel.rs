@@ -22,6 +22,7 @@ mod sending;
 mod state;
 mod trouble;
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;

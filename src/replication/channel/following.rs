@@ -1,8 +1,14 @@
 //! The secondary's side of a stream: asking, taking bytes, telling what it has.
 
 use super::*;
+use crate::log::record::HEADER_BYTES;
 use crate::replication::epoch::compare;
 use crate::replication::wire::PAYLOAD_BYTES_MAX;
+
+/// What a frame of the log counts for at least, where a copy counts how many may wait. It ends
+/// where a record does, but for those that the window or the size of a frame cuts: half of the
+/// smallest record is less than those of a true primary have.
+const FRAME_BYTES_MIN: u64 = HEADER_BYTES as u64 / 2;
 
 impl Channel {
     /// The log that comes next cannot be followed here, or it can.
@@ -56,6 +62,7 @@ impl Channel {
         follower.runs = true;
         follower.expected = from;
         follower.appended = from;
+        follower.frames.clear();
         self.refused = Refused::default();
         // Also where it is not known here yet that a mark is on its way.
         self.local.retired = false;
@@ -90,9 +97,16 @@ impl Channel {
         }
         let end = position.advance(bytes.len() as u64);
         let waiting = end.bytes_since(follower.appended);
-        if waiting > context.settings.window_bytes + PAYLOAD_BYTES_MAX as u64 {
+        let window = context.settings.window_bytes + PAYLOAD_BYTES_MAX as u64;
+        if waiting > window {
             return Err(format!("group {}: more bytes than the window", self.local.name));
         }
+        // Each is a job of the group's thread, which takes memory for itself.
+        if bytes.is_empty() || follower.frames.len() as u64 >= window / FRAME_BYTES_MIN {
+            let name = &self.local.name;
+            return Err(format!("group {name}: an empty frame, or more than a window of records"));
+        }
+        follower.frames.push_back(end);
         follower.expected = end;
         self.hears_bytes(context.now, end);
         context.outputs.push(Output::Append { group: self.local.id, stream, position, bytes });
@@ -109,6 +123,10 @@ impl Channel {
             return;
         }
         follower.appended = follower.appended.max(appended.received);
+        let (all, frames) = (follower.appended, &mut follower.frames);
+        while frames.front().is_some_and(|end| *end <= all) {
+            frames.pop_front();
+        }
         // What the group itself told meanwhile may be newer.
         if appended.head >= self.local.history.head {
             self.local.history.head = appended.head;
@@ -282,5 +300,90 @@ impl Channel {
             | StopCode::CannotKeepUp => ReplicationState::Blocked,
         };
         self.set_state(context, state, reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::heard::tests::{copy, history};
+    use super::*;
+    use crate::replication::core::Settings;
+
+    const STREAM: u64 = 5;
+
+    fn told<T>(
+        channel: &mut Channel,
+        input: impl FnOnce(&mut Channel, &mut Context<'_>) -> T,
+    ) -> (T, usize) {
+        let (settings, peer_name) = (Settings::default(), "a".parse().unwrap());
+        let (mut outputs, now) = (Vec::new(), Duration::from_secs(100));
+        let mut context = Context {
+            now,
+            conn: None,
+            echo: (0, 0),
+            peer_name: &peer_name,
+            settings: &settings,
+            outputs: &mut outputs,
+        };
+        let result = input(channel, &mut context);
+        let jobs = outputs.iter().filter(|output| matches!(output, Output::Append { .. }));
+        (result, jobs.count())
+    }
+
+    /// Sends frames of so many bytes until one is refused; how many jobs that made.
+    fn send(channel: &mut Channel, bytes: usize) -> (usize, String) {
+        let bytes = Bytes::from(vec![0; bytes]);
+        let mut jobs = 0;
+        loop {
+            let at = channel.follower.as_ref().unwrap().expected;
+            let (taken, made) = told(channel, |channel, context| {
+                channel.on_log(context, STREAM, at, bytes.clone())
+            });
+            jobs += made;
+            match taken {
+                Err(what) => return (jobs, what),
+                Ok(()) => assert!(jobs < 1 << 20, "without end"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_peer_has_no_more_frames_wait_here_than_records_fit_the_window() {
+        let follows = || {
+            let mut channel = copy(history(&[(1, 0)], 1000));
+            let at = Lsn(1000);
+            channel.follower = Some(Follower {
+                stream: STREAM,
+                asked: None,
+                runs: true,
+                expected: at,
+                appended: at,
+                frames: VecDeque::new(),
+            });
+            channel
+        };
+        let window = Settings::default().window_bytes as usize + PAYLOAD_BYTES_MAX;
+        // As a primary sends them at the smallest: only the bytes count.
+        let (jobs, what) = send(&mut follows(), HEADER_BYTES);
+        assert!(what.contains("more bytes than the window"), "{what}");
+        assert_eq!(jobs, window / HEADER_BYTES);
+        let mut channel = follows();
+        let (jobs, what) = send(&mut channel, 1);
+        assert!(what.contains("more than a window of records"), "{what}");
+        assert_eq!(jobs, window / HEADER_BYTES * 2);
+        // As many as are appended may come.
+        let appended = Appended {
+            group: channel.local.id,
+            stream: STREAM,
+            received: Lsn(1000 + 7),
+            head: Lsn(1000),
+            chain: Chain(0),
+            durable: Lsn(1000),
+            requests: 0,
+        };
+        told(&mut channel, |channel, context| channel.on_appended(context, &appended));
+        assert_eq!(send(&mut channel, 1).0, 7);
+        let (jobs, what) = send(&mut follows(), 0);
+        assert!(jobs == 0 && what.contains("an empty frame"), "{what}");
     }
 }

@@ -503,7 +503,9 @@ mod tests {
         let mut channel = copy(history(&[(1, 0)], 1000));
         let (head, runs) = (Lsn(1000), false);
         let (asked, expected, appended) = (Some(head), head, head);
-        channel.follower = Some(Follower { stream: STREAM, asked, runs, expected, appended });
+        let (stream, frames) = (STREAM, VecDeque::new());
+        let follower = Follower { stream, asked, runs, expected, appended, frames };
+        channel.follower = Some(follower);
         channel
     }
 

@@ -338,6 +338,7 @@ impl Channel {
             runs: false,
             expected: Lsn::ZERO,
             appended: Lsn::ZERO,
+            frames: VecDeque::new(),
         });
         context.outputs.push(Output::Prepare { group: self.local.id, stream });
         if !self.needs_a_hand() {

@@ -97,6 +97,8 @@ pub(super) struct Follower {
     pub(super) expected: Lsn,
     /// Up to here everything was appended.
     pub(super) appended: Lsn,
+    /// Where the frames end that came and are not appended all.
+    pub(super) frames: VecDeque<Lsn>,
 }
 
 /// What a primary told about itself.
