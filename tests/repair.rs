@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
+use tidelog::nbd::Client;
 
 use crate::support::load::{Load, VOLUME_BLOCKS, VOLUMES, client, contents, create_volumes, hold};
 use crate::support::oracle::{BLOCK_BYTES, stamp};
@@ -328,6 +329,45 @@ fn a_read_that_meets_damage_fails_and_is_right_once_the_peer_has_been_asked() {
     wait_for("the block to be repaired", || host.read((5 << 20) + 4096, &mut again).ok());
     assert!(again == right);
     assert!(a.has_event("base-damaged") && a.has_event("repaired"));
+}
+
+#[test]
+fn a_fold_waits_for_the_peer_that_has_what_rotted_in_a_part_of_a_block() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = pair(dir.path());
+    let head = || a.status("g")["log"]["head_lsn"].as_u64().unwrap();
+    let mut host = client(&a, "large");
+    let put = |host: &mut Client, parts: u64| {
+        (0..parts).for_each(|part| host.write(part << 20, &[3; 1 << 20]).unwrap());
+        host.flush().unwrap();
+    };
+    // All that follows is in one segment, so that b does not give it back when it folds.
+    put(&mut host, 66 - (head() >> 20));
+    let horizon = || a.status("g")["log"]["horizon_lsn"].as_u64().unwrap();
+    host.write((47 << 20) + 512, &[9; 2048]).unwrap();
+    host.flush().unwrap();
+    let end = head();
+    host.write(46 << 20, &[4; 16384]).unwrap();
+    host.flush().unwrap();
+    wait_for("b to have it", || (b.status("g")["log"]["durable_lsn"] == head()).then_some(()));
+    let mut right = vec![0; 4096];
+    host.read(47 << 20, &mut right).unwrap();
+    b.stop();
+    let log = files(&a, "log", "seg");
+    let path = log.iter().find(|path| path.ends_with("000000000001.seg")).unwrap();
+    turn(path, end % (64 << 20) - 1000);
+    put(&mut host, 40);
+    let why = wait_for("the fold to wait", || {
+        a.status("g")["log"]["fold_reason"].as_str().map(str::to_owned)
+    });
+    assert!(why.contains("payload checksum differs: 2048 bytes"), "{why}");
+    assert!(horizon() < end, "it was not folded");
+    b.restart();
+    wait_for("the fold to go on", || (horizon() > end).then_some(()));
+    let mut again = vec![0; 4096];
+    host.read(47 << 20, &mut again).unwrap();
+    assert!(again == right && a.has_event("repaired"));
+    assert!(a.status("g")["log"]["fold_reason"].is_null(), "{}", a.status("g")["log"]);
 }
 
 #[test]

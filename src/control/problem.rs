@@ -57,7 +57,7 @@ impl From<GroupError> for Problem {
             GroupError::Failed { .. } => (503, "group-failed"),
             GroupError::NoSpace { .. } => (507, "no-space"),
             GroupError::NotCovered { .. } => (409, "not-covered"),
-            GroupError::Damaged { .. } => (500, "damaged"),
+            GroupError::Damaged { .. } | GroupError::Waits { .. } => (500, "damaged"),
             GroupError::Io { .. } => (500, "io"),
             GroupError::Refused { .. } => (409, "refused"),
         };

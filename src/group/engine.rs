@@ -16,6 +16,7 @@ use super::branch::Listed;
 use super::clients::Clients;
 use super::clock::{self, LogClock};
 use super::content::Content;
+use super::fold_damage::Awaited;
 use super::image::Image;
 use super::merging::Merging;
 use super::meta::{META, Meta, MetaFile, UNFINISHED_META};
@@ -163,6 +164,8 @@ pub(super) struct Core {
     pub room: Room,
     /// A fold up to here was interrupted by a crash or an error, and is finished before any other.
     pub unfinished_fold: Option<Lsn>,
+    /// What folds wait for.
+    pub awaited: Awaited,
     /// What is to be told once the mutex is free.
     pub unreported: Vec<Report>,
 }
@@ -368,6 +371,7 @@ impl Group {
             log_used_bytes: segments.allocated_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
+            awaited: Awaited::default(),
             room: Room::default(),
         };
         core.refresh_view();

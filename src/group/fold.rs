@@ -74,6 +74,7 @@ impl Group {
         if target.lsn <= horizon.lsn {
             return self.nothing_folded(&facts);
         }
+        self.wait_for_records(horizon.lsn, target.lsn)?;
         {
             let mut core = self.lock();
             // A rewind may have come between; from here on none goes back behind the target.

@@ -1,16 +1,16 @@
-//! What a fold does with payloads that have rotted in the log: it goes on, since nothing would
-//! bring it past them, and their blocks go into the base as damaged ones.
+//! What a fold does with what has rotted under it: where a peer may have the bytes it waits for the
+//! repair, while writers have room; then it goes on, since nothing else would bring it past.
 //!
-//! Such a block has a checksum that does not hold: who reads it is told, and sees no other data. A
-//! whole block keeps the one that its record has, and where all that is known of its parts joins to
-//! one, it gets that: a peer's block is proved by it. A host that writes all of the block anew
-//! makes it whole.
+//! It waits before it has begun, so that the base stays what it was. What rots in the log later, or
+//! what nobody has, goes into the base as damaged blocks. Such a block has a checksum that does not
+//! hold: who reads it is told, and sees no other data. A whole block keeps the one that its record
+//! has, and where all that is known of its parts joins to one, it gets that: a peer's block is
+//! proved by it. A host that writes all of the block anew makes it whole.
 //!
-//! A damaged block of the base of which the log has a part is waited for while writers have room.
-//! Then it stays as it is, with a checksum that never holds: what a peer has of before lacks that
-//! part.
+//! A damaged block of the base of which the log has a part, and that is waited for no more, stays
+//! as it is, with a checksum that never holds: what a peer has of before lacks that part.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
 
@@ -22,8 +22,18 @@ use super::scrub::DamagedPart;
 use crate::base::{BaseError, BaseVolume};
 use crate::events::Severity;
 use crate::extent_map::{Piece, Source};
+use crate::log::reader::ScanEnd;
 use crate::log::record::{crc32, crc32_joined};
-use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Name, VolumeNumber};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, Name, VolumeNumber};
+
+/// What folds know of the damage that they meet in the log.
+#[derive(Debug, Default)]
+pub(super) struct Awaited {
+    /// The record that is waited for: while it is damaged, nothing else is read again for a fold.
+    record: Option<Lsn>,
+    /// Segments with damage that no peer can make good.
+    nobody_has: BTreeSet<u64>,
+}
 
 /// The blocks that a fold leaves damaged: of which volume, and where.
 pub(super) struct Rotted {
@@ -125,7 +135,7 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// The damage, while writers have room and somebody may repair it; what the disk says.
+    /// The damage, while it is waited for; what the disk says.
     pub(super) fn leave_damaged(
         &self,
         base: &BaseVolume,
@@ -135,9 +145,8 @@ impl Group {
         if is_left_damaged(cause) {
             return Ok(());
         }
-        let error = self.damaged(cause.to_string());
         if !matches!(cause, BaseError::Damaged { .. }) {
-            return Err(error);
+            return Err(self.damaged(cause.to_string()));
         }
         // The block may be whole, and its checksum not.
         self.mend_chunk(base, offset / CHUNK_BYTES, &BTreeMap::new())?;
@@ -145,19 +154,89 @@ impl Group {
         if base.read(offset, &mut block).is_ok() {
             return Ok(());
         }
-        let (born, pressed) = {
-            let core = self.lock();
-            (core.timeline.horizon().lsn, self.is_pressed(&core))
-        };
-        if !pressed {
-            return Err(error);
+        if self.waits_for_peers() {
+            return Err(self.waits(cause.to_string()));
         }
+        let born = self.lock().timeline.horizon().lsn;
         let _gate = self.base_gate.write().expect("no holder panics");
         base.read_unchecked(offset, &mut block)
             .and_then(|()| base.write_blocks(offset, &block, &[!crc32(&block)], born))
             .and_then(|()| base.settle())
             .map_err(|cause| self.io("write base", &cause))?;
         base.sync().map_err(|cause| self.fail("sync of a base", &cause))
+    }
+
+    /// Whether a fold waits for what is damaged: a peer may have it, and writers have room.
+    fn waits_for_peers(&self) -> bool {
+        let core = self.lock();
+        let me = self.context.node.id;
+        core.view.members.iter().any(|member| member.node != me) && !self.is_pressed(&core)
+    }
+
+    fn waits(&self, what: String) -> GroupError {
+        GroupError::Waits { group: self.name().clone(), what }
+    }
+
+    /// Reads `[from, to)` of the log before a fold to there begins, where it would wait for a peer,
+    /// and has a peer asked for all that is damaged.
+    ///
+    /// # Errors
+    ///
+    /// The first damage that a peer may have.
+    pub(super) fn wait_for_records(&self, from: Lsn, to: Lsn) -> Result<(), GroupError> {
+        if !self.waits_for_peers() {
+            return Ok(());
+        }
+        let segment_bytes = self.segment_bytes();
+        let awaited = self.lock().awaited.record.filter(|at| (from..to).contains(at));
+        let mut first = awaited
+            .filter(|at| self.chain_at(*at).is_some())
+            .and_then(|at| self.awaited_in(at, at.advance(1)));
+        if first.is_none() {
+            let mut at = from;
+            while at < to {
+                let end = Lsn((at.segment_number(segment_bytes) + 1) * segment_bytes).min(to);
+                let found = self.awaited_in(at, end);
+                first = first.or(found);
+                at = end;
+            }
+        }
+        self.lock().awaited.record = first.as_ref().map(|(at, _)| *at);
+        first.map_or(Ok(()), |(_, what)| Err(self.waits(what)))
+    }
+
+    /// The first damage in a part of a segment that a peer may have, with its place.
+    fn awaited_in(&self, from: Lsn, to: Lsn) -> Option<(Lsn, String)> {
+        let segment = from.segment_number(self.segment_bytes());
+        if self.lock().awaited.nobody_has.contains(&segment) {
+            return None;
+        }
+        let found = match self.chain_at(from) {
+            Some(chain) => self.follow_whole(from, chain, to).err(),
+            None => Some((from, ScanEnd::Chain)),
+        };
+        let (at, cause) = found?;
+        self.suspect(DamagedPart::Log { segment });
+        Some((at, self.describe(at, &cause)))
+    }
+
+    /// All peers were asked for what is damaged in a segment of the log, and none has it: folds
+    /// wait for it no more.
+    pub fn note_nobody_has(&self, segment: u64) {
+        {
+            let mut core = self.lock();
+            let folded = core.timeline.horizon().lsn.segment_number(self.segment_bytes());
+            let lost = &mut core.awaited.nobody_has;
+            lost.retain(|segment| *segment >= folded);
+            lost.insert(segment);
+        }
+        self.workers.wake_folder();
+    }
+
+    /// Something of a segment was repaired: what else is damaged of it, a peer may have.
+    pub(super) fn note_repaired(&self, segment: u64) {
+        self.lock().awaited.nobody_has.remove(&segment);
+        self.workers.wake_folder();
     }
 
     /// Whether a piece is whole; one that is damaged is zeros. What the disk cannot read may be
@@ -175,7 +254,12 @@ impl Group {
             Err(GroupError::Damaged { .. }) => {}
             Err(error) => {
                 if !rotted.gives_up && !self.is_pressed(&self.lock()) {
-                    return Err(error);
+                    return Err(match error {
+                        GroupError::Io { what, cause, .. } => {
+                            self.waits(format!("{what}: {cause}"))
+                        }
+                        other => other,
+                    });
                 }
             }
         }

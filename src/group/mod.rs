@@ -302,6 +302,11 @@ pub enum GroupError {
     NotCovered { group: Name, point: String, from: Lsn, to: Lsn },
     #[error("group {group}: damaged: {what}")]
     Damaged { group: Name, what: String },
+    #[error(
+        "group {group}: not folded until this is repaired, or writers need the room: {what}; \
+         `tidelog status {group}` says under `damaged` why it was not yet"
+    )]
+    Waits { group: Name, what: String },
     #[error("group {group}: {what}: {cause}")]
     Io { group: Name, what: String, cause: String },
     #[error("group {group}: {what}")]

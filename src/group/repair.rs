@@ -248,6 +248,7 @@ impl Group {
             // After a failed sync nothing that was written since the last one is sure.
             segment.file.sync().map_err(|cause| self.fail("sync of a repaired log", &cause))?;
         }
+        self.note_repaired(gap.at.segment_number(segment_bytes));
         Ok(Mended::To(end))
     }
 

@@ -46,9 +46,8 @@ const MEASURE_EVERY: Duration = Duration::from_secs(1);
 /// What is known of the room for a log.
 #[derive(Default)]
 pub(super) struct Room {
-    /// Why the last fold failed, where it did, and since when folds fail: writers of a full log are
-    /// told, not held.
-    pub fold_failure: Option<(String, LogTime)>,
+    /// How the last fold failed, where it did.
+    pub fold_failure: Option<FoldFailure>,
     /// What the disk has; none is not known.
     disk: Option<DiskRoom>,
     /// When it was looked last what the log takes of the disk (monotonic).
@@ -58,6 +57,23 @@ pub(super) struct Room {
     /// Since when the log is full. It ends when the log is under pressure no more, so that one that
     /// is filled as fast as it is folded is one shortage.
     full_since: Option<LogTime>,
+}
+
+/// Why a fold failed, and since when folds fail.
+pub(super) struct FoldFailure {
+    pub reason: String,
+    pub since: LogTime,
+    /// It waits, for no longer than writers have room. For any other reason those of a full log are
+    /// told, not held.
+    pub waits: bool,
+}
+
+impl Room {
+    /// Why writers of a full log are refused, if they are.
+    pub fn refusal(&self) -> Option<&str> {
+        let failure = self.fold_failure.as_ref().filter(|failure| !failure.waits);
+        failure.map(|failure| failure.reason.as_str())
+    }
 }
 
 /// What limits a log.
@@ -131,8 +147,8 @@ impl Group {
     #[must_use]
     pub fn fold_failure(&self) -> Option<Shortage> {
         let core = self.lock();
-        let (reason, since) = core.room.fold_failure.clone()?;
-        Some(Shortage { reason, since })
+        let failure = core.room.fold_failure.as_ref()?;
+        Some(Shortage { reason: failure.reason.clone(), since: failure.since })
     }
 
     fn why_full(&self, core: &Core) -> Option<String> {
@@ -172,8 +188,8 @@ impl Group {
                 self.name()
             ));
         }
-        let policy = match (&core.room.fold_failure, core.view.policy.on_full) {
-            (Some((reason, _)), _) => format!("writes are refused, since folding fails: {reason}"),
+        let policy = match (core.room.refusal(), core.view.policy.on_full) {
+            (Some(reason), _) => format!("writes are refused, since folding fails: {reason}"),
             (None, OnFull::Fold) => "writers get the speed of folding, and the window is short of \
                                      what it is to be"
                 .to_owned(),
@@ -222,8 +238,12 @@ impl Group {
     pub(super) fn note_fold(&self, failure: Option<&GroupError>) {
         let now = self.context.env.clock.wall();
         let mut core = self.lock();
-        let since = core.room.fold_failure.take().map_or(now, |(_, since)| since);
-        core.room.fold_failure = failure.map(|error| (error.to_string(), since));
+        let since = core.room.fold_failure.take().map_or(now, |failure| failure.since);
+        core.room.fold_failure = failure.map(|error| FoldFailure {
+            reason: error.to_string(),
+            since,
+            waits: matches!(error, GroupError::Waits { .. }),
+        });
     }
 
     /// An append of a copy found room: the one that found none is history.
@@ -297,7 +317,7 @@ impl Group {
                 core.room.full_since = Some(now);
                 let details = json!(null);
                 let code = "log-full";
-                let refused = core.room.refused.is_some() || core.room.fold_failure.is_some();
+                let refused = core.room.refused.is_some() || core.room.refusal().is_some();
                 let severity = if refused { Severity::Error } else { Severity::Warning };
                 core.unreported.push(Report { severity, code, text, details });
             }

@@ -229,7 +229,7 @@ impl Group {
             if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
                 return Ok(core);
             }
-            if let Some((reason, _)) = &core.room.fold_failure {
+            if let Some(reason) = core.room.refusal() {
                 return Err(GroupError::NoSpace {
                     group: self.name().clone(),
                     reason: format!("the log is full, and folding fails: {reason}"),

@@ -112,6 +112,7 @@ pub(super) fn errno_of(error: &GroupError, writing: bool) -> Errno {
         | GroupError::Failed { .. }
         | GroupError::NotCovered { .. }
         | GroupError::Damaged { .. }
+        | GroupError::Waits { .. }
         | GroupError::Io { .. } => Errno::Eio,
     }
 }

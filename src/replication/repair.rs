@@ -4,6 +4,7 @@
 //! Blocks and records go as calls of `rpc`, a chunk's or a few records' worth at a time, so that
 //! they are never in the way of heartbeats or of the log.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::events::Severity;
-use crate::group::{DamagedPart, Found, Gap, Group, Mended, Wanted};
+use crate::group::{DamagedPart, Found, Gap, Group, GroupError, Mended, Wanted};
 use crate::units::{Chain, GroupId, Lsn, VolumeNumber};
 
 use super::core::Membership;
@@ -54,10 +55,15 @@ impl Shared {
             // Sums that blocks and slot prove need no peer.
             tried.insert(0, None);
         }
-        let mut reasons = Vec::new();
+        let (mut reasons, mut without) = (Vec::new(), Vec::new());
         for peer in &tried {
             let result = match (*part, peer) {
-                (DamagedPart::Log { segment }, Some(peer)) => self.repair_log(group, segment, peer),
+                (DamagedPart::Log { segment }, Some(peer)) => {
+                    let has_none = Cell::new(false);
+                    let result = self.repair_log(group, segment, peer, &has_none);
+                    without.extend(has_none.get().then(|| peer.clone()));
+                    result
+                }
                 (DamagedPart::Base { volume, chunk }, _) => {
                     self.repair_base(group, volume, chunk, peer.as_deref())
                 }
@@ -69,6 +75,14 @@ impl Shared {
             }
             let why = result.err().unwrap_or_else(|| "has not what is missing".to_owned());
             reasons.extend(peer.as_ref().map(|peer| format!("{peer}: {why}")));
+        }
+        let me = self.context.node.id;
+        let control = group.control();
+        let mut others = control.members.iter().filter(|member| member.node != me);
+        if let DamagedPart::Log { segment } = *part
+            && others.all(|member| without.iter().any(|peer| peer == member.name.as_str()))
+        {
+            group.note_nobody_has(segment);
         }
         if reasons.is_empty() {
             reasons.push("no peer that holds the group is connected".to_owned());
@@ -107,10 +121,20 @@ impl Shared {
         answer.map_err(|error| error.to_string())
     }
 
-    fn repair_log(&self, group: &Group, segment: u64, peer: &str) -> Result<(), String> {
+    /// `has_none` tells whether it ended there that the peer said so.
+    fn repair_log(
+        &self,
+        group: &Group,
+        segment: u64,
+        peer: &str,
+        has_none: &Cell<bool>,
+    ) -> Result<(), String> {
         mend_log(group, segment, |gap, bytes| {
+            has_none.set(false);
             let ask = AskRecords { group: group.id(), at: gap.at, chain: gap.chain, bytes };
-            bytes_of(&self.ask(peer, RECORDS, json!(ask))?)
+            let records = bytes_of(&self.ask(peer, RECORDS, json!(ask))?)?;
+            has_none.set(records.is_empty());
+            Ok(records)
         })
     }
 
@@ -150,8 +174,12 @@ impl Shared {
         let ask: AskRecords = understood(body)?;
         let group = self.shared_with(peer, ask.group)?;
         let gap = Gap { at: ask.at, chain: ask.chain };
-        let records = group.records_for(gap, ask.bytes).map_err(|error| error.to_string())?;
-        Ok(json!(hex::encode(records)))
+        match group.records_for(gap, ask.bytes) {
+            Ok(records) => Ok(json!(hex::encode(records))),
+            // Folded here, or never had: the peer need not wait for it.
+            Err(GroupError::NotCovered { .. }) => Ok(json!("")),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// Answers a peer whose base is damaged.

@@ -178,9 +178,11 @@ fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
 fn a_fold_waits_for_a_repair_of_the_base_while_writers_have_room_and_what_it_leaves_has_changed() {
     let bench = Bench::new("a", 5);
     let (group, volume, mut expected, base) = rotted_base(&bench);
+    add_peer(&group);
+    group.sync_now().unwrap();
     let before = Lsn(group.positions().horizon.0 + 4096);
     bench.disk.damage(&base, 9 * 4096 + 100, 1, 1);
-    assert!(matches!(group.fold_now(), Err(GroupError::Damaged { .. })));
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
     assert!(!group.take_suspects().is_empty(), "a peer is asked");
     // Elsewhere, since a chunk has one birth.
     let other = group.create_volume(name("w"), BYTES).unwrap();
@@ -196,6 +198,54 @@ fn a_fold_waits_for_a_repair_of_the_base_while_writers_have_room_and_what_it_lea
     expected[9 * 4096..10 * 4096].fill(3);
     fold(&bench, &group, "written anew");
     check(&*group, &volume, &expected, &[], "written anew");
+}
+
+#[test]
+fn a_fold_waits_for_a_peer_that_may_have_what_has_rotted_until_writers_need_the_room() {
+    let bench = Bench::new("a", 7);
+    let (group, volume, mut expected, _) = rotted(&bench);
+    add_peer(&group);
+    set_policy(&group, 0, 4 * SEGMENT);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    let (horizon, mut told) = (group.positions().horizon, None);
+    for round in 0..3 {
+        group.fold_round(&mut told);
+        assert_eq!(group.positions().horizon, horizon, "round {round}");
+        let asked = group.take_suspects();
+        assert!(asked.contains(&DamagedPart::Log { segment: 0 }), "round {round}: {asked:?}");
+    }
+    // It has not begun: the base is what it was.
+    assert!(!group.base_is_in_work());
+    assert_eq!(bench.said("fold-failed").len(), 1, "it is told once");
+    let why = group.fold_failure().expect("status says so").reason;
+    assert!(why.contains("payload checksum differs") && why.contains("repaired"), "{why}");
+    press(&bench, &group, &volume, &mut expected);
+    // Before the next round writers of a full log wait: they get room without a repair.
+    if let Some(full) = group.log_full() {
+        assert!(!full.reason.contains("refused"), "{}", full.reason);
+    }
+    group.fold_round(&mut told);
+    assert!(group.positions().horizon > horizon && group.fold_failure().is_none());
+    check(&*group, &volume, &expected, &ROTTED, "pressed");
+}
+
+#[test]
+fn a_fold_waits_no_more_for_what_no_peer_has() {
+    let bench = Bench::new("a", 8);
+    let (group, volume, expected, _) = rotted(&bench);
+    add_peer(&group);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
+    for part in group.take_suspects() {
+        let DamagedPart::Log { segment } = part else { panic!("{part}") };
+        group.note_nobody_has(segment);
+    }
+    fold(&bench, &group, "nobody has it");
+    check(&*group, &volume, &expected, &ROTTED, "left");
+    let chunk = DamagedPart::Base { volume: volume.number, chunk: 0 };
+    assert!(group.take_suspects().contains(&chunk), "a peer may have the block in its base");
 }
 
 #[test]
@@ -242,7 +292,7 @@ fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_
     group.sync_now().unwrap();
     let path = dir().join("log").join(segment_name(0));
     bench.disk.inject(crate::io::Fault::Unreadable { path, offset: end.0 - 512, length: 512 });
-    assert!(matches!(group.fold_now(), Err(GroupError::Io { .. })));
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
     press(&bench, &group, &volume, &mut expected);
     // What had begun is finished first, then the rest.
     group.fold_now().unwrap();

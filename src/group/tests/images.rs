@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::extent_map::Freed;
+use crate::group::room::FoldFailure;
 use crate::io::Fault;
 use crate::log::control::Consistency;
 use crate::log::record::{Kind, flags, payload_crcs};
@@ -80,7 +81,8 @@ fn a_full_log_that_cannot_be_folded_refuses_writers_and_says_why() {
         }
     }
     assert!(told.contains("must be understood"), "{told}");
-    group.lock().room.fold_failure = Some((told, LogTime(0)));
+    let failure = FoldFailure { reason: told, since: LogTime(0), waits: false };
+    group.lock().room.fold_failure = Some(failure);
     assert!(group.log_full().unwrap().reason.contains("must be understood"));
 }
 

@@ -158,6 +158,33 @@ fn a_block_that_a_fold_took_damaged_from_the_log_is_taken_from_a_peer() {
 }
 
 #[test]
+fn a_part_of_a_block_that_rotted_before_a_fold_is_taken_from_a_peer_and_then_folded() {
+    let a = Bench::new("a", 14);
+    let (primary, volume) = layered(&a);
+    let number = volume.number;
+    add_peer(&primary);
+    let end = write(&primary, number, 3 * 4096 + 512, &[7; 1024]);
+    write(&primary, number, 100 * 4096, &[8; 8192]);
+    primary.sync_now().unwrap();
+    let Pair { a, primary, copy, .. } = Pair::of(a, primary, volume);
+    let expected = read(&*copy, number, 0, 3 << 20);
+    Pair::turn_log(&a, Lsn(end.0 - 100));
+    assert!(try_read(&*primary, number, 3 * 4096, 4096).is_err());
+    let _ = primary.take_suspects();
+    a.pass(4000);
+    primary.sync_now().unwrap();
+    let waits = primary.fold_now();
+    let segment = end.segment_number(SEGMENT);
+    assert_eq!(primary.take_suspects(), [DamagedPart::Log { segment }], "{waits:?}");
+    assert!(matches!(waits, Err(GroupError::Waits { .. })));
+    let gap = primary.gap(segment).unwrap().expect("it is damaged");
+    let records = copy.records_for(gap, 1 << 20).unwrap();
+    assert!(matches!(primary.mend_log(gap, &records).unwrap(), Mended::To(_)));
+    assert_eq!(primary.fold_now().unwrap(), primary.positions().head);
+    assert!(read(&*primary, number, 0, 3 << 20) == expected);
+}
+
+#[test]
 fn what_the_disk_could_not_read_of_a_log_is_taken_from_a_peer() {
     let pair = Pair::new(13);
     let whole = Pair::bytes(&pair.copy);
