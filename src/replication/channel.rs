@@ -327,7 +327,9 @@ impl Channel {
         }
         let follows_changed = before.follows != self.local.follows;
         let given_up = before.given_up != self.local.given_up;
-        if follows_changed && self.silent && self.local.follows.is_none() {
+        // The peer's word that it was stopped came while the mark was still there.
+        let unmarked = before.retired && !self.local.retired;
+        if (follows_changed || unmarked) && self.silent && self.local.follows.is_none() {
             self.announce(context);
         }
         let asks_nobody = self.follower.is_none() && self.sender.is_none();

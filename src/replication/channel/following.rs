@@ -307,7 +307,7 @@ impl Channel {
 mod tests {
     use super::super::heard::tests::{copy, history};
     use super::*;
-    use crate::replication::core::Settings;
+    use crate::replication::core::{ConnId, Settings};
 
     const STREAM: u64 = 5;
 
@@ -345,6 +345,36 @@ mod tests {
                 Ok(()) => assert!(jobs < 1 << 20, "without end"),
             }
         }
+    }
+
+    #[test]
+    fn a_stop_that_is_told_before_the_mark_of_an_earlier_one_is_off_retires_the_copy_after_all() {
+        let mut channel = copy(history(&[(1, 0)], 1000));
+        channel.local.retired = true;
+        // Another primary's stream takes the mark off: that is on its way to the group.
+        let (theirs, later) = (history(&[(1, 0), (2, 1000)], 1200), Duration::from_secs(101));
+        told(&mut channel, |channel, context| channel.on_stopped(context, true, &theirs));
+        let local = LocalGroup { retired: false, ..channel.local.clone() };
+        let (settings, peer_name) = (Settings::default(), "a".parse().unwrap());
+        let mut outputs = Vec::new();
+        let mut context = Context {
+            now: later,
+            conn: Some(ConnId(1)),
+            echo: (0, 0),
+            peer_name: &peer_name,
+            settings: &settings,
+            outputs: &mut outputs,
+        };
+        channel.on_local(&mut context, local);
+        let asks = |output: &Output| {
+            matches!(output, Output::Send { message: Message::Announce { .. }, .. })
+        };
+        assert!(outputs.iter().any(asks), "{outputs:?}");
+        told(&mut channel, |channel, context| {
+            channel.on_stopped(context, true, &theirs);
+            let retires = |output: &Output| matches!(output, Output::Retire { retired: true, .. });
+            assert!(context.outputs.iter().any(retires));
+        });
     }
 
     #[test]
