@@ -329,7 +329,10 @@ impl Channel {
         let given_up = before.given_up != self.local.given_up;
         // The peer's word that it was stopped came while the mark was still there.
         let unmarked = before.retired && !self.local.retired;
-        if (follows_changed || unmarked) && self.silent && self.local.follows.is_none() {
+        // A peer that stopped it tells no copy that has something else.
+        let untold = cut && self.remote.is_none();
+        let open = (follows_changed || unmarked) && self.silent || untold;
+        if open && self.local.follows.is_none() {
             self.announce(context);
         }
         let asks_nobody = self.follower.is_none() && self.sender.is_none();

@@ -347,18 +347,12 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_stop_that_is_told_before_the_mark_of_an_earlier_one_is_off_retires_the_copy_after_all() {
-        let mut channel = copy(history(&[(1, 0)], 1000));
-        channel.local.retired = true;
-        // Another primary's stream takes the mark off: that is on its way to the group.
-        let (theirs, later) = (history(&[(1, 0), (2, 1000)], 1200), Duration::from_secs(101));
-        told(&mut channel, |channel, context| channel.on_stopped(context, true, &theirs));
-        let local = LocalGroup { retired: false, ..channel.local.clone() };
+    /// Whether the peer is told again what is held here.
+    fn says_again(channel: &mut Channel, local: LocalGroup) -> bool {
         let (settings, peer_name) = (Settings::default(), "a".parse().unwrap());
         let mut outputs = Vec::new();
         let mut context = Context {
-            now: later,
+            now: Duration::from_secs(101),
             conn: Some(ConnId(1)),
             echo: (0, 0),
             peer_name: &peer_name,
@@ -366,15 +360,36 @@ mod tests {
             outputs: &mut outputs,
         };
         channel.on_local(&mut context, local);
-        let asks = |output: &Output| {
+        let is_word = |output: &Output| {
             matches!(output, Output::Send { message: Message::Announce { .. }, .. })
         };
-        assert!(outputs.iter().any(asks), "{outputs:?}");
+        outputs.iter().any(is_word)
+    }
+
+    #[test]
+    fn a_stop_that_is_told_before_the_mark_of_an_earlier_one_is_off_retires_the_copy_after_all() {
+        let mut channel = copy(history(&[(1, 0)], 1000));
+        channel.local.retired = true;
+        // Another primary's stream takes the mark off: that is on its way to the group.
+        let theirs = history(&[(1, 0), (2, 1000)], 1200);
+        told(&mut channel, |channel, context| channel.on_stopped(context, true, &theirs));
+        let local = LocalGroup { retired: false, ..channel.local.clone() };
+        assert!(says_again(&mut channel, local));
         told(&mut channel, |channel, context| {
             channel.on_stopped(context, true, &theirs);
             let retires = |output: &Output| matches!(output, Output::Retire { retired: true, .. });
             assert!(context.outputs.iter().any(retires));
         });
+    }
+
+    #[test]
+    fn a_copy_that_yields_what_a_peer_lacks_asks_again_whether_it_was_stopped() {
+        let mut channel = copy(history(&[(1, 0), (2, 1000)], 1100));
+        let local = channel.local.clone();
+        assert!(!says_again(&mut channel, LocalGroup { requests: 4, ..local.clone() }));
+        // While it had that, a primary which does not replicate to it any more told it nothing.
+        let cut = LocalGroup { cuts: 1, history: history(&[(1, 0)], 1000), ..local };
+        assert!(says_again(&mut channel, cut));
     }
 
     #[test]
