@@ -42,17 +42,17 @@ impl World {
             _ => vec![place],
         };
         let durable = request.what == What::Flush || request.fua;
-        let sent = request.sent;
         for (peer, required) in required {
             let peer = self.peer_number(peer);
             if required.away.is_some() && required.on_loss == OnLoss::Continue {
                 self.coverage.add("answers while degraded", 1);
             } else {
-                // What was only in its memory went with it, and its word may have been on its way
-                // for long.
-                let kept = self.nodes[peer].died < sent;
+                // What was only in its memory went with it, and what it cut off for another primary
+                // is in a branch; its word of before may have been on its way for long.
+                let copy = self.nodes[peer].copies.get(&group);
+                let lost_at = self.nodes[peer].died.max(copy.map_or(0, |copy| copy.cut_at));
                 for must in &must {
-                    if kept {
+                    if lost_at < self.groups[group].oracle.sent_at(*must) {
                         self.check_peer_has(peer, group, epoch, *must);
                     }
                     if durable && required.mode == Mode::Sync && self.chance.one_in(TRIED_ONE_IN) {

@@ -87,6 +87,8 @@ pub struct Copy {
     /// A cut of its log failed: what it shows is in part on disk and in part in a branch, and the
     /// next start finishes it.
     pub half_cut: bool,
+    /// When a cut of its log began last, by the world's time.
+    pub cut_at: u64,
     /// What it held when a cut began that did not end.
     pub cutting: Vec<Place>,
     pub answered: Answered,
@@ -104,7 +106,8 @@ pub struct Copy {
 
 impl Copy {
     /// Its log will be cut: what is cut off is kept, but not here.
-    pub fn begin_cut(&mut self) {
+    pub fn begin_cut(&mut self, now: u64) {
+        self.cut_at = now;
         self.cutting.append(&mut self.sure);
         self.durable.clear();
         self.line = None;
@@ -265,6 +268,7 @@ impl Node {
             sure: Vec::new(),
             durable: Vec::new(),
             half_cut: false,
+            cut_at: 0,
             cutting: Vec::new(),
             answered: Arc::default(),
             images: Vec::new(),

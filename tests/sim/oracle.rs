@@ -198,6 +198,12 @@ impl Oracle {
         &self.requests[id as usize - 1]
     }
 
+    /// When the last request that a place holds was made; 0 where its line holds none.
+    pub fn sent_at(&self, place: Place) -> u64 {
+        let last = place.index.checked_sub(1);
+        last.map_or(0, |last| self.request(self.lines[place.line].requests[last]).sent)
+    }
+
     fn request_mut(&mut self, id: u64) -> &mut Request {
         &mut self.requests[id as usize - 1]
     }

@@ -320,8 +320,9 @@ impl World {
         }
         found.sync_now().ok();
         self.nodes[node].invited.insert((peer, group));
+        let now = self.now();
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
-        copy.begin_cut();
+        copy.begin_cut(now);
         let yielded = found.yield_to(parted.at, parted.chain, Discard::Authored);
         self.say(format_args!("{} resolves: {yielded:?}", self.nodes[node].name));
         if !self.nodes[node].disk.has_power() {

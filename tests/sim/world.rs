@@ -357,6 +357,7 @@ impl World {
 
     /// The group's thread does its next job.
     fn work(&mut self, node: usize, group: usize) {
+        let now = self.now();
         let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
         let Some(job) = copy.jobs.pop_front() else {
             copy.working = false;
@@ -366,7 +367,7 @@ impl World {
         let appends = matches!(job, Job::Append { .. });
         let stages = matches!(job, Job::Stage { .. });
         if yields {
-            copy.begin_cut();
+            copy.begin_cut(now);
         }
         if let Job::Yield { peer, .. } = job {
             let peer = self.peer_number(peer);
