@@ -3,7 +3,9 @@
 //!
 //! A file of the image is made again as a hole: the sidecar says of each block that it was not. Of
 //! a part of a sidecar the sums and slots are made wrong, so that blocks of zeros do not pass for
-//! what is lost either; where the image's block is still there, it and a peer's prove the sum.
+//! what is lost either; where the image's block is still there, it and a peer's prove the sum. While
+//! a fold has not ended, a wrong sum of a block may be its doing, and is passed over: then the sums
+//! of a lost part of the image are made such as it leaves alone.
 
 use std::io::{self, IoSlice};
 use std::path::Path;
@@ -39,8 +41,9 @@ impl Lost {
 
 impl BaseVolume {
     /// Makes the files of a volume again that are not there, or not to the end that a base of
-    /// `size_bytes` has; which these were. Durable on return; after a crash in the middle it is
-    /// called again. For who has not opened the base yet.
+    /// `size_bytes` has; which these were. `in_work`: a fold that has not ended may have written to
+    /// it. Durable on return; after a crash in the middle it is called again. For who has not opened
+    /// the base yet.
     ///
     /// # Errors
     ///
@@ -50,19 +53,23 @@ impl BaseVolume {
         dir: &Path,
         number: VolumeNumber,
         size_bytes: u64,
+        in_work: bool,
     ) -> io::Result<Vec<Lost>> {
         let mut lost = Vec::new();
         // The sidecar first: an image that is not there yet still tells that something is lost.
-        let (path, bytes) = (sums_path(dir, number), sidecar::file_bytes(size_bytes));
-        let found_bytes = length(disk, &path)?;
+        let (sums, bytes) = (sums_path(dir, number), sidecar::file_bytes(size_bytes));
+        let found_bytes = length(disk, &sums)?;
         if found_bytes.is_none_or(|found| found < bytes) {
             let from_chunk = first_lost(found_bytes.unwrap_or(0), size_bytes);
-            make_sidecar(disk, &path, number, size_bytes, found_bytes.unwrap_or(0))?;
-            lost.push(Lost { file: name(&path), found_bytes, expected_bytes: bytes, from_chunk });
+            make_sidecar(disk, &sums, number, size_bytes, found_bytes.unwrap_or(0))?;
+            lost.push(Lost { file: name(&sums), found_bytes, expected_bytes: bytes, from_chunk });
         }
         let path = image_path(dir, number);
         let found_bytes = length(disk, &path)?;
         if found_bytes.is_none_or(|found| found < size_bytes) {
+            if in_work {
+                forget_sums(disk, &sums, found_bytes.unwrap_or(0) / BLOCK_BYTES, size_bytes)?;
+            }
             let image = disk.open(&path, OpenMode::Create)?;
             image.set_len(size_bytes)?;
             image.sync()?;
@@ -145,4 +152,26 @@ fn make_sidecar(
     }
     new.sync()?;
     disk.rename(&new_path, path)
+}
+
+/// Makes the sums of all blocks from `first` on wrong that were not zeros; durable on return.
+fn forget_sums(disk: &dyn Disk, path: &Path, first: u64, size_bytes: u64) -> io::Result<()> {
+    let file = disk.open(path, OpenMode::ReadWrite)?;
+    let blocks = size_bytes / BLOCK_BYTES;
+    let mut sums = [0; sidecar::SUMS_BYTES];
+    for chunk in first / BLOCKS_PER_CHUNK as u64..size_bytes.div_ceil(CHUNK_BYTES) {
+        let from = chunk * BLOCKS_PER_CHUNK as u64;
+        let at = sidecar::sum_offset(from);
+        file.read_at(&mut sums, at)?;
+        for block in from.max(first)..blocks.min(from + BLOCKS_PER_CHUNK as u64) {
+            let sum = &mut sums[(block - from) as usize * 4..][..4];
+            if sum != [0; 4] {
+                sum.copy_from_slice(&sidecar::LOST_SUM);
+            }
+        }
+        if sums.iter().any(|byte| *byte != 0) {
+            file.write_at(&[IoSlice::new(&sums)], at)?;
+        }
+    }
+    file.sync()
 }

@@ -255,7 +255,7 @@ impl Group {
         } else {
             let content = self.keep_moments(&old, target.lsn, &moments)?;
             for known in content.volumes.values() {
-                self.check_what_stays(known)?;
+                self.check_what_stays(known, gives_up)?;
             }
             content
         };
@@ -287,7 +287,7 @@ impl Group {
 
     /// Reads the blocks of the base of which a fold will keep a part. Once it has begun, a wrong
     /// checksum may be its own doing, and is overwritten: damage must be found before.
-    fn check_what_stays(&self, known: &VolumeContent) -> Result<(), GroupError> {
+    fn check_what_stays(&self, known: &VolumeContent, gives_up: bool) -> Result<(), GroupError> {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
         let mut block = vec![0; BLOCK_BYTES as usize];
         for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
@@ -296,7 +296,7 @@ impl Group {
                 && let Err(cause) = base.read(offset, &mut block)
             {
                 self.suspect_block(&cause);
-                self.leave_damaged(&base, offset, &cause)?;
+                self.leave_damaged(&base, offset, &cause, gives_up)?;
             }
         }
         Ok(())

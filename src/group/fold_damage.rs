@@ -31,6 +31,8 @@ use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, Name, VolumeNumber};
 pub(super) struct Awaited {
     /// The record that is waited for: while it is damaged, nothing else is read again for a fold.
     record: Option<Lsn>,
+    /// Up to here all of it was read whole: that is not done again while the base is waited for.
+    whole_to: Lsn,
     /// Segments with damage that no peer can make good.
     nobody_has: BTreeSet<u64>,
 }
@@ -141,6 +143,7 @@ impl Group {
         base: &BaseVolume,
         offset: u64,
         cause: &BaseError,
+        gives_up: bool,
     ) -> Result<(), GroupError> {
         if is_left_damaged(cause) {
             return Ok(());
@@ -154,7 +157,7 @@ impl Group {
         if base.read(offset, &mut block).is_ok() {
             return Ok(());
         }
-        if self.waits_for_peers() {
+        if !gives_up && self.waits_for_peers() {
             return Err(self.waits(cause.to_string()));
         }
         let born = self.lock().timeline.horizon().lsn;
@@ -192,8 +195,9 @@ impl Group {
         let mut first = awaited
             .filter(|at| self.chain_at(*at).is_some())
             .and_then(|at| self.awaited_in(at, at.advance(1)));
+        let whole_to = self.lock().awaited.whole_to.min(to);
         if first.is_none() {
-            let mut at = from;
+            let mut at = from.max(whole_to);
             while at < to {
                 let end = Lsn((at.segment_number(segment_bytes) + 1) * segment_bytes).min(to);
                 let found = self.awaited_in(at, end);
@@ -201,7 +205,11 @@ impl Group {
                 at = end;
             }
         }
-        self.lock().awaited.record = first.as_ref().map(|(at, _)| *at);
+        {
+            let awaited = &mut self.lock().awaited;
+            awaited.record = first.as_ref().map(|(at, _)| *at);
+            awaited.whole_to = if first.is_none() { to } else { from };
+        }
         first.map_or(Ok(()), |(_, what)| Err(self.waits(what)))
     }
 

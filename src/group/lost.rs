@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
+use super::GroupContext;
 use super::content::Content;
 use super::engine::{Group, beginning};
 use super::meta::Meta;
@@ -15,7 +16,7 @@ use super::scrub::DamagedPart;
 use crate::base::{BaseVolume, ControlState, ControlStateError, Lost};
 use crate::events::Severity;
 use crate::io::Disk;
-use crate::units::{CHUNK_BYTES, VolumeNumber};
+use crate::units::{CHUNK_BYTES, Name, VolumeNumber};
 
 /// Chunks of a base that are looked at at once; a scrub finds the others.
 const LOOK_AT_CHUNKS: usize = 200;
@@ -65,9 +66,9 @@ pub(super) fn load_horizon(
     Ok(state)
 }
 
-/// Brings back, as damage, what is not there of the files that the control state tells of. While a
-/// fold or a merge is not ended, a file that is too short may be its doing, and made right by it:
-/// of that nothing is told.
+/// Brings back, as damage, what is not there of the files that the control state tells of, and tells
+/// of it at once. While a fold or a merge has not `ended`, a file that is too short may be its doing,
+/// and made right by it: of that nothing is told.
 ///
 /// # Errors
 ///
@@ -77,35 +78,42 @@ pub(super) fn bring_back_bases(
     base_dir: &Path,
     horizon: &ControlState,
     ended: bool,
+    tell: &dyn Fn(&LostBase),
 ) -> io::Result<Vec<LostBase>> {
     let mut bases = Vec::new();
     for (&volume, &size_bytes) in &horizon.bases {
-        let mut lost = BaseVolume::bring_back(disk, base_dir, volume, size_bytes)?;
+        let mut lost = BaseVolume::bring_back(disk, base_dir, volume, size_bytes, !ended)?;
         lost.retain(|lost| ended || lost.found_bytes.is_none());
         if !lost.is_empty() {
-            bases.push(LostBase { volume, size_bytes, lost });
+            let base = LostBase { volume, size_bytes, lost };
+            tell(&base);
+            bases.push(base);
         }
     }
     Ok(bases)
 }
 
+/// Tells people what the disk lost of a volume's base.
+pub(super) fn tell_lost(context: &GroupContext, name: &Name, base: &LostBase) {
+    let whats: Vec<_> = base.lost.iter().map(Lost::what).collect();
+    let text = format!(
+        "group {name}: the disk lost a part of the base of volume {}: {}; what was in it is an error \
+         for who reads it, never zeros: `tidelog scrub {name}` repairs what a peer proves",
+        base.volume,
+        whats.join(", "),
+    );
+    let details = json!({ "volume": base.volume, "files": whats });
+    context.events.emit(Severity::Error, "base-lost", Some(name.as_str()), text, details);
+}
+
 impl Group {
-    /// Tells what the disk lost of the base, and has it looked at.
-    pub(super) fn tell_lost_bases(&self, bases: &[LostBase]) {
+    /// Has what the disk lost of the base looked at.
+    pub(super) fn suspect_lost(&self, bases: &[LostBase]) {
         for LostBase { volume, size_bytes, lost } in bases {
             let from = lost.iter().map(|lost| lost.from_chunk).min().unwrap_or_default();
             for chunk in (from..size_bytes.div_ceil(CHUNK_BYTES)).take(LOOK_AT_CHUNKS) {
                 self.suspect(DamagedPart::Base { volume: *volume, chunk });
             }
-            let whats: Vec<_> = lost.iter().map(Lost::what).collect();
-            let text = format!(
-                "the disk lost a part of the base of volume {volume}: {}; what was in it is an error \
-                 for who reads it, never zeros: `tidelog scrub {}` repairs what a peer proves",
-                whats.join(", "),
-                self.name()
-            );
-            let details = json!({ "volume": volume, "files": whats });
-            self.emit(Severity::Error, "base-lost", text, details);
         }
     }
 }

@@ -17,7 +17,7 @@ use super::meta::Meta;
 use super::moment::MOMENTS;
 use super::ranges::{Cover, Place, Ranges};
 use super::staging::{STAGING, Staging, born_in};
-use crate::base::{BaseVolume, ControlState};
+use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::io::Disk;
 use crate::log::record::crc32;
 use crate::units::{BLOCK_BYTES, VolumeNumber};
@@ -165,6 +165,7 @@ pub(super) fn finish_at_start(
     disk: &Arc<dyn Disk>,
     group_dir: &Path,
     meta: &Meta,
+    tell: &dyn Fn(&LostBase),
 ) -> io::Result<Vec<LostBase>> {
     let mut lost = Vec::new();
     if meta.old_log {
@@ -175,10 +176,14 @@ pub(super) fn finish_at_start(
         let merging = Merging::of(staging)
             .ok_or_else(|| io::Error::other("an image that was switched to is not complete"))?;
         let base_dir = group_dir.join("base");
-        if merging.partial
-            && let Ok(below) = ControlState::load(&**disk, &base_dir)
-        {
-            lost = bring_back_bases(&**disk, &base_dir, &below, false)?;
+        if merging.partial {
+            match ControlState::load(&**disk, &base_dir) {
+                Ok(below) => {
+                    lost = bring_back_bases(&**disk, &base_dir, &below, false, tell)?;
+                }
+                Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {}
+                Err(cause) => return Err(io::Error::other(cause)),
+            }
         }
         merging.merge(disk, group_dir, &RwLock::default(), &RwLock::default())?;
     }

@@ -17,7 +17,7 @@ use super::content::Content;
 use super::engine::{Group, checkpoint, placed};
 use super::holds::{load_moments, remove_bases, volumes_of};
 use super::indexing::indexed;
-use super::lost::{bring_back_bases, load_horizon};
+use super::lost::{LostBase, bring_back_bases, load_horizon, tell_lost};
 use super::merging::finish_at_start;
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
@@ -93,8 +93,9 @@ impl Group {
         remove_discarded(&*disk, dir);
         let mut meta = meta;
         let mut lost_bases = Vec::new();
+        let tell = |base: &LostBase| tell_lost(&context, &name, base);
         if before.old_log || before.merging {
-            lost_bases = finish_at_start(&disk, dir, &before)
+            lost_bases = finish_at_start(&disk, dir, &before, &tell)
                 .map_err(|cause| io("go on from the image that was received", &cause))?;
             meta.update(|meta| (meta.old_log, meta.merging) = (false, false))
                 .map_err(|cause| io("write meta", &cause))?;
@@ -109,7 +110,7 @@ impl Group {
             ControlStateError::Damaged(what) => GroupError::Damaged { group: name.clone(), what },
         })?;
         let ended = before.fold_target <= horizon.position.lsn;
-        let lost = bring_back_bases(&*disk, &base_dir, &horizon, ended);
+        let lost = bring_back_bases(&*disk, &base_dir, &horizon, ended, &tell);
         lost_bases.extend(lost.map_err(|cause| io("make what is lost of the base", &cause))?);
         // Folded segments of which a crash took the new names of some, so that gaps are between
         // them.
@@ -264,7 +265,7 @@ impl Group {
             );
             group.emit(Severity::Error, "log-damaged", text, json!({ "segment": segment }));
         }
-        group.tell_lost_bases(&lost_bases);
+        group.suspect_lost(&lost_bases);
         group.report_recovery(&found, decision, failed, lost, &mut recovery);
         for branch in &kept {
             group.tell_of_branch(branch);

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::repair::Pair;
-use super::scrub::base_file;
+use super::scrub::{base_file, damaged, layered};
 use super::*;
 use crate::base::ControlState;
-use crate::io::OpenMode;
+use crate::io::{Fault, OpenMode};
 
 const BLOCKS: u64 = (3 << 20) / 4096;
 
@@ -106,6 +106,67 @@ fn a_fold_goes_on_over_a_base_that_was_lost_and_what_hosts_write_anew_is_whole()
     let (group, _) = a.open();
     assert_eq!(errors(&group, &volume, &data), 0);
     assert_eq!(a.said("base-lost"), Vec::<String>::new());
+}
+
+#[test]
+fn what_is_lost_of_an_image_while_a_fold_is_at_work_is_never_made_to_look_whole() {
+    for operation in 0.. {
+        let bench = Bench::new("a", 10);
+        let (group, volume) = layered(&bench);
+        // A part of a block of which the rest is in the base alone.
+        write(&group, volume.number, 5 * 4096 + 512, &[9; 512]);
+        bench.pass(4000);
+        group.sync_now().unwrap();
+        let expected = read(&*group, volume.number, 0, 3 << 20);
+        let begun = bench.disk.operations();
+        bench.disk.inject(Fault::PowerOff { operation: begun + operation });
+        if group.fold_now().is_ok() {
+            assert!(operation > 15, "{operation} boundaries were tried");
+            break;
+        }
+        drop(group);
+        for loss in [Loss::All, Loss::Behind(20 << 10)] {
+            let crashed = bench.after_crash(operation);
+            lose(&crashed, &base_file(&volume, "img"), loss);
+            let (group, _) = crashed.open();
+            // What had begun is finished.
+            errors(&group, &volume, &expected);
+            group.serve().unwrap();
+            group.fold_now().unwrap();
+            assert!(errors(&group, &volume, &expected) > 0, "operation {operation}: {loss:?}");
+            drop(group);
+            let (group, _) = crashed.open();
+            assert!(errors(&group, &volume, &expected) > 0, "operation {operation}: {loss:?}");
+        }
+    }
+}
+
+#[test]
+fn a_fold_into_a_chunk_whose_sums_are_lost_leaves_a_peer_the_repair_of_the_others() {
+    let bench = Bench::new("a", 11);
+    let (group, volume) = layered(&bench);
+    drop(group);
+    lose(&bench, &base_file(&volume, "sum"), Loss::All);
+    let (group, _) = bench.open();
+    group.serve().unwrap();
+    write(&group, volume.number, 40 * 4096, &[9; 4096]);
+    bench.pass(4000);
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    let mut expected = vec![1; 3 << 20];
+    expected[64 << 10..192 << 10].fill(2);
+    expected[192 << 10..].fill(0);
+    expected[40 * 4096..41 * 4096].fill(9);
+    assert!(errors(&group, &volume, &expected) > 0);
+    for chunk in 0..3 {
+        let wanted = group.wanted_blocks(volume.number, chunk).into_iter();
+        let wanted = wanted.flat_map(|wanted| wanted.blocks);
+        let theirs = |block: u64| expected[block as usize * 4096..][..4096].to_vec();
+        let blocks = wanted.map(|block| (block, theirs(block))).collect();
+        group.mend_base(volume.number, chunk, &blocks).unwrap();
+    }
+    assert_eq!(errors(&group, &volume, &expected), 0);
+    assert_eq!(damaged(&group), []);
 }
 
 #[test]
