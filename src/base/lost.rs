@@ -3,9 +3,9 @@
 //!
 //! A file of the image is made again as a hole: the sidecar says of each block that it was not. Of
 //! a part of a sidecar the sums and slots are made wrong, so that blocks of zeros do not pass for
-//! what is lost either; where the image's block is still there, it and a peer's prove the sum. While
-//! a fold has not ended, a wrong sum of a block may be its doing, and is passed over: then the sums
-//! of a lost part of the image are made such as it leaves alone.
+//! what is lost either; where the image's block is still there, it and a peer's prove the sum.
+//! While a fold has not ended, a wrong sum of a block may be its doing, and is passed over: then
+//! the sums of a lost part of the image are made such as it leaves alone.
 
 use std::io::{self, IoSlice};
 use std::path::Path;
@@ -42,8 +42,8 @@ impl Lost {
 impl BaseVolume {
     /// Makes the files of a volume again that are not there, or not to the end that a base of
     /// `size_bytes` has; which these were. `in_work`: a fold that has not ended may have written to
-    /// it. Durable on return; after a crash in the middle it is called again. For who has not opened
-    /// the base yet.
+    /// it. Durable on return; after a crash in the middle it is called again. For who has not
+    /// opened the base yet.
     ///
     /// # Errors
     ///

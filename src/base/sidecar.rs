@@ -46,8 +46,8 @@ pub const ZERO_BLOCK_CRC: u32 = 0xc71c_0011;
 /// CRC-32 of the sums of a chunk of zeros, which are 1024 zeros.
 pub const ZERO_SUMS_CRC: u32 = 0xefb5_af2e;
 
-/// What stands for a sum that the disk lost: of a block of zeros it is no sum either, and says that a
-/// fold left it damaged.
+/// What stands for a sum that the disk lost: of a block of zeros it is no sum either, and says that
+/// a fold left it damaged.
 pub const LOST_SUM: [u8; 4] = [0xff; 4];
 
 const MAGIC: [u8; 4] = *b"TLS1";

@@ -66,9 +66,9 @@ pub(super) fn load_horizon(
     Ok(state)
 }
 
-/// Brings back, as damage, what is not there of the files that the control state tells of, and tells
-/// of it at once. While a fold or a merge has not `ended`, a file that is too short may be its doing,
-/// and made right by it: of that nothing is told.
+/// Brings back, as damage, what is not there of the files that the control state tells of, and
+/// tells of it at once. While a fold or a merge has not `ended`, a file that is too short may be
+/// its doing, and made right by it: of that nothing is told.
 ///
 /// # Errors
 ///

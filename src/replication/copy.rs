@@ -35,6 +35,9 @@ pub(super) struct CopyReport {
     /// Why its log is full, where it is.
     #[serde(default)]
     pub(super) log_full: Option<String>,
+    /// The same as far as it knew at that moment, which is what a promote there would say.
+    #[serde(default)]
+    pub(super) full_now: Option<String>,
     /// It is short of room, though it may have some at this moment: full a moment ago, and filled
     /// as fast as it is folded.
     #[serde(default)]
@@ -289,6 +292,7 @@ impl Shared {
                     data_state,
                     data_reason,
                     log_full: group.why_full(),
+                    full_now: group.full_now(),
                     short_of_room: group.is_short_of_room(),
                     checked_to: check.checked_to,
                     damaged: check.damaged,
@@ -329,6 +333,7 @@ mod tests {
             data_state: DataState::Consistent,
             data_reason: None,
             log_full: None,
+            full_now: None,
             short_of_room: false,
             checked_to: Lsn(8),
             damaged: None,

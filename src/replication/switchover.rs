@@ -165,7 +165,7 @@ impl Shared {
     ) -> Result<(), ReplicationError> {
         let node = self.peer_named(peer.as_str())?.node;
         let Some((report, _)) = self.copy_report(node, group, self.now()) else { return Ok(()) };
-        match report.failure().or(report.log_full) {
+        match report.failure().or(report.full_now) {
             None => Ok(()),
             Some(why) => Err(ReplicationError::Refused(format!(
                 "group {name}: hosts could not write on {peer}: {why}; nothing was changed"
