@@ -140,7 +140,7 @@ impl Group {
         let has_room = core.room.disk.is_some_and(|disk| disk.free_bytes > disk.reserve_bytes);
         let refused = core.room.refused.as_ref();
         let old = refused.is_some_and(|(_, at)| now.saturating_sub(*at) >= REFUSED_FOR);
-        self.why_full(&core).filter(|_| !(old && has_room))
+        if old && has_room { self.why_at_limit(&core) } else { self.why_full(&core) }
     }
 
     /// Why the log is not folded, where that fails, and since when.
@@ -174,6 +174,11 @@ impl Group {
                 self.dir.display()
             ));
         }
+        self.why_at_limit(core)
+    }
+
+    /// The same of a log that has reached its limit.
+    fn why_at_limit(&self, core: &Core) -> Option<String> {
         let limit = self.log_limit(core);
         if self.log_bytes(core) < limit {
             return None;

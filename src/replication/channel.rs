@@ -107,6 +107,8 @@ pub struct Channel {
     untold: Option<History>,
     /// The peer says that replication with it was stopped, and so nothing more.
     silent: bool,
+    /// The group had its mark of a stop when it told last.
+    marked: bool,
     /// What people were told of a split brain: whether this node, and the peer, has more.
     told_have_more: (bool, bool),
     /// Whether the shell knows that this peer's stream is followed.
@@ -187,6 +189,7 @@ impl Channel {
             told_stopped: false,
             untold: None,
             silent: false,
+            marked: false,
             told_have_more: (false, false),
             told_follows: false,
             told_reigns: None,
@@ -328,7 +331,7 @@ impl Channel {
         let follows_changed = before.follows != self.local.follows;
         let given_up = before.given_up != self.local.given_up;
         // The peer's word that it was stopped came while the mark was still there.
-        let unmarked = before.retired && !self.local.retired;
+        let unmarked = std::mem::replace(&mut self.marked, self.local.retired) && !self.marked;
         // A peer that stopped it tells no copy that has something else.
         let untold = cut && self.remote.is_none();
         let open = (follows_changed || unmarked) && self.silent || untold;

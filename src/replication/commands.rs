@@ -187,7 +187,7 @@ impl Replication {
     /// Where that cannot be written.
     pub fn forget_group(&self, group: GroupId) -> Result<(), ReplicationError> {
         let peers = self.shared.store.lock().expect("no holder panics").all().to_vec();
-        Ok(peers.iter().try_for_each(|peer| self.shared.unask(peer.node, group))?)
+        Ok(peers.iter().try_for_each(|peer| self.shared.unask(peer.node, group).map(drop))?)
     }
 
     /// The `peers` of a group in status: its copies, or on a secondary its primary.
@@ -571,14 +571,17 @@ impl Shared {
             ));
         }
         // First: a copy that nobody is known to have asked for is refused to who asks again.
-        self.ask_for(peer.node, body.group).map_err(|error| {
+        let is_new = self.ask_for(peer.node, body.group).map_err(|error| {
             format!("{error}; nothing was changed on either node: make room there, and try again")
         })?;
         if known.is_none() {
             let name = body.name.clone();
             let made = self.groups.create_copy(body.group, name, body.segment_bytes);
             if let Err(error) = made {
-                self.forget_asked_for(peer.node, body.group);
+                // Else another call is at it, and may have made it.
+                if is_new {
+                    self.forget_asked_for(peer.node, body.group);
+                }
                 return Err(error.to_string());
             }
             let text = format!("group {}: a copy is made here, as {} asked", body.name, peer.name);

@@ -80,6 +80,7 @@ impl CopyReport {
     /// A shortage of room lasts until it has ended: not from one try to the next.
     fn goes_on_from(&mut self, before: Option<&CopyReport>) {
         if self.short_of_room && self.log_full.is_none() {
+            let before = before.filter(|before| before.role == self.role);
             self.log_full = before.and_then(|before| before.log_full.clone());
         }
     }

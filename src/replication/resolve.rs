@@ -230,20 +230,25 @@ impl Shared {
         Ok(is_new)
     }
 
-    /// Forgets that again.
-    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<(), StoreError> {
-        self.store.lock().expect("no holder panics").change(peer, |peer| {
-            peer.copies.remove(&group);
-        })
+    /// Forgets that again; whether it was known.
+    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
+        let mut was_known = false;
+        let change = |peer: &mut Peer| was_known = peer.copies.remove(&group);
+        self.store.lock().expect("no holder panics").change(peer, change)?;
+        Ok(was_known)
     }
 
     /// The peer has stopped replicating the group to this node since that was asked for; the record
     /// may have come in one piece with the one that made the two members.
     pub(super) fn forget_asked_for(&self, peer: NodeId, group: GroupId) {
-        if let Err(error) = self.unask(peer, group) {
-            tracing::error!("group {group}: that peer {peer} has stopped it: {error}");
+        match self.unask(peer, group) {
+            Ok(true) => drop(self.groups_changed()),
+            // Who is told again and again would else ask again and again.
+            Ok(false) => {}
+            Err(error) => {
+                tracing::error!("group {group}: that peer {peer} has stopped it: {error}");
+            }
         }
-        self.groups_changed();
     }
 
     /// Has this node follow a peer from where their histories part. That is noted before the log is

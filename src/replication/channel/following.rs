@@ -369,17 +369,31 @@ mod tests {
     #[test]
     fn a_stop_that_is_told_before_the_mark_of_an_earlier_one_is_off_retires_the_copy_after_all() {
         let mut channel = copy(history(&[(1, 0)], 1000));
-        channel.local.retired = true;
+        let local = LocalGroup { retired: true, ..channel.local.clone() };
+        assert!(!says_again(&mut channel, local));
         // Another primary's stream takes the mark off: that is on its way to the group.
         let theirs = history(&[(1, 0), (2, 1000)], 1200);
         told(&mut channel, |channel, context| channel.on_stopped(context, true, &theirs));
         let local = LocalGroup { retired: false, ..channel.local.clone() };
-        assert!(says_again(&mut channel, local));
+        assert!(says_again(&mut channel, local.clone()));
+        assert!(!says_again(&mut channel, local), "once");
         told(&mut channel, |channel, context| {
             channel.on_stopped(context, true, &theirs);
             let retires = |output: &Output| matches!(output, Output::Retire { retired: true, .. });
             assert!(context.outputs.iter().any(retires));
         });
+    }
+
+    #[test]
+    fn a_failed_copy_that_is_told_of_its_stop_says_nothing_again_without_end() {
+        let mut channel = copy(history(&[(1, 0)], 1000));
+        let theirs = history(&[(1, 0), (2, 1000)], 1200);
+        // It has no mark then: that it failed is what it tells.
+        let local = channel.local.clone();
+        for _ in 0..3 {
+            told(&mut channel, |channel, context| channel.on_stopped(context, true, &theirs));
+            assert!(!says_again(&mut channel, local.clone()));
+        }
     }
 
     #[test]
