@@ -61,7 +61,7 @@ impl BaseVolume {
         let found_bytes = length(disk, &sums)?;
         if found_bytes.is_none_or(|found| found < bytes) {
             let from_chunk = first_lost(found_bytes.unwrap_or(0), size_bytes);
-            make_sidecar(disk, &sums, number, size_bytes, found_bytes.unwrap_or(0))?;
+            make_sidecar(disk, &sums, number, size_bytes, (found_bytes.unwrap_or(0), from_chunk))?;
             lost.push(Lost { file: name(&sums), found_bytes, expected_bytes: bytes, from_chunk });
         }
         let path = image_path(dir, number);
@@ -110,14 +110,14 @@ fn first_lost(found_bytes: u64, size_bytes: u64) -> u64 {
     from
 }
 
-/// Writes a sidecar that has what is left of the one at `path`, and of the rest sums and slots that
-/// are wrong; it takes the name when it is whole.
+/// Writes a sidecar that has what is left of the one at `path`, so many bytes up to a chunk, and of
+/// the rest sums and slots that are wrong; it takes the name when it is whole.
 fn make_sidecar(
     disk: &dyn Disk,
     path: &Path,
     number: VolumeNumber,
     size_bytes: u64,
-    found_bytes: u64,
+    (found_bytes, first_lost): (u64, u64),
 ) -> io::Result<()> {
     let new_path = path.with_extension("sum.new");
     let new = disk.open(&new_path, OpenMode::Create)?;
@@ -129,7 +129,6 @@ fn make_sidecar(
     let old = if found_bytes > 0 { Some(disk.open(path, OpenMode::Read)?) } else { None };
     let chunks = size_bytes.div_ceil(CHUNK_BYTES);
     let blocks = size_bytes / BLOCK_BYTES;
-    let first_lost = first_lost(found_bytes, size_bytes);
     for first in (0..chunks).step_by(sidecar::CHUNKS_PER_REGION as usize) {
         let at = sidecar::slot_offset(first);
         let mut region = vec![0; REGION_BYTES as usize];
@@ -140,7 +139,7 @@ fn make_sidecar(
         let end = chunks.min(first + sidecar::CHUNKS_PER_REGION);
         for chunk in first.max(first_lost)..end {
             let slot = (sidecar::slot_offset(chunk) - at) as usize;
-            region[slot..][..sidecar::SLOT_BYTES].fill(0xff);
+            region[slot..][..sidecar::SLOT_BYTES].copy_from_slice(&sidecar::LOST_SLOT);
             let from = chunk * BLOCKS_PER_CHUNK as u64;
             let count = (blocks - from).min(BLOCKS_PER_CHUNK as u64) as usize;
             let sums = (sidecar::sum_offset(from) - at) as usize;

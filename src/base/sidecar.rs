@@ -49,6 +49,8 @@ pub const ZERO_SUMS_CRC: u32 = 0xefb5_af2e;
 /// What stands for a sum that the disk lost: of a block of zeros it is no sum either, and says that
 /// a fold left it damaged.
 pub const LOST_SUM: [u8; 4] = [0xff; 4];
+/// What stands for a slot of sums that are lost: its checksum is wrong.
+pub const LOST_SLOT: [u8; SLOT_BYTES] = [0xff; SLOT_BYTES];
 
 const MAGIC: [u8; 4] = *b"TLS1";
 const VERSION: u32 = 1;

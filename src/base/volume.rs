@@ -571,7 +571,7 @@ impl BaseVolume {
         self.sums.write_at(&[IoSlice::new(&*open.sums)], sidecar::sum_offset(first))?;
         // No slot vouches for sums that are lost: a block here and a peer's could prove none then.
         let lost = open.sums.chunks_exact(4).any(|sum| sum == sidecar::LOST_SUM);
-        let slot = if lost { [0xff; SLOT_BYTES] } else { open.slot.encode(open.chunk) };
+        let slot = if lost { sidecar::LOST_SLOT } else { open.slot.encode(open.chunk) };
         self.sums.write_at(&[IoSlice::new(&slot)], sidecar::slot_offset(open.chunk))
     }
 
