@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::returning::join;
 use super::*;
 use crate::log::segment::segment_name;
 
@@ -178,7 +179,7 @@ fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
 fn a_fold_waits_for_a_repair_of_the_base_while_writers_have_room_and_what_it_leaves_has_changed() {
     let bench = Bench::new("a", 5);
     let (group, volume, mut expected, base) = rotted_base(&bench);
-    add_peer(&group);
+    join(&group, 7);
     group.sync_now().unwrap();
     let before = Lsn(group.positions().horizon.0 + 4096);
     bench.disk.damage(&base, 9 * 4096 + 100, 1, 1);
@@ -204,7 +205,7 @@ fn a_fold_waits_for_a_repair_of_the_base_while_writers_have_room_and_what_it_lea
 fn a_fold_waits_for_a_peer_that_may_have_what_has_rotted_until_writers_need_the_room() {
     let bench = Bench::new("a", 7);
     let (group, volume, mut expected, _) = rotted(&bench);
-    add_peer(&group);
+    join(&group, 7);
     set_policy(&group, 0, 4 * SEGMENT);
     bench.pass(5);
     group.sync_now().unwrap();
@@ -234,7 +235,7 @@ fn a_fold_waits_for_a_peer_that_may_have_what_has_rotted_until_writers_need_the_
 fn a_fold_waits_no_more_for_what_no_peer_has() {
     let bench = Bench::new("a", 8);
     let (group, volume, expected, _) = rotted(&bench);
-    add_peer(&group);
+    join(&group, 7);
     bench.pass(5);
     group.sync_now().unwrap();
     assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));

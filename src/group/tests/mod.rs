@@ -162,9 +162,3 @@ pub(super) fn set_policy(group: &Group, window_seconds: u64, log_limit: u64) {
     };
     group.append_control(Control::Policy(policy)).unwrap();
 }
-
-/// Another node is a member of the group.
-pub(super) fn add_peer(group: &Group) {
-    let record = serde_json::json!({ "node": NodeId([7; 16]), "name": "b", "mode": "async" });
-    group.append_control(Control::Member(serde_json::from_value(record).unwrap())).unwrap();
-}

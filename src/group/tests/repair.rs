@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::returning::join;
 use super::scrub::{base_file, damaged, layered, turn};
 use super::*;
 use crate::log::reader::Scanner;
@@ -162,7 +163,7 @@ fn a_part_of_a_block_that_rotted_before_a_fold_is_taken_from_a_peer_and_then_fol
     let a = Bench::new("a", 14);
     let (primary, volume) = layered(&a);
     let number = volume.number;
-    add_peer(&primary);
+    join(&primary, 7);
     let end = write(&primary, number, 3 * 4096 + 512, &[7; 1024]);
     write(&primary, number, 100 * 4096, &[8; 8192]);
     primary.sync_now().unwrap();

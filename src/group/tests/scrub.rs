@@ -3,6 +3,7 @@
 use std::io::IoSlice;
 use std::path::Path;
 
+use super::returning::join;
 use super::*;
 use crate::io::{Fault, OpenMode};
 use crate::log::segment::segment_name;
@@ -137,7 +138,7 @@ fn a_damaged_block_of_which_a_fold_changes_a_part_is_never_made_to_look_whole() 
     let bench = Bench::new("a", 4);
     let (group, volume) = layered(&bench);
     // Else it would not be waited for.
-    add_peer(&group);
+    join(&group, 7);
     turn(&bench, &base_file(&volume, "img"), 4096 + 3000);
     write(&group, volume.number, 4096, &[9; 512]);
     set_policy(&group, 0, 64 << 20);
