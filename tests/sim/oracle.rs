@@ -339,8 +339,16 @@ impl Oracle {
         }
     }
 
+    /// A place without the flushes at its end: they change nothing, and no log has them.
+    fn without_flushes(&self, Place { line, index }: Place) -> Place {
+        let changes = |id: &u64| self.request(*id).what != What::Flush;
+        let last = self.lines[line].requests[..index].iter().rposition(changes);
+        Place { line, index: last.map_or(0, |last| last + 1) }
+    }
+
     /// Whether what a line was at `small` is a beginning of what it was at `large`.
     pub fn includes(&self, large: Place, small: Place) -> bool {
+        let small = self.without_flushes(small);
         if large.line == small.line {
             return small.index <= large.index;
         }
