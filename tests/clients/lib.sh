@@ -13,7 +13,8 @@
 # RIG_SERVER=nbdkit runs the same script against nbdkit's memory plugin: what fails there is the
 # fault of the rig, not of the appliance.
 
-set -euo pipefail
+set -eEuo pipefail
+trap 'echo "${BASH_SOURCE[0]##*/}, line $LINENO: exit $?: $BASH_COMMAND"' ERR
 export PATH=/usr/bin:$PATH:/usr/sbin:/sbin
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/tidelog-client.XXXXXX")
