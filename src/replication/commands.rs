@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::events::Severity;
 use crate::group::{DataState, Group, Role};
 use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
 use crate::units::{ByteSize, GroupId, LogTime, Name, NodeId, Span};
 
+use super::asked;
 use super::channel::{Gap, ReplicationState};
 use super::copy;
 use super::core::{Input, Membership, PeerCore};
@@ -23,9 +24,6 @@ use super::service::{Replication, ReplicationError, Shared};
 use super::status::{PeerStatus, secondary_lag, why};
 use super::switchover;
 use super::verify;
-
-const CREATE_COPY: &str = "replication.create-copy";
-const CREATE_COPY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a group is replicated; what is not given stays as it is.
 #[derive(Clone, Debug, Default)]
@@ -41,7 +39,7 @@ pub struct ReplicateOptions {
 impl Replication {
     pub(super) fn install_handlers(&self) {
         self.install_pair_handlers();
-        self.on_blocking_call(CREATE_COPY, Shared::create_copy);
+        self.on_blocking_call(asked::METHOD, Shared::create_copy);
         self.on_blocking_call(copy::METHOD, Shared::report_copies);
         self.on_blocking_call(switchover::METHOD, Shared::take_over);
         self.on_blocking_call(resolve::METHOD, Shared::tell_side);
@@ -74,14 +72,9 @@ impl Replication {
                  that is (`tidelog status {group_name}` shows it)"
             )));
         }
-        let body = json!({
-            "group": group.id(),
-            "name": group.name(),
-            "segment_bytes": group.segment_bytes(),
-        });
         // What hosts do without the peer can be changed while it is away.
         if !self.is_replicated_to(group_name, peer_name) || shared.is_connected(peer.node) {
-            self.call(peer_name, CREATE_COPY, body, CREATE_COPY_TIMEOUT).await?;
+            self.ask_for_copy(peer_name, &*group).await?;
         }
         let work = move || -> Result<(), ReplicationError> {
             let own = shared.context.node.clone();
@@ -530,65 +523,4 @@ fn copy_facts(
         mismatch,
         log_check: health::LogCheck::default(),
     })
-}
-
-impl Shared {
-    /// Makes the empty copy that a peer asks for. A name that another group has is refused.
-    pub(super) fn create_copy(
-        &self,
-        peer: &super::rpc::PeerContext,
-        body: &Value,
-    ) -> Result<Value, String> {
-        #[derive(serde::Deserialize)]
-        struct Body {
-            group: GroupId,
-            name: Name,
-            segment_bytes: u64,
-        }
-        let body: Body = serde_json::from_value(body.clone())
-            .map_err(|error| format!("a request that is not understood: {error}"))?;
-        if !body.segment_bytes.is_power_of_two()
-            || !(1 << 16..=1 << 30).contains(&body.segment_bytes)
-        {
-            return Err(format!("segments of {} bytes are not possible", body.segment_bytes));
-        }
-        let known = self.groups.by_id(body.group);
-        if let Some(known) = &known {
-            let control = known.control();
-            let theirs = control.members.iter().any(|member| member.node == peer.node);
-            if !theirs && !self.peer(peer.node).is_some_and(|p| p.copies.contains(&body.group)) {
-                return Err(format!(
-                    "group {} is here already, and {} is no member of it; `tidelog group delete \
-                     {0}` on this node, if what it has is not needed",
-                    body.name, peer.name
-                ));
-            }
-        } else if self.groups.by_name(body.name.as_str()).is_ok() {
-            return Err(format!(
-                "another group with the name `{}` is there already; `tidelog group delete {0}` on \
-                 one of the two nodes, if it is not needed",
-                body.name
-            ));
-        }
-        // First: a copy that nobody is known to have asked for is refused to who asks again.
-        let is_new = self.ask_for(peer.node, body.group).map_err(|error| {
-            format!("{error}; nothing was changed on either node: make room there, and try again")
-        })?;
-        if known.is_none() {
-            let name = body.name.clone();
-            let made = self.groups.create_copy(body.group, name, body.segment_bytes);
-            if let Err(error) = made {
-                // Else another call is at it, and may have made it.
-                if is_new {
-                    self.forget_asked_for(peer.node, body.group);
-                }
-                return Err(error.to_string());
-            }
-            let text = format!("group {}: a copy is made here, as {} asked", body.name, peer.name);
-            let name = Some(body.name.as_str());
-            self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
-        }
-        self.groups_changed();
-        Ok(Value::Null)
-    }
 }

@@ -12,7 +12,6 @@ use crate::units::{ByteSize, EpochId, GroupId, Lsn, Name, NodeId};
 
 use super::channel::{Channel, Parted, ReplicationState};
 use super::core::{Input, PeerCore, given_up};
-use super::peers::{Peer, StoreError};
 use super::replica::{Replica, history_of};
 use super::rpc::PeerContext;
 use super::service::{Replication, ReplicationError, Shared};
@@ -221,36 +220,6 @@ struct Ask {
 }
 
 impl Shared {
-    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so;
-    /// whether that is new.
-    pub(super) fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
-        let mut is_new = false;
-        let change = |peer: &mut Peer| is_new = peer.copies.insert(group);
-        self.store.lock().expect("no holder panics").change(peer, change)?;
-        Ok(is_new)
-    }
-
-    /// Forgets that again; whether it was known.
-    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
-        let mut was_known = false;
-        let change = |peer: &mut Peer| was_known = peer.copies.remove(&group);
-        self.store.lock().expect("no holder panics").change(peer, change)?;
-        Ok(was_known)
-    }
-
-    /// The peer has stopped replicating the group to this node since that was asked for; the record
-    /// may have come in one piece with the one that made the two members.
-    pub(super) fn forget_asked_for(&self, peer: NodeId, group: GroupId) {
-        match self.unask(peer, group) {
-            Ok(true) => drop(self.groups_changed()),
-            // Who is told again and again would else ask again and again.
-            Ok(false) => {}
-            Err(error) => {
-                tracing::error!("group {group}: that peer {peer} has stopped it: {error}");
-            }
-        }
-    }
-
     /// Has this node follow a peer from where their histories part. That is noted before the log is
     /// cut: the record that made the two members may be in what is cut off.
     pub(super) fn yield_to(
@@ -315,34 +284,17 @@ impl std::fmt::Display for Parting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::MemoryDisk;
     use crate::log::control::Mode;
-    use crate::replication::drive::tests::{Node, member, node_on};
-    use crate::replication::pairing::Fingerprint;
-    use crate::units::{Chain, LogTime};
-
-    const PEER: NodeId = NodeId([2; 16]);
+    use crate::replication::asked::tests::{PEER, is_asked_for, node_with_peer};
+    use crate::replication::drive::tests::{Node, member};
+    use crate::units::Chain;
 
     /// A node that knows a peer, which is a member of its group, and where the two part.
     fn parted() -> (Node, Arc<Group>, Parted) {
-        let (node, group) = node_on(Arc::new(MemoryDisk::new()));
+        let (node, group) = node_with_peer();
         let at = group.positions().head;
         group.append_control(member(PEER, "b", Mode::Async)).unwrap();
-        let peer = Peer {
-            node: PEER,
-            name: "b".parse().unwrap(),
-            address: None,
-            fingerprints: Vec::new(),
-            paired: LogTime(0),
-            copies: std::collections::BTreeSet::new(),
-            paused: std::collections::BTreeSet::new(),
-        };
-        node.replication.shared.store.lock().unwrap().put(peer).unwrap();
         (node, group, Parted { at, chain: None })
-    }
-
-    fn is_asked_for(node: &Node, group: &Group) -> bool {
-        node.replication.shared.peer(PEER).unwrap().copies.contains(&group.id())
     }
 
     #[tokio::test]
@@ -364,28 +316,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_for_a_copy_that_cannot_be_noted_is_told_that_nothing_was_changed() {
-        let (node, group, _) = parted();
-        let shared = &node.replication.shared;
-        let peer =
-            PeerContext { node: PEER, name: "b".parse().unwrap(), key: Fingerprint([0; 32]) };
-        let other = GroupId([9; 16]);
-        let in_the_way = shared.config.state_dir.join("peers.new");
-        for (id, name) in [(group.id(), "g"), (other, "h")] {
-            let ask = serde_json::json!({ "group": id, "name": name, "segment_bytes": 1 << 20 });
-            std::fs::create_dir(&in_the_way).unwrap();
-            let refused = shared.create_copy(&peer, &ask).unwrap_err();
-            assert!(refused.contains("peers: could not be written"), "{refused}");
-            assert!(refused.contains("nothing was changed on either node"), "{refused}");
-            assert!(shared.groups.by_id(other).is_none(), "{name}");
-            std::fs::remove_dir(&in_the_way).unwrap();
-            shared.create_copy(&peer, &ask).unwrap();
-        }
-        assert!(shared.groups.by_id(other).is_some());
-        node.stop();
-    }
-
-    #[tokio::test]
     async fn a_yield_that_is_refused_leaves_a_copy_asked_for_only_where_it_was_before() {
         let (node, group, parted) = parted();
         let shared = &node.replication.shared;
@@ -397,19 +327,6 @@ mod tests {
             shared.yield_to(&*group, PEER, other, Discard::Authored).unwrap_err();
             assert_eq!(is_asked_for(&node, &group), before);
         }
-        node.stop();
-    }
-
-    #[tokio::test]
-    async fn a_membership_that_is_ended_by_command_is_not_asked_for_any_more() {
-        let (node, group, _) = parted();
-        let shared = &node.replication.shared;
-        shared.ask_for(PEER, group.id()).unwrap();
-        node.replication.stop("g", "b").await.unwrap();
-        assert!(!is_asked_for(&node, &group));
-        shared.ask_for(PEER, group.id()).unwrap();
-        node.replication.forget_group(group.id()).unwrap();
-        assert!(!is_asked_for(&node, &group), "the group was deleted");
         node.stop();
     }
 }

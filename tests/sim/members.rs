@@ -7,7 +7,7 @@
 use tidelog::group::{DataState, Group, GroupError, Point, Role};
 use tidelog::log::control::{Mode, OnLoss};
 use tidelog::replication::ReplicateOptions;
-use tidelog::replication::simulation::put_member;
+use tidelog::replication::simulation::{may_follow, put_member};
 use tidelog::units::{Lsn, NodeId};
 
 use super::hosts::MUST_HOLD;
@@ -71,7 +71,8 @@ impl World {
         let there = self.nodes[peer].group(group).expect("it runs").clone();
         // The peer takes a copy up for nobody who has nothing to do with it.
         let me = self.nodes[node].id;
-        if !has_member(&there, me) && !self.nodes[peer].invited.contains(&(node, group)) {
+        let invited = self.nodes[peer].invited.contains(&(node, group));
+        if !invited && !may_follow(&there.control(), there.role(), self.nodes[peer].id, me) {
             self.coverage.add("replications refused", 1);
             return false;
         }

@@ -1,0 +1,237 @@
+//! What a peer asks this node to keep a copy of: asking, who is heard, and the note that stands for
+//! a group's records until the log here has them.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::events::Severity;
+use crate::group::{ControlView, Role};
+use crate::units::{GroupId, Name, NodeId};
+
+use super::peers::{Peer, StoreError};
+use super::replica::Replica;
+use super::rpc::PeerContext;
+use super::service::{Replication, ReplicationError, Shared};
+
+pub(super) const METHOD: &str = "replication.create-copy";
+/// The peer makes a group's files.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The copy that a peer is asked for.
+#[derive(Serialize, Deserialize)]
+struct Ask {
+    group: GroupId,
+    name: Name,
+    segment_bytes: u64,
+}
+
+/// Whether a group that is here already may follow a peer that asks for it: one that its records
+/// have as a member, or any where it serves nobody and its records name no other member. That is
+/// how a copy is left whose log was cut back to where replication had just been stopped.
+#[must_use]
+pub fn may_follow(control: &ControlView, role: Role, me: NodeId, peer: NodeId) -> bool {
+    let mut others = control.members.iter().map(|member| member.node).filter(|node| *node != me);
+    match role {
+        Role::Primary => others.any(|node| node == peer),
+        Role::Secondary => others.clone().next().is_none() || others.any(|node| node == peer),
+    }
+}
+
+impl Replication {
+    /// Has a peer make a copy of a group, or know that this node wants the one that it has.
+    pub(super) async fn ask_for_copy(
+        &self,
+        peer: &str,
+        group: &dyn Replica,
+    ) -> Result<(), ReplicationError> {
+        let ask = Ask {
+            group: group.id(),
+            name: group.name().clone(),
+            segment_bytes: group.segment_bytes(),
+        };
+        let body = serde_json::to_value(ask).expect("numbers and names");
+        self.call(peer, METHOD, body, ANSWER_TIMEOUT).await?;
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Makes the empty copy that a peer asks for. A name that another group has is refused.
+    pub(super) fn create_copy(&self, peer: &PeerContext, body: &Value) -> Result<Value, String> {
+        let Ask { group, name, segment_bytes } = serde_json::from_value(body.clone())
+            .map_err(|error| format!("a request that is not understood: {error}"))?;
+        if !segment_bytes.is_power_of_two() || !(1 << 16..=1 << 30).contains(&segment_bytes) {
+            return Err(format!("segments of {segment_bytes} bytes are not possible"));
+        }
+        let known = self.groups.by_id(group);
+        if let Some(known) = &known {
+            let asked = self.peer(peer.node).is_some_and(|p| p.copies.contains(&group));
+            if !asked && !may_follow(&known.control(), known.role(), self.me(), peer.node) {
+                return Err(format!(
+                    "group {name} is here already, and {} is no member of it; `tidelog group \
+                     delete {name}` on this node, if what it has is not needed",
+                    peer.name
+                ));
+            }
+        } else if self.groups.by_name(name.as_str()).is_ok() {
+            return Err(format!(
+                "another group with the name `{name}` is there already; `tidelog group delete \
+                 {name}` on one of the two nodes, if it is not needed"
+            ));
+        }
+        // First: a copy that nobody is known to have asked for is refused to who asks again.
+        let is_new = self.ask_for(peer.node, group).map_err(|error| {
+            format!("{error}; nothing was changed on either node: make room there, and try again")
+        })?;
+        if known.is_none() {
+            if let Err(error) = self.groups.create_copy(group, name.clone(), segment_bytes) {
+                // Else another call is at it, and may have made it.
+                if is_new {
+                    self.forget_asked_for(peer.node, group);
+                }
+                return Err(error.to_string());
+            }
+            let text = format!("group {name}: a copy is made here, as {} asked", peer.name);
+            let name = Some(name.as_str());
+            self.context.events.emit(Severity::Info, "copy-made", name, text, Value::Null);
+        }
+        self.groups_changed();
+        Ok(Value::Null)
+    }
+
+    /// Remembers that a peer's copy of a group is wanted here, until this node's log says so;
+    /// whether that is new.
+    pub(super) fn ask_for(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
+        let mut is_new = false;
+        let change = |peer: &mut Peer| is_new = peer.copies.insert(group);
+        self.store.lock().expect("no holder panics").change(peer, change)?;
+        Ok(is_new)
+    }
+
+    /// Forgets that again; whether it was known.
+    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
+        let mut was_known = false;
+        let change = |peer: &mut Peer| was_known = peer.copies.remove(&group);
+        self.store.lock().expect("no holder panics").change(peer, change)?;
+        Ok(was_known)
+    }
+
+    /// The peer has stopped replicating the group to this node since that was asked for; the record
+    /// may have come in one piece with the one that made the two members.
+    pub(super) fn forget_asked_for(&self, peer: NodeId, group: GroupId) {
+        match self.unask(peer, group) {
+            Ok(true) => drop(self.groups_changed()),
+            // Who is told again and again would else ask again and again.
+            Ok(false) => {}
+            Err(error) => {
+                tracing::error!("group {group}: that peer {peer} has stopped it: {error}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::group::Group;
+    use crate::io::MemoryDisk;
+    use crate::log::control::Mode;
+    use crate::replication::drive::tests::{Node, member, node_on};
+    use crate::replication::pairing::Fingerprint;
+    use crate::units::LogTime;
+
+    pub(in crate::replication) const PEER: NodeId = NodeId([2; 16]);
+
+    /// A node that is paired with one that its group does not know.
+    pub(in crate::replication) fn node_with_peer() -> (Node, Arc<Group>) {
+        let (node, group) = node_on(Arc::new(MemoryDisk::new()));
+        let peer = Peer {
+            node: PEER,
+            name: "b".parse().unwrap(),
+            address: None,
+            fingerprints: Vec::new(),
+            paired: LogTime(0),
+            copies: BTreeSet::new(),
+            paused: BTreeSet::new(),
+        };
+        node.replication.shared.store.lock().unwrap().put(peer).unwrap();
+        (node, group)
+    }
+
+    pub(in crate::replication) fn is_asked_for(node: &Node, group: &Group) -> bool {
+        node.replication.shared.peer(PEER).unwrap().copies.contains(&group.id())
+    }
+
+    /// The peer asks for a group.
+    fn ask(node: &Node, group: GroupId, name: &str) -> Result<Value, String> {
+        let peer =
+            PeerContext { node: PEER, name: "b".parse().unwrap(), key: Fingerprint([0; 32]) };
+        let ask = json!({ "group": group, "name": name, "segment_bytes": 1 << 20 });
+        node.replication.shared.create_copy(&peer, &ask)
+    }
+
+    #[tokio::test]
+    async fn who_asks_for_a_copy_that_cannot_be_noted_is_told_that_nothing_was_changed() {
+        let (node, group) = node_with_peer();
+        group.append_control(member(PEER, "b", Mode::Async)).unwrap();
+        let shared = &node.replication.shared;
+        let other = GroupId([9; 16]);
+        let in_the_way = shared.config.state_dir.join("peers.new");
+        for (id, name) in [(group.id(), "g"), (other, "h")] {
+            std::fs::create_dir(&in_the_way).unwrap();
+            let refused = ask(&node, id, name).unwrap_err();
+            assert!(refused.contains("peers: could not be written"), "{refused}");
+            assert!(refused.contains("nothing was changed on either node"), "{refused}");
+            assert!(shared.groups.by_id(other).is_none(), "{name}");
+            std::fs::remove_dir(&in_the_way).unwrap();
+            ask(&node, id, name).unwrap();
+        }
+        assert!(shared.groups.by_id(other).is_some());
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_knows_nobody_follows_who_asks_and_a_primary_does_not() {
+        let (node, group) = node_with_peer();
+        let refused = ask(&node, group.id(), "g").unwrap_err();
+        assert!(refused.contains("b is no member of it; `tidelog group delete g`"), "{refused}");
+        assert!(!is_asked_for(&node, &group));
+        group.demote().unwrap();
+        ask(&node, group.id(), "g").unwrap();
+        assert!(is_asked_for(&node, &group), "it is left alone, and is taken up");
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_copy_of_others_is_not_taken_by_who_is_no_member() {
+        let (node, group) = node_with_peer();
+        group.append_control(member(NodeId([3; 16]), "c", Mode::Async)).unwrap();
+        group.demote().unwrap();
+        ask(&node, group.id(), "g").unwrap_err();
+        group.promote("by command").unwrap();
+        group.append_control(member(PEER, "b", Mode::Async)).unwrap();
+        ask(&node, group.id(), "g").unwrap();
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_membership_that_is_ended_by_command_is_not_asked_for_any_more() {
+        let (node, group) = node_with_peer();
+        group.append_control(member(PEER, "b", Mode::Async)).unwrap();
+        let shared = &node.replication.shared;
+        shared.ask_for(PEER, group.id()).unwrap();
+        node.replication.stop("g", "b").await.unwrap();
+        assert!(!is_asked_for(&node, &group));
+        shared.ask_for(PEER, group.id()).unwrap();
+        node.replication.forget_group(group.id()).unwrap();
+        assert!(!is_asked_for(&node, &group), "the group was deleted");
+        node.stop();
+    }
+}
