@@ -28,13 +28,18 @@ pub(super) struct LostBase {
     lost: Vec<Lost>,
 }
 
-/// The files of the base at an image, for its control state.
+/// The files of the base at an image, for its control state: of its volumes, and of those that are
+/// gone in it what the state `below` it lists, since older moments may show them.
 pub(super) fn sizes_of(
     bases: &BTreeMap<VolumeNumber, Arc<BaseVolume>>,
     content: &Content,
+    below: &BTreeMap<VolumeNumber, u64>,
 ) -> BTreeMap<VolumeNumber, u64> {
+    let mut sizes = below.clone();
+    sizes.retain(|number, _| !content.volumes.contains_key(number));
     let files = content.volumes.keys().filter_map(|number| bases.get_key_value(number));
-    files.map(|(number, base)| (*number, base.size_bytes())).collect()
+    sizes.extend(files.map(|(number, base)| (*number, base.size_bytes())));
+    sizes
 }
 
 /// The control state at the horizon.
@@ -66,8 +71,25 @@ pub(super) fn load_horizon(
     Ok(state)
 }
 
+/// The files that the control state on disk lists; none before there is one.
+///
+/// # Errors
+///
+/// What the disk says, and a control state that is damaged.
+pub(super) fn listed(disk: &dyn Disk, base_dir: &Path) -> io::Result<BTreeMap<VolumeNumber, u64>> {
+    match ControlState::load(disk, base_dir) {
+        Ok(state) => Ok(state.bases),
+        Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {
+            Ok(BTreeMap::new())
+        }
+        Err(ControlStateError::Io(cause)) => Err(cause),
+        Err(cause @ ControlStateError::Damaged(_)) => Err(io::Error::other(cause)),
+    }
+}
+
 /// Brings back, as damage, what is not there of the files that the control state tells of, and
-/// tells of it at once. While a fold or a merge has not `ended`, a file that is too short may be
+/// tells of it at once; of volumes that are gone at the horizon only of those that are `in_moments`,
+/// since the others may have been removed. While a fold or a merge has not `ended`, a file that is too short may be
 /// its doing, and made right by it: of that nothing is told.
 ///
 /// # Errors
@@ -77,11 +99,14 @@ pub(super) fn bring_back_bases(
     disk: &dyn Disk,
     base_dir: &Path,
     horizon: &ControlState,
+    in_moments: &[VolumeNumber],
     ended: bool,
     tell: &dyn Fn(&LostBase),
 ) -> io::Result<Vec<LostBase>> {
     let mut bases = Vec::new();
-    for (&volume, &size_bytes) in &horizon.bases {
+    let live = Content::at_horizon(horizon).volumes;
+    let needed = |number: &VolumeNumber| live.contains_key(number) || in_moments.contains(number);
+    for (&volume, &size_bytes) in horizon.bases.iter().filter(|(number, _)| needed(number)) {
         let mut lost = BaseVolume::bring_back(disk, base_dir, volume, size_bytes, !ended)?;
         lost.retain(|lost| ended || lost.found_bytes.is_none());
         if !lost.is_empty() {

@@ -12,7 +12,7 @@ use super::GroupError;
 use super::content::Content;
 use super::engine::Group;
 use super::files;
-use super::lost::{LostBase, bring_back_bases, sizes_of};
+use super::lost::{LostBase, bring_back_bases, listed, sizes_of};
 use super::meta::Meta;
 use super::moment::MOMENTS;
 use super::ranges::{Cover, Place, Ranges};
@@ -91,7 +91,8 @@ impl Merging {
                 bases.write().expect("no holder panics").insert(*number, Arc::new(moved));
             }
         }
-        let sizes = sizes_of(&bases.read().expect("no holder panics"), &content);
+        let below = if self.partial { listed(&**disk, &base_dir)? } else { BTreeMap::new() };
+        let sizes = sizes_of(&bases.read().expect("no holder panics"), &content, &below);
         ControlState { bases: sizes, ..self.control.clone() }.store(&**disk, &base_dir)?;
         let moments = group_dir.join(MOMENTS);
         if disk.exists(&moments)? {
@@ -179,7 +180,7 @@ pub(super) fn finish_at_start(
         if merging.partial {
             match ControlState::load(&**disk, &base_dir) {
                 Ok(below) => {
-                    lost = bring_back_bases(&**disk, &base_dir, &below, false, tell)?;
+                    lost = bring_back_bases(&**disk, &base_dir, &below, &[], false, tell)?;
                 }
                 Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {}
                 Err(cause) => return Err(io::Error::other(cause)),

@@ -110,7 +110,11 @@ impl Group {
             ControlStateError::Damaged(what) => GroupError::Damaged { group: name.clone(), what },
         })?;
         let ended = before.fold_target <= horizon.position.lsn;
-        let lost = bring_back_bases(&*disk, &base_dir, &horizon, ended, &tell);
+        let base_at = before.fold_target.max(horizon.position.lsn);
+        let moments =
+            load_moments(&*disk, dir, base_at).map_err(|cause| io("read moments", &cause))?;
+        let in_moments = volumes_of(&moments);
+        let lost = bring_back_bases(&*disk, &base_dir, &horizon, &in_moments, ended, &tell);
         lost_bases.extend(lost.map_err(|cause| io("make what is lost of the base", &cause))?);
         // Folded segments of which a crash took the new names of some, so that gaps are between
         // them.
@@ -233,10 +237,7 @@ impl Group {
         if !stopped {
             context.forget_failure(before.group);
         }
-        let base_at = before.fold_target.max(horizon.position.lsn);
-        let moments =
-            load_moments(&*disk, dir, base_at).map_err(|cause| io("read moments", &cause))?;
-        let bases = open_bases(&disk, &base_dir, &horizon, &found.content, &volumes_of(&moments))
+        let bases = open_bases(&disk, &base_dir, &horizon, &found.content, &in_moments)
             .map_err(|cause| io("open base", &cause))?;
         let mut content = std::mem::take(&mut found.content);
         content.forget_remembered();

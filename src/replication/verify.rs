@@ -63,6 +63,9 @@ struct Hashes {
     runs: Vec<(u64, Option<String>)>,
     /// After the last record there: where it moves, hosts write.
     head: Lsn,
+    /// Why that is not all that is to be there, where it is not.
+    #[serde(default)]
+    left_out: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -234,6 +237,7 @@ impl Comparison<'_> {
         let before = self.their_head.replace(told.head);
         self.hosts_write_there = before.is_some_and(|before| before != told.head);
         let theirs = hashes_of(told.runs, mine.len())?;
+        self.shared.note_left_out(self.group, self.peer, told.left_out);
         Ok((mine, theirs))
     }
 }
@@ -241,6 +245,16 @@ impl Comparison<'_> {
 impl Shared {
     fn change_verify(&self, group: &Group, change: impl FnOnce(&mut VerifyStatus)) {
         self.change_ledger(group.id(), |ledger| ledger.verify.as_mut().map(change));
+    }
+
+    /// A comparison leaves out what one of the two nodes does not have now, even if it had when the
+    /// comparison began.
+    fn note_left_out(&self, group: &Group, peer: &Name, there: Option<String>) {
+        let here = not_all(group).map(|why| (&self.context.node.name, why));
+        let Some((node, why)) = here.or(there.map(|why| (peer, why))) else { return };
+        self.change_verify(group, |status| {
+            status.left_out.get_or_insert_with(|| format!("on {node}: {why}"));
+        });
     }
 
     fn note_compared(&self, group: &Group, status: &VerifyStatus) {
@@ -322,11 +336,7 @@ impl Shared {
         });
         match theirs {
             Ok((theirs, left_out)) => {
-                let here = not_all(group).map(|why| (&self.context.node.name, why));
-                let found = here.or(left_out.map(|why| (peer, why)));
-                self.change_verify(group, |status| {
-                    status.left_out = found.map(|(node, why)| format!("on {node}: {why}"));
-                });
+                self.note_left_out(group, peer, left_out);
                 Ok((image, theirs))
             }
             Err(why) => {
@@ -342,11 +352,14 @@ impl Shared {
         let compared = ByteSize(status.done_bytes);
         let (severity, code, text) = match status.state {
             VerifyState::Running => return,
-            VerifyState::Equal => (
-                Severity::Info,
-                "verify-equal",
-                format!("{compared} are the same here and on {peer} at LSN {}", position.lsn),
-            ),
+            VerifyState::Equal => {
+                let same = format!("{compared} are the same here and on {peer}");
+                let (severity, rest) = match &status.left_out {
+                    None => (Severity::Info, String::new()),
+                    Some(why) => (Severity::Warning, format!("; not all was compared: {why}")),
+                };
+                (severity, "verify-equal", format!("{same} at LSN {}{rest}", position.lsn))
+            }
             VerifyState::Differs => (Severity::Error, "verify-differs", status.advice(name)),
             VerifyState::Failed => {
                 let why = status.state_reason.as_deref().unwrap_or("unknown");
@@ -409,7 +422,8 @@ impl Shared {
             return Err(format!("nothing is at {}", ask.offset));
         }
         let found = hashes(&*image, ask.volume, ask.offset, ask.length, ask.piece);
-        Ok(json!(Hashes { runs: runs_of(&found), head: group.positions().head }))
+        let (runs, head) = (runs_of(&found), group.positions().head);
+        Ok(json!(Hashes { runs, head, left_out: not_all(&group) }))
     }
 
     /// A peer has compared: what came of it counts here too.

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use super::moments::{at_pin, fold, group_with_volume};
 use super::repair::Pair;
 use super::scrub::{base_file, damaged, layered};
 use super::*;
 use crate::base::ControlState;
 use crate::io::{Fault, OpenMode};
+use crate::log::control::{BookmarkRecord, Consistency};
 
 const BLOCKS: u64 = (3 << 20) / 4096;
 
@@ -79,6 +81,44 @@ fn a_file_of_the_base_that_is_lost_is_an_error_for_who_reads_it_and_never_zeros(
         assert_eq!(again.said("base-lost"), Vec::<String>::new());
         assert_eq!(errors(&copy, &volume, &expected) == 0, provable, "{files:?} {loss:?}");
     }
+}
+
+/// A moment shows a volume that is gone since, and the disk loses its base.
+#[test]
+fn a_base_that_only_an_old_moment_shows_is_not_zeros_where_it_is_lost() {
+    let bench = Bench::new("a", 7);
+    let (group, volume) = group_with_volume(&bench);
+    write(&group, volume, 0, &[1; 8192]);
+    fold(&bench, &group);
+    group.pin_bookmark(name("pin"), Consistency::Crash).unwrap();
+    group.remove_volume(&name("v")).unwrap();
+    for _ in 0..2 {
+        group.create_volume(name("w"), 1 << 20).unwrap();
+        group.remove_volume(&name("w")).unwrap();
+        fold(&bench, &group);
+    }
+    group.close().unwrap();
+    drop(group);
+    let image = dir().join("base").join(format!("{volume}.img"));
+    lose(&bench, &image, Loss::All);
+    let (group, _) = bench.open();
+    assert_eq!(bench.said("base-lost").len(), 1);
+    let at = at_pin(&group, "pin").unwrap();
+    assert!(matches!(try_read(&*at, volume, 0, 4096), Err(GroupError::Damaged { .. })));
+    assert!(read(&*at, volume, 1 << 20, 4096) == [0; 4096]);
+    // Nobody needs it any more: nothing of it is missed.
+    group.close_this_image(&at).unwrap();
+    let pins = group.control().bookmarks.clone();
+    for pin in pins.iter().filter(|pin| pin.pinned) {
+        let removed = BookmarkRecord { removed: true, ..pin.clone() };
+        group.append_control(Control::Bookmark(removed)).unwrap();
+    }
+    fold(&bench, &group);
+    assert!(!bench.disk.exists(&image).unwrap());
+    group.close().unwrap();
+    drop((at, group));
+    bench.open();
+    assert_eq!(bench.said("base-lost").len(), 1);
 }
 
 #[test]

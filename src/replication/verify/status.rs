@@ -73,13 +73,14 @@ impl VerifyStatus {
         ran
     }
 
-    /// Whether it shows that a difference which was found before is none any more: all is the same
-    /// with that peer, at no earlier moment, or that moment has left the history. Where nobody can
+    /// Whether it shows that a difference which was found before is none any more: all is there and
+    /// the same with that peer, at no earlier moment, or that moment has left the history. Where nobody can
     /// compare with that peer any more, that all is the same with another is enough.
     pub(super) fn ends(&self, known: &VerifyStatus, in_history: bool, is_peer: bool) -> bool {
         let same_peer = self.peer == known.peer;
         let later = self.position.lsn >= known.position.lsn || !in_history;
-        self.state == VerifyState::Equal && if same_peer { later } else { !is_peer }
+        let all_equal = self.state == VerifyState::Equal && self.left_out.is_none();
+        all_equal && if same_peer { later } else { !is_peer }
     }
 
     /// Keeps no more of what a peer says than this node lists.

@@ -1,7 +1,7 @@
 //! What two nodes tell each other of their images.
 
 use super::*;
-use crate::io::MemoryDisk;
+use crate::io::{Fault, MemoryDisk};
 use crate::log::control::Mode;
 use crate::replication::damage::load;
 use crate::replication::drive::tests::{member, node_on};
@@ -84,6 +84,57 @@ fn the_first_block_that_differs_is_listed_behind_any_number_that_cannot_be_read(
     status.add(&volume, 1 << 40, 4096, None);
     assert!(status.difference().unwrap().ends_with("the first of volume v at 1099511627776"));
     assert_eq!(status.extents.len(), 1000);
+}
+
+#[test]
+fn a_comparison_that_left_something_out_ends_no_difference() {
+    let known = compared("b", VerifyState::Differs, Position::default());
+    let mut later = compared("b", VerifyState::Equal, Position::default());
+    assert!(later.ends(&known, true, true));
+    later.left_out = Some("on b: the data failed".to_owned());
+    assert!(!later.ends(&known, true, true));
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_in_the_middle_of_a_comparison_is_left_out_of_it() {
+    let disk = MemoryDisk::new();
+    let (node, group) = node_on(Arc::new(disk.clone()));
+    let shared = node.replication.shared.clone();
+    let b: Name = "b".parse().unwrap();
+    let running = compared("b", VerifyState::Running, Position::default());
+    let left_out = || node.replication.verify_status(&group).unwrap().left_out;
+    shared.change_ledger(group.id(), |ledger| ledger.verify = Some(running.clone()));
+    shared.note_left_out(&group, &b, None);
+    assert_eq!(left_out(), None);
+    shared.note_left_out(&group, &b, Some("its disk".to_owned()));
+    shared.note_left_out(&group, &b, None);
+    assert_eq!(left_out().unwrap(), "on b: its disk", "also where it is well again");
+    // The same on this node; and who compares with it is told so with the hashes.
+    shared.change_ledger(group.id(), |ledger| ledger.verify = Some(running.clone()));
+    let peer =
+        PeerContext { node: NodeId([2; 16]), name: b.clone(), key: shared.identity().fingerprint };
+    group.append_control(member(peer.node, "b", Mode::Async)).unwrap();
+    group.sync_now().unwrap();
+    let image = group.open_image(&Point::Now, None, "verify:b", None).unwrap();
+    let ask = AskHashes {
+        group: group.id(),
+        image: image.name().clone(),
+        volume: VolumeNumber(1),
+        offset: 0,
+        length: 4096,
+        piece: 4096,
+    };
+    let told = || {
+        let answer = shared.hash_for_verify(&peer, &json!(ask)).unwrap();
+        understood::<Hashes>(&answer).unwrap().left_out
+    };
+    assert_eq!(told(), None);
+    disk.inject(Fault::FailedSync { operation: disk.operations() });
+    group.append_control(member(peer.node, "b", Mode::Sync)).unwrap_err();
+    assert!(told().unwrap().contains("the data failed"));
+    shared.note_left_out(&group, &b, None);
+    assert!(left_out().unwrap().starts_with("on a: the data failed"));
+    node.stop();
 }
 
 #[tokio::test]
