@@ -70,8 +70,9 @@ impl Shared {
             let asked = self.peer(peer.node).is_some_and(|p| p.copies.contains(&group));
             if !asked && !may_follow(&known.control(), known.role(), self.me(), peer.node) {
                 return Err(format!(
-                    "group {name} is here already, and {} is no member of it; `tidelog group \
-                     delete {name}` on this node, if what it has is not needed",
+                    "group {name} is here already, and {0} is no member of it: `tidelog replicate \
+                     {name} --to {0}` on its primary makes it one; or `tidelog group delete \
+                     {name}` on this node, if what it has is not needed",
                     peer.name
                 ));
             }
@@ -201,7 +202,9 @@ pub(super) mod tests {
     async fn a_copy_that_knows_nobody_follows_who_asks_and_a_primary_does_not() {
         let (node, group) = node_with_peer();
         let refused = ask(&node, group.id(), "g").unwrap_err();
-        assert!(refused.contains("b is no member of it; `tidelog group delete g`"), "{refused}");
+        for way in ["`tidelog replicate g --to b` on its primary", "`tidelog group delete g` on"] {
+            assert!(refused.contains(way), "{refused}");
+        }
         assert!(!is_asked_for(&node, &group));
         group.demote().unwrap();
         ask(&node, group.id(), "g").unwrap();

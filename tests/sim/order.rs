@@ -181,10 +181,11 @@ impl World {
             self.coverage.add("operator promotes", 1);
             return self.begin_reign(newest, group, true);
         }
-        if let [primary] = serving[..]
-            && self.take_up_again(primary, group)
-        {
-            return;
+        // One that knows the other as no member does not see that there are two.
+        for primary in &serving {
+            if self.take_up_again(*primary, group) {
+                return;
+            }
         }
         // One of two that serve yields, or a secondary that holds what its primary lacks.
         let first = usize::from(self.chance.one_in(2));
