@@ -283,7 +283,7 @@ fn lock_data_dir(data_dir: &Path) -> Result<(Flock<File>, bool), NodeError> {
     };
     let node_dir = data_dir.join("node");
     let is_new = !data_dir.try_exists().map_err(|error| failed("could not be read", &error))?;
-    std::fs::create_dir_all(&node_dir).map_err(|error| failed("could not be made", &error))?;
+    make_private_dir(&node_dir, data_dir).map_err(|error| failed("could not be made", &error))?;
     let path = node_dir.join("lock");
     let file = File::options()
         .create(true)
@@ -302,6 +302,15 @@ fn lock_data_dir(data_dir: &Path) -> Result<(Flock<File>, bool), NodeError> {
         }
     })?;
     Ok((lock, is_new))
+}
+
+/// Makes a directory in the data directory: both for this user alone, since the contents of volumes
+/// lie there, and what leads to them as anybody would. What is there is left as it is.
+fn make_private_dir(path: &Path, data_dir: &Path) -> std::io::Result<()> {
+    if let Some(parent) = data_dir.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// What `node/identity` holds.

@@ -2,7 +2,7 @@
 //! proving that it could be.
 
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustic_core::repofile::{BlobType, Node, SnapshotFile};
@@ -65,7 +65,9 @@ impl FileSink {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".partial");
         let partial = path.with_file_name(name);
-        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&partial);
+        // A volume is nobody else's to read.
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.write(true).create_new(true).mode(0o600).open(&partial);
         let file = file.map_err(|error| {
             io::Error::new(error.kind(), format!("{}: {error}", partial.display()))
         })?;
@@ -340,6 +342,8 @@ fn write_sparse(sink: &mut dyn RestoreSink, offset: u64, data: &[u8]) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[derive(Default)]
@@ -389,7 +393,10 @@ mod tests {
         sink.begin(1 << 20).unwrap();
         sink.write(4096, b"x").unwrap();
         assert!(!path.exists());
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&dir.path().join("image.partial")), 0o600, "nobody else reads a volume");
         sink.finish().unwrap();
+        assert_eq!(mode(&path), 0o600);
         drop(sink);
         let content = std::fs::read(&path).unwrap();
         assert_eq!((content.len(), content[4096]), (1 << 20, b'x'));
