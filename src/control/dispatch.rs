@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::config::nearest;
 use crate::events::Severity;
 use crate::group::{Group, Role};
-use crate::replication::{BoxFuture, PeerContext};
+use crate::replication::{BoxFuture, PeerContext, PeerStatus};
 
 use super::context::Context;
 use super::problem::Problem;
@@ -106,15 +106,12 @@ fn elsewhere(context: &Context, route: &Route, call: &Call) -> Result<Option<Str
     primary_of(context, &group).map(Some)
 }
 
-/// The peer that reigns: as it says itself, else the author of the last epoch.
+/// The peer that reigns: as it says itself now, else the author of the last epoch.
 fn primary_of(context: &Context, group: &Group) -> Result<String, Problem> {
-    let peers = context.replication.status(group);
-    if let Some(peer) = peers.iter().find(|peer| peer.role == "primary") {
-        return Ok(peer.name.clone());
-    }
     let control = group.control();
     let author = control.epochs.last().filter(|epoch| epoch.author != context.node.id);
-    author.map(|epoch| epoch.author_name.to_string()).ok_or_else(|| {
+    let author = author.map(|epoch| epoch.author_name.as_str());
+    reigning(&context.replication.status(group), author).ok_or_else(|| {
         let name = group.name();
         Problem::new(
             409,
@@ -125,6 +122,12 @@ fn primary_of(context: &Context, group: &Group) -> Result<String, Problem> {
             ),
         )
     })
+}
+
+/// The same, of what status shows: a peer that is not connected says nothing of itself by now.
+fn reigning(peers: &[PeerStatus], author: Option<&str>) -> Option<String> {
+    let says = |peer: &&PeerStatus| peer.link_state == "connected" && peer.role == "primary";
+    peers.iter().find(says).map(|peer| peer.name.clone()).or(author.map(str::to_owned))
 }
 
 /// How long the primary may take over a call that was sent to it.
@@ -280,4 +283,32 @@ fn audit(
             "code": problem.map(|problem| problem.code.clone()),
         }),
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A dead copy was asked, since its name came first and nobody had heard that it is none.
+    #[test]
+    fn a_call_goes_to_the_primary_that_is_heard_else_to_the_author_of_the_last_reign() {
+        let peer = |name: &str, role: &str, link: &str| -> PeerStatus {
+            let peer = json!({
+                "name": name, "mode": "async", "role": role, "link_state": link,
+                "replication_state": "idle", "received_lsn": 0, "durable_lsn": 0,
+                "lag": { "bytes": null, "operations": null, "seconds": 0.0 },
+                "rpo_target_seconds": null, "rpo_actual_seconds": 0.0, "resync": null,
+                "behind_bytes": null, "tls": true, "heard_seconds": null,
+                "clock_offset_seconds": null,
+            });
+            serde_json::from_value(peer).unwrap()
+        };
+        let gone = peer("b", "primary", "connecting");
+        let copy = peer("c", "secondary", "connected");
+        let reigns = peer("d", "primary", "connected");
+        let three = [gone.clone(), copy.clone(), reigns];
+        assert_eq!(reigning(&three, Some("b")), Some("d".to_owned()), "b was followed by d");
+        assert_eq!(reigning(&[gone.clone(), copy.clone()], Some("c")), Some("c".to_owned()));
+        assert_eq!(reigning(&[gone, copy], None), None);
+    }
 }

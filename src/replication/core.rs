@@ -285,6 +285,12 @@ impl PeerCore {
         self.channels.get(&group).and_then(|channel| PeerStatus::of(self, channel, now))
     }
 
+    /// The peer.
+    #[must_use]
+    pub fn peer(&self) -> NodeId {
+        self.peer
+    }
+
     /// The peer's name.
     #[must_use]
     pub fn name(&self) -> &Name {

@@ -56,7 +56,7 @@ pub struct PeerStatus {
     /// Since when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub degraded_since: Option<LogTime>,
-    /// `primary` or `secondary`, as the peer last announced itself.
+    /// `primary` or `secondary`, as the peer announced itself on this link, else by the last reign.
     pub role: String,
     /// What the peer says its data is worth; none where it has not told lately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -142,7 +142,12 @@ impl PeerStatus {
         let view =
             if local.primary { primary_view(channel, now) } else { secondary_view(channel, now) };
         let (lag_state, lag_reason) = lag_state(core, channel);
-        let peer_is_primary = channel.remote().map_or(!local.primary, |remote| remote.primary);
+        let peer_is_primary = match (channel.remote(), local.history.reigns.last()) {
+            (Some(remote), _) => remote.primary,
+            // Of several peers that are not heard only one can be it.
+            (None, Some(reign)) => !local.primary && reign.author == core.peer(),
+            (None, None) => !local.primary,
+        };
         let parting = (state == ReplicationState::SplitBrain)
             .then(|| known_parting(core.name(), channel))
             .flatten();
@@ -358,4 +363,65 @@ fn lag_state(core: &PeerCore, channel: &Channel) -> (LagState, Option<String>) {
 /// before it told anything.
 pub(super) fn secondary_lag(channel: &Channel, now: Duration) -> Option<Duration> {
     channel.told().and_then(|told| told.lag.map(|lag| lag + now.saturating_sub(told.at)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::replication::core::{Input, LocalGroup, Settings};
+    use crate::replication::epoch::{History, Reign};
+    use crate::units::{Chain, EpochId, GroupId, Incarnation, NodeId};
+
+    const GROUP: GroupId = GroupId([1; 16]);
+    const NODES: [NodeId; 3] = [NodeId([1; 16]), NodeId([2; 16]), NodeId([3; 16])];
+
+    /// What one of three nodes shows of another that it has not heard since its start, where the
+    /// reigns were those of `authors`.
+    fn role_unheard(me: usize, peer: usize, authors: &[usize]) -> String {
+        let reigns = authors.iter().zip(1..).map(|(author, counter)| Reign {
+            id: EpochId(counter),
+            counter,
+            first_lsn: Lsn(counter * 64),
+            author: NODES[*author],
+        });
+        let history =
+            History { reigns: reigns.collect::<Vec<_>>().into(), head: Lsn(4096), chain: Chain(0) };
+        let name = format!("node{peer}").parse().unwrap();
+        let settings = Settings::default();
+        let mut core = PeerCore::new(Duration::ZERO, NODES[me], NODES[peer], name, settings);
+        let local = LocalGroup {
+            id: GROUP,
+            name: "g".parse().unwrap(),
+            primary: false,
+            recovering: false,
+            incarnation: Incarnation(1),
+            history,
+            durable: Lsn(4096),
+            requests: 1,
+            log_start: Lsn::ZERO,
+            cuts: 0,
+            failed: false,
+            retired: false,
+            membership: Membership::Member { rpo_target: None, mode: Mode::Async },
+            follows: None,
+            authored: authors.last() == Some(&me),
+            given_up: BTreeSet::new(),
+        };
+        core.handle(Duration::ZERO, Input::Group(Box::new(local)), &mut Vec::new());
+        core.status(Duration::ZERO, GROUP).unwrap().role
+    }
+
+    #[test]
+    fn of_the_nodes_that_a_copy_does_not_hear_the_author_of_the_last_reign_is_the_primary() {
+        assert_eq!(role_unheard(2, 0, &[0]), "primary");
+        assert_eq!(role_unheard(2, 1, &[0]), "secondary", "it is a copy, and dead");
+        assert_eq!(role_unheard(2, 0, &[0, 1]), "secondary", "it was the primary before");
+        assert_eq!(role_unheard(2, 1, &[0, 1]), "primary");
+        // Demoted, and nobody was heard to reign since.
+        assert_eq!([0, 1].map(|peer| role_unheard(2, peer, &[0, 2])), ["secondary"; 2]);
+        // A copy without a history knows nothing of reigns: it is the one that it waits for.
+        assert_eq!(role_unheard(2, 0, &[]), "primary");
+    }
 }
