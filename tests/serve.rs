@@ -1,8 +1,10 @@
 //! The real binary as a service: it starts, answers, stops in order, and refuses what it cannot do
 //! with one line that names the object, the cause and the next command.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::support::{Appliance, Setup, free_address};
@@ -32,6 +34,26 @@ fn a_node_starts_answers_and_stops_in_order() {
     node.stop();
     node.restart();
     assert_eq!(node.status("g")["volumes"][0]["name"], "v");
+}
+
+/// Made as `mkdir` makes them, any user of the machine could read the volumes.
+#[test]
+fn what_volumes_hold_is_read_by_no_other_user() {
+    for made_before in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        if made_before {
+            fs::create_dir(&data).unwrap();
+            fs::set_permissions(&data, Permissions::from_mode(0o755)).unwrap();
+        }
+        let node = Appliance::start(dir.path(), Setup::new("a"));
+        node.run(&["group", "create", "g"]);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        if !made_before {
+            assert_eq!(mode(&data), 0o700);
+        }
+        assert_eq!((mode(&data.join("groups")), mode(&data.join("node"))), (0o700, 0o700));
+    }
 }
 
 #[test]
@@ -87,6 +109,43 @@ fn what_does_not_exist_is_named_with_the_next_command() {
         assert_eq!(said.trim_end().lines().count(), 1, "{command:?}: {said}");
     }
     assert_eq!(node.command(&["frobnicate"]).status.code(), Some(2));
+}
+
+/// It did not exist, for every command and for hosts, and a check of another group failed for it.
+#[test]
+fn a_group_that_could_not_be_opened_is_told_with_its_cause_and_no_other_is_blamed_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Appliance::start(dir.path(), Setup::new("a"));
+    node.run(&["group", "create", "g"]);
+    let groups = dir.path().join("data/groups");
+    let broken = fs::read_dir(&groups).unwrap().next().unwrap().unwrap().path();
+    node.run(&["group", "create", "h"]);
+    node.stop();
+    fs::remove_dir_all(broken.join("log")).unwrap();
+    fs::write(broken.join("log"), "no directory").unwrap();
+    node.restart();
+    let status = node.json(&["status", "g"]);
+    assert_eq!(status["unopened_groups"][0]["name"], "g", "{status}");
+    assert_eq!(status["groups"].as_array().unwrap().len(), 0, "{status}");
+    let failing = |command: &[&str]| {
+        let output = node.command(command);
+        assert_eq!(output.status.code(), Some(1), "{command:?}");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        said + &String::from_utf8_lossy(&output.stderr)
+    };
+    let said = failing(&["status", "g", "--check"]);
+    assert!(said.contains("group g") && said.contains("is not open"), "{said}");
+    for command in [&["group", "show", "g"][..], &["volume", "create", "g/v", "--size", "1M"]] {
+        let said = failing(command);
+        assert!(said.contains("group g: is not open: "), "{said}");
+        assert!(said.contains("/log") && said.contains("restart the node"), "{said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    }
+    let said = failing(&["status", "i"]);
+    assert!(said.contains("group i: does not exist on node a"), "{said}");
+    let status = node.json(&["status", "h"]);
+    assert!(status["unopened_groups"].as_array().is_none_or(Vec::is_empty), "{status}");
+    node.run(&["status", "h", "--check"]);
 }
 
 /// A run that nobody may or can make ended with 0, and a repository that was never made was not

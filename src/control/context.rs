@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use crate::backup::{Progress, Scheduler};
 use crate::config::Config;
 use crate::events::Events;
-use crate::group::{Group, NodeIdentity, Registry};
+use crate::group::{Group, GroupError, NodeIdentity, Registry};
 use crate::io::Env;
 use crate::nbd::NbdCounters;
 use crate::replication::Replication;
@@ -40,11 +40,10 @@ impl Context {
     ///
     /// # Errors
     ///
-    /// `no-such-group` where it has none of this name.
+    /// `no-such-group` where it has none of this name; where it is not open, the cause.
     pub fn group(&self, name: &str) -> Result<Arc<Group>, Problem> {
-        let found = self.registry.groups().into_iter().find(|group| group.name().as_str() == name);
-        found.ok_or_else(|| {
-            Problem::new(
+        self.registry.by_name(name).map_err(|error| match error {
+            GroupError::NotFound { .. } => Problem::new(
                 404,
                 "no-such-group",
                 format!(
@@ -52,7 +51,8 @@ impl Context {
                      that do",
                     self.node.name
                 ),
-            )
+            ),
+            not_open => not_open.into(),
         })
     }
 

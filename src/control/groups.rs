@@ -29,16 +29,22 @@ pub(super) fn done(what: impl Into<String>) -> Answer {
 }
 
 pub(super) fn status(context: &Context, call: &Call) -> Answer {
-    let groups = context.groups(call.query("group"))?;
+    let only = call.query("group");
+    let mut unopened = context.registry.unopened();
+    unopened.retain(|group| {
+        only.is_none_or(|only| group.name.as_ref().is_some_and(|name| name.as_str() == only))
+    });
+    let groups = match context.groups(only) {
+        Err(_) if !unopened.is_empty() => Vec::new(),
+        groups => groups?,
+    };
     let wanted = |group: &Name| groups.iter().any(|known| known.name() == group);
     let alarms = context.scheduler.alarms().into_iter().filter(|alarm| wanted(&alarm.group));
     let mut status = Status {
         node: context.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         groups: groups.iter().map(|group| group_status(context, group)).collect(),
-        unopened_groups: context
-            .registry
-            .unopened()
+        unopened_groups: unopened
             .into_iter()
             .map(|NotOpened { id, name, reason, since }| UnopenedGroup { id, name, reason, since })
             .collect(),

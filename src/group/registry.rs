@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use serde_json::json;
 
@@ -157,20 +157,51 @@ impl Registry {
 
     /// Refuses a name that a group on the disk has that is not open: both would have it later.
     fn check_unopened(&self, name: &Name) -> Result<(), GroupError> {
+        let unopened = self.unopened_with_names();
+        let Some((id, known)) =
+            unopened.iter().find(|(_, known)| known.name.as_ref() == Some(name))
+        else {
+            return Ok(());
+        };
+        let what = format!(
+            "a group of this name is on the disk already and could not be opened: {}; take another \
+             name, or, to give that group up, stop the node and remove {}",
+            known.error,
+            self.dir.join(id).display()
+        );
+        Err(GroupError::Refused { group: name.clone(), what })
+    }
+
+    /// The groups that are not open, each asked again for a name that could not be read.
+    fn unopened_with_names(&self) -> MutexGuard<'_, BTreeMap<String, Unopened>> {
         let mut unopened = self.unopened.lock().expect("no holder panics");
         for (id, known) in unopened.iter_mut() {
             known.name = known.name.take().or_else(|| self.name_on_disk(id));
-            if known.name.as_ref() == Some(name) {
-                let what = format!(
-                    "a group of this name is on the disk already and could not be opened: {}; take \
-                     another name, or, to give that group up, stop the node and remove {}",
-                    known.error,
-                    self.dir.join(id).display()
-                );
-                return Err(GroupError::Refused { group: name.clone(), what });
-            }
         }
-        Ok(())
+        unopened
+    }
+
+    /// Why a group that is on the disk is not among those that are open; `None` where none of this
+    /// name, and none whose name is not known, is there.
+    fn why_not_open(&self, name: &Name) -> Option<GroupError> {
+        let unopened = self.unopened_with_names();
+        let of_name = unopened.iter().find(|(_, known)| known.name.as_ref() == Some(name));
+        let (id, known) =
+            of_name.or_else(|| unopened.iter().find(|(_, known)| known.name.is_none()))?;
+        let cause = known.error.to_string();
+        let cause = cause.strip_prefix(&format!("group {name}: ")).unwrap_or(&cause);
+        let next = match known.is_tried_again {
+            true => "it is opened by itself once that is mended",
+            false => "restart the node once that is mended",
+        };
+        let what = match known.name {
+            Some(_) => format!("is not open: {cause}; {next}"),
+            None => format!(
+                "does not exist here, unless it is group {id}, whose name cannot be read and which \
+                 is not open: {cause}; {next}"
+            ),
+        };
+        Some(GroupError::Refused { group: name.clone(), what })
     }
 
     /// Tries again to open the groups that found no room on the disk, or their name taken.
@@ -197,7 +228,7 @@ impl Registry {
     /// The groups that could not be opened, and why.
     #[must_use]
     pub fn unopened(&self) -> Vec<NotOpened> {
-        let unopened = self.unopened.lock().expect("no holder panics");
+        let unopened = self.unopened_with_names();
         let told = unopened.iter().map(|(id, unopened)| NotOpened {
             id: id.clone(),
             name: unopened.name.clone(),
@@ -231,16 +262,17 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// Where there is none of that name.
+    /// Where there is none of that name, or it is not open: with the cause.
     pub fn by_name(&self, name: &str) -> Result<Arc<Group>, GroupError> {
         let parsed: Option<Name> = name.parse().ok();
-        let groups = self.groups.read().expect("no holder panics");
-        parsed.as_ref().and_then(|name| groups.get(name)).cloned().ok_or_else(|| {
-            GroupError::NotFound {
+        let open = |name| self.groups.read().expect("no holder panics").get(name).cloned();
+        parsed.as_ref().and_then(open).ok_or_else(|| {
+            let why = parsed.as_ref().and_then(|name| self.why_not_open(name));
+            why.unwrap_or_else(|| GroupError::NotFound {
                 group: parsed.unwrap_or_else(|| "unknown".parse().expect("a name")),
                 what: "group",
                 name: name.to_owned(),
-            }
+            })
         })
     }
 

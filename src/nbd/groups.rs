@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::export::{Device, ExportInfo, Exports, Refusal};
 use super::identity::Identity;
 use crate::group::{
-    Done, Extent, Group, GroupError, HangUp, Image, Read, Registry, Request, Role, View, Volume,
+    Done, Extent, Group, GroupError, HangUp, Image, NotOpened, Read, Registry, Request, Role, View,
+    Volume,
 };
 use crate::units::{Lsn, VolumeNumber};
 
@@ -52,10 +53,17 @@ impl GroupExports {
                 may_serve(&only.group, &only.info().name)?;
                 only.open()
             }
-            0 => Err(Refusal::Unknown(
-                "export: this node serves no volume; `tidelog volume create GROUP/VOL` makes one"
+            0 => match self.registry.unopened().first() {
+                Some(NotOpened { id, reason, .. }) => Err(Refusal::Policy(format!(
+                    "export: this node serves no volume, and group {id} is not open: {reason}; \
+                     `tidelog status` shows it"
+                ))),
+                None => Err(Refusal::Unknown(
+                    "export: this node serves no volume; `tidelog volume create GROUP/VOL` makes \
+                     one"
                     .to_owned(),
-            )),
+                )),
+            },
             count => Err(Refusal::Unknown(format!(
                 "export: this node serves {count} volumes; name one as GROUP/VOL"
             ))),
@@ -92,10 +100,10 @@ impl Exports for GroupExports {
             Some((volume, image)) => (volume, Some(image)),
             None => (rest, None),
         };
-        let group = self
-            .registry
-            .by_name(group_name)
-            .map_err(|_| unknown(format!("group `{group_name}` does not exist")))?;
+        let group = self.registry.by_name(group_name).map_err(|error| match error {
+            GroupError::NotFound { .. } => unknown(format!("group `{group_name}` does not exist")),
+            not_open => Refusal::Policy(format!("export `{name}`: {not_open}")),
+        })?;
         let find = |volumes: Vec<Volume>| {
             volumes
                 .into_iter()
@@ -312,7 +320,7 @@ mod tests {
     use super::*;
     use crate::events::Events;
     use crate::group::{GroupContext, LocalLimits, NodeIdentity};
-    use crate::io::{Entropy, Env, ManualClock, MemoryDisk, SeededEntropy};
+    use crate::io::{Entropy, Env, Fault, ManualClock, MemoryDisk, SeededEntropy};
     use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
     use crate::units::{LogTime, NodeId};
 
@@ -366,6 +374,30 @@ mod tests {
         group.promote("promote").unwrap();
         live.check_serving().unwrap();
         assert_eq!(exports.open("").ok().unwrap().info().name, "g/v");
+        registry.close();
+    }
+
+    #[test]
+    fn a_host_hears_why_a_group_is_not_open() {
+        let disk = Arc::new(MemoryDisk::new());
+        let registry = start(&disk);
+        let group = registry.create("g".parse().unwrap(), Some(64 << 10)).unwrap();
+        group.create_volume("v".parse().unwrap(), 1 << 20).unwrap();
+        drop(group);
+        registry.close();
+        disk.inject(Fault::Error { operation: disk.operations() + 1 });
+        let registry = start(&disk);
+        let exports = GroupExports::new(Arc::clone(&registry));
+        for (name, words) in [("", "is not open: group g: "), ("g/v", "group g: is not open: ")] {
+            match exports.open(name) {
+                Err(Refusal::Policy(text)) => assert!(text.contains(words), "{text}"),
+                other => panic!("`{name}`: {:?}", other.err()),
+            }
+        }
+        match exports.open("h/v") {
+            Err(Refusal::Unknown(text)) => assert!(text.contains("does not exist"), "{text}"),
+            other => panic!("{:?}", other.err()),
+        }
         registry.close();
     }
 
