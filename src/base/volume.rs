@@ -367,12 +367,7 @@ impl BaseVolume {
     /// What `[offset, offset + length)` holds as runs of (offset, length, whether it is data), in
     /// order and without gaps, at most `limit` of them; both bounds are multiples of 4096. What is
     /// not data is zeros and takes no space; where the sidecar cannot tell, it is called data.
-    pub fn allocation(
-        &self,
-        offset: u64,
-        length: u64,
-        limit: usize,
-    ) -> io::Result<Vec<(u64, u64, bool)>> {
+    pub fn allocation(&self, offset: u64, length: u64, limit: usize) -> Vec<(u64, u64, bool)> {
         let end = offset + length;
         let size_bytes = self.size_bytes();
         let mut runs: Vec<(u64, u64, bool)> = Vec::new();
@@ -399,7 +394,7 @@ impl BaseVolume {
             let chunk = position / CHUNK_BYTES;
             let to =
                 end.min((chunk + 1) * CHUNK_BYTES).min(size_bytes.next_multiple_of(BLOCK_BYTES));
-            match slots.slot(chunk)? {
+            match slots.slot(chunk) {
                 Some(slot) if slot.is_zeros() => {
                     if !push(position, to, false) {
                         break;
@@ -408,8 +403,8 @@ impl BaseVolume {
                 Some(slot) if !slot.collision => {
                     let mut sums = [0; SUMS_BYTES];
                     let first = chunk * BLOCKS_PER_CHUNK as u64;
-                    self.sums.read_at(&mut sums, sidecar::sum_offset(first))?;
-                    let trusted = slot.covers(&sums);
+                    let found = self.sums.read_at(&mut sums, sidecar::sum_offset(first));
+                    let trusted = found.is_ok() && slot.covers(&sums);
                     for block in position / BLOCK_BYTES..to.div_ceil(BLOCK_BYTES) {
                         let data = !trusted || sums[sum_range(block)] != [0; 4];
                         let from = position.max(block * BLOCK_BYTES);
@@ -426,32 +421,32 @@ impl BaseVolume {
             }
             position = to;
         }
-        Ok(runs)
+        runs
     }
 
     /// When the chunks `[from, to)` were born, in order: zero where nothing was ever folded in,
-    /// `None` where the slot is damaged.
-    pub fn births(&self, from: u64, to: u64) -> io::Result<Vec<Option<Lsn>>> {
+    /// `None` where the slot is damaged, lost, or cannot be read.
+    pub fn births(&self, from: u64, to: u64) -> Vec<Option<Lsn>> {
         let chunks = self.size_bytes().div_ceil(CHUNK_BYTES);
         let mut slots = SlotReader::new(self);
         let births = (from..to).map(|chunk| {
             if chunk >= chunks {
-                return Ok(Some(Lsn::ZERO));
+                return Some(Lsn::ZERO);
             }
-            Ok(slots.slot(chunk)?.map(|slot| slot.birth))
+            slots.slot(chunk).map(|slot| slot.birth)
         });
         births.collect()
     }
 
     /// The runs of chunks, as (offset, length) in bytes, into which a record at or after `since`
-    /// was folded. A chunk whose slot is damaged counts as changed.
-    pub fn born_since(&self, since: Lsn) -> io::Result<Vec<(u64, u64)>> {
+    /// was folded. A chunk whose slot is damaged, lost, or cannot be read counts as changed.
+    pub fn born_since(&self, since: Lsn) -> Vec<(u64, u64)> {
         let size_bytes = self.size_bytes();
         let mut runs: Vec<(u64, u64)> = Vec::new();
         let mut slots = SlotReader::new(self);
         for chunk in 0..size_bytes.div_ceil(CHUNK_BYTES) {
             let changed =
-                slots.slot(chunk)?.is_none_or(|slot| slot.is_written() && slot.birth >= since);
+                slots.slot(chunk).is_none_or(|slot| slot.is_written() && slot.birth >= since);
             if changed {
                 let from = chunk * CHUNK_BYTES;
                 let length = CHUNK_BYTES.min(size_bytes - from);
@@ -461,7 +456,7 @@ impl BaseVolume {
                 }
             }
         }
-        Ok(runs)
+        runs
     }
 
     /// Takes the volume's files away; durable on return.
@@ -615,24 +610,39 @@ struct SlotReader<'a> {
     base: &'a BaseVolume,
     region: Option<u64>,
     page: Vec<u8>,
+    /// The page could be read.
+    readable: bool,
 }
 
 impl<'a> SlotReader<'a> {
     fn new(base: &'a BaseVolume) -> SlotReader<'a> {
-        SlotReader { base, region: None, page: vec![0; sidecar::SLOTS_BYTES as usize] }
+        let page = vec![0; sidecar::SLOTS_BYTES as usize];
+        SlotReader { base, region: None, page, readable: false }
     }
 
-    /// A chunk's slot; `None` where it is damaged.
-    fn slot(&mut self, chunk: u64) -> io::Result<Option<Slot>> {
+    /// A chunk's slot; `None` where it is damaged, lost, or cannot be read.
+    fn slot(&mut self, chunk: u64) -> Option<Slot> {
         let region = chunk / sidecar::CHUNKS_PER_REGION;
         if self.region != Some(region) {
             let first = region * sidecar::CHUNKS_PER_REGION;
-            self.base.sums.read_at(&mut self.page, sidecar::slot_offset(first))?;
+            let at = sidecar::slot_offset(first);
+            self.readable = self.base.sums.read_at(&mut self.page, at).is_ok();
             self.region = Some(region);
+        }
+        if !self.readable {
+            return None;
         }
         let index = (chunk % sidecar::CHUNKS_PER_REGION) as usize;
         let bytes = self.page[index * SLOT_BYTES..][..SLOT_BYTES].try_into().expect("its length");
-        Ok(Slot::decode(bytes, chunk).ok())
+        let slot = Slot::decode(bytes, chunk).ok()?;
+        // Zeros may be what a disk gives for a sector that it lost: the sums tell.
+        (slot.is_written() || self.has_no_sums(chunk)).then_some(slot)
+    }
+
+    fn has_no_sums(&self, chunk: u64) -> bool {
+        let mut sums = [0; SUMS_BYTES];
+        let at = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
+        self.base.sums.read_at(&mut sums, at).is_ok() && Slot::default().covers(&sums)
     }
 }
 

@@ -89,10 +89,7 @@ impl Group {
             // The base knows blocks: what it says of those at the edges is cut.
             let blocks = offset / BLOCK_BYTES * BLOCK_BYTES;
             let blocks_bytes = (offset + inside).next_multiple_of(BLOCK_BYTES) - blocks;
-            let found = base
-                .allocation(blocks, blocks_bytes, limit)
-                .map_err(|cause| self.damaged(cause.to_string()))?;
-            for (from, run_bytes, is_data) in found {
+            for (from, run_bytes, is_data) in base.allocation(blocks, blocks_bytes, limit) {
                 let allocation = if is_data { Allocation::Data } else { Allocation::Hole };
                 let begin = from.max(offset);
                 end = (from + run_bytes).min(offset + inside);

@@ -190,6 +190,17 @@ impl Group {
         self.try_keep_images();
     }
 
+    /// Whether a branch needs a moment.
+    ///
+    /// # Errors
+    ///
+    /// Where the branches cannot be listed.
+    pub(super) fn only_a_command_ends(&self, moment: &Moment) -> Result<bool, GroupError> {
+        let branches = self.branches()?;
+        let needs = self.needs(&self.lock(), &branches);
+        Ok(needs.get(&moment.lsn()).is_some_and(|needs| needs.rank().is_none()))
+    }
+
     fn discard_moment(&self, moment: &Moment) {
         let disk = &*self.context.env.disk;
         if !matches!(disk.exists(moment.dir()), Ok(false))

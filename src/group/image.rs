@@ -172,11 +172,8 @@ impl Image {
         };
         // The base may be folded further meanwhile: up to this image, and then it has what the map
         // had; or beyond it, and then what it said before is kept before it says something else.
-        let mut born = Vec::new();
-        if let Some(base) = self.group.base_of(volume) {
-            let found = base.born_since(since);
-            born = found.map_err(|cause| self.group.io("read births", &cause))?;
-        }
+        let base = self.group.base_of(volume);
+        let born = base.map(|base| base.born_since(since)).unwrap_or_default();
         let kept = self.moment().map(|moment| moment.births(volume)).unwrap_or_default();
         for (chunk, birth) in &kept {
             if *birth >= since {

@@ -100,12 +100,19 @@ impl Group {
     }
 
     /// Makes room for another try, or gives the moment up.
+    ///
+    /// # Errors
+    ///
+    /// Where that is not for it to decide.
     pub(super) fn could_not_keep(
         &self,
         moment: &Moment,
         cause: &io::Error,
     ) -> Result<(), GroupError> {
         if cause.kind() != io::ErrorKind::StorageFull {
+            if self.only_a_command_ends(moment)? {
+                return Err(self.io("keep what a branch needs of older blocks", cause));
+            }
             self.let_go(moment, &format!("what a fold changes could not be kept: {cause}"));
             return Ok(());
         }
@@ -151,7 +158,7 @@ impl Group {
                 // The volume is gone, and its base stays as it is: what is still in the log goes.
                 None => (changes(known.map.pieces(), Lsn::ZERO, size_bytes), known),
             };
-            self.keep_births(moment, known, &changes, |chunk| only_zeros(log, chunk), &mut kept)?;
+            self.keep_births(moment, known, &changes, |chunk| only_zeros(log, chunk), &mut kept);
             for change in changes {
                 damaged += self.keep_blocks(moment, &overlay, past, *number, change, &mut kept)?;
             }
@@ -203,7 +210,7 @@ impl Group {
         changes: &[Change],
         zeros_now: impl Fn(u64) -> bool,
         kept: &mut Vec<Kept>,
-    ) -> io::Result<()> {
+    ) {
         let volume = known.volume.number;
         let already = moment.births(volume);
         let base = self.base_of(volume);
@@ -214,7 +221,7 @@ impl Group {
             let (from, to) = (chunks.start.max(seen), chunks.end.max(seen));
             seen = to;
             let births = match &base {
-                Some(base) => base.births(from, to)?,
+                Some(base) => base.births(from, to),
                 None => vec![Some(Lsn::ZERO); (to - from) as usize],
             };
             for (chunk, birth) in (from..to).zip(births) {
@@ -225,7 +232,6 @@ impl Group {
                 }
             }
         }
-        Ok(())
     }
 
     /// Keeps the blocks of a change that are not kept yet, as they are in `past`; how many of them

@@ -112,7 +112,7 @@ impl Group {
             // The base of a volume that the image lacks stays as long as a moment needs it.
             let Some(now) = new.volumes.get(number) else { continue };
             let changes = replaced(staging, known, now.volume.size_bytes);
-            self.keep_births(moment, known, &changes, |_| false, &mut kept)?;
+            self.keep_births(moment, known, &changes, |_| false, &mut kept);
             for change in changes {
                 self.keep_blocks(moment, &overlay, &past, *number, change, &mut kept)?;
             }

@@ -258,14 +258,16 @@ impl Group {
     /// Has the kernel begin to write what was appended, so that the next sync finds little to do.
     fn start_writeback(&self, from: Lsn, head: Lsn) {
         let segment_bytes = self.segment_bytes();
-        let mut at = from;
-        while at < head {
-            let offset = at.segment_offset(segment_bytes);
-            let count = (segment_bytes - offset).min(head.bytes_since(at));
-            if let Some(segment) = self.segments.get(at.segment_number(segment_bytes)) {
-                segment.file.start_writeback(offset, count);
+        // Those that there are: an image may have put the head far behind all of them.
+        let first = from.segment_number(segment_bytes);
+        for number in self.segments.numbers().into_iter().filter(|number| *number >= first) {
+            let begin = Lsn(number * segment_bytes);
+            let (from, end) = (from.max(begin), head.min(begin.advance(segment_bytes)));
+            if from < end
+                && let Some(segment) = self.segments.get(number)
+            {
+                segment.file.start_writeback(from.bytes_since(begin), end.bytes_since(from));
             }
-            at = at.advance(count);
         }
     }
 

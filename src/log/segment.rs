@@ -222,17 +222,16 @@ impl Segments {
     /// What the disk says.
     pub fn collect(&self) -> io::Result<()> {
         let mut idle = self.idle.lock().expect("no holder panics");
-        let mut held = Vec::new();
-        for segment in std::mem::take(&mut idle.folded) {
-            if Arc::strong_count(&segment) > 1 {
-                held.push(segment);
+        let mut at = 0;
+        // What an error leaves is listed still.
+        while let Some(segment) = idle.folded.get(at) {
+            if Arc::strong_count(segment) > 1 {
+                at += 1;
                 continue;
             }
-            let path = self.dir.join(segment_name(segment.number));
-            let index = self.dir.join(index_name(segment.number));
-            if self.disk.exists(&index)? {
-                self.disk.remove(&index)?;
-            }
+            let number = segment.number;
+            let path = self.dir.join(segment_name(number));
+            self.drop_index(number)?;
             if idle.spares.len() < SPARES_MAX {
                 let spare = format!("{:012}.spare", idle.next_spare);
                 idle.next_spare += 1;
@@ -241,8 +240,8 @@ impl Segments {
             } else {
                 self.disk.remove(&path)?;
             }
+            idle.folded.remove(at);
         }
-        idle.folded = held;
         Ok(())
     }
 
@@ -253,13 +252,16 @@ impl Segments {
     /// What the disk says.
     pub fn drop_spares(&self) -> io::Result<bool> {
         self.collect()?;
-        let spares = std::mem::take(&mut self.idle.lock().expect("no holder panics").spares);
-        for spare in &spares {
+        let mut idle = self.idle.lock().expect("no holder panics");
+        let were_any = !idle.spares.is_empty();
+        while let Some(spare) = idle.spares.last() {
             self.disk.remove(&self.dir.join(spare))?;
+            idle.spares.pop();
         }
+        drop(idle);
         // Some file systems free the space only when the name is gone from the disk.
         self.disk.sync_dir(&self.dir)?;
-        Ok(!spares.is_empty())
+        Ok(were_any)
     }
 
     /// Removes every file that holds no part of the log, also those that a reader still holds: the
@@ -344,5 +346,34 @@ impl Segments {
             rest = behind;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{Fault, MemoryDisk};
+
+    #[test]
+    fn what_an_error_leaves_of_folded_segments_is_listed_still() {
+        let dir = Path::new("/log");
+        for operation in 0.. {
+            let disk = MemoryDisk::new();
+            disk.create_dir(dir).unwrap();
+            let segments = Segments::open(Arc::new(disk.clone()), dir, 1 << 16).unwrap();
+            for number in 0..6 {
+                segments.ensure(number).unwrap();
+            }
+            segments.retire_below(6);
+            disk.inject(Fault::Error { operation: disk.operations() + operation });
+            let ended = segments.drop_spares().is_ok();
+            disk.clear_faults();
+            segments.drop_idle().unwrap();
+            assert_eq!(disk.list(dir).unwrap(), Vec::<String>::new(), "operation {operation}");
+            if ended {
+                assert!(operation > 6);
+                return;
+            }
+        }
     }
 }

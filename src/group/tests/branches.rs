@@ -1,6 +1,7 @@
 //! Images of branches: the group as it was when a tail was cut off.
 
 use super::*;
+use crate::io::Fault;
 use crate::log::control::Consistency;
 
 const BYTES: u64 = 1 << 20;
@@ -45,6 +46,29 @@ fn with_branch(bench: &Bench) -> (Arc<Group>, VolumeNumber, Branch, Volumes, Vol
     group.promote("test").unwrap();
     let [branch] = &group.branches().unwrap()[..] else { panic!("one branch") };
     (group, volume, branch.clone(), with, without)
+}
+
+#[test]
+fn no_error_of_the_disk_in_a_fold_ends_a_branch() {
+    for operation in 0.. {
+        let bench = Bench::new("a", 1);
+        let (group, volume, branch, with, _) = with_branch(&bench);
+        write(&group, volume, 0, &vec![5; 256 << 10]);
+        bench.pass(5);
+        group.sync_now().unwrap();
+        bench.disk.inject(Fault::Error { operation: bench.disk.operations() + operation });
+        let folded = group.fold_now().is_ok();
+        bench.disk.clear_faults();
+        assert!(!bench.event_codes().contains(&"branch-lost".to_owned()), "{operation}");
+        drop(group);
+        let (group, _) = bench.open();
+        let image = group.open_branch_image(&branch.name, None, "test");
+        let image = image.unwrap_or_else(|error| panic!("operation {operation}: {error}"));
+        assert!(all(&*image) == with, "operation {operation}");
+        if folded && operation > 60 {
+            return;
+        }
+    }
 }
 
 #[test]

@@ -453,6 +453,8 @@ fn behind_an_image_at_the_highest_place_the_log_is_read_and_folded() {
     let mut expected = all(&*group, volume);
     copy.promote("test").unwrap();
     write(&copy, volume, 4096, &[6; 20_000]);
+    // Not a step for each segment that there might be before it.
+    assert_eq!(copy.prepare_round(Lsn::ZERO), copy.positions().head);
     expected[4096..24_096].fill(6);
     assert!(all(&*copy, volume) == expected);
     copy.sync_now().unwrap();
