@@ -296,6 +296,8 @@ impl Group {
         // Also where it failed: the group may have failed with it.
         self.report();
         self.notify();
+        // It may say for whom hosts wait.
+        self.space.notify_all();
         let end = appended?;
         self.sync_now()?;
         Ok(end)

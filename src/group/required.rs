@@ -21,6 +21,10 @@ use crate::units::{LogTime, Lsn, Name, NodeId};
 /// A peer that lacks no more than this is required again: writers wait for so much at once.
 const CLOSE_BYTES: u64 = 1 << 20;
 
+/// Bytes that a required peer may lack while hosts' writes are still appended: a client that gives
+/// up and writes the same anew makes the log no longer than that.
+const AHEAD_BYTES: u64 = 16 << 20;
+
 /// Up to where all required peers have the log; everything where none is required.
 #[derive(Debug)]
 pub(super) struct Floors {
@@ -84,6 +88,12 @@ impl Required {
     pub(super) fn blocked_by(&self) -> Option<(&RequiredPeer, &str)> {
         let mut away = self.peers.values().filter(|peer| peer.on_loss == OnLoss::Block);
         away.find_map(|peer| Some((peer, peer.away.as_ref()?.0.as_str())))
+    }
+
+    /// Whether a host's write is appended to a log that ends at `head`, or waits before that.
+    pub(super) fn lets_append(&self, head: Lsn) -> bool {
+        let received = Lsn(self.floors.received.load(Ordering::Acquire));
+        head <= received || head.bytes_since(received) < AHEAD_BYTES
     }
 
     /// Takes over what the records say about members.
@@ -207,6 +217,23 @@ mod tests {
         let members = [member(NodeId([1; 16]), "a"), member(PEER, "b")];
         required.set_members(&members, LogTime(5));
         required
+    }
+
+    #[test]
+    fn hosts_append_only_so_much_more_than_a_required_peer_has() {
+        let mut required = required(Mode::Receive, OnLoss::Block);
+        let has = Lsn(1 << 30);
+        required.holds(PEER, has, has, has);
+        assert!(required.lets_append(has.advance(AHEAD_BYTES - 1)));
+        assert!(!required.lets_append(has.advance(AHEAD_BYTES)));
+        let _ = required.lost(PEER, "it is away", ALL, LogTime(6));
+        assert!(!required.lets_append(has.advance(AHEAD_BYTES)));
+        // One that nobody waits for holds up nothing.
+        let mut required = self::required(Mode::Receive, OnLoss::Continue);
+        required.holds(PEER, has, has, has);
+        assert!(!required.lets_append(has.advance(AHEAD_BYTES)));
+        let _ = required.lost(PEER, "it is away", ALL, LogTime(6));
+        assert!(required.lets_append(Lsn::MAX));
     }
 
     #[test]

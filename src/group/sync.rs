@@ -174,6 +174,7 @@ impl Group {
             let report = core.required.holds(peer, received, durable, head);
             core.unreported.extend(report);
         }
+        self.space.notify_all();
         self.complete_waiters(Lsn(self.durable.load(Ordering::Acquire)));
         self.report();
     }
@@ -186,6 +187,7 @@ impl Group {
             let report = core.required.lost(peer, reason, (received, durable), now);
             core.unreported.extend(report);
         }
+        self.space.notify_all();
         self.complete_waiters(Lsn(self.durable.load(Ordering::Acquire)));
         self.report();
     }
@@ -222,11 +224,19 @@ impl Group {
         }
     }
 
-    /// The lock for an append of the primary's hosts: waits while the log is full.
+    /// The lock for an append of the primary's hosts: waits while the log is full, or while a peer
+    /// that answers wait for lacks too much of it.
     pub(super) fn lock_for_append(&self) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
         loop {
             let core = self.lock_for_control()?;
-            if !self.workers.running() || self.log_bytes(&core) < self.log_limit(&core) {
+            if !self.workers.running() {
+                return Ok(core);
+            }
+            if !core.required.lets_append(core.writer.head()) {
+                drop(self.space.wait(core).expect("a panic under the lock ends the process"));
+                continue;
+            }
+            if self.log_bytes(&core) < self.log_limit(&core) {
                 return Ok(core);
             }
             if let Some(reason) = core.room.refusal() {

@@ -401,6 +401,45 @@ fn a_branch_whose_description_cannot_be_read_is_shown_and_can_be_removed() {
 }
 
 #[test]
+fn hosts_that_write_anew_what_waits_for_a_peer_do_not_fill_the_log() {
+    let bench = Bench::new("a", 42);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 4 << 20).unwrap().number;
+    join_as(&group, 9, Mode::Receive, OnLoss::Block);
+    let (at, _) = end_of(&group);
+    group.note_peer_holds(NodeId([9; 16]), at, at);
+    group.start_workers();
+    let (writer, (done, ended)) = (Arc::clone(&group), std::sync::mpsc::channel());
+    let thread = std::thread::spawn(move || {
+        for _ in 0..40 {
+            write(&writer, volume, 0, &vec![1; 1 << 20]);
+        }
+        done.send(()).unwrap();
+    });
+    let wait = std::time::Duration::from_millis(300);
+    let mut stood = at;
+    loop {
+        assert!(ended.recv_timeout(wait).is_err(), "40 MiB wait for nobody");
+        let (head, _) = end_of(&group);
+        if head == std::mem::replace(&mut stood, head) && head > at {
+            break;
+        }
+    }
+    assert!(stood.bytes_since(at) < 18 << 20, "{stood}");
+    // Each way out lets them go on: what the peer has, and that nobody waits for it any more.
+    let some = at.advance(4 << 20);
+    group.note_peer_holds(NodeId([9; 16]), some, some);
+    assert!(ended.recv_timeout(wait).is_err());
+    assert!(end_of(&group).0 > stood);
+    group.note_peer_lost(NodeId([9; 16]), "it is away", some, some);
+    assert!(ended.recv_timeout(wait).is_err());
+    join_as(&group, 9, Mode::Receive, OnLoss::Continue);
+    ended.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+    thread.join().unwrap();
+    group.close().unwrap();
+}
+
+#[test]
 fn what_waits_for_a_peer_is_refused_by_a_yield_and_never_answered_as_something_else() {
     let bench = Bench::new("a", 41);
     let group = bench.create();
