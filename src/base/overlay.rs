@@ -110,7 +110,7 @@ impl Kept {
                 Kept::Block { volume, block: place, slot: value, crc: u32_at(bytes, 24) }
             }
             ZEROS if value <= 1 << 48 => Kept::Zeros { volume, block: place, blocks: value },
-            BIRTH => Kept::Birth { volume, chunk: place, birth: Lsn(value) },
+            BIRTH if place <= 1 << 40 => Kept::Birth { volume, chunk: place, birth: Lsn(value) },
             _ => return None,
         })
     }

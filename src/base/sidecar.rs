@@ -182,14 +182,23 @@ fn slot_checksum(bytes: &[u8; SLOT_BYTES], chunk: u64) -> u32 {
     hasher.finalize()
 }
 
-/// The sum that is stored for a block with this CRC.
+/// The sum that is stored for a block with this CRC; never [`LOST_SUM`].
 pub fn stored_sum(crc: u32) -> u32 {
-    crc ^ ZERO_BLOCK_CRC
+    match crc ^ ZERO_BLOCK_CRC {
+        u32::MAX => u32::MAX - 1,
+        sum => sum,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_block_has_the_sum_of_a_lost_one() {
+        assert_ne!(stored_sum(!ZERO_BLOCK_CRC).to_le_bytes(), LOST_SUM);
+        assert_eq!(stored_sum(ZERO_BLOCK_CRC), 0);
+    }
 
     #[test]
     fn the_header_is_these_bytes() {
