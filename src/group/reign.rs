@@ -56,7 +56,7 @@ impl Group {
             Ok(counter) => counter,
             Err(error) => return Ok(TookOver::Refused(error)),
         };
-        let error = match self.begin_reign("switchover", counter, Some((head, chain))) {
+        let error = match self.begin_reign(EpochRecord::SWITCHOVER, counter, Some((head, chain))) {
             Ok(epoch) => return Ok(TookOver::Reigns(epoch)),
             Err(error) => error,
         };

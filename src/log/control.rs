@@ -164,11 +164,25 @@ pub struct EpochRecord {
     pub author_name: Name,
     /// Where the reign begins: this record's own position.
     pub first_lsn: Lsn,
-    /// Why: `created`, `promote`, `recovery`, `resolve`.
+    /// Why: `created`, `promote`, `recovery`, or one of those that [`EpochRecord::is_planned`]
+    /// knows.
     pub reason: String,
     /// Fields of later versions.
     #[serde(flatten)]
     pub other: Map<String, Value>,
+}
+
+impl EpochRecord {
+    /// The reason of a reign that was handed over.
+    pub const SWITCHOVER: &str = "switchover";
+    /// The reason of a reign that goes on where its node was not relieved.
+    pub const SWITCHOVER_REFUSED: &str = "switchover-refused";
+
+    /// Whether all that the reign before had answered is in this one: it began exactly at its end.
+    #[must_use]
+    pub fn is_planned(&self) -> bool {
+        [EpochRecord::SWITCHOVER, EpochRecord::SWITCHOVER_REFUSED].contains(&self.reason.as_str())
+    }
 }
 
 /// A volume of the group.

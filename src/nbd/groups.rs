@@ -159,6 +159,7 @@ fn may_serve(group: &Group, name: &str) -> Result<(), Refusal> {
 fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
     let control = group.control();
     let reign = control.epochs.last();
+    let back = || control.epochs.iter().rev();
     // As it is now, since a restore may have begun since it was looked up.
     let known = control.volumes.iter().find(|known| known.number == volume.number);
     Identity {
@@ -167,6 +168,12 @@ fn identity(group: &Group, volume: &Volume, lsn: Option<Lsn>) -> Identity {
         reign: reign.map_or(0, |reign| reign.counter),
         reign_id: reign.map_or(String::new(), |reign| reign.id.to_string()),
         reason: reign.map_or(String::new(), |reign| reign.reason.clone()),
+        planned: back().take_while(|reign| reign.is_planned()).count(),
+        before: back()
+            .skip(1)
+            .take(Identity::BEFORE_MAX)
+            .map(|reign| (reign.counter, reign.id.to_string()))
+            .collect(),
         rewound: control.rewinds.last().map(|rewind| rewind.at.lsn.0),
         restored: known.and_then(|volume| volume.restore_lsn).map(|lsn| lsn.0),
         lsn: lsn.map(|lsn| lsn.0),
@@ -321,7 +328,7 @@ mod tests {
     use crate::events::Events;
     use crate::group::{GroupContext, LocalLimits, NodeIdentity};
     use crate::io::{Entropy, Env, Fault, ManualClock, MemoryDisk, SeededEntropy};
-    use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
+    use crate::log::control::{Control, EpochRecord, MemberRecord, Mode, OnLoss};
     use crate::units::{LogTime, NodeId};
 
     fn start(disk: &Arc<MemoryDisk>) -> Arc<Registry> {
@@ -398,6 +405,31 @@ mod tests {
             Err(Refusal::Unknown(text)) => assert!(text.contains("does not exist"), "{text}"),
             other => panic!("{:?}", other.err()),
         }
+        registry.close();
+    }
+
+    #[test]
+    fn an_export_tells_the_reigns_before_and_how_many_of_them_lost_nothing() {
+        let registry = start(&Arc::new(MemoryDisk::new()));
+        let group = registry.create("g".parse().unwrap(), Some(64 << 10)).unwrap();
+        group.create_volume("v".parse().unwrap(), 1 << 20).unwrap();
+        let exports = GroupExports::new(Arc::clone(&registry));
+        let told = || Identity::parse(&exports.open("g/v").ok().unwrap().info().description);
+        let first = told().unwrap();
+        assert_eq!((first.planned, &first.before[..]), (0, &[][..]));
+        let mut reigns = vec![(first.reign, first.reign_id)];
+        for planned in 1..20 {
+            group.demote().unwrap();
+            group.promote(EpochRecord::SWITCHOVER_REFUSED).unwrap();
+            let now = told().unwrap();
+            assert_eq!(now.planned, planned);
+            let known = reigns.len().min(Identity::BEFORE_MAX);
+            assert_eq!(now.before, reigns[..known]);
+            reigns.insert(0, (now.reign, now.reign_id));
+        }
+        group.demote().unwrap();
+        group.promote("promote").unwrap();
+        assert_eq!(told().unwrap().planned, 0);
         registry.close();
     }
 

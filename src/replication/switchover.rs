@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::events::Severity;
 use crate::group::{Role, TookOver};
+use crate::log::control::EpochRecord;
 use crate::units::{Chain, GroupId, Lsn, Name, NodeId};
 
 use super::channel::ReplicationState;
@@ -131,7 +132,7 @@ impl Replication {
         };
         let promoting = Arc::clone(group);
         let promoted = run_blocking(move || {
-            promoting.promote("switchover-refused").map(|_| ()).map_err(Into::into)
+            promoting.promote(EpochRecord::SWITCHOVER_REFUSED).map(|_| ()).map_err(Into::into)
         });
         if let Err(error) = promoted.await {
             return Err(ReplicationError::Refused(format!(

@@ -98,27 +98,37 @@ fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
             offered.reign, offered.reign_id, had.reign, had.reign_id
         ));
     }
-    if offered.reign == had.reign + 1 && offered.reason == "switchover" {
-        return Verdict::Same;
+    match offered.before.iter().position(|(_, id)| *id == had.reign_id) {
+        Some(between) if between < offered.planned => Verdict::Same,
+        // The reigns before that are told follow each other without a gap.
+        None if offered.before.iter().any(|(reign, _)| *reign <= had.reign) => {
+            Verdict::Other(format!(
+                "its reign {} ({}) does not go on from the reign that the device has seen, {} ({}): \
+                 a history that parted from it",
+                offered.reign, offered.reign_id, had.reign, had.reign_id
+            ))
+        }
+        _ => Verdict::LaterReign(format!(
+            "reign {} began by {}; what reign {} had answered and not replicated or flushed may be \
+             missing in it",
+            offered.reign, offered.reason, had.reign
+        )),
     }
-    Verdict::LaterReign(format!(
-        "reign {} began by {}; what reign {} had answered and not replicated or flushed is not in \
-         it",
-        offered.reign, offered.reason, had.reign
-    ))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn known(size_bytes: u64, reign: Option<(u64, &str, &str)>) -> Known {
-        let identity = reign.map(|(reign, id, reason)| Identity {
+    fn known(size_bytes: u64, reign: Option<(u64, &str)>) -> Known {
+        let identity = reign.map(|(reign, id)| Identity {
             group_id: "a1".to_owned(),
             volume_number: 1,
             reign,
             reign_id: id.to_owned(),
-            reason: reason.to_owned(),
+            reason: "test".to_owned(),
+            planned: 0,
+            before: Vec::new(),
             rewound: None,
             restored: None,
             lsn: None,
@@ -126,37 +136,76 @@ mod tests {
         Known { size_bytes, flags: 0x36d, identity }
     }
 
+    /// An offer of the last of these reigns, oldest first; the last `planned` of them lost nothing.
+    fn offered(reigns: &[(u64, &str)], planned: usize) -> Known {
+        let (last, before) = reigns.split_last().unwrap();
+        let mut offer = known(4096, Some(*last));
+        let identity = offer.identity.as_mut().unwrap();
+        identity.reason = if planned > 0 { "switchover" } else { "recovery" }.to_owned();
+        identity.planned = planned;
+        identity.before = before.iter().rev().map(|(n, id)| (*n, (*id).to_owned())).collect();
+        offer
+    }
+
     #[test]
     fn the_same_volume_goes_on_and_a_larger_one_too() {
-        let had = known(4096, Some((2, "x", "promote")));
+        let had = known(4096, Some((2, "x")));
         assert_eq!(judge(&had, &had), Verdict::Same);
-        assert_eq!(judge(&had, &known(8192, Some((2, "x", "promote")))), Verdict::Same);
+        assert_eq!(judge(&had, &known(8192, Some((2, "x")))), Verdict::Same);
         let foreign = known(4096, None);
         assert_eq!(judge(&foreign, &foreign), Verdict::Same);
     }
 
     #[test]
     fn a_handed_over_reign_goes_on_and_a_promoted_one_is_told() {
-        let had = known(4096, Some((2, "x", "promote")));
-        assert_eq!(judge(&had, &known(4096, Some((3, "y", "switchover")))), Verdict::Same);
-        for (reign, reason) in [(3, "promote"), (3, "recovery"), (4, "switchover")] {
-            let verdict = judge(&had, &known(4096, Some((reign, "y", reason))));
-            assert!(matches!(verdict, Verdict::LaterReign(_)), "{reign} {reason}: {verdict:?}");
+        let had = known(4096, Some((2, "x")));
+        let once = [(1, "w"), (2, "x"), (3, "y")];
+        let twice = [(1, "w"), (2, "x"), (3, "y"), (5, "z")];
+        for (reigns, planned) in [(&once[..], 1), (&once, 2), (&once[1..], 1), (&twice, 2)] {
+            assert_eq!(judge(&had, &offered(reigns, planned)), Verdict::Same, "{reigns:?}");
+        }
+        for (reigns, planned) in [(&once[..], 0), (&twice, 1), (&twice, 0)] {
+            let verdict = judge(&had, &offered(reigns, planned));
+            assert!(matches!(verdict, Verdict::LaterReign(_)), "{reigns:?}: {verdict:?}");
+        }
+    }
+
+    /// A host that was away so long, or whose server tells nothing of the reigns before.
+    #[test]
+    fn a_reign_that_may_have_gone_on_from_the_one_before_is_told() {
+        let had = known(4096, Some((2, "x")));
+        for offer in [offered(&[(3, "y")], 1), offered(&[(4, "y"), (5, "z")], 2)] {
+            let verdict = judge(&had, &offer);
+            assert!(matches!(verdict, Verdict::LaterReign(_)), "{offer:?}: {verdict:?}");
+        }
+    }
+
+    /// A began reign 5 after a power loss while B was promoted to another 5. A yielded, B handed
+    /// over to it: its reign 6 counts one more than the host's, and has nothing of it.
+    #[test]
+    fn a_history_that_parted_is_not_shown_though_a_planned_change_has_ended_it() {
+        let had = known(4096, Some((5, "a")));
+        let both = [(4, "x"), (5, "b"), (6, "c")];
+        let later = [(4, "x"), (6, "b"), (7, "c")];
+        for (reigns, planned) in [(both, 1), (both, 2), (both, 0), (later, 1), (later, 2)] {
+            let verdict = judge(&had, &offered(&reigns, planned));
+            let Verdict::Other(why) = verdict else { panic!("{reigns:?}: {verdict:?}") };
+            assert!(why.contains("parted"), "{why}");
         }
     }
 
     #[test]
     fn an_older_or_parted_history_is_never_shown() {
-        let had = known(4096, Some((2, "x", "promote")));
+        let had = known(4096, Some((2, "x")));
         for (reign, id) in [(1, "w"), (2, "y")] {
-            let verdict = judge(&had, &known(4096, Some((reign, id, "switchover"))));
+            let verdict = judge(&had, &offered(&[(reign, id)], 1));
             assert!(matches!(verdict, Verdict::Other(_)), "{reign} {id}: {verdict:?}");
         }
     }
 
     #[test]
     fn what_a_rewind_has_left_behind_is_never_mixed_with_what_came_back() {
-        let had = known(4096, Some((2, "x", "promote")));
+        let had = known(4096, Some((2, "x")));
         let mut rewound = had.clone();
         rewound.identity.as_mut().unwrap().rewound = Some(4096);
         for (had, offered) in [(&had, &rewound), (&rewound, &had)] {
@@ -164,7 +213,7 @@ mod tests {
             assert!(why.contains("taken back"), "{why}");
         }
         assert_eq!(judge(&rewound, &rewound), Verdict::Same);
-        let mut later = known(4096, Some((3, "y", "promote")));
+        let mut later = offered(&[(2, "x"), (3, "y")], 0);
         assert!(
             matches!(judge(&rewound, &later), Verdict::Other(_)),
             "a copy that had not gone back"
@@ -181,26 +230,27 @@ mod tests {
 
     #[test]
     fn what_a_restore_has_replaced_is_never_mixed_with_what_it_brought() {
-        let had = known(4096, Some((2, "x", "promote")));
-        let restored = |reign, id, at| {
-            let mut offer = known(4096, Some((reign, id, "switchover")));
+        let had = known(4096, Some((2, "x")));
+        let restored = |reigns: &[(u64, &str)], at| {
+            let mut offer = offered(reigns, 1);
             offer.identity.as_mut().unwrap().restored = Some(at);
             offer
         };
-        let (first, second) = (restored(2, "x", 4096), restored(2, "x", 8192));
-        let handed_over = known(4096, Some((3, "y", "switchover")));
+        let (first, second) = (restored(&[(2, "x")], 4096), restored(&[(2, "x")], 8192));
+        let reigns = [(2, "x"), (3, "y")];
+        let handed_over = offered(&reigns, 1);
         for (had, offered) in [(&had, &first), (&first, &second), (&first, &handed_over)] {
             let Verdict::Other(why) = judge(had, offered) else { panic!("{offered:?}") };
             assert!(why.contains("a restore has replaced"), "{why}");
         }
         assert_eq!(judge(&first, &first), Verdict::Same);
-        assert_eq!(judge(&first, &restored(3, "y", 4096)), Verdict::Same, "handed over with it");
+        assert_eq!(judge(&first, &restored(&reigns, 4096)), Verdict::Same, "handed over with it");
     }
 
     #[test]
     fn another_volume_is_never_shown() {
-        let had = known(4096, Some((2, "x", "promote")));
-        let mut offers = vec![known(4096, None), known(2048, Some((2, "x", "promote")))];
+        let had = known(4096, Some((2, "x")));
+        let mut offers = vec![known(4096, None), known(2048, Some((2, "x")))];
         let mut offer = had.clone();
         offer.flags |= export_flag::READ_ONLY;
         offers.push(offer);
