@@ -51,10 +51,17 @@ until_status() {
 until_status '"state": "attached"'
 refused g/v /dev/nbd0 --to "$first"
 refused g/other /dev/nbd1 --to "$first"
+# What another program attached is left to it.
+not_detached() {
+    "$tidelog" detach "$1" >/mnt/notes/said 2>&1 && end "failed: detached $1"
+    echo "REFUSED $(busybox tail -n 1 /mnt/notes/said)"
+}
+must nbd-client -N g/v "${first%:*}" "${first#*:}" /dev/nbd1 -R >/dev/null
+not_detached /dev/nbd1
+must nbd-client -d /dev/nbd1 >/dev/null
 must mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 /dev/nbd0
 must mount -o errors=panic /dev/nbd0 /mnt/v
-"$tidelog" detach /dev/nbd0 >/mnt/notes/said 2>&1 && end "failed: detached while mounted"
-echo "REFUSED $(busybox tail -n 1 /mnt/notes/said)"
+not_detached /dev/nbd0
 
 # Synced writes without pause; each is noted after it was answered.
 (
@@ -145,4 +152,13 @@ wait $keeper || end "failed: the keeper ended with an error"
 if busybox dmesg | busybox grep -iE "i/o error|journal|ext4-fs (error|warning)"; then
     end "failed: the kernel saw an error"
 fi
+
+# By force it ends though it is mounted, and its keeper does not make it live again.
+"$tidelog" attach $as_attached >>/mnt/notes/keeper 2>&1 &
+keeper=$!
+until_status '"state": "attached"'
+must mount /dev/nbd0 /mnt/v
+must "$tidelog" detach --force /dev/nbd0
+wait $keeper || end "failed: the keeper ended with an error"
+dd if=/dev/nbd0 of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null && end "failed: the device lives"
 end done

@@ -2,7 +2,7 @@
 # `tidelog attach` in a User-Mode Linux guest: a mounted ext4 outlives kill -9 of the appliance, a cut
 # of the network, a failover to the second node, and the death of its own keeper, and grows with its
 # volume; no write fails, and each that was synced is there. attach-guest.sh is what the guest runs.
-# needs: linux.uml mkfs.ext4 resize2fs busybox ip ethtool unshare jq
+# needs: linux.uml nbd-client mkfs.ext4 resize2fs busybox ip ethtool unshare jq
 here=$(cd "$(dirname "$0")" && pwd)
 if [ "${IN_NAMESPACE:-}" != yes ]; then
     IN_NAMESPACE=yes exec unshare --net -- bash "$here/attach.sh"
@@ -74,4 +74,5 @@ said "g/nothing"
 said "Connection refused"
 said "/dev/null"
 said "another process"
+said "nbd-client -d /dev/nbd1"
 said "is mounted or held"

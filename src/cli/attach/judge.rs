@@ -1,4 +1,5 @@
-//! Whether what a server offers may take the place of what a device shows: pure.
+//! Whether what a server offers may take the place of what a device shows, and whether a link that
+//! lives is left for it: pure.
 
 use tidelog::nbd::{Identity, Negotiated, wire::export_flag};
 
@@ -103,8 +104,8 @@ fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
         // The reigns before that are told follow each other without a gap.
         None if offered.before.iter().any(|(reign, _)| *reign <= had.reign) => {
             Verdict::Other(format!(
-                "its reign {} ({}) does not go on from the reign that the device has seen, {} ({}): \
-                 a history that parted from it",
+                "its reign {} ({}) does not go on from reign {} ({}), which the device has seen: a \
+                 history that parted",
                 offered.reign, offered.reign_id, had.reign, had.reign_id
             ))
         }
@@ -116,9 +117,97 @@ fn judge_reign(had: &Identity, offered: &Identity) -> Verdict {
     }
 }
 
+/// Whether a server is under another reign than the one that a link to it was made under: what it
+/// answers on that link is of the later one.
+pub fn has_begun_anew(known: &Known, offer: &Known) -> bool {
+    match (&known.identity, &offer.identity) {
+        (Some(had), Some(offered)) => {
+            had.is_same_volume(offered) && had.lsn.is_none() && had.reign_id != offered.reign_id
+        }
+        _ => false,
+    }
+}
+
+/// Whether a link that lives is left for another server, by how what that offers is judged. The
+/// link's own server did not offer the volume when it was asked: `refused`, where it said so. A
+/// question without an answer is no reason to lose what the link still answers.
+pub fn may_leave(refused: bool, there: &Verdict) -> bool {
+    match there {
+        Verdict::Same => true,
+        Verdict::LaterReign(_) => refused,
+        Verdict::Other(_) => false,
+    }
+}
+
+/// What is done about a volume's size while a link lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Growth {
+    /// Nothing.
+    None,
+    /// The link's session refuses what lies behind the size that it was made with: a new one.
+    Connect,
+    /// The link serves more than the device shows, which is told to the kernel later.
+    Wait,
+    /// It is told now.
+    Show,
+}
+
+/// Judges bytes: those that the device shows, that its link serves, that the server has by now.
+///
+/// The kernel lets all requests come to their end before it changes the size (since Linux 6.9), and
+/// takes no other socket meanwhile. So it is told on a link that works, and not before that is
+/// `settled`: what was under way when it was handed over has been sent again on it.
+pub fn growth(shown: u64, served: u64, offered: u64, settled: bool) -> Growth {
+    match (served > shown, settled) {
+        _ if offered > served => Growth::Connect,
+        (true, true) => Growth::Show,
+        (true, false) => Growth::Wait,
+        (false, _) => Growth::None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_living_link_is_left_for_the_same_alone_unless_its_server_refuses() {
+        let later = Verdict::LaterReign("may lack something".to_owned());
+        let other = Verdict::Other("another".to_owned());
+        for refused in [false, true] {
+            assert!(may_leave(refused, &Verdict::Same));
+            assert_eq!(may_leave(refused, &later), refused);
+            assert!(!may_leave(refused, &other));
+        }
+    }
+
+    #[test]
+    fn a_link_made_under_a_reign_that_its_server_has_ended_is_not_kept() {
+        let had = known(4096, Some((2, "x")));
+        assert!(!has_begun_anew(&had, &had));
+        let mut later = offered(&[(2, "x"), (3, "y")], 1);
+        assert!(has_begun_anew(&had, &later));
+        assert!(!has_begun_anew(&had, &known(4096, None)), "nothing is known of it");
+        later.identity.as_mut().unwrap().volume_number = 2;
+        assert!(!has_begun_anew(&had, &later), "another volume");
+        let mut images = [had, offered(&[(2, "x"), (3, "y")], 1)];
+        for image in &mut images {
+            image.identity.as_mut().unwrap().lsn = Some(4096);
+        }
+        assert!(!has_begun_anew(&images[0], &images[1]), "an image stays what it is");
+    }
+
+    #[test]
+    fn a_larger_size_is_told_only_on_a_link_that_serves_it_and_has_settled() {
+        for settled in [false, true] {
+            assert_eq!(growth(4096, 4096, 4096, settled), Growth::None);
+            assert_eq!(growth(4096, 4096, 8192, settled), Growth::Connect);
+            assert_eq!(growth(4096, 8192, 9216, settled), Growth::Connect, "it grew once more");
+            assert_eq!(growth(4096, 4096, 2048, settled), Growth::None);
+        }
+        assert_eq!(growth(4096, 8192, 8192, false), Growth::Wait);
+        assert_eq!(growth(4096, 8192, 8192, true), Growth::Show);
+    }
 
     fn known(size_bytes: u64, reign: Option<(u64, &str)>) -> Known {
         let identity = reign.map(|(reign, id)| Identity {

@@ -10,7 +10,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -19,12 +19,13 @@ use sd_notify::NotifyState;
 
 use tidelog::io::{Clock, SystemClock};
 use tidelog::nbd::wire::export_flag;
-use tidelog::nbd::{KeeperId, NbdAddress, Negotiated, describe, negotiate};
+use tidelog::nbd::{ClientError, KeeperId, NbdAddress, Negotiated, describe, negotiate};
 
-use super::judge::{Known, Verdict, judge};
+use super::detach::{backend_of, detach, device_name};
+use super::judge::{Growth, Known, Verdict, growth, has_begun_anew, judge, may_leave};
 use super::kernel::{self, Kernel, KernelError};
 use super::netlink::Device;
-use super::state::State;
+use super::state::{self, State};
 
 /// How long a server may take for each step of a handshake.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -34,8 +35,6 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(250);
 /// How long the kernel may take to tell that a link is dead.
 const DEATH_PATIENCE: Duration = Duration::from_secs(5);
-/// How long the kernel may take to end a device.
-const DETACH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a device is to be.
 pub struct Plan {
@@ -76,6 +75,16 @@ struct Link {
     warning: Option<String>,
 }
 
+/// What a server says of the volume while the device is connected.
+enum Said {
+    /// It offers this, which is judged so.
+    Offers(Known, Verdict),
+    /// It answered that it does not serve it; why.
+    Refuses(String),
+    /// It gave no answer; why.
+    Nothing(String),
+}
+
 /// A device under care.
 pub struct Keeper {
     plan: Plan,
@@ -84,6 +93,12 @@ pub struct Keeper {
     signals: SignalFd,
     known: Known,
     socket: Option<OwnedFd>,
+    /// Bytes that the link serves: the device may show fewer, for a while.
+    served_bytes: u64,
+    /// When the kernel was given the link.
+    linked_at: Duration,
+    /// `/sys` shows what the device is called.
+    named: bool,
     /// The kernel told that the link is dead, and has not been given another since.
     died: bool,
     state: State,
@@ -107,12 +122,14 @@ impl Keeper {
             dead_timeout_seconds: Some(plan.dead_timeout.as_secs()),
             ..device_of(&plan, Some(&link.socket))
         };
+        State::remove(plan.index);
         kernel.connect(&device).with_context(|| device_name(plan.index))?;
         let state = State {
             device: kernel::device_path(plan.index).display().to_string(),
             volume: plan.export.clone(),
             state: String::new(),
             reason: None,
+            failed: None,
             since: String::new(),
             server: plan.servers[link.server].to_string(),
             size_bytes: known.size_bytes,
@@ -122,8 +139,19 @@ impl Keeper {
             pid: std::process::id(),
         };
         let clock = SystemClock::new();
-        let socket = Some(link.socket);
-        let mut keeper = Keeper { plan, kernel, clock, signals, known, socket, died: false, state };
+        let mut keeper = Keeper {
+            served_bytes: known.size_bytes,
+            linked_at: clock.monotonic(),
+            named: kernel::backend(plan.index).is_some(),
+            socket: Some(link.socket),
+            died: false,
+            plan,
+            kernel,
+            clock,
+            signals,
+            known,
+            state,
+        };
         keeper.show("attached", None);
         Ok(keeper)
     }
@@ -136,18 +164,19 @@ impl Keeper {
             block_bytes_min: None,
             description: state.description.clone(),
         };
-        let mut keeper = Keeper {
+        Ok(Keeper {
             signals: block_signals()?,
             known: Known::of(&offer),
             socket: None,
+            served_bytes: 0,
+            linked_at: Duration::ZERO,
+            named: true,
             died: false,
             clock: SystemClock::new(),
             state: State { pid: std::process::id(), ..state },
             plan,
             kernel,
-        };
-        keeper.show("reconnecting", Some("its keeper was gone, and another took over".to_owned()));
-        Ok(keeper)
+        })
     }
 
     /// Keeps the device until it is detached or this process is told to stop.
@@ -162,6 +191,7 @@ impl Keeper {
         super::super::serve::notify_manager(&[NotifyState::Stopping]);
         match end? {
             End::Detached => tracing::info!(device = %self.state.device, "detached"),
+            End::Stopped if self.is_gone()? => {}
             End::Stopped => self.stop()?,
         }
         State::remove(self.plan.index);
@@ -169,10 +199,11 @@ impl Keeper {
     }
 
     fn run(&mut self) -> Result<End> {
-        if self.socket.is_none()
-            && let Some(end) = self.reconnect()?
-        {
-            return Ok(end);
+        if self.socket.is_none() {
+            let why = "its keeper was gone, and another took over".to_owned();
+            if let Some(end) = self.reconnect(why)? {
+                return Ok(end);
+            }
         }
         super::super::serve::notify_manager(&[NotifyState::Ready]);
         let mut probe_at = self.clock.monotonic() + PROBE_INTERVAL;
@@ -181,8 +212,7 @@ impl Keeper {
             let end = if let Some(end) = self.wait(left)? {
                 Some(end)
             } else if let Some(why) = self.lost() {
-                self.show("reconnecting", Some(why));
-                self.reconnect()?
+                self.reconnect(why)?
             } else if self.clock.monotonic() >= probe_at {
                 probe_at = self.clock.monotonic() + PROBE_INTERVAL;
                 self.probe()?
@@ -217,28 +247,52 @@ impl Keeper {
     /// Why the link is lost, if it is.
     fn lost(&mut self) -> Option<String> {
         self.died |= self.kernel.link_died(self.plan.index);
-        if self.died {
-            return Some(format!("{} did not answer a request in time", self.state.server));
-        }
-        let socket = self.socket.as_ref()?;
+        let (server, socket) = (&self.state.server, self.socket.as_ref()?);
         let hangup = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
         let mut fds = [PollFd::new(socket.as_fd(), hangup)];
         let ended = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0);
-        ended.then(|| format!("{} closed the connection", self.state.server))
+        // The kernel tells of a link that the server closed, too.
+        if !self.died && !ended {
+            None
+        } else if kernel::was_given_up(socket.as_fd()) {
+            Some(format!("{server} did not answer a request in time"))
+        } else {
+            Some(format!("{server} closed the connection, or it was lost on the way"))
+        }
+    }
+
+    /// Whether the device is detached, or will be, or is another program's by now.
+    fn is_gone(&mut self) -> Result<bool> {
+        let index = self.plan.index;
+        if state::is_detached(index) || !self.kernel.is_connected(index)? {
+            return Ok(true);
+        }
+        let backend = kernel::backend(index);
+        Ok(self.named && backend.as_deref() != Some(&backend_of(&self.plan.export)))
     }
 
     /// Tries all servers until one serves the volume, and gives the kernel its socket.
-    fn reconnect(&mut self) -> Result<Option<End>> {
+    fn reconnect(&mut self, why: String) -> Result<Option<End>> {
+        if self.is_gone()? {
+            return Ok(Some(End::Detached));
+        }
+        self.show("reconnecting", Some(why));
         if let Some(old) = self.socket.take() {
             kernel::abort(old.as_fd());
         }
+        let fails_at = self.clock.monotonic() + self.plan.dead_timeout;
         let mut told = String::new();
         loop {
-            if !self.kernel.is_connected(self.plan.index)? {
+            if self.is_gone()? {
                 return Ok(Some(End::Detached));
             }
             let first = self.server_index();
-            match find(&self.plan, first, Some(&self.known)) {
+            let found = find(&self.plan, first, Some(&self.known));
+            if self.state.failed.is_none() && self.clock.monotonic() >= fails_at {
+                self.state.failed = Some(self.clock.wall().to_string());
+                told.clear();
+            }
+            match found {
                 Ok(link) => return self.hand_over(link),
                 Err(reasons) if reasons != told => {
                     self.show("reconnecting", Some(reasons.clone()));
@@ -262,23 +316,18 @@ impl Keeper {
             }
             self.died |= self.kernel.link_died(self.plan.index);
         }
-        let size_bytes = link.offer.size_bytes;
-        // Requests wait for a socket meanwhile, so that none goes to one that knows less.
-        let device = Device {
-            size_bytes: (size_bytes > self.known.size_bytes).then_some(size_bytes),
-            timeout_seconds: Some(self.plan.timeout.as_secs()),
-            dead_timeout_seconds: Some(self.plan.dead_timeout.as_secs()),
-            ..device_of(&self.plan, Some(&link.socket))
-        };
-        match self.kernel.reconfigure(&device) {
+        if self.is_gone()? {
+            return Ok(Some(End::Detached));
+        }
+        match self.kernel.reconfigure(&relinked(&self.plan, &link.socket)) {
             Ok(()) => {}
             Err(KernelError::NotAttached) => return Ok(Some(End::Detached)),
             Err(error) => return Err(error).with_context(|| device_name(self.plan.index)),
         }
         self.died = false;
         self.socket = Some(link.socket);
-        self.known = Known { flags: self.known.flags, ..Known::of(&link.offer) };
-        self.state.size_bytes = size_bytes;
+        (self.served_bytes, self.linked_at) = (link.offer.size_bytes, self.clock.monotonic());
+        self.known.identity = Known::of(&link.offer).identity;
         self.state.description.clone_from(&link.offer.description);
         self.state.server = self.plan.servers[link.server].to_string();
         if let Some(warning) = &link.warning {
@@ -293,35 +342,31 @@ impl Keeper {
 
     /// Asks the server what it offers by now, and where it does not serve the volume, the others.
     fn probe(&mut self) -> Result<Option<End>> {
-        if !self.kernel.is_connected(self.plan.index)? {
+        if self.is_gone()? {
             return Ok(Some(End::Detached));
         }
         let current = self.server_index();
-        let trouble = match self.ask(current) {
-            Ok(offer) if offer.size_bytes > self.known.size_bytes => {
-                // The link's own session refuses what lies behind the size that it was made with,
-                // so the kernel hears of the rest together with the next one.
-                let why = format!(
-                    "{} has {} bytes by now, {} before: a new connection serves them all",
-                    self.plan.export, offer.size_bytes, self.known.size_bytes
-                );
-                self.show("reconnecting", Some(why));
-                return self.reconnect();
+        let (refused, trouble) = match self.ask(current) {
+            Said::Offers(offer, _) if has_begun_anew(&self.known, &offer) => {
+                let why = format!("{} is under another reign by now", self.state.server);
+                return self.reconnect(why);
             }
-            Ok(_) => {
-                // The reign stays the one that the link began with: the next is judged by it.
-                self.show("attached", None);
-                return Ok(None);
+            Said::Offers(offer, Verdict::Same) => return self.grow(offer.size_bytes),
+            Said::Offers(_, Verdict::LaterReign(why) | Verdict::Other(why)) => {
+                (false, format!("{}: {why}", self.state.server))
             }
-            Err(trouble) => trouble,
+            Said::Refuses(why) => (true, why),
+            Said::Nothing(why) => (false, why),
         };
         let others = (0..self.plan.servers.len()).filter(|other| *other != current);
         for other in others.collect::<Vec<_>>() {
-            if self.ask(other).is_ok() {
+            if let Said::Offers(_, verdict) = self.ask(other)
+                && may_leave(refused, &verdict)
+            {
                 let there = self.plan.servers[other].to_string();
-                self.show("reconnecting", Some(format!("{trouble}; {there} serves the volume")));
+                let why = format!("{trouble}; {there} serves the volume");
                 self.state.server = there;
-                return self.reconnect();
+                return self.reconnect(why);
             }
         }
         // Requests may still be answered: the kernel and TCP tell when they are not.
@@ -329,14 +374,52 @@ impl Keeper {
         Ok(None)
     }
 
-    /// What a server offers, if it may be shown.
-    fn ask(&self, server: usize) -> Result<Negotiated, String> {
+    /// Has the device follow a volume of `offered` bytes by now.
+    fn grow(&mut self, offered: u64) -> Result<Option<End>> {
+        let settled = self.clock.monotonic() >= self.linked_at + self.plan.timeout;
+        let (shown, export) = (self.known.size_bytes, &self.plan.export);
+        match growth(shown, self.served_bytes, offered, settled) {
+            Growth::None => self.show("attached", None),
+            Growth::Connect => {
+                let why = format!(
+                    "{export} has {offered} bytes by now, {shown} before: a new connection serves \
+                     them all"
+                );
+                return self.reconnect(why);
+            }
+            Growth::Wait => {
+                let why = format!(
+                    "{export} has {offered} bytes by now: the device will, once what was asked \
+                     before is answered"
+                );
+                self.show("attached", Some(why));
+            }
+            Growth::Show => match self.kernel.reconfigure(&grown(&self.plan, self.served_bytes)) {
+                Ok(()) => {
+                    self.known.size_bytes = self.served_bytes;
+                    self.state.size_bytes = self.served_bytes;
+                    self.show("attached", None);
+                }
+                Err(KernelError::NotAttached) => return Ok(Some(End::Detached)),
+                Err(error) => {
+                    let why = format!("its new size of {offered} bytes cannot be shown: {error}");
+                    self.show("attached", Some(why));
+                }
+            },
+        }
+        Ok(None)
+    }
+
+    /// What a server says of the volume.
+    fn ask(&self, server: usize) -> Said {
         let address = &self.plan.servers[server];
-        let offer = describe(address, &self.plan.export, PATIENCE)
-            .map_err(|error| reason(address, &error))?;
-        may_show(&self.plan, Some(&self.known), &offer)
-            .map_err(|why| format!("{address}: {why}"))?;
-        Ok(offer)
+        match describe(address, &self.plan.export, PATIENCE) {
+            Ok(offer) => {
+                Said::Offers(Known::of(&offer), judged(&self.plan, Some(&self.known), &offer))
+            }
+            Err(error @ ClientError::Refused { .. }) => Said::Refuses(reason(address, &error)),
+            Err(error) => Said::Nothing(reason(address, &error)),
+        }
     }
 
     fn server_index(&self) -> usize {
@@ -346,6 +429,7 @@ impl Keeper {
 
     /// Shows a state to whoever asks, and logs it where it is new.
     fn show(&mut self, state: &str, reason: Option<String>) {
+        let reason = state::with_failure(reason, self.state.failed.as_deref());
         if self.state.state != state || self.state.reason != reason {
             if self.state.state != state {
                 self.state.since = self.clock.wall().to_string();
@@ -369,40 +453,14 @@ impl Keeper {
 
     /// Detaches where nobody holds the device.
     fn stop(&mut self) -> Result<()> {
-        detach(&mut self.kernel, self.plan.index, false).map_err(|error| {
-            anyhow!(
+        let index = self.plan.index;
+        detach(&mut self.kernel, index, false).map_err(|error| match state::is_detached(index) {
+            true => error,
+            false => anyhow!(
                 "{error}; the device stays, without a keeper: `tidelog attach` takes it up again"
-            )
+            ),
         })
     }
-}
-
-/// Ends a device, and waits until it is gone.
-pub fn detach(kernel: &mut Kernel, index: u32, force: bool) -> Result<()> {
-    let failed = || device_name(index);
-    if !kernel.is_connected(index).with_context(failed)? {
-        return Err(KernelError::NotAttached).with_context(failed);
-    }
-    if !force && kernel::is_held(index).with_context(failed)? {
-        bail!(
-            "{}: is mounted or held otherwise; unmount it first, or --force fails its requests",
-            failed()
-        );
-    }
-    kernel.disconnect(index).with_context(failed)?;
-    let clock = SystemClock::new();
-    let deadline = clock.monotonic() + DETACH_PATIENCE;
-    while !force && kernel.is_connected(index).with_context(failed)? {
-        if clock.monotonic() >= deadline {
-            bail!("{}: something still has it open; the kernel ends it after that", failed());
-        }
-        poll(&mut [], 50u16).context("cannot wait")?;
-    }
-    Ok(())
-}
-
-pub fn device_name(index: u32) -> String {
-    format!("device {}", kernel::device_path(index).display())
 }
 
 /// What names a device to the kernel, with a socket for it.
@@ -416,9 +474,19 @@ fn device_of(plan: &Plan, socket: Option<&OwnedFd>) -> Device {
     }
 }
 
-/// What `/sys/block/nbdN/backend` shows.
-pub fn backend_of(export: &str) -> String {
-    format!("tidelog {export}")
+/// Another link for a device. Never its size with it: the kernel would change that first, and wait
+/// for requests which wait for this link.
+fn relinked(plan: &Plan, socket: &OwnedFd) -> Device {
+    Device {
+        timeout_seconds: Some(plan.timeout.as_secs()),
+        dead_timeout_seconds: Some(plan.dead_timeout.as_secs()),
+        ..device_of(plan, Some(socket))
+    }
+}
+
+/// Another size for a device that has a link which serves it.
+fn grown(plan: &Plan, size_bytes: u64) -> Device {
+    Device { size_bytes: Some(size_bytes), ..device_of(plan, None) }
 }
 
 /// The first server, from `first` on, that serves the volume; else what each of them said.
@@ -434,43 +502,45 @@ fn find(plan: &Plan, first: usize, known: Option<&Known>) -> Result<Link, String
                 continue;
             }
         };
-        match may_show(plan, known, &offer) {
-            Ok(warning) => match client.into_socket().and_then(|socket| watch(plan, socket)) {
-                Ok(socket) => return Ok(Link { server, socket, offer, warning }),
-                Err(error) => reasons.push(format!("{address}: {error}")),
-            },
-            Err(why) => reasons.push(format!("{address}: {why}")),
+        let warning = match judged(plan, known, &offer) {
+            Verdict::Same => None,
+            Verdict::LaterReign(what) => Some(what),
+            Verdict::Other(why) => {
+                reasons.push(format!("{address}: {why}"));
+                continue;
+            }
+        };
+        match client.into_socket().and_then(|socket| watch(plan, socket)) {
+            Ok(socket) => return Ok(Link { server, socket, offer, warning }),
+            Err(error) => reasons.push(format!("{address}: {error}")),
         }
     }
     Err(reasons.join("; "))
 }
 
-fn reason(address: &NbdAddress, error: &tidelog::nbd::ClientError) -> String {
+fn reason(address: &NbdAddress, error: &ClientError) -> String {
     match error {
-        tidelog::nbd::ClientError::Io { cause, .. } => format!("{address}: {cause}"),
+        ClientError::Io { cause, .. } => format!("{address}: {cause}"),
         other => format!("{address}: {other}"),
     }
 }
 
-/// Whether an offer may be shown, with a warning where it may lack something.
-fn may_show(
-    plan: &Plan,
-    known: Option<&Known>,
-    offer: &Negotiated,
-) -> Result<Option<String>, String> {
+/// Whether an offer may be shown; `known` is what the device shows, where it does.
+fn judged(plan: &Plan, known: Option<&Known>, offer: &Negotiated) -> Verdict {
     let mut offered = Known::of(offer);
     if offer.size_bytes < plan.block_bytes {
-        return Err(format!("the volume has {} bytes, less than a block", offer.size_bytes));
+        let why = format!("the volume has {} bytes, less than a block", offer.size_bytes);
+        return Verdict::Other(why);
     }
-    let Some(known) = known else { return Ok(None) };
+    let Some(known) = known else { return Verdict::Same };
     if plan.read_only {
         offered.flags |= export_flag::READ_ONLY;
     }
     match judge(known, &offered) {
-        Verdict::Same => Ok(None),
-        Verdict::LaterReign(what) if plan.strict => Err(format!("{what}; --strict holds here")),
-        Verdict::LaterReign(what) => Ok(Some(what)),
-        Verdict::Other(why) => Err(why),
+        Verdict::LaterReign(what) if plan.strict => {
+            Verdict::Other(format!("{what}; --strict holds here"))
+        }
+        verdict => verdict,
     }
 }
 
@@ -498,4 +568,32 @@ fn block_signals() -> Result<SignalFd> {
     mask.thread_block().context("signals could not be blocked")?;
     SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .context("signals cannot be read")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A volume that grew under load stood still until the dead timeout, on Linux 6.9 and later.
+    #[test]
+    fn the_kernel_is_never_told_of_a_link_and_a_size_at_once() {
+        let plan = Plan {
+            index: 3,
+            export: "g/v".to_owned(),
+            servers: Vec::new(),
+            timeout: Duration::from_secs(15),
+            dead_timeout: Duration::from_secs(3600),
+            block_bytes: 512,
+            read_only: false,
+            strict: false,
+            keeper: [1; 16],
+        };
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let link = relinked(&plan, &socket.into());
+        assert!(link.socket.is_some() && link.size_bytes.is_none());
+        let size = grown(&plan, 8192);
+        let backend = Some("tidelog g/v".to_owned());
+        let alone = Device { index: 3, size_bytes: Some(8192), backend, ..Device::default() };
+        assert_eq!(size, alone, "what a later command does not name stays as it is");
+    }
 }

@@ -221,6 +221,26 @@ pub fn abort(fd: BorrowedFd<'_>) {
     let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
 }
 
+/// Whether a connection's end, if it has one, began on this side: the kernel gave it up. `false`
+/// where the other side closed it or TCP did, and where that cannot be told.
+pub fn was_given_up(fd: BorrowedFd<'_>) -> bool {
+    /// `TCP_ESTABLISHED`, `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`, `TCP_CLOSING`: nothing came from there.
+    const NOT_CLOSED_THERE: [u8; 4] = [1, 4, 5, 11];
+    let mut state = 0u8;
+    let mut length = size_of::<u8>() as libc::socklen_t;
+    // SAFETY: the option's value is as long as the `u8` that is passed, its state comes first.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut state).cast(),
+            std::ptr::from_mut(&mut length),
+        )
+    };
+    result == 0 && NOT_CLOSED_THERE.contains(&state)
+}
+
 /// The N of a device that was named as `/dev/nbdN`, or by a link to it.
 pub fn index_of(device: &Path) -> Result<u32, String> {
     let real = std::fs::canonicalize(device).unwrap_or_else(|_| device.to_owned());
@@ -290,6 +310,31 @@ mod tests {
             let said = index_of(Path::new(bad)).unwrap_err();
             assert!(said.contains("/dev/nbd0"), "{bad}: {said}");
         }
+    }
+
+    #[test]
+    fn who_ended_a_connection_first_is_told_by_its_state() {
+        use std::io::Read;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = || {
+            let host = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (host, listener.accept().unwrap().0)
+        };
+        let end = |stream: &std::net::TcpStream| stream.shutdown(std::net::Shutdown::Both);
+        // As the kernel does to a socket that does not answer.
+        let (host, mut server) = connected();
+        end(&host).unwrap();
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        assert!(was_given_up(host.as_fd()));
+        // And to one that ended.
+        let (mut host, server) = connected();
+        drop(server);
+        assert_eq!(host.read(&mut [0]).unwrap(), 0);
+        assert!(!was_given_up(host.as_fd()));
+        end(&host).unwrap();
+        assert!(!was_given_up(host.as_fd()));
+        let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(!was_given_up(unix.as_fd()), "nothing is known");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `tidelog attach` and `detach`: on a host, a volume as a device of the kernel's nbd client that
 //! outlives its server. Talks to the kernel and to the servers' NBD ports, to no control socket.
 
+mod detach;
 mod judge;
 mod keeper;
 mod kernel;
@@ -20,7 +21,8 @@ use tidelog::units::Span;
 
 use super::arguments::Member;
 use super::{output, serve};
-use keeper::{Keeper, Plan, device_name};
+use detach::{backend_of, device_name, is_ours};
+use keeper::{Keeper, Plan};
 use kernel::Kernel;
 use state::State;
 
@@ -167,12 +169,18 @@ const DETACH: &str = "`tidelog detach --force` ends it";
 fn adoptable(plan: &Plan) -> Result<State> {
     let index = plan.index;
     let shown = kernel::backend(index).unwrap_or_else(|| "another program's".to_owned());
-    if shown != keeper::backend_of(&plan.export) {
+    if shown != backend_of(&plan.export) {
         let free = (0..16).find(|other| !kernel::attached().contains(other));
         let hint = free.map_or(String::new(), |free| {
             format!("; {} is free", kernel::device_path(free).display())
         });
         bail!("{}: is in use: {shown}{hint}", device_name(index));
+    }
+    if state::is_detached(index) {
+        bail!(
+            "{}: was detached, and something still has it open; the kernel ends it after that",
+            device_name(index)
+        );
     }
     State::read(index)
         .ok_or_else(|| anyhow!("{}: its state is gone from /run; {DETACH}", device_name(index)))
@@ -182,7 +190,7 @@ fn adoptable(plan: &Plan) -> Result<State> {
 pub fn detach(arguments: &DetachArguments, json: bool) -> Result<()> {
     let index = kernel::index_of(&arguments.device).map_err(anyhow::Error::msg)?;
     let mut kernel = Kernel::open().with_context(|| device_name(index))?;
-    keeper::detach(&mut kernel, index, arguments.force)?;
+    detach::detach(&mut kernel, index, arguments.force)?;
     if !state::is_kept(index) {
         State::remove(index);
     }
@@ -201,7 +209,7 @@ fn status(device: Option<&Path>, json: bool) -> Result<()> {
     }
     let mut states = Vec::new();
     for index in indices {
-        let ours = kernel::backend(index).is_some_and(|text| text.starts_with("tidelog "));
+        let ours = is_ours(kernel::backend(index).as_deref(), state::is_kept(index));
         let Some(mut state) = State::read(index).filter(|_| ours) else { continue };
         if !state::is_kept(index) {
             state.state = "no-keeper".to_owned();

@@ -26,6 +26,9 @@ pub struct State {
     /// Why it is not `attached`, or what is not as it should be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// When requests began to fail since none of the servers was there for so long; RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
     /// Since when, RFC 3339.
     pub since: String,
     /// The server that it is, or was last, connected to.
@@ -82,6 +85,34 @@ fn is_locked(path: &Path) -> bool {
     asked.is_err() || found.l_type != libc::F_UNLCK as i16
 }
 
+/// Notes that a device is being detached, so that its keeper takes the end of the link for that and
+/// gives the kernel no other: whoever has it open keeps it, and it would live again.
+pub fn mark_detached(index: u32) -> io::Result<()> {
+    std::fs::create_dir_all(DIRECTORY)?;
+    File::create(path(index, "detached")).map(|_| ())
+}
+
+/// It goes on.
+pub fn unmark_detached(index: u32) {
+    let _ = std::fs::remove_file(path(index, "detached"));
+}
+
+/// Whether it was noted.
+pub fn is_detached(index: u32) -> bool {
+    path(index, "detached").exists()
+}
+
+/// A reason to show, with what has become of requests before: a server that is back does not undo
+/// that they failed, and the kernel holds none any more after that.
+pub fn with_failure(reason: Option<String>, failed: Option<&str>) -> Option<String> {
+    let Some(since) = failed else { return reason };
+    let failure = format!(
+        "no server was there for --dead-timeout: requests fail since {since}; unmount, check what \
+         is on it, `tidelog detach`, attach anew"
+    );
+    Some(reason.map_or(failure.clone(), |reason| format!("{reason}; {failure}")))
+}
+
 impl State {
     /// Shows it to others.
     pub fn publish(&self, index: u32) -> io::Result<()> {
@@ -95,9 +126,10 @@ impl State {
         serde_json::from_str(&std::fs::read_to_string(path(index, "json")).ok()?).ok()
     }
 
-    /// Takes away what was shown of a device.
+    /// Takes away what was shown and noted of a device.
     pub fn remove(index: u32) {
         let _ = std::fs::remove_file(path(index, "json"));
+        unmark_detached(index);
     }
 }
 
@@ -105,6 +137,17 @@ impl State {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn that_requests_failed_is_told_as_long_as_the_device_lives() {
+        assert_eq!(with_failure(None, None), None);
+        let reason = || Some("a: refused".to_owned());
+        assert_eq!(with_failure(reason(), None), reason());
+        let told = with_failure(None, Some("2026-01-01T00:00:00Z")).unwrap();
+        assert!(told.contains("fail since 2026-01-01T00:00:00Z; unmount"), "{told}");
+        let told = with_failure(reason(), Some("2026-01-01T00:00:00Z")).unwrap();
+        assert!(told.starts_with("a: refused; no server"), "{told}");
+    }
 
     #[test]
     fn a_lock_has_one_holder_and_is_seen_while_it_is_held() {
