@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::branches::present_reign;
 use super::catalog::{BackupEntry, Outcome};
 use super::decision::Decision;
 use super::error::BackupError;
@@ -273,6 +274,7 @@ impl Inner {
     /// A run is over: what it was stays known for those who ask.
     pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
         let opened_by = self.lock().active.get(&task.key).map(|active| active.opened_by);
+        let reign = present_reign(&task.group);
         // A run by command is none of the schedule's slots.
         if opened_by == Some(OpenedBy::Schedule) && task.running_on.is_none() {
             self.history.set_handled(task.key.job, task.key.slot);
@@ -293,7 +295,7 @@ impl Inner {
             if state.alarms.get(&name).is_some_and(|alarm| alarm.slot <= task.key.slot) {
                 state.alarms.remove(&name);
             }
-            state.watches.entry(task.key.job).or_default().made(task.key.slot);
+            state.watches.entry(task.key.job).or_default().made(task.key.slot, reign);
         }
         if let Some(active) = state.active.get_mut(&task.key) {
             active.phase = phase;

@@ -5,6 +5,9 @@
 //! holder gave up; `result` is created exclusively after the snapshot and decides. A claim is taken
 //! over by creating the next number, when its counter has stood still for its term on the
 //! *observer's* monotonic clock: no node believes another's clock.
+//!
+//! Where that result is of another branch of the group's history, the slot goes on for this one in
+//! `branch-EPOCH/` below it, by the same rules (`branches`).
 
 use std::io;
 use std::sync::Arc;
@@ -12,8 +15,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use super::branches::Reigns;
 use super::catalog::{Stats, VolumeChecksum};
 use super::facts::Reason;
+use super::objects::Objects;
 use crate::group::Role;
 use crate::units::{EpochId, LogTime, Lsn, Name, Span};
 
@@ -55,6 +60,9 @@ pub struct SlotResult {
     pub duration_seconds: f64,
     /// A checksum for each volume.
     pub checksums: Vec<VolumeChecksum>,
+    /// The image may be older than the job's limit, by leave of the job.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stale: bool,
     /// What the copy's health was at the end, where it was no longer good.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reasons_at_end: Vec<Reason>,
@@ -92,7 +100,7 @@ pub struct SlotView {
     pub number: u32,
     /// Who holds it.
     pub holder: Holder,
-    /// The result, if there is one.
+    /// The result, if there is one of this node's history.
     pub result: Option<SlotResult>,
 }
 
@@ -107,38 +115,48 @@ struct Ended {
 }
 
 /// A slot in the repository, as one observer sees it.
+#[derive(Clone)]
 pub struct SlotStore {
     objects: Arc<dyn Objects>,
+    slot: String,
+    /// Where the claims and the result of this node's branch are: the slot's directory, or one
+    /// below it.
     dir: String,
     /// The last movement seen: claim number, counter, when.
     movement: Option<(u32, u64, Duration)>,
 }
 
-use super::objects::Objects;
-
 impl SlotStore {
     /// The slot of a job.
     #[must_use]
     pub fn new(objects: Arc<dyn Objects>, job: EpochId, slot: LogTime) -> SlotStore {
-        SlotStore { objects, dir: slot_dir(job, slot), movement: None }
+        let slot = slot_dir(job, slot);
+        SlotStore { objects, dir: slot.clone(), slot, movement: None }
     }
 
-    /// Looks, at `now` on the monotonic clock.
+    /// Looks, at `now` on the monotonic clock; `reigns` tells by what results are judged.
     ///
     /// # Errors
     ///
     /// Where the repository cannot be read. What its holder did meanwhile was not seen then: a
     /// claim counts as standing still only after another whole term.
-    pub fn look(&mut self, now: Duration) -> io::Result<SlotView> {
-        let view = self.look_on(now);
+    pub fn look(&mut self, now: Duration, reigns: impl Fn() -> Reigns) -> io::Result<SlotView> {
+        let view = self.look_on(now, reigns);
         if view.is_err() {
             self.movement = None;
         }
         view
     }
 
-    fn look_on(&mut self, now: Duration) -> io::Result<SlotView> {
-        let result = self.read("result")?;
+    fn look_on(&mut self, now: Duration, reigns: impl Fn() -> Reigns) -> io::Result<SlotView> {
+        let mut results = Vec::new();
+        for dir in self.dirs()? {
+            results.extend(self.read::<SlotResult>(&dir, "result")?.map(|result| (dir, result)));
+        }
+        let reigns = reigns();
+        let first = results.iter().find(|(dir, _)| *dir == self.slot).map(|(_, result)| result);
+        self.go_to(reigns.branch(first));
+        let result = results.into_iter().map(|(_, result)| result).find(|it| reigns.counts(it));
         let names = self.objects.list(&self.dir)?;
         let number = names
             .iter()
@@ -149,16 +167,17 @@ impl SlotStore {
             return Ok(SlotView { number, holder: Holder::Nobody, result });
         }
         // A body that cannot be read is a holder nonetheless.
-        let claim = self.read::<Claim>(&format!("claim-{number:04}"))?.unwrap_or(Claim {
+        let claim = self.read::<Claim>(&self.dir, &format!("claim-{number:04}"))?;
+        let claim = claim.unwrap_or(Claim {
             node: "unknown".parse().expect("a constant name"),
             run: EpochId(0),
             term: Span::from_secs(60),
         });
-        if let Some(Ended { reason }) = self.read(&format!("ended-{number:04}"))? {
+        if let Some(Ended { reason }) = self.read(&self.dir, &format!("ended-{number:04}"))? {
             return Ok(SlotView { number, holder: Holder::Ended(claim, reason), result });
         }
         let counter = self
-            .read::<Renewed>(&format!("renewed-{number:04}"))?
+            .read::<Renewed>(&self.dir, &format!("renewed-{number:04}"))?
             .map_or(0, |renewed| renewed.counter);
         let since = match self.movement {
             Some((seen, count, since)) if seen == number && count == counter => since,
@@ -170,6 +189,25 @@ impl SlotStore {
         Ok(SlotView { number, holder, result })
     }
 
+    /// Goes on in the directory of a branch, or in the slot's own.
+    fn go_to(&mut self, branch: Option<EpochId>) {
+        let dir = match branch {
+            Some(epoch) => format!("{}/branch-{epoch}", self.slot),
+            None => self.slot.clone(),
+        };
+        if self.dir != dir {
+            (self.dir, self.movement) = (dir, None);
+        }
+    }
+
+    /// The slot's directory, and those of its branches.
+    fn dirs(&self) -> io::Result<Vec<String>> {
+        let names = self.objects.list(&self.slot)?.into_iter();
+        let branches = names.filter(|name| name.starts_with("branch-"));
+        let branches = branches.map(|name| format!("{}/{name}", self.slot));
+        Ok([self.slot.clone()].into_iter().chain(branches).collect())
+    }
+
     /// Creates the claim of a number; `false` where another was first.
     ///
     /// # Errors
@@ -177,7 +215,7 @@ impl SlotStore {
     /// Where the repository cannot be written, or holds a result that is not whole, which would be
     /// in the way of this one's.
     pub fn claim(&self, number: u32, claim: &Claim) -> io::Result<bool> {
-        self.result()?;
+        self.result_in(&self.dir)?;
         self.objects.create(&format!("{}/claim-{number:04}", self.dir), &body(claim))
     }
 
@@ -201,26 +239,54 @@ impl SlotStore {
         self.objects.replace(&format!("{}/ended-{number:04}", self.dir), &body(&ended))
     }
 
-    /// Creates the result; the other's where another was first.
+    /// Creates the result; the other's where another of this history was first.
     ///
     /// # Errors
     ///
     /// Where the repository cannot be written or read.
-    pub fn finish(&self, result: &SlotResult) -> io::Result<Option<SlotResult>> {
-        if self.objects.create(&format!("{}/result", self.dir), &body(result))? {
-            return Ok(None);
+    pub fn finish(
+        &mut self,
+        result: &SlotResult,
+        reigns: impl Fn() -> Reigns,
+    ) -> io::Result<Option<SlotResult>> {
+        loop {
+            if self.objects.create(&format!("{}/result", self.dir), &body(result))? {
+                return Ok(None);
+            }
+            let unread = || io::Error::other("the slot's result cannot be read");
+            let other = self.result_in(&self.dir)?.ok_or_else(unread)?;
+            let branch = reigns().branch(Some(&other));
+            if branch.is_none() || self.dir != self.slot {
+                return Ok(Some(other));
+            }
+            // It appeared while this branch's backup was made.
+            self.go_to(branch);
         }
-        self.result()?.map(Some).ok_or_else(|| io::Error::other("the slot's result cannot be read"))
     }
 
-    /// Whether another than this run has made the backup.
+    /// The result of the slot in this node's history, whichever run made it.
     ///
     /// # Errors
     ///
-    /// Where the repository cannot be read; `InvalidData` where the object is there and is not
+    /// As of [`SlotStore::results`].
+    pub fn result(&self, reigns: impl Fn() -> Reigns) -> io::Result<Option<SlotResult>> {
+        let results = self.results()?;
+        Ok(reigns().counted(&results).cloned())
+    }
+
+    /// The results of all branches, the one in the slot's own directory first.
+    ///
+    /// # Errors
+    ///
+    /// Where the repository cannot be read; `InvalidData` where an object is there and is not
     /// whole, as after a crash on a file system without links.
-    pub fn result(&self) -> io::Result<Option<SlotResult>> {
-        let name = format!("{}/result", self.dir);
+    pub fn results(&self) -> io::Result<Vec<SlotResult>> {
+        let dirs = self.dirs()?;
+        dirs.iter().filter_map(|dir| self.result_in(dir).transpose()).collect()
+    }
+
+    fn result_in(&self, dir: &str) -> io::Result<Option<SlotResult>> {
+        let name = format!("{dir}/result");
         let Some(body) = self.objects.read(&name)? else { return Ok(None) };
         serde_json::from_slice(&body).map(Some).map_err(|error| {
             let what = format!(
@@ -232,8 +298,8 @@ impl SlotStore {
     }
 
     /// An object of the slot; `None` where it is not there or not what it should be.
-    fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<Option<T>> {
-        let body = self.objects.read(&format!("{}/{name}", self.dir))?;
+    fn read<T: DeserializeOwned>(&self, dir: &str, name: &str) -> io::Result<Option<T>> {
+        let body = self.objects.read(&format!("{dir}/{name}"))?;
         Ok(body.and_then(|body| serde_json::from_slice(&body).ok()))
     }
 }
@@ -248,7 +314,7 @@ fn body<T: Serialize>(value: &T) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::objects::MemoryObjects;
     use super::*;
 
@@ -258,7 +324,7 @@ mod tests {
         Claim { node: node.parse().expect("a name"), run: EpochId(run), term: Span::from_secs(60) }
     }
 
-    fn result(node: &str, run: u64) -> SlotResult {
+    pub fn result(node: &str, run: u64) -> SlotResult {
         SlotResult {
             node: node.parse().expect("a name"),
             role: Role::Secondary,
@@ -272,6 +338,7 @@ mod tests {
             bytes_added: 0,
             duration_seconds: 0.0,
             checksums: Vec::new(),
+            stale: false,
             reasons_at_end: Vec::new(),
         }
     }
@@ -285,19 +352,25 @@ mod tests {
     #[test]
     fn a_claim_that_is_renewed_is_live_and_one_that_stands_still_is_not() {
         let (a, mut b, _) = stores();
-        assert_eq!(b.look(Duration::ZERO).expect("read").holder, Holder::Nobody);
+        assert_eq!(b.look(Duration::ZERO, Reigns::default).expect("read").holder, Holder::Nobody);
         assert!(a.claim(1, &claim("a", 1)).expect("written"));
         assert!(!b.claim(1, &claim("b", 2)).expect("written"), "the number is taken");
         let mut now = Duration::ZERO;
         for counter in 1..20 {
             a.renew(1, counter).expect("written");
             now += 59 * SECOND;
-            assert!(matches!(b.look(now).expect("read").holder, Holder::Live(_)));
+            assert!(matches!(b.look(now, Reigns::default).expect("read").holder, Holder::Live(_)));
         }
-        assert!(matches!(b.look(now + 59 * SECOND).expect("read").holder, Holder::Live(_)));
-        assert!(matches!(b.look(now + 60 * SECOND).expect("read").holder, Holder::Still(_)));
+        assert!(matches!(
+            b.look(now + 59 * SECOND, Reigns::default).expect("read").holder,
+            Holder::Live(_)
+        ));
+        assert!(matches!(
+            b.look(now + 60 * SECOND, Reigns::default).expect("read").holder,
+            Holder::Still(_)
+        ));
         assert!(b.claim(2, &claim("b", 2)).expect("written"), "taken over by the next number");
-        let view = b.look(now + 61 * SECOND).expect("read");
+        let view = b.look(now + 61 * SECOND, Reigns::default).expect("read");
         assert_eq!((view.number, view.holder), (2, Holder::Live(claim("b", 2))));
     }
 
@@ -306,8 +379,11 @@ mod tests {
         let (a, mut b, _) = stores();
         a.claim(1, &claim("a", 1)).expect("written");
         let late = 100_000 * SECOND;
-        assert!(matches!(b.look(late).expect("read").holder, Holder::Live(_)));
-        assert!(matches!(b.look(late + 60 * SECOND).expect("read").holder, Holder::Still(_)));
+        assert!(matches!(b.look(late, Reigns::default).expect("read").holder, Holder::Live(_)));
+        assert!(matches!(
+            b.look(late + 60 * SECOND, Reigns::default).expect("read").holder,
+            Holder::Still(_)
+        ));
     }
 
     #[test]
@@ -315,27 +391,78 @@ mod tests {
         let (a, mut b, objects) = stores();
         a.claim(1, &claim("a", 1)).expect("written");
         a.renew(1, 5).expect("written");
-        assert!(matches!(b.look(Duration::ZERO).expect("read").holder, Holder::Live(_)));
+        assert!(matches!(
+            b.look(Duration::ZERO, Reigns::default).expect("read").holder,
+            Holder::Live(_)
+        ));
         objects.set_reachable(false);
         for second in [1, 30, 70] {
             a.renew(1, 6).expect_err("the outage");
-            b.look(second * SECOND).expect_err("the outage");
+            b.look(second * SECOND, Reigns::default).expect_err("the outage");
         }
         objects.set_reachable(true);
         let back = 71 * SECOND;
         for (after, still) in [(0, false), (59, false), (60, true)] {
-            let holder = b.look(back + after * SECOND).expect("read").holder;
+            let holder = b.look(back + after * SECOND, Reigns::default).expect("read").holder;
             assert_eq!(matches!(holder, Holder::Still(_)), still, "{after} s: {holder:?}");
         }
     }
 
     #[test]
     fn the_first_result_decides() {
-        let (a, b, _) = stores();
-        assert_eq!(a.finish(&result("a", 1)).expect("written"), None);
-        assert_eq!(b.finish(&result("b", 2)).expect("read"), Some(result("a", 1)));
-        assert_eq!(a.finish(&result("a", 1)).expect("written"), None, "the same once more");
-        assert_eq!(b.result().expect("read"), Some(result("a", 1)));
+        let (mut a, mut b, _) = stores();
+        assert_eq!(a.finish(&result("a", 1), Reigns::default).expect("written"), None);
+        assert_eq!(b.finish(&result("b", 2), Reigns::default).expect("read"), Some(result("a", 1)));
+        assert_eq!(
+            a.finish(&result("a", 1), Reigns::default).expect("written"),
+            None,
+            "the same once more"
+        );
+        assert_eq!(b.result(Reigns::default).expect("read"), Some(result("a", 1)));
+    }
+
+    /// The reign of a node since the histories parted at 4096.
+    fn branch(epoch: u64) -> Reigns {
+        let reigns = vec![(EpochId(epoch), Lsn(4096))];
+        Reigns { reigns, head: Lsn(1 << 20), whole: true, at_slot: None }
+    }
+
+    fn of_branch(node: &str, epoch: u64) -> SlotResult {
+        SlotResult { epoch: EpochId(epoch), lsn: Lsn(8192), ..result(node, epoch) }
+    }
+
+    #[test]
+    fn behind_a_result_of_another_branch_the_slot_goes_on_with_claims_and_a_result_of_its_own() {
+        let (mut a, mut b, objects) = stores();
+        assert!(a.claim(1, &claim("a", 1)).expect("written"));
+        let waiting = b.look(Duration::ZERO, || branch(2)).expect("read");
+        assert_eq!((waiting.number, waiting.result), (1, None), "it has not ended yet");
+        assert_eq!(a.finish(&of_branch("a", 1), || branch(1)).expect("written"), None);
+        let view = b.look(Duration::ZERO, || branch(2)).expect("read");
+        assert_eq!((view.number, view.holder, view.result), (0, Holder::Nobody, None));
+        assert!(b.claim(1, &claim("b", 2)).expect("written"), "a claim of its own");
+        assert_eq!(b.finish(&of_branch("b", 2), || branch(2)).expect("written"), None);
+        for (store, reign, node) in [(&mut a, 1, "a"), (&mut b, 2, "b")] {
+            let view = store.look(SECOND, || branch(reign)).expect("read");
+            assert_eq!(view.result, Some(of_branch(node, reign)));
+        }
+        assert_eq!(a.results().expect("read"), [of_branch("a", 1), of_branch("b", 2)]);
+        let place = format!("{}/branch-{}/result", a.slot, EpochId(2));
+        assert!(objects.read(&place).expect("read").is_some());
+        let again = SlotResult { run: EpochId(9), ..of_branch("c", 2) };
+        let mut c = b.clone();
+        let first = c.finish(&again, || branch(2)).expect("read");
+        assert_eq!(first, Some(of_branch("b", 2)), "one of each branch");
+    }
+
+    #[test]
+    fn a_result_of_another_branch_that_comes_first_takes_no_backup_from_this_one() {
+        let (mut a, mut b, _) = stores();
+        b.look(Duration::ZERO, || branch(2)).expect("read");
+        assert!(b.claim(1, &claim("b", 2)).expect("written"));
+        assert_eq!(a.finish(&of_branch("a", 1), || branch(1)).expect("written"), None);
+        assert_eq!(b.finish(&of_branch("b", 2), || branch(2)).expect("written"), None);
+        assert_eq!(b.result(|| branch(2)).expect("read"), Some(of_branch("b", 2)));
     }
 
     #[test]
@@ -343,7 +470,7 @@ mod tests {
         let (a, mut b, _) = stores();
         a.claim(1, &claim("a", 1)).expect("written");
         a.end(1, "no space").expect("written");
-        let view = b.look(Duration::ZERO).expect("read");
+        let view = b.look(Duration::ZERO, Reigns::default).expect("read");
         assert_eq!(view.holder, Holder::Ended(claim("a", 1), "no space".to_owned()));
     }
 
@@ -351,25 +478,31 @@ mod tests {
     fn a_torn_claim_is_held_until_its_term_is_over() {
         let (_, mut b, objects) = stores();
         objects.create(&format!("{}/claim-0003", b.dir), b"{\"no").expect("written");
-        let view = b.look(Duration::ZERO).expect("read");
+        let view = b.look(Duration::ZERO, Reigns::default).expect("read");
         assert_eq!(view.number, 3);
         assert!(matches!(view.holder, Holder::Live(_)));
-        assert!(matches!(b.look(60 * SECOND).expect("read").holder, Holder::Still(_)));
+        assert!(matches!(
+            b.look(60 * SECOND, Reigns::default).expect("read").holder,
+            Holder::Still(_)
+        ));
     }
 
     #[test]
     fn a_torn_result_is_named_and_lets_nobody_begin() {
-        let (a, mut b, objects) = stores();
+        let (mut a, mut b, objects) = stores();
         objects.create(&format!("{}/result", a.dir), b"{\"no").expect("written");
-        let refused =
-            [a.result().err(), a.claim(1, &claim("a", 1)).err(), a.finish(&result("a", 1)).err()];
+        let refused = [
+            a.result(Reigns::default).err(),
+            a.claim(1, &claim("a", 1)).err(),
+            a.finish(&result("a", 1), Reigns::default).err(),
+        ];
         for error in refused {
             let error = error.expect("it is not whole");
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
             let named = format!("tidelog/{}/result in the repository is cut short", a.dir);
             assert!(error.to_string().contains(&named), "{error}");
         }
-        let view = b.look(Duration::ZERO).expect("read");
+        let view = b.look(Duration::ZERO, Reigns::default).expect("read");
         assert_eq!((view.holder, view.result), (Holder::Nobody, None));
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::branches::Reigns;
 use super::catalog::{BackupEntry, Manifest, Outcome, Unreachable, VolumeChecksum};
 use super::claim::{Holder, SlotStore};
 use super::error::BackupError;
@@ -95,9 +96,8 @@ impl Scheduler {
             let id = entry.id.unwrap_or(id);
             let (bytes, checksums) = repository.repository().verify(&id, &progress)?;
             let store = SlotStore::new(repository.objects(), manifest.job_id, manifest.slot);
-            if let Ok(Some(result)) = store.result()
-                && result.id == id
-                && result.checksums != checksums
+            if let Ok(results) = store.results()
+                && results.iter().any(|it| it.id == id && it.checksums != checksums)
             {
                 let name = repository.repository().config().name.clone();
                 let what =
@@ -253,24 +253,33 @@ impl Inner {
             what: format!("the result of slot {}", manifest.slot),
             cause: error.to_string(),
         };
-        let result = match store.result() {
+        let group = self.registry.by_id(manifest.group_id);
+        let reigns = || {
+            group.as_ref().map_or_else(Reigns::default, |group| Reigns::of(group, manifest.slot))
+        };
+        let results = match store.results() {
             Err(error) if error.kind() == ErrorKind::InvalidData => {
                 entry.reasons.push(Reason::new("no-result", error.to_string()));
                 entry.outcome = Outcome::Failed;
                 return Ok(entry);
             }
-            result => result.map_err(unread)?,
+            results => results.map_err(unread)?,
         };
-        entry.outcome = match result {
-            Some(result) if result.id == id => {
+        let known = reigns();
+        let is_marked = entry.branch.is_some();
+        let why_not = || known.why_not(manifest.epoch, manifest.lsn, manifest.stale);
+        entry.branch = entry.branch.or_else(why_not);
+        entry.outcome = match results.iter().find(|result| result.id == id) {
+            Some(result) => {
                 entry.bytes_read = result.bytes_read;
                 Outcome::Done
             }
-            Some(_) => Outcome::Superseded,
-            None if entry.branch.is_some() => Outcome::Failed,
+            None if known.counted(&results).is_some() => Outcome::Superseded,
+            None if is_marked => Outcome::Failed,
             None => {
                 let now = self.context.env.clock.monotonic();
-                let ended = matches!(store.look(now).map_err(unread)?.holder, Holder::Ended(..));
+                let ended =
+                    matches!(store.look(now, reigns).map_err(unread)?.holder, Holder::Ended(..));
                 if ended || self.is_past_run(manifest) {
                     let text = "the run ended before it could write the slot's result";
                     entry.reasons.push(Reason::new("no-result", text));

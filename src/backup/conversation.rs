@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::active::OpenedBy;
+use super::branches::Reigns;
 use super::catalog::Outcome;
-use super::claim::SlotStore;
+use super::claim::{SlotResult, SlotStore};
 use super::facts::Facts;
 use super::gather::{ObserveAnswer, ObserveCall};
 use super::job::JobSettings;
@@ -170,8 +171,12 @@ impl Inner {
         let (group, job) = self.of_peer(&peer, call.group, call.job)?;
         let facts = self.own_facts(&group, &job);
         let phase = call.slot.map_or(PeerPhase::Unknown, |slot| self.phase(&group, &job, slot));
-        let made = call.slot.and_then(|slot| self.result(&job, slot).ok());
-        Ok(json!(ObserveAnswer { facts, phase, made }))
+        let results = call.slot.and_then(|slot| self.results(&job, slot).ok());
+        let made = call.slot.and_then(|slot| {
+            let results = results.as_ref()?;
+            Some(Reigns::of(&group, slot).counted(results).is_some())
+        });
+        Ok(json!(ObserveAnswer { facts, phase, made, results }))
     }
 
     fn phase(&self, group: &Group, job: &JobRecord, slot: LogTime) -> PeerPhase {
@@ -182,23 +187,34 @@ impl Inner {
         let run = self.history.run(group.name(), &job.name, slot);
         // One that passed by here may have been made elsewhere.
         if let Some(run) = run
-            && (run.outcome != Outcome::Missed || self.result(job, slot) != Ok(true))
+            && (run.outcome != Outcome::Missed || self.is_made(group, job, slot) != Ok(true))
         {
             let why: Vec<_> = run.reasons.iter().map(|reason| reason.text.as_str()).collect();
             return PeerPhase::Ended { outcome: run.outcome, why: why.join("; ") };
         }
-        match self.result(job, slot) {
+        match self.is_made(group, job, slot) {
             Ok(true) => PeerPhase::Done,
             _ => PeerPhase::Unknown,
         }
     }
 
-    /// Whether the repository holds a slot's result.
-    pub(super) fn result(&self, job: &JobRecord, slot: LogTime) -> Result<bool, String> {
+    /// Whether the repository holds a slot's result that is of this node's history.
+    pub(super) fn is_made(
+        &self,
+        group: &Group,
+        job: &JobRecord,
+        slot: LogTime,
+    ) -> Result<bool, String> {
+        let results = self.results(job, slot)?;
+        Ok(Reigns::of(group, slot).counted(&results).is_some())
+    }
+
+    /// The results of a slot in the repository, of all branches.
+    fn results(&self, job: &JobRecord, slot: LogTime) -> Result<Vec<SlotResult>, String> {
         let repository = self.repository(&job.repository).map_err(|error| error.to_string())?;
         repository.id().map_err(|error| error.to_string())?;
         let store = SlotStore::new(repository.objects(), job.id, slot);
-        store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
+        store.results().map_err(|error| error.to_string())
     }
 }
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::branches::Reigns;
+use super::claim::SlotResult;
 use super::facts::{Facts, NodeFacts, Reason, ReplicationFacts};
 use super::peer::ReplicationView;
 use super::reach::Known;
@@ -47,6 +49,18 @@ pub(super) struct ObserveAnswer {
     /// older node does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made: Option<bool>,
+    /// The slot's results, of all branches, by which the one that asks judges for itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub results: Option<Vec<SlotResult>>,
+}
+
+impl ObserveAnswer {
+    /// Whether the slot's backup is there, for a node that holds the group: one of the history that
+    /// the node has.
+    pub fn made(&self, group: &Group, slot: LogTime) -> Option<bool> {
+        let results = self.results.as_ref();
+        results.map(|results| Reigns::of(group, slot).counted(results).is_some()).or(self.made)
+    }
 }
 
 /// A group's nodes as this one knows them.
@@ -148,6 +162,7 @@ impl Inner {
         &self,
         peer: &Name,
         view: &ReplicationView,
+        group: &Group,
         key: &RunKey,
         slot: Option<LogTime>,
     ) -> (NodeFacts, Option<PeerPhase>) {
@@ -159,7 +174,13 @@ impl Inner {
                 serde_json::from_value::<ObserveAnswer>(answer).map_err(|error| error.to_string())
             });
             match answer {
-                Ok(ObserveAnswer { mut facts, phase, .. }) => {
+                Ok(answer) => {
+                    let of_other_branch =
+                        slot.is_some_and(|slot| answer.made(group, slot) == Some(false));
+                    let ObserveAnswer { mut facts, mut phase, .. } = answer;
+                    if phase == PeerPhase::Done && of_other_branch {
+                        phase = PeerPhase::Unknown;
+                    }
                     facts.name = peer.clone();
                     facts.age = Span::default();
                     let known = (facts.clone(), now);
@@ -191,7 +212,7 @@ impl Inner {
         let view = self.peers.view(group, nodes.other.as_ref());
         let own = self.own_facts(group, job);
         let (other, phase) = match &nodes.other {
-            Some(peer) => self.ask_peer(peer, &view, &key, slot),
+            Some(peer) => self.ask_peer(peer, &view, group, &key, slot),
             None => (own.clone(), None),
         };
         let facts = assemble(group.name(), job, slot, &nodes, view, own, other);

@@ -3,7 +3,8 @@
 //! Every node that holds a group evaluates [`decide`] for each slot by itself: a pure function over
 //! `facts`, for the `job` that the operator asked for; `placement_page` prints its whole table as
 //! `docs/placement.md`. `slot` says when a job is due, `run` is one node's way through one slot,
-//! and `claim` settles who makes the backup, in small `objects` of the repository.
+//! and `claim` settles who makes the backup, in small `objects` of the repository; `branches` says
+//! whose a result is where the history has parted.
 //!
 //! Around that pure core: `scheduler` and `active` (a thread for each open slot), `timekeeper`
 //! (due, missed, overdue), `gather` (facts of this node and its peer), `conversation` and `peer`
@@ -15,6 +16,7 @@
 //! back, `catalog` what a backup says of itself, `jobs` and `commands` what operators ask for.
 
 mod active;
+mod branches;
 mod catalog;
 mod claim;
 mod commands;
@@ -41,6 +43,7 @@ mod slot;
 mod source;
 mod timekeeper;
 
+pub use branches::{Reigns, present_reign};
 pub use catalog::{
     BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, Unreachable,
     VolumeChecksum,

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::job::JobSettings;
 use super::slot::Schedule;
-use crate::units::{LogTime, Span};
+use crate::units::{EpochId, LogTime, Span};
 
 /// An alarm that may end is looked into again after this long.
 pub const LOOK_AGAIN: Duration = Duration::from_secs(60);
@@ -63,15 +63,26 @@ pub struct Watch {
     /// The newest of them.
     slot: Option<LogTime>,
     looked: Option<Duration>,
-    looking: bool,
+    /// The reign in which a look that goes on began.
+    looking: Option<EpochId>,
+    /// By whose history all of this is known.
+    reign: Option<EpochId>,
     /// The newest slot of which this node knows that its backup is there.
     made: Option<LogTime>,
 }
 
 impl Watch {
-    /// Whether to look for the result of `newest` now, where one looks again after `again`; whoever
-    /// looks tells [`Watch::found`]. `now` is monotonic.
-    pub fn is_due(&mut self, newest: LogTime, now: Duration, again: Duration) -> bool {
+    /// Whether to look for the result of `newest` now, where one looks again after `again`, and at
+    /// once in another reign than before: what was made may be of another branch. Whoever looks
+    /// tells [`Watch::found`]. `now` is monotonic.
+    pub fn is_due(
+        &mut self,
+        newest: LogTime,
+        reign: EpochId,
+        now: Duration,
+        again: Duration,
+    ) -> bool {
+        self.enter(reign);
         if self.is_made_up_for(newest) {
             return false;
         }
@@ -79,29 +90,37 @@ impl Watch {
             (self.slot, self.looked) = (Some(newest), None);
         }
         // One look at a time: a repository may hang.
-        if self.looking || self.looked.is_some_and(|looked| now < looked + again) {
+        if self.looking.is_some() || self.looked.is_some_and(|looked| now < looked + again) {
             return false;
         }
-        (self.looking, self.looked) = (true, Some(now));
+        (self.looking, self.looked) = (Some(reign), Some(now));
         true
     }
 
-    /// The look for a slot has ended. False where another slot counts by now, or a later backup:
-    /// then nothing is raised, and nothing ends.
+    /// The look for a slot has ended. False where another slot or reign counts by now, or a later
+    /// backup: then nothing is raised, and nothing ends.
     pub fn found(&mut self, slot: LogTime, found: &Found) -> bool {
-        self.looking = false;
-        if self.slot != Some(slot) || self.is_made_up_for(slot) {
+        let is_old = self.looking.take() != self.reign;
+        if is_old || self.slot != Some(slot) || self.is_made_up_for(slot) {
             return false;
         }
         if *found == Found::Made {
-            self.made(slot);
+            self.made = self.made.max(Some(slot));
         }
         true
     }
 
-    /// A backup of `slot` is there: it makes up for what is older.
-    pub fn made(&mut self, slot: LogTime) {
+    /// A backup of `slot` is there, of the history that goes on in `reign`: it makes up for what is
+    /// older.
+    pub fn made(&mut self, slot: LogTime, reign: EpochId) {
+        self.enter(reign);
         self.made = self.made.max(Some(slot));
+    }
+
+    fn enter(&mut self, reign: EpochId) {
+        if self.reign.replace(reign) != Some(reign) {
+            (self.made, self.looked) = (None, None);
+        }
     }
 
     fn is_made_up_for(&self, slot: LogTime) -> bool {
@@ -115,6 +134,8 @@ mod tests {
 
     const SLOT: LogTime = LogTime(1_000_000_000);
     const LATER: LogTime = LogTime(2_000_000_000);
+
+    const REIGN: EpochId = EpochId(1);
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
@@ -134,37 +155,50 @@ mod tests {
     fn an_alarm_is_looked_into_again_until_the_backup_is_there() {
         let mut watch = Watch::default();
         let unknown = Found::Unknown("unplugged".to_owned());
-        assert!(watch.is_due(SLOT, at(5), LOOK_AGAIN));
-        assert!(!watch.is_due(SLOT, at(500), LOOK_AGAIN), "somebody looks already");
+        assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
+        assert!(!watch.is_due(SLOT, REIGN, at(500), LOOK_AGAIN), "somebody looks already");
         assert!(watch.found(SLOT, &unknown));
-        assert!(!watch.is_due(SLOT, at(5) + LOOK_AGAIN - at(1), LOOK_AGAIN));
-        assert!(watch.is_due(SLOT, at(5) + LOOK_AGAIN, LOOK_AGAIN));
+        assert!(!watch.is_due(SLOT, REIGN, at(5) + LOOK_AGAIN - at(1), LOOK_AGAIN));
+        assert!(watch.is_due(SLOT, REIGN, at(5) + LOOK_AGAIN, LOOK_AGAIN));
         assert!(watch.found(SLOT, &Found::NotMade));
-        assert!(watch.is_due(SLOT, at(1000), LOOK_AGAIN));
+        assert!(watch.is_due(SLOT, REIGN, at(1000), LOOK_AGAIN));
         assert!(watch.found(SLOT, &Found::Made));
-        assert!(!watch.is_due(SLOT, at(5000), LOOK_AGAIN), "nothing is left to find out");
+        assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN), "nothing is left to find out");
     }
 
     #[test]
     fn a_newer_slot_is_looked_for_at_once_and_an_answer_about_an_older_one_counts_no_more() {
         let mut watch = Watch::default();
-        assert!(watch.is_due(SLOT, at(5), LOOK_AGAIN));
-        assert!(!watch.is_due(LATER, at(6), LOOK_AGAIN), "one look at a time");
+        assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
+        assert!(!watch.is_due(LATER, REIGN, at(6), LOOK_AGAIN), "one look at a time");
         assert!(!watch.found(SLOT, &Found::NotMade));
-        assert!(watch.is_due(LATER, at(6) + LOOK_AGAIN, LOOK_AGAIN));
+        assert!(watch.is_due(LATER, REIGN, at(6) + LOOK_AGAIN, LOOK_AGAIN));
         assert!(watch.found(LATER, &Found::NotMade));
     }
 
     #[test]
     fn a_later_backup_ends_the_alarm_of_what_is_older() {
         let mut watch = Watch::default();
-        assert!(watch.is_due(SLOT, at(5), LOOK_AGAIN));
-        watch.made(LATER);
-        watch.made(SLOT);
+        assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
+        watch.made(LATER, REIGN);
+        watch.made(SLOT, REIGN);
         assert!(!watch.found(SLOT, &Found::NotMade), "nothing is raised");
-        assert!(!watch.is_due(SLOT, at(5000), LOOK_AGAIN));
-        assert!(!watch.is_due(LATER, at(5000), LOOK_AGAIN), "this node made it");
-        assert!(watch.is_due(LogTime(LATER.0 + 1), at(5000), LOOK_AGAIN));
+        assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN));
+        assert!(!watch.is_due(LATER, REIGN, at(5000), LOOK_AGAIN), "this node made it");
+        assert!(watch.is_due(LogTime(LATER.0 + 1), REIGN, at(5000), LOOK_AGAIN));
+    }
+
+    #[test]
+    fn in_another_reign_what_was_made_before_is_looked_for_again() {
+        let mut watch = Watch::default();
+        assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
+        watch.made(LATER, REIGN);
+        assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN));
+        let next = EpochId(2);
+        assert!(!watch.is_due(SLOT, next, at(5001), LOOK_AGAIN), "the first look goes on");
+        assert!(!watch.found(SLOT, &Found::Made), "of the reign before");
+        assert!(watch.is_due(SLOT, next, at(5002), LOOK_AGAIN));
+        assert!(watch.found(SLOT, &Found::NotMade));
     }
 
     #[test]

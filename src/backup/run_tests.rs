@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::super::branches::Reigns;
 use super::super::claim::{Claim, SlotResult, SlotStore};
 use super::super::job::Placement;
 use super::super::objects::MemoryObjects;
@@ -43,7 +44,7 @@ impl Pair {
             facts.replication.lag = Some(Span::from_secs(600));
         }
         let (run, store) = &mut self.runs[index];
-        let view = store.look(self.now).map_err(|error| error.to_string());
+        let view = store.look(self.now, Reigns::default).map_err(|error| error.to_string());
         run.step(Observation { now: self.now, facts, view, peer })
     }
 
@@ -62,7 +63,7 @@ impl Pair {
         self.runs[index].1.claim(number, &claim).expect("written")
     }
 
-    fn finish(&self, index: usize) -> Option<SlotResult> {
+    fn finish(&mut self, index: usize) -> Option<SlotResult> {
         let result = SlotResult {
             node: name(["a", "b"][index]),
             role: Role::Secondary,
@@ -76,9 +77,10 @@ impl Pair {
             bytes_added: 0,
             duration_seconds: 0.0,
             checksums: Vec::new(),
+            stale: false,
             reasons_at_end: Vec::new(),
         };
-        self.runs[index].1.finish(&result).expect("written")
+        self.runs[index].1.finish(&result, Reigns::default).expect("written")
     }
 }
 
@@ -224,7 +226,7 @@ fn a_slot_that_waits_is_decided_when_the_next_one_is_due() {
         let mut facts = Facts::of_fit_pair([Role::Primary, Role::Secondary][index]);
         facts.replication.lag = Some(Span::from_secs(600));
         let (run, store) = &mut pair.runs[index];
-        let view = store.look(pair.now).map_err(|error| error.to_string());
+        let view = store.look(pair.now, Reigns::default).map_err(|error| error.to_string());
         run.step(Observation { now: pair.now, facts, view, peer: None })
     };
     let mut pair = Pair::new(Placement::PreferSecondary);

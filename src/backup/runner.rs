@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::branches::Reigns;
 use super::catalog::{BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome};
 use super::claim::{Claim, SlotResult, SlotStore};
 use super::decision::{Decision, Verdict, worse_at_end};
@@ -82,7 +83,10 @@ impl Inner {
             facts.running_on.clone_from(&task.running_on);
             let now = clock.monotonic();
             let view = match (&mut store, &repository) {
-                (Some(store), _) => store.look(now).map_err(|error| error.to_string()),
+                (Some(store), _) => {
+                    let view = store.look(now, || Reigns::of(&task.group, slot));
+                    view.map_err(|error| error.to_string())
+                }
                 (None, Err(error)) => Err(error.to_string()),
                 (None, Ok(_)) => Err("not configured here".to_owned()),
             };
@@ -98,7 +102,7 @@ impl Inner {
                         task.running_on = Some(busy);
                         continue;
                     }
-                    let (Some(store), Ok(repository)) = (&store, &repository) else {
+                    let (Some(store), Ok(repository)) = (&mut store, &repository) else {
                         run.failed_here("the repository is not configured here");
                         continue;
                     };
@@ -165,7 +169,7 @@ impl Inner {
     fn make(
         self: &Arc<Self>,
         task: &Task,
-        store: &SlotStore,
+        store: &mut SlotStore,
         repository: &Arc<Reach>,
         number: u32,
         role: Role,
@@ -189,7 +193,7 @@ impl Inner {
         );
         let (stop, progress) = self.begin(&task.key);
         let renewing = Arc::new(AtomicBool::new(true));
-        let renewer = self.renew(task, repository, number, &stop, &renewing);
+        let renewer = self.renew(task, store.clone(), number, &stop, &renewing);
         let writer = repository.repository();
         let made = self.snapshot(task, writer, role, decision, run, &stop, &progress);
         renewing.store(false, Ordering::Release);
@@ -199,12 +203,13 @@ impl Inner {
         {
             tracing::error!("the thread that renews a claim panicked");
         }
+        let reigns = || Reigns::of(&task.group, task.key.slot);
         let outcome = match made {
             Err(why) => Making::Failed(why),
-            Ok(result) => match store.finish(&result) {
+            Ok(result) => match store.finish(&result, reigns) {
                 Ok(None) => Making::Done(Box::new(result)),
                 Ok(Some(other)) => superseded(writer, &result, other),
-                Err(error) => match store.result() {
+                Err(error) => match store.result(reigns) {
                     Ok(Some(found)) if found.run == run => Making::Done(Box::new(result)),
                     Ok(Some(other)) => superseded(writer, &result, other),
                     Ok(None) if error.kind() != ErrorKind::TimedOut => {
@@ -228,13 +233,13 @@ impl Inner {
     fn renew(
         self: &Arc<Self>,
         task: &Task,
-        repository: &Arc<Reach>,
+        store: SlotStore,
         number: u32,
         stop: &Stop,
         renewing: &Arc<AtomicBool>,
     ) -> Option<std::thread::JoinHandle<()>> {
         let inner = Arc::clone(self);
-        let store = SlotStore::new(repository.objects(), task.key.job, task.key.slot);
+        let (group, slot) = (Arc::clone(&task.group), task.key.slot);
         let (stop, renewing) = (stop.clone(), Arc::clone(renewing));
         let limit = task.settings.run_limit;
         let work = move || {
@@ -262,7 +267,7 @@ impl Inner {
                     });
                     // Observers of an outage count from its end.
                     due = now + inner.config.claim_renew.0 / if renewed.is_ok() { 1 } else { 5 };
-                    if let Ok(Some(result)) = store.result() {
+                    if let Ok(Some(result)) = store.result(|| Reigns::of(&group, slot)) {
                         stop.stop(format!("{} finished the slot first", result.node));
                     }
                 }
@@ -371,10 +376,15 @@ impl Inner {
             progress: progress.clone(),
         };
         let made = repository.backup(plan).map_err(|error| error.to_string())?;
-        let in_history = task.group.is_in_history(position);
+        let reigns = Reigns::of(&task.group, task.key.slot);
+        let of_branch = if task.group.is_in_history(position) {
+            reigns.why_not(position.epoch, position.lsn, manifest.stale)
+        } else {
+            Some("the image is no longer in the group's history".to_owned())
+        };
         let (facts, _) = self.gather(&task.group, &task.job, Some(task.key.slot));
         let problems = &facts.node(facts.role).problems;
-        if let Some(why) = why_it_does_not_count(image.broken(), in_history, problems) {
+        if let Some(why) = why_it_does_not_count(image.broken(), of_branch, problems) {
             self.mark_branch(repository, &made.id, &why);
             return Err(format!("backup {} does not count: {why}", made.id));
         }
@@ -391,6 +401,7 @@ impl Inner {
             bytes_added: made.stats.bytes_added,
             duration_seconds: made.stats.duration_seconds,
             checksums: made.checksums,
+            stale: manifest.stale,
             reasons_at_end: worse_at_end(&facts, role, &task.settings),
         })
     }
@@ -448,27 +459,13 @@ impl Inner {
     ) {
         let clock = &self.context.env.clock;
         let words = decision_words(&decision);
-        let entry = BackupEntry {
-            id: None,
-            group: task.group.name().clone(),
-            job: task.job.name.clone(),
-            slot: task.key.slot,
-            node: self.context.node.name.clone(),
-            role,
-            epoch: None,
-            lsn: None,
-            time: clock.wall(),
-            volumes: Vec::new(),
-            bytes: 0,
-            bytes_read: 0,
-            bytes_added: 0,
-            duration_seconds: clock.monotonic().saturating_sub(started).as_secs_f64(),
-            outcome,
-            reasons: decision.reasons.clone(),
-            run_on: decision.run_on.clone(),
-            branch: None,
-            unreachable: None,
-        };
+        let (group, job) = (task.group.name(), &task.job.name);
+        let node = self.context.node.name.clone();
+        let mut entry = missed_entry(group, job, task.key.slot, node, role, clock.wall());
+        entry.duration_seconds = clock.monotonic().saturating_sub(started).as_secs_f64();
+        entry.outcome = outcome;
+        entry.reasons.clone_from(&decision.reasons);
+        entry.run_on.clone_from(&decision.run_on);
         self.history.add(entry);
         self.end(task, PeerPhase::Ended { outcome, why: words.clone() }, decision);
         let (severity, code) = match outcome {
@@ -501,16 +498,15 @@ fn forget(writer: &Repository, id: &str) {
 /// What, at the end of a run, speaks against counting its snapshot as the slot's backup.
 fn why_it_does_not_count(
     broken: Option<String>,
-    in_history: bool,
+    of_branch: Option<String>,
     problems: &[Reason],
 ) -> Option<String> {
     if let Some(why) = broken {
         return Some(format!("the image was lost meanwhile: {why}"));
     }
-    if !in_history {
-        return Some("the image is no longer in the group's history".to_owned());
-    }
-    problems.first().map(|problem| format!("at the end of the run: {}", problem.text))
+    of_branch.or_else(|| {
+        problems.first().map(|problem| format!("at the end of the run: {}", problem.text))
+    })
 }
 
 /// The reasons on one line.
@@ -577,13 +573,14 @@ mod tests {
     #[test]
     fn an_image_that_left_the_history_or_was_lost_does_not_count() {
         let problem = [Reason::new("data-failed", "b: the disk failed")];
-        assert_eq!(why_it_does_not_count(None, true, &[]), None);
-        for (broken, in_history, problems, word) in [
-            (None, false, &[][..], "no longer in the group's history"),
-            (Some("the log is full".to_owned()), true, &[], "the log is full"),
-            (None, true, &problem, "the disk failed"),
+        assert_eq!(why_it_does_not_count(None, None, &[]), None);
+        let text = |text: &str| Some(text.to_owned());
+        for (broken, of_branch, problems, word) in [
+            (None, text("not in the history"), &problem[..], "not in the history"),
+            (text("the log is full"), None, &[], "the log is full"),
+            (None, None, &problem, "the disk failed"),
         ] {
-            let why = why_it_does_not_count(broken, in_history, problems).expect(word);
+            let why = why_it_does_not_count(broken, of_branch, problems).expect(word);
             assert!(why.contains(word), "{why}");
         }
     }

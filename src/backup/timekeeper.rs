@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::active::OpenedBy;
+use super::branches::present_reign;
 use super::gather::{ObserveAnswer, ObserveCall, others};
 use super::job::JobSettings;
 use super::overdue::{Found, LOOK_AGAIN, newest_over};
@@ -131,9 +132,13 @@ impl Inner {
         let allowance = self.config.allowance;
         let Some(slot) = newest_over(schedule, settings, allowance, job.since, now) else { return };
         let monotonic = self.context.env.clock.monotonic();
-        if !self.lock().watches.entry(job.id).or_default().is_due(slot, monotonic, LOOK_AGAIN) {
+        let reign = present_reign(group);
+        let mut state = self.lock();
+        let watch = state.watches.entry(job.id).or_default();
+        if !watch.is_due(slot, reign, monotonic, LOOK_AGAIN) {
             return;
         }
+        drop(state);
         let (inner, group, id) = (Arc::clone(self), Arc::clone(group), job.id);
         let job = job.clone();
         let look = move || {
@@ -157,9 +162,9 @@ impl Inner {
                 self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
             let answer = self.runtime.block_on(call).ok()?;
             let answer: ObserveAnswer = serde_json::from_value(answer).ok()?;
-            answer.made.or((answer.phase == PeerPhase::Done).then_some(true))
+            answer.made(group, slot).or((answer.phase == PeerPhase::Done).then_some(true))
         };
-        Found::from(self.result(job, slot), || {
+        Found::from(self.is_made(group, job, slot), || {
             others(&group.control(), self.context.node.id).into_iter().find_map(ask)
         })
     }

@@ -1,5 +1,6 @@
 //! Who makes the backup of two nodes, what the other says, and that a slot never gets two.
 
+mod branches;
 mod clocks;
 mod faults;
 mod rig;

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use tidelog::backup::{Found, newest_over};
+use tidelog::backup::{Found, newest_over, present_reign};
 use tidelog::units::{LogTime, Span};
 
 use super::backups::SLOT_EVERY;
@@ -44,14 +44,18 @@ impl World {
         let (schedule, settings) = (&backups.schedule, &backups.settings);
         let newest = newest_over(schedule, settings, ALLOWANCE, backups.since, wall);
         let Some(slot) = newest else { return };
+        let Some(found) = self.nodes[node].group(group) else { return };
+        let reign = present_reign(found);
         let keeper = &mut self.nodes[node].keeper;
-        if !keeper.watches.entry(group).or_default().is_due(slot, now, LOOK_AGAIN) {
+        let watch = keeper.watches.entry(group).or_default();
+        if !watch.is_due(slot, reign, now, LOOK_AGAIN) {
             return;
         }
         let found = Found::from(self.sees_result(node, group, slot), || {
             self.asked_by(node, group).into_iter().find_map(|peer| {
                 let answers = self.hears(node, peer);
-                answers.then(|| self.sees_result(peer, group, slot).ok()).flatten()
+                let seen = answers.then(|| self.results(peer, group, slot).ok()).flatten();
+                seen.map(|results| self.counts(node, group, slot, &results) > 0)
             })
         });
         let keeper = &mut self.nodes[node].keeper;
@@ -83,7 +87,10 @@ impl World {
         if slot <= backups.since {
             return;
         }
-        let made = |slot: &LogTime| backups.done.contains_key(&(group, *slot));
+        let done = |slot: &LogTime| backups.done.get(&(group, *slot));
+        let made = |slot: &LogTime| {
+            done(slot).is_some_and(|done| self.counts(node, group, *slot, done) > 0)
+        };
         let seen = |peer: &usize| self.hears(node, *peer) && backups.is_in_sight(*peer);
         let basis = Basis {
             life: self.nodes[node].life,

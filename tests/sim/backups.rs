@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use tidelog::backup::{
     Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Objects, Observation, Outcome,
-    PeerPhase, Placement, Reason, ReplicationFacts, Schedule, SlotResult, SlotRun, SlotStore,
-    Watch, counterpart, others,
+    PeerPhase, Placement, Reason, Reigns, ReplicationFacts, Schedule, SlotResult, SlotRun,
+    SlotStore, Watch, counterpart, others, present_reign,
 };
 use tidelog::group::{DataState, Image, Point, Role};
 use tidelog::replication::ReplicationState;
@@ -104,8 +104,8 @@ impl Keeper {
     }
 
     /// A backup of a slot is there.
-    fn made(&mut self, group: usize, slot: LogTime) {
-        self.watches.entry(group).or_default().made(slot);
+    fn made(&mut self, group: usize, slot: LogTime, reign: EpochId) {
+        self.watches.entry(group).or_default().made(slot, reign);
         if self.alarms.get(&group).is_some_and(|(of, _)| *of <= slot) {
             self.alarms.remove(&group);
         }
@@ -114,15 +114,14 @@ impl Keeper {
 
 /// The backups of the world.
 pub struct Backups {
-    objects: Arc<MemoryObjects>,
     reaches: Vec<Arc<Reach>>,
     pub schedule: Schedule,
     pub settings: JobSettings,
     pub since: LogTime,
     /// No run takes longer than it may.
     calm: bool,
-    /// Runs that ended as the one that made a slot's backup.
-    pub done: BTreeMap<(usize, LogTime), u32>,
+    /// The backups that were made of a slot: one of each branch at most.
+    pub done: BTreeMap<(usize, LogTime), Vec<SlotResult>>,
 }
 
 impl Backups {
@@ -153,7 +152,6 @@ impl World {
         };
         self.backups = Some(Backups {
             reaches: (0..self.nodes.len()).map(reach).collect(),
-            objects,
             schedule: Schedule::parse("* * * * *", None).expect("a schedule"),
             settings,
             since: self.nodes[0].wall(),
@@ -193,11 +191,35 @@ impl World {
         matches!(state, Some(ReplicationState::Streaming | ReplicationState::CatchingUp))
     }
 
+    /// How many results of a slot are of the history that a node holds, as far as it can tell.
+    pub fn counts(
+        &self,
+        node: usize,
+        group: usize,
+        slot: LogTime,
+        results: &[SlotResult],
+    ) -> usize {
+        let Some(found) = self.nodes[node].group(group) else { return 0 };
+        let reigns = Reigns::of(found, slot);
+        results.iter().filter(|result| reigns.counts(result)).count()
+    }
+
     /// Whether the repository holds the result of a slot, as a node sees it.
     pub fn sees_result(&self, node: usize, group: usize, slot: LogTime) -> Result<bool, String> {
+        let results = self.results(node, group, slot)?;
+        Ok(self.counts(node, group, slot, &results) > 0)
+    }
+
+    /// The results of a slot in the repository, of all branches, as a node sees it.
+    pub fn results(
+        &self,
+        node: usize,
+        group: usize,
+        slot: LogTime,
+    ) -> Result<Vec<SlotResult>, String> {
         let backups = self.backups.as_ref().ok_or("no backups are made")?;
         let store = SlotStore::new(backups.reaches[node].clone(), Self::job(group), slot);
-        store.result().map(|result| result.is_some()).map_err(|error| error.to_string())
+        store.results().map_err(|error| error.to_string())
     }
 
     fn job(group: usize) -> EpochId {
@@ -323,6 +345,13 @@ impl World {
                 there = self.node_facts(peer, group);
                 let open = self.nodes[peer].keeper.open.get(&(group, slot));
                 phase = Some(open.map_or(PeerPhase::Unknown, |open| open.phase.clone()));
+                // What the peer has made may be of another branch.
+                let seen = self.results(peer, group, slot);
+                if phase == Some(PeerPhase::Done)
+                    && seen.is_ok_and(|seen| self.counts(node, group, slot, &seen) == 0)
+                {
+                    phase = Some(PeerPhase::Unknown);
+                }
             }
         }
         let lag = if healthy { Some(Span::from_secs(1)) } else { link_lost };
@@ -365,7 +394,8 @@ impl World {
         }
         let (facts, peer) = self.facts(node, group, slot);
         let now = self.nodes[node].monotonic();
-        let view = open.store.look(now).map_err(|error| error.to_string());
+        let view = open.store.look(now, || Reigns::of(&found, slot));
+        let view = view.map_err(|error| error.to_string());
         let number = view.as_ref().map_or(0, |view| view.number);
         let role = facts.role;
         match open.run.step(Observation { now, facts, view, peer }) {
@@ -378,7 +408,7 @@ impl World {
                 };
                 self.coverage.add(what, 1);
                 if outcome == Outcome::Delegated {
-                    self.nodes[node].keeper.made(group, slot);
+                    self.nodes[node].keeper.made(group, slot, present_reign(&found));
                     let three = self.groups[group].members.len() > 2;
                     self.coverage.add("backups delegated to one of two", u64::from(three));
                 }
@@ -468,7 +498,8 @@ impl World {
             assert!(held == making.held, "a backup's image changed while it was made");
         }
         let _ = found.close_this_image(&making.image);
-        if !found.is_in_history(at) {
+        let reigns = Reigns::of(&found, slot);
+        if !found.is_in_history(at) || reigns.why_not(at.epoch, at.lsn, false).is_some() {
             self.coverage.add("backups of a branch", 1);
             let _ = open.store.end(making.number, "its image is on a branch");
             open.run.failed_here("its image is on a branch");
@@ -488,21 +519,25 @@ impl World {
             bytes_added: 0,
             duration_seconds: spent.as_secs_f64(),
             checksums: Vec::new(),
+            stale: false,
             reasons_at_end: Vec::new(),
         };
-        match open.store.finish(&result) {
+        match open.store.finish(&result, || Reigns::of(&found, slot)) {
             Ok(None) => {
                 let backups = self.backups.as_mut().expect("backups are made");
-                let count = backups.done.entry((group, slot)).or_default();
-                *count += 1;
-                assert_eq!(*count, 1, "group {group}: two backups of slot {slot}");
+                let done = backups.done.entry((group, slot)).or_default();
+                done.push(result);
+                let (all, done) = (done.len() as u64, done.clone());
+                let count = self.counts(node, group, slot, &done);
+                assert_eq!(count, 1, "group {group}: backups of slot {slot} on one branch");
+                self.coverage.add("backups of two branches", all - 1);
                 self.coverage.add("backups done", 1);
                 let three = self.groups[group].members.len() > 2;
                 self.coverage.add("backups done of groups of three", u64::from(three));
                 self.coverage.add("backups taken over", u64::from(making.number > 1));
                 self.say(format_args!("{} has made {slot}", self.nodes[node].name));
                 open.phase = PeerPhase::Done;
-                self.nodes[node].keeper.made(group, slot);
+                self.nodes[node].keeper.made(group, slot, present_reign(&found));
                 self.nodes[node].keeper.handled.insert(group, slot);
             }
             Ok(Some(_)) => {
@@ -553,11 +588,8 @@ impl World {
         for (group, slot) in wanted {
             let three = self.groups[group].members.len() > 2;
             let backups = self.backups.as_ref().expect("backups are made");
-            let made = backups.done.get(&(group, slot)).copied().unwrap_or_default();
-            let objects = backups.objects.clone();
-            let store = SlotStore::new(objects, Self::job(group), slot);
-            let result = store.result().expect("within reach");
-            assert_eq!(made, 1, "group {group}: slot {slot} has no backup; result: {result:?}");
+            let done = backups.done.get(&(group, slot)).cloned().unwrap_or_default();
+            assert_eq!(done.len(), 1, "group {group}: slot {slot} is to have one backup: {done:?}");
             self.coverage.add("slots proved", 1);
             self.coverage.add("slots proved of groups of three", u64::from(three));
         }

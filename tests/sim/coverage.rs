@@ -20,6 +20,7 @@ pub const MUST: &[&str] = &[
     "backups delegated to one of two",
     "backups delegated",
     "backups done of groups of three",
+    "backups of two branches",
     "backups done",
     "backups failed",
     "backups taken over",

@@ -1,0 +1,167 @@
+//! Whose a slot's result is: of the history that this node holds, or of another branch of it.
+//!
+//! A primary that was cut off and the one that was promoted meanwhile both see the repository. The
+//! backup of one is none of the other's: it does not hold what that one's hosts have written. So a
+//! primary takes a result as its own only if it is certain that its image lies in its history; a
+//! copy may lag behind its primary, and takes for its own what it cannot tell.
+
+use super::claim::SlotResult;
+use crate::group::{Group, Point, Role};
+use crate::units::{EpochId, LogTime, Lsn};
+
+/// The reign that the history which a node holds goes on in.
+#[must_use]
+pub fn present_reign(group: &Group) -> EpochId {
+    group.control().epochs.last().map_or(EpochId(0), |epoch| epoch.id)
+}
+
+/// What a node knows of its group's reigns, as far as the results of one slot are judged by it.
+/// The default knows nothing, and takes every result for its own.
+#[derive(Clone, Debug, Default)]
+pub struct Reigns {
+    /// Each reign and where it begins, oldest first.
+    pub reigns: Vec<(EpochId, Lsn)>,
+    /// Up to where this node holds the last of them.
+    pub head: Lsn,
+    /// Nothing lies behind it that this node has not heard of.
+    pub whole: bool,
+    /// The reign that the slot came in, where the log still tells.
+    pub at_slot: Option<EpochId>,
+}
+
+impl Reigns {
+    /// What is known of a slot's reigns here and now: asked after the results were read, since the
+    /// history grows.
+    #[must_use]
+    pub fn of(group: &Group, slot: LogTime) -> Reigns {
+        let whole = group.role() == Role::Primary && !group.is_asking();
+        let at_slot = group.resolve_point(&Point::Time(slot)).ok().map(|found| found.epoch);
+        let epochs = &group.control().epochs;
+        let reigns = epochs.iter().map(|epoch| (epoch.id, epoch.first_lsn)).collect();
+        Reigns { reigns, head: group.positions().head, whole, at_slot }
+    }
+
+    /// The present reign, which names the branch.
+    #[must_use]
+    pub fn present(&self) -> EpochId {
+        self.reigns.last().map_or(EpochId(0), |(epoch, _)| *epoch)
+    }
+
+    /// Why an image of the slot is no backup of it in this node's history, where that is certain.
+    #[must_use]
+    pub fn why_not(&self, epoch: EpochId, lsn: Lsn, stale: bool) -> Option<String> {
+        let place = |epoch| self.reigns.iter().position(|(known, _)| *known == epoch);
+        let other = || {
+            let present = self.present();
+            Some(format!(
+                "its image, LSN {lsn} of epoch {epoch}, is of another branch than the history that \
+                 goes on here in epoch {present}"
+            ))
+        };
+        let Some(index) = place(epoch) else {
+            // A copy that has not come so far may hear of that reign yet.
+            let may_come = self.reigns.is_empty() || !self.whole && lsn > self.head;
+            return if may_come || lsn == Lsn::ZERO { None } else { other() };
+        };
+        let begin = if index == 0 { Lsn::ZERO } else { self.reigns[index].1 };
+        let end = self.reigns.get(index + 1).map(|(_, next)| *next);
+        let ends_before = match end {
+            Some(end) => lsn > end,
+            None => self.whole && lsn > self.head,
+        };
+        if lsn <= begin || ends_before {
+            return other();
+        }
+        let at_slot = self.at_slot.and_then(|epoch| Some((epoch, place(epoch)?)));
+        match at_slot {
+            Some((reign, since)) if index < since && !stale => Some(format!(
+                "its image, LSN {lsn} of epoch {epoch}, is from before epoch {reign}, in which its \
+                 slot came"
+            )),
+            _ => None,
+        }
+    }
+
+    /// Whether a result of the slot is one of this node's history.
+    #[must_use]
+    pub fn counts(&self, result: &SlotResult) -> bool {
+        self.why_not(result.epoch, result.lsn, result.stale).is_none()
+    }
+
+    /// The result among those of a slot that fills it in this node's history.
+    #[must_use]
+    pub fn counted<'a>(&self, results: &'a [SlotResult]) -> Option<&'a SlotResult> {
+        results.iter().find(|result| self.counts(result))
+    }
+
+    /// The branch in whose directory the slot goes on, where `first` is the result in the slot's
+    /// own: `None` for the slot's own.
+    #[must_use]
+    pub fn branch(&self, first: Option<&SlotResult>) -> Option<EpochId> {
+        first.filter(|first| !self.counts(first)).map(|_| self.present())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::claim::tests::result;
+    use super::*;
+
+    const OLD: EpochId = EpochId(1);
+    const NEW: EpochId = EpochId(2);
+    const UNHEARD: EpochId = EpochId(3);
+
+    /// The second reign began at 100, and its node holds 200.
+    fn reigns(whole: bool, at_slot: EpochId) -> Reigns {
+        let reigns = vec![(OLD, Lsn::ZERO), (NEW, Lsn(100))];
+        Reigns { reigns, head: Lsn(200), whole, at_slot: Some(at_slot) }
+    }
+
+    fn of(epoch: EpochId, lsn: u64) -> SlotResult {
+        SlotResult { epoch, lsn: Lsn(lsn), ..result("a", 1) }
+    }
+
+    #[test]
+    fn a_primary_counts_what_is_surely_in_its_history_and_a_copy_all_that_may_be() {
+        for (epoch, lsn, on_primary, on_copy) in [
+            (NEW, 150, true, true),
+            (NEW, 200, true, true),
+            // The copy lags behind.
+            (NEW, 250, false, true),
+            (UNHEARD, 250, false, true),
+            // At a place that the copy has come past in another reign.
+            (UNHEARD, 150, false, false),
+            (OLD, 100, true, true),
+            // What the old reign wrote behind the point where the new one parted from it.
+            (OLD, 101, false, false),
+            (NEW, 100, false, false),
+        ] {
+            for (whole, counts) in [(true, on_primary), (false, on_copy)] {
+                let reigns = reigns(whole, OLD);
+                assert_eq!(reigns.counts(&of(epoch, lsn)), counts, "{epoch} {lsn} {whole}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_from_before_the_reign_that_the_slot_came_in_does_not_fill_it() {
+        for whole in [true, false] {
+            let reigns = reigns(whole, NEW);
+            assert!(!reigns.counts(&of(OLD, 100)));
+            assert!(reigns.counts(&SlotResult { stale: true, ..of(OLD, 100) }), "by leave");
+            assert!(reigns.counts(&of(NEW, 101)));
+            let unknown = Reigns { at_slot: None, ..reigns };
+            assert!(unknown.counts(&of(OLD, 100)), "the log does not tell any more");
+        }
+    }
+
+    #[test]
+    fn a_foreign_result_sends_the_slot_into_a_directory_of_the_branch() {
+        let reigns = reigns(true, NEW);
+        assert_eq!(reigns.branch(None), None);
+        assert_eq!(reigns.branch(Some(&of(NEW, 150))), None);
+        assert_eq!(reigns.branch(Some(&of(OLD, 150))), Some(NEW));
+        let nothing = Reigns::default();
+        assert_eq!(nothing.branch(Some(&of(OLD, 150))), None);
+    }
+}
