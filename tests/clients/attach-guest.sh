@@ -153,12 +153,13 @@ if busybox dmesg | busybox grep -iE "i/o error|journal|ext4-fs (error|warning)";
     end "failed: the kernel saw an error"
 fi
 
-# By force it ends though it is mounted, and its keeper does not make it live again.
-"$tidelog" attach $as_attached >>/mnt/notes/keeper 2>&1 &
+# By force it ends though it is mounted, and its keeper does not take that for a loss.
+"$tidelog" attach $as_attached >/mnt/notes/forced 2>&1 &
 keeper=$!
 until_status '"state": "attached"'
 must mount /dev/nbd0 /mnt/v
 must "$tidelog" detach --force /dev/nbd0
 wait $keeper || end "failed: the keeper ended with an error"
+busybox grep reconnecting /mnt/notes/forced && end "failed: the keeper would have it live again"
 dd if=/dev/nbd0 of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null && end "failed: the device lives"
 end done

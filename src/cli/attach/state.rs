@@ -86,7 +86,8 @@ fn is_locked(path: &Path) -> bool {
 }
 
 /// Notes that a device is being detached, so that its keeper takes the end of the link for that and
-/// gives the kernel no other: whoever has it open keeps it, and it would live again.
+/// gives the kernel no other. While something has the device open it still counts as connected, and
+/// kernels before 6.14 take a socket then: it lives again, or they use freed memory.
 pub fn mark_detached(index: u32) -> io::Result<()> {
     std::fs::create_dir_all(DIRECTORY)?;
     File::create(path(index, "detached")).map(|_| ())
