@@ -387,7 +387,14 @@ impl Inner {
             cause,
         };
         if group.role() != Role::Primary {
-            return Err(failed("this node is not the group's primary".to_owned()));
+            let name = group.name();
+            let epochs = &group.control().epochs;
+            let reigned = epochs.last().filter(|epoch| epoch.author != group.node().id);
+            let next = reigned.map_or_else(
+                || format!("`tidelog promote {name}` makes it that"),
+                |epoch| format!("give the command on node {}, which is", epoch.author_name),
+            );
+            return Err(failed(format!("this node is not the group's primary; {next}")));
         }
         let control = group.control();
         let found = control.volumes.iter().find(|known| known.name == *volume).cloned();

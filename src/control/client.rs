@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::config::cause;
 use crate::events::Event;
 
-use super::problem::Problem;
+use super::problem::{PROBLEM_EVENT, Problem};
 
 /// Why a call has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -203,11 +203,11 @@ impl EventStream {
         loop {
             while let Some(end) = self.read.windows(2).position(|pair| pair == b"\n\n") {
                 let message: Vec<u8> = self.read.drain(..end + 2).collect();
-                let mut lines = message.split(|byte| *byte == b'\n');
-                if let Some(data) = lines.find_map(|line| line.strip_prefix(b"data: ")) {
-                    let event =
-                        serde_json::from_slice(data).map_err(|error| self.client.broken(&error))?;
-                    return Ok(Some(event));
+                match event_of(&message) {
+                    Ok(None) => {}
+                    Ok(event) => return Ok(event),
+                    Err(NoEvent::Problem(problem)) => return Err(ClientError::Problem(problem)),
+                    Err(NoEvent::Broken(error)) => return Err(self.client.broken(&error)),
                 }
             }
             match self.body.frame().await {
@@ -221,6 +221,27 @@ impl EventStream {
             }
         }
     }
+}
+
+/// What a message of the stream is instead of an event.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoEvent {
+    #[error("{0}")]
+    Problem(Problem),
+    #[error("{0}")]
+    Broken(serde_json::Error),
+}
+
+/// The event in a message of the stream; none in one that only shows that the node lives.
+pub(super) fn event_of(message: &[u8]) -> Result<Option<Event>, NoEvent> {
+    let mut lines = message.split(|byte| *byte == b'\n');
+    let mut field = |name: &[u8]| lines.find_map(|line| line.strip_prefix(name));
+    let kind = field(b"event: ");
+    let Some(data) = field(b"data: ") else { return Ok(None) };
+    if kind == Some(PROBLEM_EVENT.as_bytes()) {
+        return Err(serde_json::from_slice(data).map_or_else(NoEvent::Broken, NoEvent::Problem));
+    }
+    serde_json::from_slice(data).map(Some).map_err(NoEvent::Broken)
 }
 
 #[cfg(test)]

@@ -251,8 +251,9 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
     {
         let node = if reigns { "here" } else { "on the primary" };
         return Err(Problem::refused(format!(
-            "group {name}: is replicated with {}; `tidelog replicate {name} --stop` {node} first",
-            peer.name
+            "group {name}: is replicated with {peer}; `tidelog replicate {name} --stop --to {peer}` {node} \
+             first",
+            peer = peer.name
         )));
     }
     let id = group.id();

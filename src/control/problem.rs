@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 use crate::group::GroupError;
 use crate::units::UnitError;
 
+/// The name of a message in a stream of events that is a problem, and ends it.
+pub(super) const PROBLEM_EVENT: &str = "problem";
+
 /// What went wrong, for people and programs (RFC 9457).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{detail}")]

@@ -25,7 +25,7 @@ use super::connections::{Admitted, Places, REQUEST_TIMEOUT, serve, told_to_stop}
 use super::context::Context;
 use super::dispatch::{Caller, dispatch};
 use super::metrics::metrics_text;
-use super::problem::Problem;
+use super::problem::{PROBLEM_EVENT, Problem};
 use super::route::openapi;
 
 /// Bytes of a request's body at most.
@@ -323,6 +323,7 @@ fn events(state: &ServerState, query: &[(String, String)]) -> Result<Response, P
         receiver,
         stopped: Box::pin(told_to_stop(state.stopped.clone())),
         keep_alive: tokio::time::interval(KEEP_ALIVE),
+        overrun: false,
     };
     Ok(([(header::CONTENT_TYPE, "text/event-stream")], Body::new(body)).into_response())
 }
@@ -352,6 +353,8 @@ struct EventBody {
     receiver: mpsc::Receiver<Event>,
     stopped: Pin<Box<dyn Future<Output = ()> + Send>>,
     keep_alive: tokio::time::Interval,
+    /// It was said that the follower was too slow.
+    overrun: bool,
 }
 
 impl EventBody {
@@ -361,6 +364,16 @@ impl EventBody {
         let text = format!("id: {}\nevent: {}\ndata: {data}\n\n", event.sequence, event.code);
         Frame::data(Bytes::from(text))
     }
+}
+
+/// What ends the stream of a follower that was too slow: a problem in place of an event.
+fn overrun(last: u64) -> Frame<Bytes> {
+    let what = format!(
+        "events: this follower was too slow, and what came after event {last} was not sent; \
+         `tidelog events --follow --since {last}` goes on from there"
+    );
+    let data = serde_json::to_string(&Problem::refused(what)).unwrap_or_default();
+    Frame::data(Bytes::from(format!("event: {PROBLEM_EVENT}\ndata: {data}\n\n")))
 }
 
 impl hyper::body::Body for EventBody {
@@ -378,6 +391,11 @@ impl hyper::body::Body for EventBody {
             match self.receiver.poll_recv(task) {
                 Poll::Ready(Some(event)) if event.sequence <= self.last => {}
                 Poll::Ready(Some(event)) => return Poll::Ready(Some(Ok(self.message(&event)))),
+                // It did not take what came, and was left behind.
+                Poll::Ready(None) if !self.overrun => {
+                    self.overrun = true;
+                    return Poll::Ready(Some(Ok(overrun(self.last))));
+                }
                 Poll::Ready(None) => return Poll::Ready(None),
                 Poll::Pending => break,
             }
