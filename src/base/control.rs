@@ -1,6 +1,6 @@
 //! The group's control state at the horizon, the file `control`.
 //!
-//! A line of text and a line of JSON:
+//! A line of text (`sealed.rs`) and a line of JSON:
 //!
 //! ```text
 //! tidelog-control 1 <xxh3-64 of the second line, 16 hexadecimal digits> <its bytes>
@@ -11,21 +11,19 @@
 //! that this version does not know are carried along.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io::{self, IoSlice};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use xxhash_rust::xxh3::xxh3_64;
 
+use super::sealed::{seal, unseal};
 use crate::io::{Disk, OpenMode};
 use crate::units::{Chain, EpochId, LogTime, Lsn, Position, VolumeNumber};
 
 const NAME: &str = "control";
 const NEW_NAME: &str = "control.new";
 const MAGIC: &str = "tidelog-control";
-const VERSION: &str = "1";
 /// No group has that much control state; a file that claims it is damaged.
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
@@ -135,37 +133,12 @@ impl ControlState {
     pub fn encode(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec(self).expect("plain data becomes JSON");
         json.push(b'\n');
-        let mut content = Header { checksum: xxh3_64(&json), bytes: json.len() as u64 }.to_string();
-        content.push('\n');
-        let mut content = content.into_bytes();
-        content.append(&mut json);
-        content
-    }
-}
-
-struct Header {
-    checksum: u64,
-    bytes: u64,
-}
-
-impl fmt::Display for Header {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{MAGIC} {VERSION} {:016x} {}", self.checksum, self.bytes)
+        seal(MAGIC, &json)
     }
 }
 
 fn decode(content: &[u8]) -> Result<ControlState, String> {
-    let end = content.iter().position(|byte| *byte == b'\n').ok_or("no first line")?;
-    let line = std::str::from_utf8(&content[..end]).map_err(|_| "the first line is not text")?;
-    let json = &content[end + 1..];
-    let found = Header { checksum: xxh3_64(json), bytes: json.len() as u64 }.to_string();
-    match line.split(' ').collect::<Vec<_>>()[..] {
-        [MAGIC, VERSION, _, _] if line == found => {}
-        [MAGIC, VERSION, ..] => return Err(format!("checksum: got `{line}`, expected `{found}`")),
-        [MAGIC, version, ..] => return Err(format!("version: got {version}, expected {VERSION}")),
-        _ => return Err(format!("the first line is not `{MAGIC} …`")),
-    }
-    serde_json::from_slice(json).map_err(|error| error.to_string())
+    serde_json::from_slice(unseal(MAGIC, content)?).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

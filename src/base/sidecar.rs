@@ -190,6 +190,11 @@ pub fn stored_sum(crc: u32) -> u32 {
     }
 }
 
+/// The CRC of a block with this sum; of a block that is well it may differ in the last bit.
+pub fn crc_of(sum: u32) -> u32 {
+    sum ^ ZERO_BLOCK_CRC
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

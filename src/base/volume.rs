@@ -39,6 +39,18 @@ pub enum BaseError {
         /// The chunk's first byte in the volume.
         offset: u64,
     },
+    /// Blocks, or the sums of them, cannot be read.
+    #[error("base of volume {volume}: read of {length} bytes at {offset}: {cause}")]
+    Unread {
+        /// The volume.
+        volume: VolumeNumber,
+        /// The first byte in the volume.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// What the disk said.
+        cause: String,
+    },
     /// A file could not be read or written.
     #[error("base of volume {volume}: {what}: {cause}")]
     Io {
@@ -75,10 +87,10 @@ pub struct BaseVolume {
 }
 
 /// The chunk that the folder is at: its sums and slot, written when it goes on.
-struct OpenChunk {
+pub(super) struct OpenChunk {
     chunk: u64,
-    slot: Slot,
-    sums: Box<[u8; SUMS_BYTES]>,
+    pub(super) slot: Slot,
+    pub(super) sums: Box<[u8; SUMS_BYTES]>,
     /// What it needs of the sidecar is no hole.
     reserved: bool,
 }
@@ -255,7 +267,7 @@ impl BaseVolume {
     ///
     /// # Errors
     ///
-    /// [`BaseError::Damaged`] where a block is not what was folded; [`BaseError::Io`].
+    /// [`BaseError::Damaged`] where a block is not what was folded; [`BaseError::Unread`].
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), BaseError> {
         let mut reads = [BaseRead { base: self, offset, buffer, result: Ok(()) }];
         read_batch(&*self.disk, &mut reads, &mut []);
@@ -477,7 +489,7 @@ impl BaseVolume {
         if removed { disk.sync_dir(dir) } else { Ok(()) }
     }
 
-    fn folder(&self) -> MutexGuard<'_, Option<OpenChunk>> {
+    pub(super) fn folder(&self) -> MutexGuard<'_, Option<OpenChunk>> {
         self.folder.lock().expect("no folder panics")
     }
 
@@ -497,7 +509,7 @@ impl BaseVolume {
     }
 
     /// The chunk for changing, born at `born` at the earliest.
-    fn chunk_at<'a>(
+    pub(super) fn chunk_at<'a>(
         &self,
         folder: &'a mut Option<OpenChunk>,
         chunk: u64,
@@ -600,7 +612,7 @@ impl BaseVolume {
 }
 
 /// Where a block's sum lies among those of its chunk.
-fn sum_range(block: u64) -> std::ops::Range<usize> {
+pub(super) fn sum_range(block: u64) -> std::ops::Range<usize> {
     let index = block as usize % BLOCKS_PER_CHUNK;
     index * 4..index * 4 + 4
 }
@@ -701,7 +713,12 @@ pub fn read_batch(disk: &dyn Disk, reads: &mut [BaseRead<'_>], others: &mut [Bat
     for (read, plan) in reads.iter_mut().zip(plans) {
         let failed = results[plan.reads.clone()].iter().find_map(|result| result.as_ref().err());
         read.result = match failed {
-            Some(error) => Err(read.base.io("read", error)),
+            Some(error) => Err(BaseError::Unread {
+                volume: read.base.number,
+                offset: plan.first_block * BLOCK_BYTES,
+                length: plan.blocks as u64 * BLOCK_BYTES,
+                cause: error.to_string(),
+            }),
             None => finish(read, &plan),
         };
     }
@@ -727,9 +744,9 @@ fn finish(read: &mut BaseRead<'_>, plan: &Plan) -> Result<(), BaseError> {
     {
         let got = crc32fast::hash(block);
         let sum = u32::from_le_bytes(sum.try_into().expect("four bytes"));
-        let expected = sidecar::stored_sum(sum);
-        if got != expected {
+        if sidecar::stored_sum(got) != sum {
             let offset = (plan.first_block + index as u64) * BLOCK_BYTES;
+            let expected = sidecar::crc_of(sum);
             return Err(BaseError::Damaged { volume: read.base.number, offset, got, expected });
         }
     }

@@ -377,15 +377,17 @@ fn unreadable(name: String, cause: &io::Error) -> Branch {
     Branch { name, from, to: from, bytes: 0, authored: true, cut: LogTime(0), reason }
 }
 
-/// Removes the branches that were given up, and not removed to the end, and what of a log was only
-/// copied.
+/// Removes what was given up of a group, its branches too, and not removed to the end, and what of
+/// a log was only copied.
 pub(super) fn remove_discarded(disk: &dyn Disk, group_dir: &Path) {
-    let all = group_dir.join("branches");
-    let names = files::names_in(disk, &all).unwrap_or_default();
-    let goes = |name: &String| files::is_discarded(name) || name.ends_with(COPYING);
-    for name in names.into_iter().filter(goes) {
-        if let Err(cause) = files::discard(disk, &all.join(&name)) {
-            tracing::warn!("{}: branch {name} could not be removed: {cause}", all.display());
+    let branches = group_dir.join("branches");
+    for all in [group_dir, &branches] {
+        let names = files::names_in(disk, all).unwrap_or_default();
+        let goes = |name: &String| files::is_discarded(name) || name.ends_with(COPYING);
+        for gone in names.into_iter().filter(goes).map(|name| all.join(name)) {
+            if let Err(cause) = files::discard(disk, &gone) {
+                tracing::warn!("{} could not be removed: {cause}", gone.display());
+            }
         }
     }
 }

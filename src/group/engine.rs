@@ -203,6 +203,7 @@ impl Core {
         self.clock.cut(end.time);
         self.epoch = end.epoch;
         self.unflushed = true;
+        self.awaited = Awaited::default();
         self.cuts += 1;
         self.needs_image = None;
         self.refresh_view();

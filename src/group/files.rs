@@ -1,9 +1,14 @@
-//! Small files that are replaced as a whole, and directories that go as a whole.
+//! Small files that are replaced as a whole and prove themselves, and directories that go as a
+//! whole.
 
 use std::io::{self, IoSlice};
 use std::path::Path;
 
+use crate::base::{seal, unseal};
 use crate::io::{Disk, OpenMode};
+
+/// What the first line of such a file begins with.
+const MAGIC: &str = "tidelog-file";
 
 /// Bytes of such a file at most.
 const BYTES_MAX: u64 = 16 << 20;
@@ -15,23 +20,27 @@ const DISCARDED: &str = ".deleted";
 pub(super) fn store(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let file = disk.open(&temporary, OpenMode::Create)?;
-    file.set_len(bytes.len() as u64)?;
-    file.write_at(&[IoSlice::new(bytes)], 0)?;
+    let sealed = seal(MAGIC, bytes);
+    file.set_len(sealed.len() as u64)?;
+    file.write_at(&[IoSlice::new(&sealed)], 0)?;
     file.sync()?;
     disk.rename(&temporary, path)?;
     disk.sync_dir(path.parent().unwrap_or(path))
 }
 
-/// Reads such a file.
+/// Reads such a file; `InvalidData` where it is not what was written.
 pub(super) fn load(disk: &dyn Disk, path: &Path) -> io::Result<Vec<u8>> {
     let file = disk.open(path, OpenMode::Read)?;
     let bytes = file.len()?;
+    let damaged = |what: String| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("{}: {what}", path.display()))
+    };
     if bytes > BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too long"));
+        return Err(damaged(format!("has {bytes} bytes")));
     }
     let mut buffer = vec![0; bytes as usize];
     file.read_at(&mut buffer, 0)?;
-    Ok(buffer)
+    unseal(MAGIC, &buffer).map(<[u8]>::to_vec).map_err(damaged)
 }
 
 /// Whether a directory of this name is one that was not removed to the end.

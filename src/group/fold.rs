@@ -18,7 +18,7 @@ use super::GroupError;
 use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
-use super::fold_damage::{Rotted, is_left_damaged};
+use super::fold_damage::Rotted;
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
 use super::lost::{listed, sizes_of};
 use super::replay::replay;
@@ -27,7 +27,7 @@ use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::extent_map::ExtentMap;
 use crate::log::control::OnFull;
-use crate::units::{BLOCK_BYTES, Lsn};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn};
 
 /// Bytes that are fetched and written at a time.
 const BATCH_BYTES: usize = 1 << 20;
@@ -281,7 +281,7 @@ impl Group {
         state.store(&**disk, &base_dir).map_err(|cause| self.io("write control state", &cause))?;
         drop(content);
         self.move_horizon(state);
-        self.tell_rotted(rotted);
+        self.tell_rotted(&rotted, "the log, or in the base below what the log had of them");
         Ok(())
     }
 
@@ -290,7 +290,14 @@ impl Group {
     fn check_what_stays(&self, known: &VolumeContent, gives_up: bool) -> Result<(), GroupError> {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
         let mut block = vec![0; BLOCK_BYTES as usize];
+        let mut looked_at = None;
         for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
+            if let FoldStep::Copy { offset, .. } | FoldStep::Mend { offset, .. } = &step
+                && let chunk = offset / CHUNK_BYTES
+                && looked_at.replace(chunk) != Some(chunk)
+            {
+                self.check_sums(&base, chunk, gives_up)?;
+            }
             let FoldStep::Mend { offset, parts } = step else { continue };
             if parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
                 && let Err(cause) = base.read(offset, &mut block)
@@ -442,20 +449,13 @@ impl Group {
         if covered < BLOCK_BYTES
             && let Err(cause) = base.read(offset, &mut block)
         {
-            if is_left_damaged(&cause) {
+            if self.stays_damaged(base, offset, &cause, born, rotted)? {
                 rotted.push(known, offset);
                 // It has changed all the same, for whoever asks what has.
                 let _gate = self.base_gate.write().expect("no holder panics");
                 return base.raise_births(offset, BLOCK_BYTES, born).map_err(|cause| {
                     self.io(format!("write base of {}", known.volume.name), &cause)
                 });
-            }
-            // A crash in the middle of an earlier attempt at this very block may have left any of
-            // its sectors new, the rest old, and a checksum of neither. What the log lacks is the
-            // same in both. Nothing else excuses a wrong checksum.
-            if self.lock().unfinished_fold.is_none() {
-                let what = format!("base of {} at {offset}: checksum differs", known.volume.name);
-                return Err(GroupError::Damaged { group: self.name().clone(), what });
             }
             base.read_unchecked(offset, &mut block)
                 .map_err(|cause| self.io(format!("read base of {}", known.volume.name), &cause))?;

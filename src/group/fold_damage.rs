@@ -55,9 +55,13 @@ impl Rotted {
 }
 
 /// Whether a block was left damaged by a fold: its checksum has no bit in common with that of its
-/// bytes.
+/// bytes, but perhaps the last one.
 pub(super) fn is_left_damaged(cause: &BaseError) -> bool {
-    matches!(cause, BaseError::Damaged { got, expected, .. } if *expected == !*got)
+    matches!(cause, BaseError::Damaged { got, expected, .. } if *expected ^ !*got <= 1)
+}
+
+fn is_unread(cause: &BaseError) -> bool {
+    matches!(cause, BaseError::Unread { .. })
 }
 
 impl Group {
@@ -133,7 +137,8 @@ impl Group {
     /// A block of the base is damaged, of which a fold would keep a part. Where what is here does
     /// not make it right, it stays as it is, and gets its checksum that never holds before the fold
     /// begins: one that is taken up again would else take it for a block that it had written in
-    /// part, and call it good.
+    /// part, and call it good. What the disk cannot read may be there at the next attempt, and is
+    /// waited for while writers need no room; then it is zeros, with such a checksum.
     ///
     /// # Errors
     ///
@@ -148,25 +153,98 @@ impl Group {
         if is_left_damaged(cause) {
             return Ok(());
         }
-        if !matches!(cause, BaseError::Damaged { .. }) {
-            return Err(self.damaged(cause.to_string()));
+        let unread = is_unread(cause);
+        if !unread {
+            // The block may be whole, and its checksum not.
+            self.mend_chunk(base, offset / CHUNK_BYTES, &BTreeMap::new())?;
         }
-        // The block may be whole, and its checksum not.
-        self.mend_chunk(base, offset / CHUNK_BYTES, &BTreeMap::new())?;
-        let mut block = vec![0; BLOCK_BYTES as usize];
-        if base.read(offset, &mut block).is_ok() {
+        if base.read(offset, &mut [0; BLOCK_BYTES as usize]).is_ok() {
             return Ok(());
         }
-        if !gives_up && self.waits_for_peers() {
+        let waits = if unread { !self.is_pressed(&self.lock()) } else { self.waits_for_peers() };
+        if waits && !gives_up {
             return Err(self.waits(cause.to_string()));
         }
         let born = self.lock().timeline.horizon().lsn;
+        self.give_up_block(base, offset, born)
+    }
+
+    /// Looks whether what a fold will change of a chunk's sidecar can be read. What cannot is
+    /// waited for as a block is, and then lost, but for what the blocks prove.
+    ///
+    /// # Errors
+    ///
+    /// While it is waited for; what the disk says.
+    pub(super) fn check_sums(
+        &self,
+        base: &BaseVolume,
+        chunk: u64,
+        gives_up: bool,
+    ) -> Result<(), GroupError> {
+        let is_there = chunk * CHUNK_BYTES < base.size_bytes();
+        let Some(cause) = is_there.then(|| base.look_at_sums(chunk).err()).flatten() else {
+            return Ok(());
+        };
+        self.suspect(DamagedPart::Base { volume: base.number(), chunk });
+        if !gives_up && !self.is_pressed(&self.lock()) {
+            let (volume, at) = (base.number(), chunk * CHUNK_BYTES);
+            return Err(self.waits(format!("sums of volume {volume} at {at}: {cause}")));
+        }
+        let lost = base.give_up_unread_sums(chunk);
+        for chunk in lost.map_err(|cause| self.io("write sums of a base", &cause))? {
+            self.mend_chunk(base, chunk, &BTreeMap::new())?;
+        }
+        Ok(())
+    }
+
+    /// The fold has begun, and a block of the base is damaged of which it would keep a part:
+    /// whether it stays as it is. What was whole before it began has rotted since: a later attempt
+    /// would take it for a block that this one had written in part, and call it good.
+    ///
+    /// # Errors
+    ///
+    /// While an attempt that goes on waits for what cannot be read; what the disk says.
+    pub(super) fn stays_damaged(
+        &self,
+        base: &BaseVolume,
+        offset: u64,
+        cause: &BaseError,
+        born: Lsn,
+        rotted: &Rotted,
+    ) -> Result<bool, GroupError> {
+        if is_left_damaged(cause) {
+            return Ok(true);
+        }
+        let (resumed, pressed) = {
+            let core = self.lock();
+            (core.unfinished_fold.is_some(), self.is_pressed(&core))
+        };
+        // A crash in the middle of an earlier attempt at this very block may have left any of its
+        // sectors new, the rest old, and a checksum of neither. What the log lacks is the same in
+        // both. Nothing else excuses a wrong checksum.
+        if resumed && !is_unread(cause) {
+            return Ok(false);
+        }
+        self.suspect_block(cause);
+        if resumed && !pressed && !rotted.gives_up {
+            return Err(self.waits(cause.to_string()));
+        }
+        self.give_up_block(base, offset, born).map(|()| true)
+    }
+
+    /// Gives a block of the base a checksum that never holds, durably, and zeros where it cannot be
+    /// read.
+    fn give_up_block(&self, base: &BaseVolume, offset: u64, born: Lsn) -> Result<(), GroupError> {
+        let write = |cause| self.io("write base", &cause);
+        let sync = |cause| self.fail("sync of a base", &cause);
         let _gate = self.base_gate.write().expect("no holder panics");
-        base.read_unchecked(offset, &mut block)
-            .and_then(|()| base.write_blocks(offset, &block, &[!crc32(&block)], born))
-            .and_then(|()| base.settle())
-            .map_err(|cause| self.io("write base", &cause))?;
-        base.sync().map_err(|cause| self.fail("sync of a base", &cause))
+        let is_read = base.give_up(offset, born).map_err(write)?;
+        base.sync().map_err(sync)?;
+        if is_read {
+            return Ok(());
+        }
+        base.blank(offset).map_err(write)?;
+        base.sync().map_err(sync)
     }
 
     /// Whether a fold waits for what is damaged: a peer may have it, and writers have room.
@@ -275,14 +353,15 @@ impl Group {
         Ok(false)
     }
 
-    /// Tells which blocks are damaged in the base now, and has a peer asked for them.
-    pub(super) fn tell_rotted(&self, rotted: Rotted) {
+    /// Tells which blocks are damaged in the base now, and where they were before; has a peer
+    /// asked for them.
+    pub(super) fn tell_rotted(&self, rotted: &Rotted, place: &str) {
         let Some((_, volume, offset)) = rotted.blocks.first() else { return };
         let blocks = rotted.blocks.len();
         let text = format!(
-            "{blocks} blocks were damaged in the log, or in the base below what the log had of \
-             them, the first of volume {volume} at {offset}: reading them is an error until a \
-             host has written all of them anew, or a peer has given what it can"
+            "{blocks} blocks were damaged in {place}, the first of volume {volume} at {offset}: \
+             reading them is an error until a host has written all of them anew, or a peer has \
+             given what it can"
         );
         let details = json!({ "volume": volume, "offset": offset, "blocks": blocks });
         self.emit(Severity::Error, "log-damaged", text, details);

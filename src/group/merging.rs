@@ -4,14 +4,16 @@
 //! Until it is done, reads look at what is staged before they look at the base.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, RwLock};
 
 use super::GroupError;
-use super::content::Content;
-use super::engine::Group;
+use super::content::{Content, VolumeContent};
+use super::engine::{Group, placed};
 use super::files;
+use super::fold_damage::Rotted;
 use super::lost::{LostBase, bring_back_bases, listed, sizes_of};
 use super::meta::Meta;
 use super::moment::MOMENTS;
@@ -20,8 +22,10 @@ use super::staging::{STAGING, Staging, born_in};
 use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::io::Disk;
 use crate::log::record::crc32;
-use crate::units::{BLOCK_BYTES, VolumeNumber};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, VolumeNumber};
 
+/// Where blocks had rotted that a merge found damaged.
+pub(super) const RECEIVED: &str = "the image that was received, before they came into the base";
 /// Bytes that are copied at a time.
 const COPY_BYTES: u64 = 1 << 20;
 
@@ -71,20 +75,20 @@ impl Merging {
         self.ranges.of(volume).map(|range| (range.at.offset, range.length))
     }
 
-    /// Brings the base to the image; durable on return.
+    /// Brings the base to the image; durable on return. Blocks that have rotted are damage there.
     fn merge(
         &self,
         disk: &Arc<dyn Disk>,
         group_dir: &Path,
         bases: &RwLock<BTreeMap<VolumeNumber, Arc<BaseVolume>>>,
         gate: &RwLock<()>,
+        rotted: &mut Rotted,
     ) -> io::Result<()> {
         let base_dir = group_dir.join("base");
         let content = Content::at_horizon(&self.control);
         for (number, known) in &content.volumes {
             if self.partial {
-                let size_bytes = known.volume.size_bytes;
-                self.copy(disk, &base_dir, *number, size_bytes, bases, gate)?;
+                self.copy(disk, &base_dir, known, bases, gate, rotted)?;
             } else {
                 let staging_dir = group_dir.join(STAGING);
                 let moved = BaseVolume::take_over(disk, &staging_dir, &base_dir, *number)?;
@@ -117,11 +121,12 @@ impl Merging {
         &self,
         disk: &Arc<dyn Disk>,
         base_dir: &Path,
-        number: VolumeNumber,
-        size_bytes: u64,
+        volume: &VolumeContent,
         bases: &RwLock<BTreeMap<VolumeNumber, Arc<BaseVolume>>>,
         gate: &RwLock<()>,
+        rotted: &mut Rotted,
     ) -> io::Result<()> {
+        let (number, size_bytes) = (volume.volume.number, volume.volume.size_bytes);
         let known = bases.read().expect("no holder panics").get(&number).cloned();
         let opened = known
             .map_or_else(|| BaseVolume::open(disk.clone(), base_dir, number).map(Arc::new), Ok);
@@ -149,10 +154,23 @@ impl Merging {
             while at < end {
                 let mut data = vec![0; (end - at).min(COPY_BYTES) as usize];
                 let staged = self.volumes.get(&number).ok_or(io::ErrorKind::NotFound)?;
-                staged.read(at, &mut data).map_err(io::Error::other)?;
-                let crcs: Vec<u32> = data.chunks(BLOCK_BYTES as usize).map(crc32).collect();
+                let damaged = staged.salvage(at, &mut data);
+                let mut crcs: Vec<u32> = data.chunks(BLOCK_BYTES as usize).map(crc32).collect();
+                for block in &damaged {
+                    rotted.push(volume, block.offset);
+                    let crc = &mut crcs[((block.offset - at) / BLOCK_BYTES) as usize];
+                    *crc = block.crc.unwrap_or(!*crc);
+                }
+                for chunk in at / CHUNK_BYTES..(at + data.len() as u64).div_ceil(CHUNK_BYTES) {
+                    for lost in base.give_up_unread_sums(chunk)? {
+                        base.mend_alone(lost, born);
+                    }
+                }
                 let _gate = gate.write().expect("no holder panics");
                 base.write_blocks(at, &data, &crcs, born)?;
+                for block in damaged.iter().filter(|block| block.crc.is_none()) {
+                    base.lose_sum(block.offset, born)?;
+                }
                 at += data.len() as u64;
             }
         }
@@ -161,34 +179,62 @@ impl Merging {
 }
 
 /// At the start, before anything else is looked at: goes on from a switch that was written down.
-/// What was lost of the base that the image lies above.
+/// What was lost of the base that the image lies above, and what of the image had rotted.
 pub(super) fn finish_at_start(
     disk: &Arc<dyn Disk>,
     group_dir: &Path,
     meta: &Meta,
     tell: &dyn Fn(&LostBase),
-) -> io::Result<Vec<LostBase>> {
+) -> Result<(Vec<LostBase>, Rotted), GroupError> {
+    let io = |cause: io::Error| {
+        let what = placed("go on from the image that was received", group_dir, &cause);
+        GroupError::io(&meta.name, what, &cause)
+    };
     let mut lost = Vec::new();
+    let mut rotted = Rotted::new(true);
     if meta.old_log {
-        drop_old_log(&**disk, &group_dir.join("log"))?;
+        drop_old_log(&**disk, &group_dir.join("log")).map_err(io)?;
     }
     if meta.merging {
-        let staging = Staging::open(disk.clone(), group_dir)?;
-        let merging = Merging::of(staging)
-            .ok_or_else(|| io::Error::other("an image that was switched to is not complete"))?;
+        let staging = Staging::open(disk.clone(), group_dir);
+        let merging = match staging.map(Merging::of) {
+            Ok(Some(merging)) => merging,
+            Ok(None) => return Err(not_whole(meta, group_dir, "it is not complete")),
+            Err(cause) if is_damage(&cause) => return Err(not_whole(meta, group_dir, cause)),
+            Err(cause) => return Err(io(cause)),
+        };
         let base_dir = group_dir.join("base");
         if merging.partial {
             match ControlState::load(&**disk, &base_dir) {
                 Ok(below) => {
-                    lost = bring_back_bases(&**disk, &base_dir, &below, &[], false, tell)?;
+                    let found = bring_back_bases(&**disk, &base_dir, &below, &[], false, tell);
+                    lost = found.map_err(io)?;
                 }
                 Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {}
-                Err(cause) => return Err(io::Error::other(cause)),
+                Err(cause) => return Err(io(io::Error::other(cause))),
             }
         }
-        merging.merge(disk, group_dir, &RwLock::default(), &RwLock::default())?;
+        let (bases, gate) = (RwLock::default(), RwLock::default());
+        merging.merge(disk, group_dir, &bases, &gate, &mut rotted).map_err(io)?;
     }
-    Ok(lost)
+    Ok((lost, rotted))
+}
+
+/// Whether a file is there, and not as it was written; or it is gone.
+fn is_damage(cause: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+    matches!(cause.kind(), InvalidData | NotFound | UnexpectedEof)
+}
+
+/// What is staged is not what was switched to, and the base may be half of it already.
+fn not_whole(meta: &Meta, group_dir: &Path, cause: impl fmt::Display) -> GroupError {
+    let (name, dir) = (&meta.name, group_dir.display());
+    let what = format!(
+        "the image that this copy was switched to cannot be brought into its base: {cause}; nothing \
+         here is a moment of the group: stop this node, remove {dir}, start it, and on the primary \
+         `tidelog replicate {name} --to NODE`"
+    );
+    GroupError::Damaged { group: name.clone(), what }
 }
 
 /// Removes every segment and what belongs to one, spares too: the image may lie before what they
@@ -214,11 +260,13 @@ impl Group {
     pub(super) fn finish_merge(&self) -> Result<(), GroupError> {
         let Some(merging) = self.merging() else { return Ok(()) };
         let disk = &self.context.env.disk;
+        let mut rotted = Rotted::new(true);
         merging
-            .merge(disk, &self.dir, &self.bases, &self.base_gate)
+            .merge(disk, &self.dir, &self.bases, &self.base_gate, &mut rotted)
             .map_err(|cause| self.io("bring the received image into the base", &cause))?;
         self.update_meta(|meta| meta.merging = false)?;
         *self.merging.write().expect("no holder panics") = None;
+        self.tell_rotted(&rotted, RECEIVED);
         Staging::remove(&**disk, &self.dir).map_err(|cause| self.io("remove staging", &cause))
     }
 }

@@ -438,9 +438,15 @@ impl Group {
         }
     }
 
+    /// The same of the base.
     pub(super) fn suspect_block(&self, cause: &BaseError) {
-        if let BaseError::Damaged { volume, offset, .. } = *cause {
-            self.suspect(DamagedPart::Base { volume, chunk: offset / CHUNK_BYTES });
+        let (volume, offset, length) = match *cause {
+            BaseError::Damaged { volume, offset, .. } => (volume, offset, BLOCK_BYTES),
+            BaseError::Unread { volume, offset, length, .. } => (volume, offset, length),
+            _ => return,
+        };
+        for chunk in offset / CHUNK_BYTES..(offset + length).div_ceil(CHUNK_BYTES) {
+            self.suspect(DamagedPart::Base { volume, chunk });
         }
     }
 

@@ -18,7 +18,7 @@ use super::engine::{Group, checkpoint, placed};
 use super::holds::{load_moments, remove_bases, volumes_of};
 use super::indexing::indexed;
 use super::lost::{LostBase, bring_back_bases, load_horizon, tell_lost};
-use super::merging::finish_at_start;
+use super::merging::{RECEIVED, finish_at_start};
 use super::meta::{META, MetaFile};
 use super::recovery_decision::{RecoveryDecision, RecoveryFacts, decide};
 use super::returning::{ASK_FOR, Asking, YIELDED, authored_behind};
@@ -92,11 +92,11 @@ impl Group {
         // Before anything else, since it may be what makes room.
         remove_discarded(&*disk, dir);
         let mut meta = meta;
-        let mut lost_bases = Vec::new();
+        let (mut lost_bases, mut rotted) = (Vec::new(), None);
         let tell = |base: &LostBase| tell_lost(&context, &name, base);
         if before.old_log || before.merging {
-            lost_bases = finish_at_start(&disk, dir, &before, &tell)
-                .map_err(|cause| io("go on from the image that was received", &cause))?;
+            let (lost, found) = finish_at_start(&disk, dir, &before, &tell)?;
+            (lost_bases, rotted) = (lost, Some(found));
             meta.update(|meta| (meta.old_log, meta.merging) = (false, false))
                 .map_err(|cause| io("write meta", &cause))?;
             remove_merged(&*disk, dir);
@@ -267,6 +267,9 @@ impl Group {
             group.emit(Severity::Error, "log-damaged", text, json!({ "segment": segment }));
         }
         group.suspect_lost(&lost_bases);
+        if let Some(rotted) = rotted {
+            group.tell_rotted(&rotted, RECEIVED);
+        }
         group.report_recovery(&found, decision, failed, lost, &mut recovery);
         for branch in &kept {
             group.tell_of_branch(branch);

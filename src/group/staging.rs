@@ -12,11 +12,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::content::{Content, check_state};
 use super::files;
 use super::ranges::{Place, RANGE_BYTES, Range, Ranges};
-use crate::base::{BaseVolume, ControlState};
+use crate::base::{BaseVolume, ControlState, ControlStateError};
 use crate::io::{Disk, OpenMode};
 use crate::log::record::crc32;
 use crate::units::{BLOCK_BYTES, Chain, EpochId, Lsn, Position, VolumeNumber};
@@ -136,6 +137,8 @@ pub(super) struct State {
     pub reached: Vec<Reached>,
     /// Bytes of `ranges` that count.
     pub ranges_bytes: u64,
+    /// XXH3 of these.
+    pub ranges_sum: u64,
     pub progress: ImageProgress,
     /// All of it has come.
     pub complete: bool,
@@ -155,6 +158,8 @@ pub(super) struct Staging {
     pub control: Option<ControlState>,
     pub volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
     pub ranges: Ranges,
+    /// Of what is in the file.
+    ranges_sum: Xxh3,
     /// Not yet in the file.
     unwritten: Vec<Range>,
     unsynced: BTreeSet<VolumeNumber>,
@@ -183,11 +188,17 @@ impl Staging {
         file.sync()?;
         files::store(&*disk, &dir.join(STATE), &serde_json::to_vec(&state)?)?;
         disk.sync_dir(group_dir)?;
-        Ok(Staging::with(disk, dir, state, Ranges::default()))
+        Ok(Staging::with(disk, dir, state, Ranges::default(), Xxh3::new()))
     }
 
     /// Nothing has come yet that the last checkpoint lacks.
-    fn with(disk: Arc<dyn Disk>, dir: PathBuf, state: State, ranges: Ranges) -> Staging {
+    fn with(
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        state: State,
+        ranges: Ranges,
+        ranges_sum: Xxh3,
+    ) -> Staging {
         Staging {
             disk,
             dir,
@@ -196,6 +207,7 @@ impl Staging {
             control: None,
             volumes: BTreeMap::new(),
             ranges,
+            ranges_sum,
             unwritten: Vec::new(),
             unsynced: BTreeSet::new(),
             unsynced_bytes: 0,
@@ -204,15 +216,25 @@ impl Staging {
         }
     }
 
-    /// Opens what an earlier run left, as of its last checkpoint; `NotFound` where there is none.
+    /// Opens what an earlier run left, as of its last checkpoint; `NotFound` where there is none,
+    /// `InvalidData` where it is not what was written.
     pub(super) fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> io::Result<Staging> {
         let dir = group_dir.join(STAGING);
-        let mut state: State = serde_json::from_slice(&files::load(&*disk, &dir.join(STATE))?)?;
+        let path = dir.join(STATE);
+        let mut state: State = serde_json::from_slice(&files::load(&*disk, &path)?)
+            .map_err(|cause| wrong(format!("{}: {cause}", path.display())))?;
         let ImageProgress { done_bytes, total_bytes } = state.progress;
         state.progress = ImageProgress::told(done_bytes, total_bytes);
         let mut ranges = Ranges::default();
-        let file = disk.open(&dir.join(RANGES), OpenMode::ReadWrite)?;
-        if file.len()? > state.ranges_bytes {
+        let mut sum = Xxh3::new();
+        let path = dir.join(RANGES);
+        let file = disk.open(&path, OpenMode::ReadWrite)?;
+        let bytes = file.len()?;
+        if bytes < state.ranges_bytes {
+            let (path, all) = (path.display(), state.ranges_bytes);
+            return Err(wrong(format!("{path}: has {bytes} bytes of {all}")));
+        }
+        if bytes > state.ranges_bytes {
             // After a failed sync its length is not what the disk has: it is cut, and grows anew.
             file.set_len(state.ranges_bytes)?;
         }
@@ -221,18 +243,26 @@ impl Staging {
             let count = (state.ranges_bytes - at).min((RANGE_BYTES as u64) << 15) as usize;
             let mut bytes = vec![0; count];
             file.read_at(&mut bytes, at)?;
+            sum.update(&bytes);
             for entry in bytes.chunks(RANGE_BYTES) {
-                let entry = entry.try_into().map_err(|_| wrong("ranges: half an entry"))?;
-                ranges.insert(Range::decode(entry).ok_or_else(|| wrong("ranges: no entry"))?);
+                let entry = entry.try_into().ok().and_then(Range::decode);
+                let no_range = || wrong(format!("{}: no range", path.display()));
+                ranges.insert(entry.ok_or_else(no_range)?);
             }
             at += count as u64;
+        }
+        if sum.digest() != state.ranges_sum {
+            let (got, expected) = (sum.digest(), state.ranges_sum);
+            let what = format!("checksum: got {got:016x}, expected {expected:016x}");
+            return Err(wrong(format!("{}: {what}", path.display())));
         }
         let control = match ControlState::load(&*disk, &dir) {
             Ok(control) => Some(control),
             Err(_) if !state.complete => None,
+            Err(ControlStateError::Io(cause)) => return Err(cause),
             Err(error) => return Err(wrong(error.to_string())),
         };
-        let mut staging = Staging::with(disk, dir, state, ranges);
+        let mut staging = Staging::with(disk, dir, state, ranges, sum);
         if let Some(control) = control {
             // Of a whole image that is complete the files may have been moved already.
             if staging.state.partial || !staging.state.complete {
@@ -468,6 +498,8 @@ impl Staging {
             file.write_at(&[IoSlice::new(&bytes)], self.state.ranges_bytes)?;
             file.sync()?;
             self.state.ranges_bytes += bytes.len() as u64;
+            self.ranges_sum.update(&bytes);
+            self.state.ranges_sum = self.ranges_sum.digest();
         }
         let here = Reached { to: self.cursor, at: self.state.image };
         self.state.reached = reached_with(&self.state.reached, here);

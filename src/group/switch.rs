@@ -10,10 +10,12 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use serde_json::json;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::branch::{Branch, Keeping, keep_segments};
 use super::content::{Content, check_place};
 use super::engine::{Core, Group, checkpoint};
+use super::fold_damage::Awaited;
 use super::merging::Merging;
 use super::outlast::Outlasting;
 use super::receive::Pending;
@@ -127,6 +129,7 @@ impl Group {
                     common: offer.common,
                     reached: Vec::new(),
                     ranges_bytes: 0,
+                    ranges_sum: Xxh3::new().digest(),
                     progress: ImageProgress::told(offer.done_bytes, offer.total_bytes),
                     complete: false,
                     branch: None,
@@ -332,6 +335,7 @@ impl Group {
         core.fold_target = at;
         core.unfinished_fold = None;
         core.pending = Pending::default();
+        core.awaited = Awaited::default();
         core.committed = at;
         core.receiving = None;
         core.needs_image = None;

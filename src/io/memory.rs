@@ -11,8 +11,8 @@
 //!   showing all of it; later syncs succeed and do not bring it. Who latches the failure survives.
 //! - **Power off after N operations**: the Nth changing operation and all behind it fail and do
 //!   nothing, so that a test can stop a program at every boundary and then crash.
-//! - **An I/O error** of one operation, or of reads of a part of a file. **No space** after a
-//!   number of bytes: a write stops in the middle.
+//! - **An I/O error** of one operation, or of reads of a part of a file until it is written anew.
+//!   **No space** after a number of bytes: a write stops in the middle. **Rot**, at an operation.
 //!
 //! Everything follows from seeds; nothing here asks a clock.
 
@@ -21,7 +21,10 @@ use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use self::random::Random;
 use super::disk::{Disk, DiskFile, OpenMode, Space};
+
+mod random;
 
 const SECTOR: u64 = 512;
 const PAGE: u64 = 4096;
@@ -53,7 +56,7 @@ pub enum Fault {
         /// Bytes, in pages of 4096.
         bytes: u64,
     },
-    /// Reads that touch this part of this file fail with EIO.
+    /// Reads that touch this part of this file fail with EIO, until one write covers all of it.
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -61,6 +64,15 @@ pub enum Fault {
         offset: u64,
         /// Bytes.
         length: u64,
+    },
+    /// Before this operation a bit of this byte of this file turns.
+    Rot {
+        /// The operation.
+        operation: u64,
+        /// The file.
+        path: PathBuf,
+        /// The byte.
+        offset: u64,
     },
 }
 
@@ -187,25 +199,6 @@ struct State {
     recorded: Option<Vec<State>>,
     /// Chooses what a failed sync or a failed write leaves behind.
     random: Random,
-}
-
-/// splitmix64, as in [`super::SeededEntropy`], without a lock.
-#[derive(Clone, Default)]
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// A number in `0..bound`.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
 }
 
 fn eio(what: &str) -> io::Error {
@@ -347,6 +340,15 @@ impl Inode {
         self.pending.push(Change::Length(bytes));
     }
 
+    fn damage(&mut self, offset: u64, length: u64, mask: u8) {
+        let mut bytes = vec![0; length as usize];
+        for content in [&mut self.cache, &mut self.durable] {
+            content.read(&mut bytes, offset);
+            bytes.iter_mut().for_each(|byte| *byte ^= mask);
+            content.write(&bytes, offset);
+        }
+    }
+
     /// What a power loss leaves of the file. `keep` says how daring the loss is.
     fn crash(&self, random: &mut Random, keep: Keep) -> Content {
         let mut versions: BTreeMap<u64, Vec<[u8; SECTOR as usize]>> = BTreeMap::new();
@@ -424,6 +426,7 @@ impl State {
             self.recorded = Some(recorded);
         }
         self.operations += 1;
+        self.rot(operation);
         let mut hit = None;
         for fault in &self.faults {
             match fault {
@@ -436,6 +439,25 @@ impl State {
             }
         }
         hit.map_or(Ok(()), Err)
+    }
+
+    fn is_named(&self, path: &Path, inode: u64) -> bool {
+        self.names.get(path) == Some(&Node::File(inode))
+    }
+
+    /// Turns the bits that are due.
+    fn rot(&mut self, now: u64) {
+        let State { faults, names, inodes, .. } = self;
+        faults.retain(|fault| {
+            let Fault::Rot { operation, path, offset } = fault else { return true };
+            if *operation != now {
+                return true;
+            }
+            if let Some(Node::File(number)) = names.get(path) {
+                inodes.get_mut(number).expect("a name leads to a file").damage(*offset, 1, 1);
+            }
+            false
+        });
     }
 
     fn node(&self, path: &Path) -> io::Result<Node> {
@@ -628,12 +650,7 @@ impl MemoryDisk {
             panic!("{}: no such file to damage", path.display())
         };
         let inode = state.inodes.get_mut(&number).expect("a name leads to a file");
-        let mut bytes = vec![0; length as usize];
-        for content in [&mut inode.cache, &mut inode.durable] {
-            content.read(&mut bytes, offset);
-            bytes.iter_mut().for_each(|byte| *byte ^= mask);
-            content.write(&bytes, offset);
-        }
+        inode.damage(offset, length, mask);
     }
 }
 
@@ -677,7 +694,6 @@ impl Disk for MemoryDisk {
         Ok(Arc::new(MemoryFile {
             state: Arc::clone(&self.state),
             number,
-            path: path.to_owned(),
             writable: mode != OpenMode::Read,
         }))
     }
@@ -828,7 +844,6 @@ impl MemoryDisk {
 struct MemoryFile {
     state: Arc<Mutex<State>>,
     number: u64,
-    path: PathBuf,
     writable: bool,
 }
 
@@ -885,7 +900,7 @@ impl DiskFile for MemoryFile {
         let end = offset + buffer.len() as u64;
         let unreadable = state.faults.iter().any(|fault| {
             matches!(fault, Fault::Unreadable { path, offset: from, length }
-                if *path == self.path && *from < end && offset < from + length)
+                if state.is_named(path, self.number) && *from < end && offset < from + length)
         });
         if unreadable {
             return Err(eio("unreadable"));
@@ -927,6 +942,13 @@ impl DiskFile for MemoryFile {
             outcome = Err(io::ErrorKind::StorageFull.into());
         }
         inode(&mut state, self.number).write(&data[..keep], offset);
+        let end = offset + keep as u64;
+        let mut faults = std::mem::take(&mut state.faults);
+        faults.retain(|fault| {
+            !matches!(fault, Fault::Unreadable { path, offset: from, length }
+                if state.is_named(path, self.number) && offset <= *from && from + length <= end)
+        });
+        state.faults = faults;
         outcome
     }
 

@@ -26,7 +26,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::log::record::{ALIGNMENT, Header, Kind};
+use crate::log::record::{ALIGNMENT, HEADER_BYTES, Header, Kind};
 use crate::units::{Chain, Lsn};
 
 const MAGIC: [u8; 8] = *b"TIDEINDX";
@@ -163,7 +163,8 @@ impl Index {
     /// The records in order; `None` where they are not one chain from `first` to the end.
     #[must_use]
     pub fn records(&self, first: Lsn, chain: Chain) -> Option<Vec<Indexed>> {
-        let mut records = Vec::with_capacity(self.records as usize);
+        let mut records =
+            Vec::with_capacity((self.records as usize).min(self.body.len() / HEADER_BYTES));
         let (mut at, mut chain, mut rest) = (first, chain, &self.body[..]);
         while !rest.is_empty() {
             let header = Header::decode(rest).ok()?;

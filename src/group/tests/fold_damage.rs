@@ -1,9 +1,10 @@
 //! Folds over payloads that have rotted in the log.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::returning::join;
 use super::*;
+use crate::io::Fault;
 use crate::log::segment::segment_name;
 
 const BYTES: u64 = 1 << 20;
@@ -288,11 +289,13 @@ fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_
     set_policy(&group, 0, 64 << 20);
     let mut expected = vec![0; BYTES as usize];
     let end = write(&group, volume.number, 0, &[1; 4096]);
-    expected[..4096].fill(1);
+    // Nothing behind it is written to its page.
+    write(&group, volume.number, 4096, &[1; 4096]);
+    expected[..8192].fill(1);
     bench.pass(5);
     group.sync_now().unwrap();
     let path = dir().join("log").join(segment_name(0));
-    bench.disk.inject(crate::io::Fault::Unreadable { path, offset: end.0 - 512, length: 512 });
+    bench.disk.inject(Fault::Unreadable { path, offset: end.0 - 512, length: 512 });
     assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
     press(&bench, &group, &volume, &mut expected);
     // What had begun is finished first, then the rest.
@@ -300,4 +303,127 @@ fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_
     check(&*group, &volume, &expected, &[0], "folded");
     bench.disk.clear_faults();
     check(&*group, &volume, &expected, &[0], "read again");
+}
+
+/// Blocks of the base cannot be read from here on: 9, of which the log has a part.
+fn unread(bench: &Bench, base: &Path) {
+    let (path, offset) = (base.to_owned(), 9 * 4096 + 2048);
+    bench.disk.inject(Fault::Unreadable { path, offset, length: 512 });
+}
+
+#[test]
+fn what_the_disk_cannot_read_of_the_base_is_damage_and_is_given_up_where_writers_need_the_room() {
+    for peer in [false, true] {
+        let bench = Bench::new("a", 9);
+        let (group, volume, mut expected, base) = rotted_base(&bench);
+        if peer {
+            join(&group, 7);
+            group.sync_now().unwrap();
+        }
+        unread(&bench, &base);
+        let read = try_read(&*group, volume.number, 9 * 4096, 4096);
+        assert!(matches!(read, Err(GroupError::Damaged { .. })), "{read:?}");
+        let chunk = DamagedPart::Base { volume: volume.number, chunk: 0 };
+        assert!(group.take_suspects().contains(&chunk), "who reads has a peer asked");
+        let waits = group.fold_now();
+        assert!(matches!(waits, Err(GroupError::Waits { .. })), "{waits:?}");
+        assert!(group.take_suspects().contains(&chunk), "so has a fold");
+        let other = group.create_volume(name("w"), BYTES).unwrap();
+        press(&bench, &group, &other, &mut vec![0; BYTES as usize]);
+        fold(&bench, &group, "pressed");
+        check(&*group, &volume, &expected, &[9], "left");
+        let [said] = &bench.said("log-damaged")[..] else { panic!("it is told once") };
+        assert!(said.contains("volume v at 36864"), "{said}");
+        // The write has given the sector another place.
+        bench.disk.clear_faults();
+        check(&*group, &volume, &expected, &[9], "readable");
+        write(&group, volume.number, 9 * 4096 + 3072, &[7; 512]);
+        fold(&bench, &group, "another part");
+        check(&*group, &volume, &expected, &[9], "another part");
+        write(&group, volume.number, 9 * 4096, &[3; 4096]);
+        expected[9 * 4096..10 * 4096].fill(3);
+        fold(&bench, &group, "written anew");
+        check(&*group, &volume, &expected, &[], "written anew");
+    }
+}
+
+#[test]
+fn a_base_that_cannot_be_read_again_at_once_is_left_to_the_next_fold() {
+    let bench = Bench::new("a", 10);
+    let (group, volume, expected, base) = rotted_base(&bench);
+    unread(&bench, &base);
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
+    bench.disk.clear_faults();
+    fold(&bench, &group, "readable");
+    check(&*group, &volume, &expected, &[], "nothing is lost");
+    // Who replaces it gives it up without a wait.
+    write(&group, volume.number, 9 * 4096 + 512, &[8; 512]);
+    unread(&bench, &base);
+    group.fold_all().unwrap();
+    check(&*group, &volume, &expected, &[9], "given up");
+}
+
+#[test]
+fn a_disk_that_takes_no_write_either_has_failed() {
+    let mut failed = 0;
+    for operation in 0..60 {
+        let bench = Bench::new("a", 11);
+        let (group, volume, expected, base) = rotted_base(&bench);
+        unread(&bench, &base);
+        let operation = bench.disk.operations() + operation;
+        bench.disk.inject(Fault::FailedSync { operation });
+        let _ = group.fold_all();
+        failed += usize::from(group.data_state().0 == DataState::Failed);
+        bench.disk.clear_faults();
+        drop(group);
+        let (group, _) = bench.open();
+        fold(&bench, &group, "after it");
+        let found = try_read(&*group, volume.number, 9 * 4096, 4096);
+        let whole = found.is_ok_and(|found| found == expected[9 * 4096..][..4096]);
+        check(&*group, &volume, &expected, if whole { &[] } else { &[9] }, "after it");
+    }
+    assert!(failed > 2, "{failed}");
+}
+
+#[test]
+fn rot_at_any_moment_of_a_fold_never_gets_a_good_checksum_by_another_attempt() {
+    let mut rotted = 0;
+    for operation in 0.. {
+        let bench = Bench::new("a", 12);
+        let (group, volume, expected, base) = rotted_base(&bench);
+        let (path, offset) = (base, 9 * 4096 + 100);
+        let operation = bench.disk.operations() + operation;
+        bench.disk.inject(Fault::Rot { operation, path, offset });
+        let folded = group.fold_now();
+        let done = bench.disk.operations() <= operation;
+        let what = format!("operation {operation}: {folded:?}");
+        fold(&bench, &group, &what);
+        match try_read(&*group, volume.number, 9 * 4096, 4096) {
+            Ok(found) => assert!(found == expected[9 * 4096..][..4096], "{what}: rot is blessed"),
+            Err(_) => rotted += 1,
+        }
+        assert!(folded.is_ok(), "{what}");
+        if done {
+            break;
+        }
+    }
+    assert!(rotted > 4, "{rotted}");
+}
+
+#[test]
+fn a_sector_of_sums_that_cannot_be_read_holds_no_fold_up_for_good_and_the_blocks_prove_it() {
+    let bench = Bench::new("a", 13);
+    let (group, volume, expected, base) = rotted_base(&bench);
+    let (path, offset) = (base.with_extension("sum"), crate::base::sum_offset(0));
+    bench.disk.inject(Fault::Unreadable { path, offset, length: 512 });
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
+    let chunk = DamagedPart::Base { volume: volume.number, chunk: 0 };
+    assert!(group.take_suspects().contains(&chunk));
+    let other = group.create_volume(name("w"), BYTES).unwrap();
+    press(&bench, &group, &other, &mut vec![0; BYTES as usize]);
+    fold(&bench, &group, "pressed");
+    check(&*group, &volume, &expected, &[], "nothing is lost");
+    for base in group.bases.read().unwrap().values() {
+        base.check(0, BYTES).unwrap();
+    }
 }

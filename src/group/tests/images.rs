@@ -236,9 +236,9 @@ fn an_image_of_now_replays_nothing_whatever_is_written_meanwhile() {
     let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
     set_policy(&group, 3600, 64 << 20);
     let path = dir().join("log").join(crate::log::segment::segment_name(0));
-    bench.disk.inject(crate::io::Fault::Unreadable { path, offset: 0, length: 8 });
     let before = write(&group, volume, 0, &[1; 4096]);
     write(&group, volume, 0, &[2; 4096]);
+    bench.disk.inject(crate::io::Fault::Unreadable { path, offset: 0, length: 8 });
     let replayed = group.open_image(&Point::Lsn(before), None, "test", None);
     assert!(replayed.is_err(), "it is replayed, and that fails");
     let writer = group.clone();

@@ -25,6 +25,7 @@ mod returning;
 mod rewind;
 mod room;
 mod scrub;
+mod staged;
 mod switch;
 mod unreadable;
 

@@ -288,10 +288,10 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
 }
 
 /// The volumes with their contents, before and after.
-type Sides = [Vec<(Volume, Vec<u8>)>; 2];
+pub(super) type Sides = [Vec<(Volume, Vec<u8>)>; 2];
 
 /// A copy that lacks an image, all of it staged; what it shows, and what it is to show.
-fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
+pub(super) fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
     let pair = Pair::new(seed);
     let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
     let gone = pair.primary.create_volume(name("w"), 1 << 20).unwrap().number;
