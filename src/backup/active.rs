@@ -1,7 +1,8 @@
 //! The slots that are open on this node: a thread for each, what it is about, and since when.
 //!
-//! Slots of a job that come while an older one only waits end its waiting; while one is really
-//! being made they are skipped, but never for longer than its run limit.
+//! Slots of a job that come while an older one only waits end its waiting. While one is really
+//! being made, the newest waits for its end, but never for longer than its run limit; a run by
+//! command is skipped.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,12 +97,12 @@ impl Inner {
                         named.unwrap_or_else(|| self.context.node.name.clone())
                     });
                 }
-                OpenedBy::Schedule if running.is_none() => {
-                    for active in &mut others {
+                OpenedBy::Command => {}
+                OpenedBy::Schedule => {
+                    for active in others.iter_mut().filter(|active| active.busy(now).is_none()) {
                         active.next_due.get_or_insert(slot);
                     }
                 }
-                _ => {}
             }
             state.active.insert(
                 key,
@@ -128,7 +129,9 @@ impl Inner {
             }
         }
         let inner = Arc::clone(self);
-        let task = Task { group: Arc::clone(group), job, settings, key, running_on };
+        let scheduled = opened_by == OpenedBy::Schedule;
+        let group = Arc::clone(group);
+        let task = Task { group, job, settings, key, scheduled, running_on };
         let work = move || {
             let repository = task.job.repository.clone();
             inner.drive(task);
@@ -201,6 +204,29 @@ impl Inner {
         Ok(())
     }
 
+    /// The node that makes a backup of another slot of the job, as far as this one knows.
+    pub(super) fn running_other(&self, key: &RunKey) -> Option<Name> {
+        let now = self.context.env.clock.monotonic();
+        let state = self.lock();
+        let mut others = state.active.iter().filter(|(other, _)| *other != key && other.is_of(key));
+        others.find_map(|(_, other)| other.is_open().then(|| other.busy(now).cloned())?)
+    }
+
+    /// A slot was dealt with; those that are open are not, whatever came after them.
+    pub(super) fn set_handled(&self, key: &RunKey) {
+        let state = self.lock();
+        let open = state.active.iter().filter(|(other, active)| {
+            *other != key
+                && other.is_of(key)
+                && active.is_open()
+                && active.opened_by == OpenedBy::Schedule
+        });
+        let oldest = open.map(|(other, _)| other.slot).min();
+        drop(state);
+        let up_to = oldest.map_or(key.slot, |open| key.slot.min(LogTime(open.0 - 1)));
+        self.history.set_handled(key.job, up_to);
+    }
+
     /// The job's next slot, once it is due.
     pub(super) fn next_due(&self, key: &RunKey) -> Option<LogTime> {
         self.lock().active.get(key)?.next_due
@@ -242,7 +268,7 @@ impl Inner {
             );
             active.stop.stop(text.clone());
             if active.opened_by == OpenedBy::Schedule {
-                self.history.set_handled(key.job, key.slot);
+                self.set_handled(&key);
             }
             let role = self.registry.by_id(key.group).map_or(Role::Secondary, |g| g.role());
             let node = self.context.node.name.clone();
@@ -276,8 +302,8 @@ impl Inner {
         let opened_by = self.lock().active.get(&task.key).map(|active| active.opened_by);
         let reign = present_reign(&task.group);
         // A run by command is none of the schedule's slots.
-        if opened_by == Some(OpenedBy::Schedule) && task.running_on.is_none() {
-            self.history.set_handled(task.key.job, task.key.slot);
+        if opened_by == Some(OpenedBy::Schedule) {
+            self.set_handled(&task.key);
         }
         let mut state = self.lock();
         let first = state

@@ -21,13 +21,15 @@ use crate::units::{EpochId, GroupId, LogTime, Name, NodeId, Span};
 /// How long a peer may take to say how it is.
 const PEER_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Reasons of health that waiting does not mend: the copy is unfit, not behind.
-const UNFIT: [&str; 7] = [
+/// Reasons of health that waiting does not mend: the copy is unfit, not behind. A damaged base is
+/// none: a peer repairs it, and until then a run that needs what is damaged fails by itself.
+const UNFIT: [&str; 8] = [
     "no-image",
     "data-failed",
     "retired",
     "log-damaged",
     "logs-differ",
+    "copies-differ",
     "positions",
     "replication-split-brain",
 ];
@@ -100,7 +102,18 @@ pub fn counterpart(
     }
 }
 
+/// Whether reasons of health say that the bytes of two copies are not the same.
+fn differs(reasons: &[Reason]) -> bool {
+    reasons.iter().any(|reason| ["copies-differ", "logs-differ"].contains(&reason.code.as_str()))
+}
+
 impl Inner {
+    /// Whether the copy here is known to differ from another one.
+    pub(super) fn differs(&self, group: &Group) -> bool {
+        let peers = others(&group.control(), self.context.node.id);
+        peers.iter().any(|peer| differs(&self.peers.view(group, Some(peer)).reasons))
+    }
+
     /// Who holds a group beside this node.
     pub(super) fn nodes(&self, group: &Group) -> Nodes {
         let role = group.role();
@@ -282,5 +295,51 @@ fn assemble(
         running_on: None,
         given_up: Vec::new(),
         assumed: BTreeSet::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::decision::{Verdict, decide};
+    use super::super::job::{JobSettings, Placement};
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_known_to_differ_is_backed_up_at_no_deadline() {
+        let name = |text: &str| text.parse::<Name>().expect("a name");
+        let node = |text: &str| NodeFacts {
+            name: name(text),
+            ..Facts::of_fit_pair(Role::Primary).secondary
+        };
+        let job = JobRecord {
+            id: EpochId(1),
+            name: name("j"),
+            repository: "main".to_owned(),
+            schedule: None,
+            zone: None,
+            since: LogTime(1),
+            settings: serde_json::Map::new(),
+            removed: false,
+            other: serde_json::Map::new(),
+        };
+        let settings = JobSettings {
+            placement: Placement::SecondaryOnly,
+            allow_stale: true,
+            ..JobSettings::default()
+        };
+        for (code, verdict) in [("copies-differ", Verdict::Fail), ("paused", Verdict::Run)] {
+            let nodes = Nodes {
+                role: Role::Secondary,
+                replicated: true,
+                retired: false,
+                other: Some(name("a")),
+            };
+            let reasons = vec![Reason::new(code, "a word")];
+            let lag = Some(Duration::ZERO);
+            let view = ReplicationView { link_lost: None, lag, reasons };
+            let mut facts = assemble(&name("g"), &job, None, &nodes, view, node("b"), node("a"));
+            facts.deadline_passed = true;
+            assert_eq!(decide(&facts, &settings).decision, verdict, "{code}");
+        }
     }
 }

@@ -8,8 +8,8 @@
 //!
 //! Around that pure core: `scheduler` and `active` (a thread for each open slot), `timekeeper`
 //! (due, missed, overdue), `gather` (facts of this node and its peer), `conversation` and `peer`
-//! (what nodes tell one another), `runner` (makes a backup under its claim), `history` (how runs
-//! ended, what repositories held).
+//! (what nodes tell one another), `runner` (makes a backup under its claim), `parent` (which one it
+//! continues), `history` (how runs ended, what repositories held).
 //!
 //! `repository` writes and reads restic's format, and `reach` asks it within bounded time; `source`
 //! shows an image as files, `door` refuses a snapshot that must not count, `restore` is the way
@@ -31,6 +31,7 @@ mod job;
 mod jobs;
 mod objects;
 mod overdue;
+mod parent;
 mod peer;
 mod placement_page;
 mod reach;

@@ -60,6 +60,12 @@ impl ReplicationPeers {
 /// Reasons of health that are facts of their own here.
 const LINK_AND_LAG: [&str; 4] = ["link-down", "lag", "lag-unknown", "no-peer"];
 
+/// How old a copy is, in seconds, as health judges it: by what it has received and by what of that
+/// survives there, whichever is older. An image is made of the latter.
+fn copy_age(received: f64, durable: f64) -> f64 {
+    received.max(durable)
+}
+
 impl PeerCalls for ReplicationPeers {
     fn call(
         &self,
@@ -103,7 +109,19 @@ impl PeerCalls for ReplicationPeers {
             let wall = self.clock.wall();
             status.link_state_since.map_or(self.clock.monotonic(), |since| wall.since(since))
         });
-        let lag = Duration::try_from_secs_f64(status.lag.seconds).ok().filter(|_| !unknown_lag);
+        let age = copy_age(status.lag.seconds, status.rpo_actual_seconds);
+        let lag = Duration::try_from_secs_f64(age).ok().filter(|_| !unknown_lag);
         ReplicationView { link_lost, lag, reasons }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_whose_disk_stands_still_is_as_old_as_what_is_durable_there() {
+        assert_eq!(copy_age(0.2, 300.0), 300.0);
+        assert_eq!(copy_age(5.0, 0.0), 5.0);
     }
 }

@@ -175,9 +175,10 @@ secondary is:
 
 The deadline is the latest start. `run` makes the backup here, `delegate` stands down for the named
 node and watches that it does, `wait` decides again at the latest at the deadline, `skip` has
-nothing to do, `fail` says aloud that nobody may and can. A delegation is provisional: a node that
-refuses, fails, or shows no claim within the grace is counted unfit for the slot (`gave-up`), and
-the other decides again.
+nothing to do, `fail` says aloud that nobody may and can. In a slot of the schedule `skip` for
+`not-permitted` or `already-running` is looked at again until the deadline, since a failover or the
+end of the other run changes it. A delegation is provisional: a node that refuses, fails, or shows
+no claim within the grace is counted unfit for the slot (`gave-up`), and the other decides again.
 
 ";
 

@@ -74,6 +74,8 @@ pub struct SlotRun {
     at_work: Option<Name>,
     /// The job's next slot, once it is due.
     next_due: Option<LogTime>,
+    /// What keeps this node out may end before the deadline does.
+    patient: bool,
 }
 
 impl SlotRun {
@@ -89,7 +91,15 @@ impl SlotRun {
             claimed_since: None,
             at_work: None,
             next_due: None,
+            patient: false,
         }
+    }
+
+    /// A slot of the schedule: where this node has nothing to do, because its role is not permitted
+    /// or another run is going, it looks again until the deadline, since both may change.
+    #[must_use]
+    pub fn patient(self) -> SlotRun {
+        SlotRun { patient: true, ..self }
     }
 
     /// The job's next slot is due: this one is decided as at its deadline, so that slots that come
@@ -146,6 +156,9 @@ impl SlotRun {
         }
         facts.given_up.clone_from(&self.given_up);
         let decision = decide(&facts, &self.settings);
+        if decision.decision == Verdict::Skip && self.patient && !late && !facts.retired {
+            return Next::Wait(decision);
+        }
         if let Some(node) = claimed {
             // Somebody is at it, whoever should be: its result, or its silence, decides.
             return match decision.decision {

@@ -35,6 +35,12 @@ impl Pair {
         Pair { runs: [run("a"), run("b")], objects, now: Duration::ZERO, linked: true }
     }
 
+    /// As the schedule opens them.
+    fn scheduled(self) -> Pair {
+        let runs = self.runs.map(|(run, store)| (run.patient(), store));
+        Pair { runs, ..self }
+    }
+
     fn step(&mut self, index: usize, peer: Option<PeerPhase>) -> Next {
         let role = [Role::Primary, Role::Secondary][index];
         let mut facts = Facts::of_fit_pair(role);
@@ -289,4 +295,41 @@ fn a_claim_of_an_earlier_life_counts_until_it_stood_still() {
     assert!(matches!(pair.b(), Next::Wait(_)));
     pair.now = 60 * SECOND;
     assert!(matches!(pair.b(), Next::Run(_)), "this node was restarted, and tries again");
+}
+
+#[test]
+fn a_slot_of_the_schedule_is_made_by_the_copy_that_becomes_primary_before_its_deadline() {
+    let mut pair = Pair::new(Placement::PrimaryOnly);
+    assert_eq!(outcome(&pair.b()), Outcome::Skipped, "by command at once");
+    let mut pair = Pair::new(Placement::PrimaryOnly).scheduled();
+    let next = pair.b();
+    assert_eq!((codes(&next), matches!(next, Next::Wait(_))), (vec!["not-permitted"], true));
+    // The primary is gone, and the copy is promoted.
+    let facts = Facts::of_fit_pair(Role::Primary);
+    let (run, store) = &mut pair.runs[1];
+    let view = store.look(pair.now, Reigns::default).map_err(|error| error.to_string());
+    let next = run.step(Observation { now: 60 * SECOND, facts, view, peer: None });
+    assert!(matches!(next, Next::Run(_)), "{next:?}");
+
+    let mut pair = Pair::new(Placement::PrimaryOnly).scheduled();
+    assert!(matches!(pair.b(), Next::Wait(_)));
+    pair.now = 3600 * SECOND;
+    let next = pair.b();
+    assert_eq!((codes(&next), outcome(&next)), (vec!["not-permitted"], Outcome::Skipped));
+}
+
+#[test]
+fn a_slot_of_the_schedule_waits_for_another_run_to_end_and_is_then_made() {
+    let step = |pair: &mut Pair, running_on: Option<Name>| {
+        let facts = Facts { running_on, ..Facts::of_fit_pair(Role::Secondary) };
+        let (run, store) = &mut pair.runs[1];
+        let view = store.look(pair.now, Reigns::default).map_err(|error| error.to_string());
+        run.step(Observation { now: pair.now, facts, view, peer: None })
+    };
+    let mut pair = Pair::new(Placement::PreferSecondary).scheduled();
+    let next = step(&mut pair, Some(name("b")));
+    assert_eq!((codes(&next), matches!(next, Next::Wait(_))), (vec!["already-running"], true));
+    assert!(matches!(step(&mut pair, None), Next::Run(_)));
+    pair.runs[1].0.next_is_due(LogTime(2));
+    assert_eq!(outcome(&step(&mut pair, Some(name("b")))), Outcome::Skipped);
 }

@@ -15,7 +15,7 @@ use super::decision::{Decision, Verdict, worse_at_end};
 use super::facts::Reason;
 use super::job::JobSettings;
 use super::reach::Reach;
-use super::repository::{BackupPlan, Parent, Repository};
+use super::repository::{BackupPlan, Repository};
 use super::run::{Next, Observation, PeerPhase, SlotRun};
 use super::scheduler::{Inner, RunKey};
 use super::source::{Progress, Stop, chosen_volumes};
@@ -35,6 +35,8 @@ pub(super) struct Task {
     pub job: JobRecord,
     pub settings: JobSettings,
     pub key: RunKey,
+    /// The schedule opened it: what does not run now is looked at again until the deadline.
+    pub scheduled: bool,
     /// Another run of the job was going when this one began.
     pub running_on: Option<Name>,
 }
@@ -57,6 +59,9 @@ impl Inner {
         let deadline_in = slot.after(task.settings.deadline.0).since(clock.wall());
         let this = self.context.node.name.clone();
         let mut run = SlotRun::new(this, task.settings.clone(), started + deadline_in);
+        if task.scheduled {
+            run = run.patient();
+        }
         let repository = self.repository(&task.job.repository);
         let mut store = repository
             .as_ref()
@@ -79,6 +84,9 @@ impl Inner {
                 && let Some(published) = self.published(&task.key)
             {
                 facts = published.seen_by(facts.role);
+            }
+            if task.scheduled {
+                task.running_on = self.running_other(&task.key);
             }
             facts.running_on.clone_from(&task.running_on);
             let now = clock.monotonic();
@@ -366,7 +374,7 @@ impl Inner {
             stale: decision.stale,
             reasons: decision.reasons.clone(),
         };
-        let parent = self.parent(task, repository, image);
+        let parent = self.parent(&task.group, repository, image);
         let view: Arc<dyn View> = Arc::clone(image) as Arc<dyn View>;
         let plan = BackupPlan {
             view,
@@ -385,7 +393,7 @@ impl Inner {
         let (facts, _) = self.gather(&task.group, &task.job, Some(task.key.slot));
         let problems = &facts.node(facts.role).problems;
         if let Some(why) = why_it_does_not_count(image.broken(), of_branch, problems) {
-            self.mark_branch(repository, &made.id, &why);
+            self.mark_as_none(repository, &made.id, &why);
             return Err(format!("backup {} does not count: {why}", made.id));
         }
         Ok(SlotResult {
@@ -406,26 +414,7 @@ impl Inner {
         })
     }
 
-    /// The newest backup of the group whose image lies in the history, whichever node made it.
-    fn parent(&self, task: &Task, repository: &Repository, image: &Image) -> Option<Parent> {
-        let listed = repository.list().inspect_err(|error| tracing::warn!("{error}")).ok()?;
-        let position = image.position();
-        let (entry, manifest) = listed.into_iter().rev().find(|(_, manifest)| {
-            manifest.group_id == task.group.id()
-                && manifest.lsn <= position.lsn
-                && task.group.is_in_history(manifest.position())
-        })?;
-        let mut changed = Vec::new();
-        for volume in image.volumes() {
-            match image.changed_since(volume.number, manifest.lsn) {
-                Ok(extents) => changed.push((volume, extents)),
-                Err(error) => tracing::info!("volume {}: read in full: {error}", volume.name),
-            }
-        }
-        Some(Parent { id: entry.id?, manifest, changed })
-    }
-
-    fn mark_branch(&self, repository: &Repository, id: &str, why: &str) {
+    fn mark_as_none(&self, repository: &Repository, id: &str, why: &str) {
         let body = serde_json::to_vec(&json!({ "branch": why })).expect("plain data becomes JSON");
         if let Err(error) = repository.objects().replace(&format!("marks/{id}"), &body) {
             tracing::error!("backup {id} could not be marked: {error}");

@@ -134,6 +134,8 @@ pub(super) struct State {
     pub(super) decided: HashMap<RunKey, Decision>,
     pub(super) alarms: BTreeMap<(Name, Name), SlotAlarm>,
     pub(super) watches: HashMap<EpochId, Watch>,
+    /// Slots that went by behind one that is still open, each of which was looked for.
+    pub(super) missed: HashSet<(EpochId, LogTime)>,
     pub(super) complained: HashSet<(EpochId, LogTime)>,
     pub(super) stopping: bool,
     /// The thread that opens slots runs.

@@ -19,6 +19,9 @@ use crate::units::LogTime;
 const SHIFT_MAX: Duration = Duration::from_secs(26 * 3600);
 /// The unit of schedules.
 const MINUTE: Duration = Duration::from_secs(60);
+/// A slot is opened for this long at least: whoever looks for what is due does so each second, and
+/// a job may want no waiting at all.
+const OPEN_FOR: Duration = Duration::from_secs(10);
 /// Slots that went by unseen and are told one by one.
 const MISSED_MAX: usize = 32;
 
@@ -104,12 +107,13 @@ impl Schedule {
     ) -> Due {
         let from = handled.map_or(since, |handled| handled.max(since));
         let mut due = Due { next: self.next(now.max(from)), ..Due::default() };
+        let open_for = deadline.max(OPEN_FOR);
         let mut newest = self.newest(now);
         while let Some(slot) = newest.filter(|slot| *slot > from) {
             if due.missed.len() == MISSED_MAX {
                 break;
             }
-            if due.open.is_none() && due.missed.is_empty() && now <= slot.after(deadline) {
+            if due.open.is_none() && due.missed.is_empty() && now <= slot.after(open_for) {
                 due.open = Some(slot);
             } else {
                 due.missed.push(slot);
@@ -279,6 +283,20 @@ mod tests {
         let new = time("2026-11-23T02:10:00Z");
         let due = schedule.due(new, None, time("2026-11-23T02:30:00Z"), hour);
         assert_eq!((due.open, due.missed.len()), (None, 0));
+    }
+
+    #[test]
+    fn a_slot_is_opened_a_few_seconds_after_its_time_whatever_the_deadline() {
+        let schedule = Schedule::parse("0 2 * * *", None).expect("valid");
+        let (since, slot) = (time("2026-11-22T12:00:00Z"), time("2026-11-23T02:00:00Z"));
+        for deadline in [Duration::ZERO, Duration::from_secs(1)] {
+            let late = |seconds| slot.after(Duration::from_secs(seconds));
+            let due = |seconds| schedule.due(since, None, late(seconds), deadline);
+            assert_eq!((due(2).open, due(2).missed), (Some(slot), Vec::new()));
+            assert_eq!((due(11).open, due(11).missed), (None, vec![slot]));
+            let handled = schedule.due(since, Some(slot), late(2), deadline);
+            assert_eq!((handled.open, handled.missed.len()), (None, 0));
+        }
     }
 
     #[test]

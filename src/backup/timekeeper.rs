@@ -92,9 +92,18 @@ impl Inner {
             let key = RunKey { group: group.id(), job: job.id, slot };
             self.lock().active.contains_key(&key)
         };
-        let slots: Vec<LogTime> = slots.into_iter().filter(|slot| !is_open(*slot)).collect();
-        let Some(newest) = slots.last() else { return };
-        self.history.set_handled(job.id, *newest);
+        let mut slots: Vec<LogTime> = slots.into_iter().filter(|slot| !is_open(*slot)).collect();
+        if let Some(newest) = slots.last() {
+            self.set_handled(&RunKey { group: group.id(), job: job.id, slot: *newest });
+        }
+        // Behind one that is still open they are owed on, and were looked for.
+        let mut state = self.lock();
+        state.missed.retain(|(id, slot)| *id != job.id || slots.contains(slot));
+        slots.retain(|slot| state.missed.insert((job.id, *slot)));
+        drop(state);
+        if slots.is_empty() {
+            return;
+        }
         let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
         let look = move || {
             for slot in slots {

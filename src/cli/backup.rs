@@ -169,7 +169,12 @@ pub async fn backup(session: &Session, command: BackupCommand) -> Result<()> {
                 }
                 Err(_) => body["path"] = json!(std::path::absolute(PathBuf::from(&to))?),
             }
-            let path = format!("/v1/backups/{}/restore", encode(&id));
+            let path = format!("/v1/backups/{}", encode(&id));
+            let known = session.client.call::<BackupDetails>("GET", &path, None).await;
+            if let Some(why) = known.ok().and_then(|details| details.backup.branch) {
+                output::print_error(&format!("backup {}: does not count: {why}", short(&id)));
+            }
+            let path = format!("{path}/restore");
             let show = |restored: Restored| {
                 let volumes = restored
                     .volumes
@@ -398,7 +403,7 @@ fn outcome(backup: &BackupEntry) -> String {
         text.push_str(&format!(" to {node}"));
     }
     if backup.branch.is_some() {
-        text.push_str(", of a branch");
+        text.push_str(", does not count");
     }
     if backup.unreachable.is_some() {
         text.push_str(", repository unreachable");
@@ -473,7 +478,7 @@ fn show_backup(details: &BackupDetails) -> String {
         text.push_str(&format!("because   {}: {}\n", reason.code, reason.text));
     }
     if let Some(branch) = &backup.branch {
-        text.push_str(&format!("branch    {branch}\n"));
+        text.push_str(&format!("counts    no: {branch}\n"));
     }
     text
 }

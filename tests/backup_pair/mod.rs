@@ -3,6 +3,8 @@
 mod branches;
 mod clocks;
 mod faults;
+mod overlap;
+mod parents;
 mod rig;
 
 use std::path::Path;

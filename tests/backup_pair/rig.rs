@@ -41,6 +41,8 @@ pub struct Link {
     pub lost: AtomicU64,
     /// Nanoseconds of lag that both nodes see.
     pub lag: AtomicU64,
+    /// What else speaks against the copy.
+    pub reasons: Mutex<Vec<Reason>>,
     pub groups: RwLock<Option<(Arc<Group>, Arc<Group>)>>,
 }
 
@@ -112,7 +114,8 @@ impl PeerCalls for End {
     fn view(&self, _group: &Group, _peer: Option<&Name>) -> ReplicationView {
         let lost = self.link.lost();
         let lag = Duration::from_nanos(self.link.lag.load(Ordering::SeqCst));
-        ReplicationView { link_lost: lost, lag: Some(lost.unwrap_or(lag)), reasons: Vec::new() }
+        let reasons = self.link.reasons.lock().unwrap().clone();
+        ReplicationView { link_lost: lost, lag: Some(lost.unwrap_or(lag)), reasons }
     }
 }
 

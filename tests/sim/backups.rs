@@ -293,7 +293,7 @@ impl World {
             return;
         }
         let deadline_at = monotonic + slot.after(deadline).since(wall);
-        let run = SlotRun::new(this, backups.settings.clone(), deadline_at);
+        let run = SlotRun::new(this, backups.settings.clone(), deadline_at).patient();
         let objects = backups.reaches[node].clone();
         let store = SlotStore::new(objects, Self::job(group), slot);
         let open = Open { run, store, phase: PeerPhase::Deciding, making: None };
