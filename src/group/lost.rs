@@ -88,9 +88,9 @@ pub(super) fn listed(disk: &dyn Disk, base_dir: &Path) -> io::Result<BTreeMap<Vo
 }
 
 /// Brings back, as damage, what is not there of the files that the control state tells of, and
-/// tells of it at once; of volumes that are gone at the horizon only of those that are `in_moments`,
-/// since the others may have been removed. While a fold or a merge has not `ended`, a file that is too short may be
-/// its doing, and made right by it: of that nothing is told.
+/// tells of it at once; of volumes that are gone at the horizon only of those `in_moments`, since
+/// the others may have been removed. While a fold or a merge has not `ended`, a file that is too
+/// short may be its doing, and made right by it: of that nothing is told.
 ///
 /// # Errors
 ///

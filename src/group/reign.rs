@@ -100,6 +100,10 @@ impl Group {
         counter: u64,
         at: Option<(Lsn, Chain)>,
     ) -> Result<EpochRecord, GroupError> {
+        // Who opened a volume under an earlier reign, and was idle since, may know another history.
+        if reason != EpochRecord::SWITCHOVER_REFUSED {
+            self.disconnect_clients();
+        }
         let epoch = self.begin_epoch_at(self.new_epoch(reason, counter), at)?;
         {
             let mut core = self.lock();

@@ -80,6 +80,10 @@ pub trait Device: Send + Sync {
     fn check_serving(&self) -> Result<(), GroupError> {
         Ok(())
     }
+    /// As [`crate::group::Group::wait_for_room`]. Never called on a read-only export.
+    fn wait_for_room(&self) -> Result<(), GroupError> {
+        Ok(())
+    }
     /// As [`crate::group::Group::append`]. Never called on a read-only export.
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>>;
     /// As [`crate::group::Group::is_held`]: whether a write that ends at `lsn` may be answered.

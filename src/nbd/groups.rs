@@ -234,6 +234,10 @@ impl Device for LiveVolume {
         self.group.check_serving()
     }
 
+    fn wait_for_room(&self) -> Result<(), GroupError> {
+        self.group.wait_for_room()
+    }
+
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
         self.group.append(requests)
     }

@@ -14,9 +14,14 @@ use super::address::NbdAddress;
 use super::connection::serve;
 use super::export::Exports;
 use super::server::{NbdCounters, NbdLimits, Shared};
-use super::socket::{Socket, Stream};
+use super::socket::{Socket, Stream, end_when_silent};
 use crate::config::Network;
 use crate::io::SystemClock;
+
+/// How long a TCP client may be silent. While it counts as there, a volume cannot be taken back to
+/// an old moment, say; but a host that is only held up, as a virtual machine while it is saved, and
+/// that nobody connects anew, loses its disk with its connection.
+const SILENCE: Duration = Duration::from_secs(90);
 
 /// Where to listen, and for whom.
 #[derive(Clone, Debug)]
@@ -66,8 +71,7 @@ impl Listener {
             Listener::Tcp(listener) => {
                 let (stream, from) = listener.accept()?;
                 stream.set_nodelay(true)?;
-                // A host that went away without a word is noticed in the end.
-                nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::KeepAlive, &true)?;
+                end_when_silent(&stream, SILENCE)?;
                 Ok((Stream::Tcp(stream), Some(from.ip().to_canonical())))
             }
         }
@@ -222,7 +226,7 @@ impl Inner {
         }
         let socket: Arc<dyn Socket> = Arc::new(stream);
         let mut live = self.live.lock().expect("no holder panics");
-        if live.sockets.len() >= self.shared.limits.connections {
+        if !self.shared.counters.connections.add_below(self.shared.limits.connections as u64) {
             self.shared.counters.refused_total.add(1);
             tracing::warn!(address = %self.address, "nbd: too many clients");
             return;
@@ -232,7 +236,6 @@ impl Inner {
         live.sockets.insert(number, Arc::clone(&socket));
         drop(live);
         self.shared.counters.connections_total.add(1);
-        self.shared.counters.connections.add(1);
         let inner = Arc::clone(self);
         let spawned = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(move || {
             serve(&socket, &*inner.exports, &inner.shared, &inner.clock);
@@ -303,4 +306,80 @@ pub(super) fn connect_within(address: &NbdAddress, patience: Duration) -> io::Re
         }
     }
     Err(failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+    use zerocopy::IntoBytes;
+
+    use super::*;
+    use crate::nbd::fuzz::opening;
+    use crate::nbd::wire::{self, command};
+    use crate::nbd::{RamDevice, RamExports};
+
+    fn tcp() -> (Listener, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (Listener::Tcp(listener), client)
+    }
+
+    /// By the system's own times it was two hours, and until then the group was in use.
+    #[test]
+    fn a_tcp_client_whose_host_died_is_noticed_within_a_minute_or_two() {
+        let (listener, _client) = tcp();
+        let (stream, _) = listener.accept().unwrap();
+        let idle = getsockopt(&stream, sockopt::TcpKeepIdle).unwrap();
+        let interval = getsockopt(&stream, sockopt::TcpKeepInterval).unwrap();
+        assert!(getsockopt(&stream, sockopt::KeepAlive).unwrap());
+        assert!(idle + 2 * interval <= 120, "it is probed after {idle} s, then every {interval} s");
+        let silent = getsockopt(&stream, sockopt::TcpUserTimeout).unwrap();
+        assert!((30_000..=120_000).contains(&silent), "{silent} ms");
+    }
+
+    /// Serves a client that asks for a flush which is not answered, and goes.
+    fn hold_to_its_end(server: Stream, mut client: impl Write) {
+        let device = Arc::new(RamDevice::new("g/v", 64 << 10, false));
+        device.hold_flushes();
+        let exports = RamExports(vec![Arc::clone(&device)]);
+        let shared = Shared::new(NbdLimits::default(), Arc::default());
+        let socket: Arc<dyn Socket> = Arc::new(server);
+        let clock = SystemClock::new();
+        let (ended, end) = std::sync::mpsc::channel();
+        let in_time = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                serve(&socket, &exports, &shared, &clock);
+                ended.send(()).unwrap();
+            });
+            client.write_all(&opening()).unwrap();
+            client.write_all(wire::request(command::FLUSH, 0, 1, 0, 0).as_bytes()).unwrap();
+            while shared.counters.requests.value() == 0 {
+                std::thread::yield_now();
+            }
+            drop(client);
+            let in_time = end.recv_timeout(Duration::from_secs(10)).is_ok();
+            if !in_time {
+                // So that the test ends.
+                device.complete_flushes(&Ok(()));
+            }
+            in_time
+        });
+        assert!(in_time, "the connection outlives its client");
+        assert_eq!(Arc::strong_count(&socket), 1, "its descriptor is free");
+        assert_eq!(device.complete_flushes(&Ok(())), 1);
+    }
+
+    #[test]
+    fn a_connection_ends_with_its_client_though_answers_are_owed_to_it() {
+        let (server, client) = UnixStream::pair().unwrap();
+        hold_to_its_end(Stream::Unix(server), client);
+        // A host that was reset, or a process that died with bytes unread.
+        let (listener, client) = tcp();
+        let (server, _) = listener.accept().unwrap();
+        let now = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+        setsockopt(&client, sockopt::Linger, &now).unwrap();
+        hold_to_its_end(server, client);
+    }
 }

@@ -39,5 +39,5 @@ pub use listener::{ListenError, NbdListen, NbdServer, listen};
 pub use negotiate::{Negotiated, describe, negotiate};
 pub use ram::{RamDevice, RamExports};
 pub use server::{Counter, NbdCounters, NbdLimits};
-pub use socket::{Socket, Stream};
+pub use socket::{Socket, Stream, end_when_silent};
 pub use wire::Errno;

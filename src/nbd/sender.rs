@@ -10,6 +10,7 @@ use std::io;
 use std::net::Shutdown;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
+use super::server::LOOK_EVERY;
 use super::socket::{Socket, send_all};
 
 /// Late replies that a connection may wait for at once; at the limit it stops reading. Bounds the
@@ -66,7 +67,7 @@ impl Sender {
     pub(super) fn promise(&self, count: usize) {
         let mut state = self.lock();
         while state.late >= LATE_REPLIES_MAX && !state.broken {
-            state = self.wait(state);
+            state = self.wait_for_client(state);
         }
         state.late += count;
     }
@@ -76,7 +77,7 @@ impl Sender {
     pub(super) fn settle(&self) {
         let mut state = self.lock();
         while (state.late > 0 || state.owned) && !state.broken {
-            state = self.wait(state);
+            state = self.wait_for_client(state);
         }
     }
 
@@ -153,6 +154,15 @@ impl Sender {
         state.waiting += 1;
         state = self.changed.wait(state).expect("no holder panics");
         state.waiting -= 1;
+        state
+    }
+
+    /// The same as long as there is a client to answer; one that has gone breaks the connection.
+    fn wait_for_client<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        state = self.changed.wait_timeout(state, LOOK_EVERY).expect("no holder panics").0;
+        state.waiting -= 1;
+        state.broken |= self.socket.is_gone();
         state
     }
 

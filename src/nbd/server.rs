@@ -1,5 +1,5 @@
-//! What all connections of a server share: limits, counters, the budget of large payloads, and
-//! whether the server is on its way down.
+//! What all connections share: of a listener its limits and whether it is on its way down, of all
+//! listeners of a node the counters and the memory for large payloads.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::keepers::Keepers;
 use super::wire::PAYLOAD_BYTES_MAX;
 
-/// Limits of a server.
+/// Limits of a server. Those of connections and of payloads hold for all listeners that share their
+/// [`NbdCounters`].
 #[derive(Clone, Debug)]
 pub struct NbdLimits {
     /// Connections at once; one more is closed before its greeting.
@@ -58,6 +59,12 @@ impl Counter {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
 
+    /// Adds one to what is below `limit`; whether it was.
+    pub(super) fn add_below(&self, limit: u64) -> bool {
+        let more = |count: u64| (count < limit).then_some(count + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
     /// Takes from it.
     pub fn subtract(&self, count: u64) {
         self.0.fetch_sub(count, Ordering::Relaxed);
@@ -69,7 +76,7 @@ impl Counter {
     }
 }
 
-/// What a server has done so far.
+/// What the listeners of a node have done so far, and what they share.
 #[derive(Debug, Default)]
 pub struct NbdCounters {
     /// Connections now.
@@ -86,22 +93,29 @@ pub struct NbdCounters {
     pub read_bytes: Counter,
     /// Bytes written by clients.
     pub written_bytes: Counter,
-    /// Hosts that named themselves; here, because all listeners of a node share it.
+    /// Hosts that named themselves.
     pub(super) keepers: Keepers,
+    /// Memory of large payloads.
+    payloads: Budget,
 }
 
-/// What all connections share.
+/// What all connections of a listener share.
 pub(super) struct Shared {
     pub(super) limits: NbdLimits,
     pub(super) counters: Arc<NbdCounters>,
-    pub(super) payloads: Budget,
     stopping: AtomicBool,
 }
 
 impl Shared {
     pub(super) fn new(limits: NbdLimits, counters: Arc<NbdCounters>) -> Shared {
-        let payloads = Budget::new(limits.payload_bytes.max(u64::from(PAYLOAD_BYTES_MAX)));
-        Shared { limits, counters, payloads, stopping: AtomicBool::new(false) }
+        Shared { limits, counters, stopping: AtomicBool::new(false) }
+    }
+
+    /// Takes memory for a large payload, waiting for it; `None` where it is not free, and nobody
+    /// wants it any more, which `ended` says.
+    pub(super) fn take_memory(&self, bytes: u64, ended: &dyn Fn() -> bool) -> Option<Share<'_>> {
+        let limit = self.limits.payload_bytes.max(u64::from(PAYLOAD_BYTES_MAX));
+        self.counters.payloads.take(bytes, limit, ended)
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -113,13 +127,14 @@ impl Shared {
     }
 }
 
-/// How often who waits for a part of the budget looks whether anybody still wants it. Short against
-/// the 15 s that a host's next connection waits for the end of this one.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often who waits for a part of the budget, or to answer, looks whether anybody wants it;
+/// short against the 15 s that a host's next connection waits for the end of this one.
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Bytes that may be in use at once.
-pub(super) struct Budget {
-    free: Mutex<u64>,
+/// Bytes in use, of so many that may be at once.
+#[derive(Debug, Default)]
+struct Budget {
+    used: Mutex<u64>,
     freed: Condvar,
 }
 
@@ -130,28 +145,22 @@ pub(super) struct Share<'a> {
 }
 
 impl Budget {
-    pub(super) fn new(bytes: u64) -> Budget {
-        Budget { free: Mutex::new(bytes), freed: Condvar::new() }
-    }
-
-    /// Takes `bytes`, waiting for them; `None` where they are not free, and nobody wants them any
-    /// more, which `ended` says.
-    pub(super) fn take(&self, bytes: u64, ended: &dyn Fn() -> bool) -> Option<Share<'_>> {
-        let mut free = self.free.lock().expect("no holder panics");
-        while *free < bytes {
+    fn take(&self, bytes: u64, limit: u64, ended: &dyn Fn() -> bool) -> Option<Share<'_>> {
+        let mut used = self.used.lock().expect("no holder panics");
+        while *used + bytes > limit {
             if ended() {
                 return None;
             }
-            free = self.freed.wait_timeout(free, LOOK_EVERY).expect("no holder panics").0;
+            used = self.freed.wait_timeout(used, LOOK_EVERY).expect("no holder panics").0;
         }
-        *free -= bytes;
+        *used += bytes;
         Some(Share { budget: self, bytes })
     }
 }
 
 impl Drop for Share<'_> {
     fn drop(&mut self) {
-        *self.budget.free.lock().expect("no holder panics") += self.bytes;
+        *self.budget.used.lock().expect("no holder panics") -= self.bytes;
         self.budget.freed.notify_all();
     }
 }
@@ -169,18 +178,19 @@ mod tests {
 
     #[test]
     fn who_waits_for_a_part_of_the_budget_gets_it_once_it_is_free_or_leaves_without() {
-        let budget = Budget::new(10);
-        let all = budget.take(10, &|| true);
+        let budget = Budget::default();
+        let all = budget.take(10, 10, &|| true);
         assert!(all.is_some(), "what is free is not waited for");
         let gone = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let leaves = scope.spawn(|| budget.take(5, &|| gone.load(Ordering::Relaxed)).is_some());
-            let stays = scope.spawn(|| budget.take(5, &|| false).is_some());
+            let leaves =
+                scope.spawn(|| budget.take(5, 10, &|| gone.load(Ordering::Relaxed)).is_some());
+            let stays = scope.spawn(|| budget.take(5, 10, &|| false).is_some());
             gone.store(true, Ordering::Relaxed);
             assert!(!leaves.join().unwrap());
             drop(all);
             assert!(stays.join().unwrap());
         });
-        assert!(budget.take(10, &|| true).is_some(), "all of it was given back");
+        assert!(budget.take(10, 10, &|| true).is_some(), "all of it was given back");
     }
 }

@@ -245,8 +245,11 @@ impl<'a> Session<'a> {
                 _ => Ok(()),
             };
         }
+        // Not with the memory that others need: a full log may keep its writers for long. What is
+        // wrong with the group, the append tells.
+        let _ = self.device.wait_for_room();
         let ended = || self.sender.is_broken() || self.shared.is_stopping();
-        let share = self.shared.payloads.take(payload_bytes as u64, &ended);
+        let share = self.shared.take_memory(payload_bytes as u64, &ended);
         let Some(_share) = share else { return Err(End::Closed) };
         self.input.consume(RequestHeader::BYTES);
         let mut payload = vec![0; payload_bytes];
@@ -276,19 +279,21 @@ impl<'a> Session<'a> {
     /// Carries out the batch and sends its replies.
     fn carry_out(&mut self) -> Result<(), End> {
         self.carry_out_changes();
-        self.carry_out_others()?;
-        if self.fetches.is_empty() {
+        if self.others.is_empty() && self.fetches.is_empty() {
             return self.send_replies();
         }
         // Writes learn it from the append itself.
         if let Err(error) = self.device.check_serving() {
             let text = error.to_string();
-            for fetch in std::mem::take(&mut self.fetches) {
+            let others = std::mem::take(&mut self.others).into_iter().map(|(cookie, _)| cookie);
+            let fetches = std::mem::take(&mut self.fetches).into_iter().map(|fetch| fetch.cookie);
+            for cookie in others.chain(fetches) {
                 self.shared.counters.errors.add(1);
-                self.put_error(fetch.cookie, errno_of(&error, false), &text);
+                self.put_error(cookie, errno_of(&error, false), &text);
             }
             return self.send_replies();
         }
+        self.carry_out_others()?;
         self.carry_out_fetches()
     }
 
@@ -368,9 +373,11 @@ impl<'a> Session<'a> {
             return None;
         }
         self.sender.promise(late.len());
-        let sender = Arc::clone(&self.sender);
+        // A connection that has ended owes nothing, and its socket does not wait for that.
+        let sender = Arc::downgrade(&self.sender);
         let structured = self.rules.structured_replies;
         Some(Box::new(move |result: Result<(), GroupError>| {
+            let Some(sender) = sender.upgrade() else { return };
             if let Err(error) = &result
                 && hangs_up(errno_of(error, true), structured)
             {

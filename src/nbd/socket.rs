@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{MsgFlags, getsockopt, recv, send};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::{self, PeerCredentials};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, send, setsockopt};
 
 use crate::io::Clock;
 
@@ -22,6 +23,11 @@ pub trait Socket: Send + Sync {
     fn send_now(&self, bytes: &[u8]) -> io::Result<usize>;
     /// Ends one or both directions, waking who waits in them.
     fn shutdown(&self, how: Shutdown);
+    /// Whether nothing that is sent can be received any more: the other side is gone, and has not
+    /// only ended its half.
+    fn is_gone(&self) -> bool {
+        false
+    }
     /// Where it comes from, for people.
     fn address(&self) -> String {
         "unknown".to_owned()
@@ -30,6 +36,22 @@ pub trait Socket: Send + Sync {
     fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
     /// Bounds every later wait for room; `None` waits for ever.
     fn set_send_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+/// Lets TCP end a connection whose other side has said nothing for so long, whether it was asked by
+/// a probe or owes the receipt of what was sent.
+///
+/// # Errors
+///
+/// What the system says.
+pub fn end_when_silent(socket: &impl AsFd, time: Duration) -> io::Result<()> {
+    let third = u32::try_from(time.as_secs() / 3).unwrap_or(u32::MAX).max(1);
+    let whole = u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &third)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &third)?;
+    setsockopt(socket, sockopt::TcpUserTimeout, &whole)?;
+    Ok(())
 }
 
 /// Sends all bytes, waiting for room.
@@ -162,6 +184,13 @@ impl Socket for Stream {
             Stream::Unix(stream) => stream.shutdown(how),
             Stream::Tcp(stream) => stream.shutdown(how),
         };
+    }
+
+    fn is_gone(&self) -> bool {
+        // What is polled for without being asked: POLLHUP, POLLERR. A half that was closed is only
+        // POLLRDHUP. TCP tells that half from a whole once it probes a client that has gone.
+        let mut polled = [PollFd::new(self.as_fd(), PollFlags::empty())];
+        matches!(poll(&mut polled, PollTimeout::ZERO), Ok(found) if found > 0)
     }
 
     fn address(&self) -> String {

@@ -5,9 +5,9 @@
 //! cores under tokio with `link` (sockets, TLS, frames), `worker` (a thread for each replicated
 //! group) and `rpc` (calls between nodes), within `bounds`. `pairing` and `tls` say who may talk to
 //! whom, `pair` does it over the network, `peers` keeps it. `commands` is what operators ask for,
-//! with `asked`, `switchover` and `resolve` beside it, `status` what they see, `health` the verdict that
-//! backup trusts, with `check`, the re-reading of logs, and `copy`, what a peer says of its copy,
-//! behind it; `scrub` reads everything on command, `damage` is what either found, and
+//! with `asked`, `switchover` and `resolve` beside it, `status` what they see, `health` the verdict
+//! that backup trusts, with `check`, the re-reading of logs, and `copy`, what a peer says of its
+//! copy, behind it; `scrub` reads everything on command, `damage` is what either found, and
 //! `repair` takes from a peer what is whole there, and `verify` compares with one. `replica` is
 //! all that this room needs of a group.
 

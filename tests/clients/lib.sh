@@ -28,6 +28,7 @@ at_end() { undo+=("$1"); }
 
 finish() {
     local status=$? index node log
+    trap - ERR
     set +e
     for ((index = ${#undo[@]} - 1; index >= 0; index--)); do eval "${undo[index]}"; done
     for node in "${!node_pids[@]}"; do kill_node "$node"; done

@@ -13,13 +13,13 @@ use tidelog::group::{
     Allocation, Group, GroupContext, LocalLimits, NodeIdentity, Point, Registry, RestoreClaim,
 };
 use tidelog::io::{Entropy, Env, SeededEntropy};
-use tidelog::log::control::{Control, MemberRecord, Mode, OnLoss};
+use tidelog::log::control::{Control, MemberRecord, Mode, OnFull, OnLoss, PolicyRecord};
 use tidelog::nbd::wire::{self, Errno};
 use tidelog::nbd::{
     Client, ClientError, Device, ExportInfo, Exports, GroupExports, Identity, NbdAddress,
     NbdCounters, NbdLimits, NbdListen, NbdServer, Refusal, listen, negotiate,
 };
-use tidelog::units::{Name, NodeId};
+use tidelog::units::{ByteSize, Name, NodeId};
 
 const SIZE: u64 = 1 << 20;
 
@@ -182,34 +182,43 @@ fn a_demoted_group_lets_nobody_in_and_answers_those_inside() {
     let mut client = rig.client("g/v");
     client.write(0, &[1; 4096]).unwrap();
     assert_eq!(group.clients(), [(group.control().volumes[0].number, 1)]);
+    group.open_image(&Point::Now, Some(name("i")), "test", None).unwrap();
+    let mut image = rig.client("g/v@i");
     group.demote().unwrap();
-    let refusals =
-        [client.write(0, &[2; 4096]).unwrap_err(), client.read(0, &mut [0; 512]).unwrap_err()];
+    image.read(0, &mut [0; 512]).unwrap();
+    assert_eq!(image.extents(0, 4096).unwrap().len(), 1, "an image has no role");
+    let refusals = [
+        client.write(0, &[2; 4096]).unwrap_err(),
+        client.read(0, &mut [0; 512]).unwrap_err(),
+        client.extents(0, 4096).unwrap_err(),
+    ];
     for refusal in refusals {
         let told = matches!(refusal, ClientError::Request { errno: Errno::Eshutdown, .. });
         assert!(told, "{refusal}");
     }
     let said = rig.refusal("g/v");
     assert!(said.contains("secondary here") && said.contains("image open g --at now"), "{said}");
-    assert!(Client::list(rig.server.local_addr()).unwrap().is_empty());
+    assert_eq!(Client::list(rig.server.local_addr()).unwrap(), ["g/v@i"]);
 }
 
 /// A kernel takes an error for a failed write of its file system; a lost connection is replaced.
 #[test]
 fn a_kernel_is_disconnected_by_a_demoted_group_and_not_answered() {
-    let rig = Rig::new();
-    let group = rig.registry.by_name("g").unwrap();
-    let patience = Duration::from_secs(30);
-    let (client, offer) = negotiate(rig.server.local_addr(), "g/v", [1; 16], patience).unwrap();
-    let identity = Identity::parse(&offer.description).unwrap();
-    assert_eq!(identity.group_id, group.id().to_string());
-    let mut socket = UnixStream::from(client.into_socket().unwrap());
-    group.demote().unwrap();
-    let request = wire::request(wire::command::READ, 0, 1, 0, 512);
-    socket.write_all(request.as_bytes()).unwrap();
-    let mut said = Vec::new();
-    socket.read_to_end(&mut said).unwrap();
-    assert_eq!(said, b"", "no reply");
+    for command in [wire::command::READ, wire::command::CACHE] {
+        let rig = Rig::new();
+        let group = rig.registry.by_name("g").unwrap();
+        let patience = Duration::from_secs(30);
+        let (client, offer) = negotiate(rig.server.local_addr(), "g/v", [1; 16], patience).unwrap();
+        let identity = Identity::parse(&offer.description).unwrap();
+        assert_eq!(identity.group_id, group.id().to_string());
+        let mut socket = UnixStream::from(client.into_socket().unwrap());
+        socket.set_read_timeout(Some(patience)).unwrap();
+        group.demote().unwrap();
+        socket.write_all(wire::request(command, 0, 1, 0, 512).as_bytes()).unwrap();
+        let mut said = Vec::new();
+        let _ = socket.read_to_end(&mut said);
+        assert_eq!(said, b"", "no reply");
+    }
 }
 
 #[test]
@@ -229,6 +238,47 @@ fn a_host_that_connects_anew_ends_its_old_connection_and_no_other() {
         let mut reply = [0; 16 + 512];
         socket.read_exact(&mut reply).unwrap();
     }
+}
+
+/// Eight such hosts of one group held all memory for large payloads, and those of others waited.
+#[test]
+fn hosts_of_a_full_log_hold_no_memory_that_hosts_of_another_group_need() {
+    const LARGEST: u32 = wire::PAYLOAD_BYTES_MAX;
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::open(context(), &dir.path().join("groups")).unwrap();
+    for group in ["g", "h"] {
+        let group = registry.create(name(group), Some(1 << 20)).unwrap();
+        group.start_workers();
+        group.create_volume(name("v"), u64::from(LARGEST)).unwrap();
+    }
+    let group = registry.by_name("g").unwrap();
+    let policy = PolicyRecord {
+        log_limit: ByteSize(4 << 20),
+        on_full: OnFull::Block,
+        ..PolicyRecord::default()
+    };
+    group.append_control(Control::Policy(policy)).unwrap();
+    // Room for one payload of the largest at a time.
+    let limits = NbdLimits { payload_bytes: 0, ..NbdLimits::default() };
+    let server = serve_with(&registry, dir.path(), limits, Arc::default());
+    let at = server.local_addr().clone();
+    Client::connect(&at, "g/v").unwrap().write(0, &vec![1; LARGEST as usize]).unwrap();
+    let mut blocked = Client::connect(&at, "g/v").unwrap();
+    let writer = std::thread::spawn(move || blocked.write(0, &vec![2; LARGEST as usize]));
+    crate::support::pause(Duration::from_millis(500));
+    let mut other = Client::connect(&at, "h/v").unwrap();
+    let other = std::thread::spawn(move || other.write(0, &[3; 1 << 20]));
+    for _ in (0..1000).take_while(|_| !other.is_finished()) {
+        crate::support::pause(Duration::from_millis(10));
+    }
+    let (waits, written) = (!writer.is_finished(), other.is_finished());
+    // Both come to an end.
+    registry.close();
+    assert!(writer.join().unwrap().is_err());
+    let _ = other.join().unwrap();
+    server.shutdown();
+    assert!(waits, "its log is full");
+    assert!(written, "it waited for the other group's log");
 }
 
 /// A peer that is away, and that hosts wait for.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tidelog::nbd::fuzz::{converse, fuzz_client, fuzz_handshake, fuzz_transmission, opening};
 use tidelog::nbd::wire::{self, command, command_flag, option};
 use tidelog::nbd::{
-    NbdAddress, NbdCounters, NbdLimits, NbdListen, RamDevice, RamExports, listen, negotiate,
+    Client, NbdAddress, NbdCounters, NbdLimits, NbdListen, RamDevice, RamExports, listen, negotiate,
 };
 use zerocopy::IntoBytes;
 
@@ -148,6 +148,24 @@ fn connections_above_the_limit_are_closed_and_room_is_found_again() {
     assert_eq!(Raw::connect(&rig.socket()).rest(), b"");
     assert_eq!(rig.counters.refused_total.value(), 1);
     one.disconnect().unwrap();
+    crate::support::wait_for("room", || (rig.counters.connections.value() == 1).then_some(()));
+    rig.client("g/v").flush().unwrap();
+}
+
+#[test]
+fn all_listeners_of_a_node_have_one_limit() {
+    let limits = NbdLimits { connections: 2, ..NbdLimits::default() };
+    let rig = Rig::with(limits.clone());
+    let exports = Arc::new(RamExports(vec![Arc::clone(&rig.device)]));
+    let other = NbdAddress::Unix(rig.dir.path().join("other"));
+    let counters = Arc::clone(&rig.counters);
+    let _server = listen(NbdListen::new(other.clone()), exports, limits, counters).unwrap();
+    let _one = rig.client("g/v");
+    let two = Client::connect(&other, "g/v").unwrap();
+    for path in [rig.socket(), rig.dir.path().join("other")] {
+        assert_eq!(Raw::connect(&path).rest(), b"");
+    }
+    two.disconnect().unwrap();
     crate::support::wait_for("room", || (rig.counters.connections.value() == 1).then_some(()));
     rig.client("g/v").flush().unwrap();
 }

@@ -14,12 +14,13 @@ use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{setsockopt, sockopt};
 use sd_notify::NotifyState;
 
 use tidelog::io::{Clock, SystemClock};
 use tidelog::nbd::wire::export_flag;
-use tidelog::nbd::{ClientError, KeeperId, NbdAddress, Negotiated, describe, negotiate};
+use tidelog::nbd::{
+    ClientError, KeeperId, NbdAddress, Negotiated, describe, end_when_silent, negotiate,
+};
 
 use super::detach::{backend_of, detach, device_name};
 use super::judge::{Growth, Known, Verdict, growth, has_begun_anew, judge, may_leave};
@@ -550,12 +551,7 @@ fn watch(plan: &Plan, socket: OwnedFd) -> std::io::Result<OwnedFd> {
     use std::os::fd::AsRawFd;
     let address: SockaddrStorage = getsockname(socket.as_raw_fd())?;
     if address.family() != Some(AddressFamily::Unix) {
-        let third = u32::try_from(plan.timeout.as_secs() / 3).unwrap_or(u32::MAX).max(1);
-        let whole = u32::try_from(plan.timeout.as_millis()).unwrap_or(u32::MAX);
-        setsockopt(&socket, sockopt::KeepAlive, &true)?;
-        setsockopt(&socket, sockopt::TcpKeepIdle, &third)?;
-        setsockopt(&socket, sockopt::TcpKeepInterval, &third)?;
-        setsockopt(&socket, sockopt::TcpUserTimeout, &whole)?;
+        end_when_silent(&socket, plan.timeout)?;
     }
     Ok(socket)
 }

@@ -1,6 +1,10 @@
 //! A volume that a restore has for itself, and what tells that it was restored.
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
+use crate::log::control::EpochRecord;
 
 #[test]
 fn a_volume_that_a_restore_writes_into_is_opened_by_nobody_else() {
@@ -39,6 +43,29 @@ fn a_volume_that_a_restore_writes_into_is_opened_by_nobody_else() {
     drop(claim);
     group.check_unclaimed(volume).unwrap();
     drop(group.client(volume).unwrap());
+}
+
+#[test]
+fn a_host_of_an_earlier_reign_is_cut_off_before_a_new_one_begins() {
+    let bench = Bench::new("a", 5);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    for (reason, is_cut_off) in [(EpochRecord::SWITCHOVER_REFUSED, false), ("promote", true)] {
+        let (told, client) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
+        let (tell, hold) = (told.clone(), client.clone());
+        let hang_up = Box::new(move || {
+            tell.store(true, Ordering::Relaxed);
+            // Its session ends, on another thread.
+            let guard: Option<ClientGuard> = hold.lock().unwrap().take();
+            std::thread::spawn(move || drop(guard));
+        });
+        *client.lock().unwrap() = Some(group.client_until(volume, "10.0.0.1:2", hang_up).unwrap());
+        group.demote().unwrap();
+        group.promote(reason).unwrap();
+        assert_eq!(told.load(Ordering::Relaxed), is_cut_off, "{reason}");
+        assert_eq!(group.clients().is_empty(), is_cut_off, "{reason}");
+        client.lock().unwrap().take();
+    }
 }
 
 #[test]

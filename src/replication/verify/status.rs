@@ -74,8 +74,8 @@ impl VerifyStatus {
     }
 
     /// Whether it shows that a difference which was found before is none any more: all is there and
-    /// the same with that peer, at no earlier moment, or that moment has left the history. Where nobody can
-    /// compare with that peer any more, that all is the same with another is enough.
+    /// the same with that peer, at no earlier moment, or that moment has left the history. Where
+    /// nobody can compare with that peer any more, that all is the same with another is enough.
     pub(super) fn ends(&self, known: &VerifyStatus, in_history: bool, is_peer: bool) -> bool {
         let same_peer = self.peer == known.peer;
         let later = self.position.lsn >= known.position.lsn || !in_history;
