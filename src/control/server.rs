@@ -465,7 +465,41 @@ impl MetricsServer {
 
 #[cfg(test)]
 mod tests {
+    use hyper::body::Body as _;
+
     use super::*;
+    use crate::control::client::event_of;
+    use crate::events::Events;
+
+    /// The stream ended as if the node had ended, and what was left out was never told.
+    #[tokio::test]
+    async fn a_follower_that_was_too_slow_is_told_so_in_the_end() {
+        let (sender, receiver) = mpsc::channel(1);
+        let events = Events::in_memory();
+        events.follow(move |event| sender.try_send(event.clone()).is_ok());
+        for text in ["one", "two"] {
+            events.emit(crate::events::Severity::Info, "test", None, text.to_owned(), Value::Null);
+        }
+        let mut body = EventBody {
+            held: std::collections::VecDeque::new(),
+            last: 0,
+            receiver,
+            stopped: Box::pin(std::future::pending()),
+            keep_alive: tokio::time::interval(KEEP_ALIVE),
+            overrun: false,
+        };
+        let mut task = TaskContext::from_waker(std::task::Waker::noop());
+        let mut next = || match Pin::new(&mut body).poll_frame(&mut task) {
+            Poll::Ready(Some(Ok(frame))) => Some(frame.into_data().unwrap()),
+            Poll::Ready(None) => None,
+            other => panic!("{other:?}"),
+        };
+        let first = event_of(&next().unwrap()).unwrap().unwrap();
+        assert_eq!(first.text, "one");
+        let problem = event_of(&next().unwrap()).unwrap_err().to_string();
+        assert!(problem.contains("too slow") && problem.contains("--since 1"), "{problem}");
+        assert!(next().is_none());
+    }
 
     #[test]
     fn a_socket_is_shared_and_taken_back_while_it_is_there() {
