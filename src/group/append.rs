@@ -43,15 +43,6 @@ impl Group {
         results
     }
 
-    /// Waits until an append would not wait for room in the log. Another may take it meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// Where no append is taken.
-    pub fn wait_for_room(&self) -> Result<(), GroupError> {
-        self.lock_for_append().map(drop)
-    }
-
     fn append_aligned(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
         let part_bytes = payload_bytes_max(self.segment_bytes());
         let mut checksums: Vec<Checksums> = requests

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use super::engine::{Core, Group};
 use super::required::Floors;
@@ -229,17 +230,10 @@ impl Group {
     pub(super) fn lock_for_append(&self) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
         loop {
             let core = self.lock_for_control()?;
-            if !self.workers.running() {
+            if !self.must_wait(&core) {
                 return Ok(core);
             }
-            if !core.required.lets_append(core.writer.head()) {
-                drop(self.space.wait(core).expect("a panic under the lock ends the process"));
-                continue;
-            }
-            if self.log_bytes(&core) < self.log_limit(&core) {
-                return Ok(core);
-            }
-            if let Some(reason) = core.room.refusal() {
+            if let Some(reason) = self.log_is_full(&core).then(|| core.room.refusal()).flatten() {
                 return Err(GroupError::NoSpace {
                     group: self.name().clone(),
                     reason: format!("the log is full, and folding fails: {reason}"),
@@ -248,6 +242,33 @@ impl Group {
             self.workers.wake_folder();
             drop(self.space.wait(core).expect("a panic under the lock ends the process"));
         }
+    }
+
+    /// Waits until an append of a host would not wait, or `at_most` so long; whether it would not.
+    /// One that would be refused does not. Another may take the room meanwhile.
+    pub fn has_room_within(&self, at_most: Duration) -> bool {
+        let core = self.lock();
+        let waits = |core: &Core| {
+            let serves = core.role == Role::Primary && !core.closed && core.failed.is_none();
+            let refused = self.log_is_full(core) && core.room.refusal().is_some();
+            serves && !refused && self.must_wait(core)
+        };
+        if !waits(&core) {
+            return true;
+        }
+        self.workers.wake_folder();
+        let waited = self.space.wait_timeout(core, at_most);
+        !waits(&waited.expect("a panic under the lock ends the process").0)
+    }
+
+    /// Whether an append of hosts waits: for room in the log, or for a peer that lacks too much.
+    fn must_wait(&self, core: &Core) -> bool {
+        let behind = !core.required.lets_append(core.writer.head());
+        self.workers.running() && (behind || self.log_is_full(core))
+    }
+
+    fn log_is_full(&self, core: &Core) -> bool {
+        self.log_bytes(core) >= self.log_limit(core)
     }
 
     /// The lock for an append of the primary; checks that this group takes writes. A full log is no

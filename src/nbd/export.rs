@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::wire::{Errno, export_flag};
 use crate::group::{Done, Extent, GroupError, HangUp, Read, Request};
@@ -80,9 +81,9 @@ pub trait Device: Send + Sync {
     fn check_serving(&self) -> Result<(), GroupError> {
         Ok(())
     }
-    /// As [`crate::group::Group::wait_for_room`]. Never called on a read-only export.
-    fn wait_for_room(&self) -> Result<(), GroupError> {
-        Ok(())
+    /// As [`crate::group::Group::has_room_within`]. Never called on a read-only export.
+    fn has_room_within(&self, _at_most: Duration) -> bool {
+        true
     }
     /// As [`crate::group::Group::append`]. Never called on a read-only export.
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>>;

@@ -234,8 +234,8 @@ impl Device for LiveVolume {
         self.group.check_serving()
     }
 
-    fn wait_for_room(&self) -> Result<(), GroupError> {
-        self.group.wait_for_room()
+    fn has_room_within(&self, at_most: Duration) -> bool {
+        self.group.has_room_within(at_most)
     }
 
     fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {

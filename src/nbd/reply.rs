@@ -97,3 +97,10 @@ pub(super) fn put_status(
         out.extend_from_slice(descriptor.as_bytes());
     }
 }
+
+/// Whether the connection ends in place of an error. A client of simple replies is a kernel: an
+/// error that only means "not here" would fail a write of its file system, where a lost connection
+/// lets whoever keeps the device go elsewhere and send the request again.
+pub(super) fn hangs_up(error: Errno, structured_replies: bool) -> bool {
+    error == Errno::Eshutdown && !structured_replies
+}

@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::server::LOOK_EVERY;
 use super::socket::{Socket, send_all};
+use crate::units::Lsn;
 
 /// Late replies that a connection may wait for at once; at the limit it stops reading. Bounds the
 /// memory of a client that flushes and never reads.
@@ -188,6 +189,20 @@ impl Sender {
         state.broken = true;
         self.wake(state);
         self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// Requests of a batch that are answered together, later.
+#[derive(Default)]
+pub(super) struct Late {
+    pub(super) cookies: Vec<u64>,
+    pub(super) lsn: Lsn,
+}
+
+impl Late {
+    pub(super) fn add(&mut self, cookie: u64, lsn: Lsn) {
+        self.cookies.push(cookie);
+        self.lsn = self.lsn.max(lsn);
     }
 }
 

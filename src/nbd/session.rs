@@ -17,9 +17,11 @@ use super::command::{Command, Rules, check};
 use super::export::{Device, errno_of};
 use super::handshake::Agreed;
 use super::input::{Front, INPUT_BYTES, Input};
-use super::reply::{prefix_bytes, put_empty_read, put_error, put_prefix, put_status, put_success};
-use super::sender::{Sender, Turn};
-use super::server::Shared;
+use super::reply::{
+    hangs_up, prefix_bytes, put_empty_read, put_error, put_prefix, put_status, put_success,
+};
+use super::sender::{Late, Sender, Turn};
+use super::server::{LOOK_EVERY, Shared};
 use super::socket::{Deadline, Socket};
 use super::wire::{self, Errno, RequestHeader, SimpleReply};
 use crate::group::{Done, GroupError, Op, Read, Request};
@@ -74,20 +76,6 @@ struct Fetch {
     cookie: u64,
     offset: u64,
     length: usize,
-}
-
-/// Requests of a batch that are answered together, later.
-#[derive(Default)]
-struct Late {
-    cookies: Vec<u64>,
-    lsn: Lsn,
-}
-
-impl Late {
-    fn add(&mut self, cookie: u64, lsn: Lsn) {
-        self.cookies.push(cookie);
-        self.lsn = self.lsn.max(lsn);
-    }
 }
 
 /// What follows a batch.
@@ -245,9 +233,8 @@ impl<'a> Session<'a> {
                 _ => Ok(()),
             };
         }
-        // Not with the memory that others need: a full log may keep its writers for long. What is
-        // wrong with the group, the append tells.
-        let _ = self.device.wait_for_room();
+        // Not with the memory that others need: a full log may keep its writers for long.
+        self.wait_for_room()?;
         let ended = || self.sender.is_broken() || self.shared.is_stopping();
         let share = self.shared.take_memory(payload_bytes as u64, &ended);
         let Some(_share) = share else { return Err(End::Closed) };
@@ -278,7 +265,7 @@ impl<'a> Session<'a> {
 
     /// Carries out the batch and sends its replies.
     fn carry_out(&mut self) -> Result<(), End> {
-        self.carry_out_changes();
+        self.carry_out_changes()?;
         if self.others.is_empty() && self.fetches.is_empty() {
             return self.send_replies();
         }
@@ -297,9 +284,23 @@ impl<'a> Session<'a> {
         self.carry_out_fetches()
     }
 
-    fn carry_out_changes(&mut self) {
+    /// Waits until an append would not wait, or ends with the client: it is not to be held up by
+    /// what holds up the group. What is wrong with that, the append tells.
+    fn wait_for_room(&self) -> Result<(), End> {
+        while !self.device.has_room_within(LOOK_EVERY) {
+            if self.sender.is_broken() || self.socket.is_gone() {
+                return Err(End::Closed);
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_out_changes(&mut self) -> Result<(), End> {
         if self.changes.is_empty() {
-            return;
+            return Ok(());
+        }
+        if !self.rules.read_only {
+            self.wait_for_room()?;
         }
         let changes = std::mem::take(&mut self.changes);
         if self.rules.read_only {
@@ -335,6 +336,7 @@ impl<'a> Session<'a> {
         }
         self.changes = changes;
         self.changes.clear();
+        Ok(())
     }
 
     /// Answers what was appended: (cookie, must be durable) and where it ended.
@@ -588,11 +590,4 @@ impl<'a> Session<'a> {
         }
         put_error(&mut self.replies, self.rules.structured_replies, cookie, error, text);
     }
-}
-
-/// Whether the connection ends in place of an error. A client of simple replies is a kernel: an
-/// error that only means "not here" would fail a write of its file system, where a lost connection
-/// lets whoever keeps the device go elsewhere and send the request again.
-fn hangs_up(error: Errno, structured_replies: bool) -> bool {
-    error == Errno::Eshutdown && !structured_replies
 }

@@ -281,6 +281,44 @@ fn hosts_of_a_full_log_hold_no_memory_that_hosts_of_another_group_need() {
     assert!(written, "it waited for the other group's log");
 }
 
+/// Each attempt of a program that writes with a timeout left a connection that waited for room.
+#[test]
+fn a_connection_that_waits_for_room_in_the_log_ends_with_its_client_or_for_a_new_one() {
+    let rig = Rig::new();
+    let group = rig.registry.by_name("g").unwrap();
+    let policy = PolicyRecord {
+        log_limit: ByteSize(4 << 20),
+        on_full: OnFull::Block,
+        ..PolicyRecord::default()
+    };
+    group.append_control(Control::Policy(policy)).unwrap();
+    let patience = Duration::from_secs(30);
+    let connect = |id| {
+        let client = negotiate(rig.server.local_addr(), "g/v", [id; 16], patience).unwrap().0;
+        UnixStream::from(client.into_socket().unwrap())
+    };
+    // Small writes, and one that does not fit into what is received at once.
+    for length in [64 << 10, 3 << 20] {
+        let write = |id| {
+            let mut host = connect(id);
+            host.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+            let request = wire::request(wire::command::WRITE, 0, 1, 0, length);
+            let whole = [request.as_bytes(), &vec![1; length as usize]].concat();
+            while host.write_all(&whole).is_ok() {}
+            host
+        };
+        let mut old = write(1);
+        let _new = connect(1);
+        let mut rest = Vec::new();
+        let _ = old.read_to_end(&mut rest);
+        drop(write(2));
+        crate::support::wait_for("the connection to end", || {
+            (group.clients().iter().map(|(_, count)| count).sum::<usize>() <= 1).then_some(())
+        });
+    }
+    rig.registry.close();
+}
+
 /// A peer that is away, and that hosts wait for.
 fn join_required_peer(group: &Group) {
     let peer = MemberRecord {
