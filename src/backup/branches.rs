@@ -15,6 +15,17 @@ pub fn present_reign(group: &Group) -> EpochId {
     group.control().epochs.last().map_or(EpochId(0), |epoch| epoch.id)
 }
 
+/// Whether a slot has its backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// It has, and nothing that this node may yet hear changes that.
+    ForGood,
+    /// It has, as far as a copy can tell that lags behind.
+    Perhaps,
+    /// It has not.
+    No,
+}
+
 /// What a node knows of its group's reigns, as far as the results of one slot are judged by it.
 /// The default knows nothing, and takes every result for its own.
 #[derive(Clone, Debug, Default)]
@@ -88,6 +99,20 @@ impl Reigns {
         self.why_not(result.epoch, result.lsn, result.stale).is_none()
     }
 
+    /// Whether one of a slot's results fills it: for good, or as far as a copy can tell that lags.
+    #[must_use]
+    pub fn made(&self, results: &[SlotResult]) -> Filled {
+        let counted = || results.iter().filter(|result| self.counts(result));
+        let has_come = |result: &SlotResult| self.whole || result.lsn <= self.head;
+        if counted().any(has_come) {
+            Filled::ForGood
+        } else if counted().next().is_some() {
+            Filled::Perhaps
+        } else {
+            Filled::No
+        }
+    }
+
     /// The result among those of a slot that fills it in this node's history.
     #[must_use]
     pub fn counted<'a>(&self, results: &'a [SlotResult]) -> Option<&'a SlotResult> {
@@ -141,6 +166,20 @@ mod tests {
                 assert_eq!(reigns.counts(&of(epoch, lsn)), counts, "{epoch} {lsn} {whole}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_copy_counts_and_has_not_come_to_is_not_made_for_good() {
+        for (result, made) in [
+            (of(NEW, 150), Filled::ForGood),
+            (of(NEW, 250), Filled::Perhaps),
+            (of(UNHEARD, 250), Filled::Perhaps),
+            (of(UNHEARD, 150), Filled::No),
+        ] {
+            assert_eq!(reigns(false, OLD).made(&[result]), made);
+        }
+        assert_eq!(reigns(false, OLD).made(&[of(NEW, 250), of(NEW, 150)]), Filled::ForGood);
+        assert_eq!(reigns(true, OLD).made(&[]), Filled::No);
     }
 
     #[test]

@@ -250,6 +250,11 @@ impl SlotStore {
         reigns: impl Fn() -> Reigns,
     ) -> io::Result<Option<SlotResult>> {
         loop {
+            // The history may have changed since this one was claimed for a branch of it.
+            let other = self.result(&reigns)?.filter(|other| other.run != result.run);
+            if other.is_some() {
+                return Ok(other);
+            }
             if self.objects.create(&format!("{}/result", self.dir), &body(result))? {
                 return Ok(None);
             }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::active::OpenedBy;
-use super::branches::Reigns;
+use super::branches::{Filled, Reigns};
 use super::catalog::Outcome;
 use super::claim::{SlotResult, SlotStore};
 use super::facts::Facts;
@@ -187,15 +187,16 @@ impl Inner {
         let run = self.history.run(group.name(), &job.name, slot);
         // One that passed by here may have been made elsewhere.
         if let Some(run) = run
-            && (run.outcome != Outcome::Missed || self.is_made(group, job, slot) != Ok(true))
+            && (run.outcome != Outcome::Missed || !self.is_done(group, job, slot))
         {
             let why: Vec<_> = run.reasons.iter().map(|reason| reason.text.as_str()).collect();
             return PeerPhase::Ended { outcome: run.outcome, why: why.join("; ") };
         }
-        match self.is_made(group, job, slot) {
-            Ok(true) => PeerPhase::Done,
-            _ => PeerPhase::Unknown,
-        }
+        if self.is_done(group, job, slot) { PeerPhase::Done } else { PeerPhase::Unknown }
+    }
+
+    fn is_done(&self, group: &Group, job: &JobRecord, slot: LogTime) -> bool {
+        self.is_made(group, job, slot).is_ok_and(|made| made != Filled::No)
     }
 
     /// Whether the repository holds a slot's result that is of this node's history.
@@ -204,9 +205,9 @@ impl Inner {
         group: &Group,
         job: &JobRecord,
         slot: LogTime,
-    ) -> Result<bool, String> {
+    ) -> Result<Filled, String> {
         let results = self.results(job, slot)?;
-        Ok(Reigns::of(group, slot).counted(&results).is_some())
+        Ok(Reigns::of(group, slot).made(&results))
     }
 
     /// The results of a slot in the repository, of all branches.

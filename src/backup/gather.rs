@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::branches::Reigns;
+use super::branches::{Filled, Reigns};
 use super::claim::SlotResult;
 use super::facts::{Facts, NodeFacts, Reason, ReplicationFacts};
 use super::peer::ReplicationView;
@@ -59,9 +59,10 @@ pub(super) struct ObserveAnswer {
 impl ObserveAnswer {
     /// Whether the slot's backup is there, for a node that holds the group: one of the history that
     /// the node has.
-    pub fn made(&self, group: &Group, slot: LogTime) -> Option<bool> {
+    pub fn made(&self, group: &Group, slot: LogTime) -> Option<Filled> {
+        let its_word = || self.made.map(|made| if made { Filled::Perhaps } else { Filled::No });
         let results = self.results.as_ref();
-        results.map(|results| Reigns::of(group, slot).counted(results).is_some()).or(self.made)
+        results.map(|results| Reigns::of(group, slot).made(results)).or_else(its_word)
     }
 }
 
@@ -189,7 +190,7 @@ impl Inner {
             match answer {
                 Ok(answer) => {
                     let of_other_branch =
-                        slot.is_some_and(|slot| answer.made(group, slot) == Some(false));
+                        slot.is_some_and(|slot| answer.made(group, slot) == Some(Filled::No));
                     let ObserveAnswer { mut facts, mut phase, .. } = answer;
                     if phase == PeerPhase::Done && of_other_branch {
                         phase = PeerPhase::Unknown;

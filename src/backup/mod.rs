@@ -44,7 +44,7 @@ mod slot;
 mod source;
 mod timekeeper;
 
-pub use branches::{Reigns, present_reign};
+pub use branches::{Filled, Reigns, present_reign};
 pub use catalog::{
     BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Outcome, Stats, Unreachable,
     VolumeChecksum,

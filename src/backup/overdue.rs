@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use super::branches::Filled;
 use super::job::JobSettings;
 use super::slot::Schedule;
 use crate::units::{EpochId, LogTime, Span};
@@ -20,6 +21,8 @@ pub const LOOK_AGAIN: Duration = Duration::from_secs(60);
 pub enum Found {
     /// The repository holds it.
     Made,
+    /// It holds one that this copy cannot place yet.
+    MadePerhaps,
     /// The repository does not hold it.
     NotMade,
     /// The repository is out of sight of everybody who could be asked: why.
@@ -28,11 +31,12 @@ pub enum Found {
 
 impl Found {
     /// From what this node sees in the repository, and where it sees nothing, what its peers do.
-    pub fn from(here: Result<bool, String>, there: impl FnOnce() -> Option<bool>) -> Found {
+    pub fn from(here: Result<Filled, String>, there: impl FnOnce() -> Option<Filled>) -> Found {
         let made = here.or_else(|error| there().ok_or(error));
         match made {
-            Ok(true) => Found::Made,
-            Ok(false) => Found::NotMade,
+            Ok(Filled::ForGood) => Found::Made,
+            Ok(Filled::Perhaps) => Found::MadePerhaps,
+            Ok(Filled::No) => Found::NotMade,
             Err(error) => Found::Unknown(error),
         }
     }
@@ -144,10 +148,11 @@ mod tests {
     #[test]
     fn the_repository_counts_and_where_it_is_out_of_sight_the_peers_word() {
         let lost = || Err("unplugged".to_owned());
-        assert_eq!(Found::from(Ok(true), || Some(false)), Found::Made);
-        assert_eq!(Found::from(Ok(false), || Some(true)), Found::NotMade);
-        assert_eq!(Found::from(lost(), || Some(true)), Found::Made);
-        assert_eq!(Found::from(lost(), || Some(false)), Found::NotMade);
+        assert_eq!(Found::from(Ok(Filled::ForGood), || Some(Filled::No)), Found::Made);
+        assert_eq!(Found::from(Ok(Filled::No), || Some(Filled::ForGood)), Found::NotMade);
+        assert_eq!(Found::from(lost(), || Some(Filled::ForGood)), Found::Made);
+        assert_eq!(Found::from(lost(), || Some(Filled::Perhaps)), Found::MadePerhaps);
+        assert_eq!(Found::from(lost(), || Some(Filled::No)), Found::NotMade);
         assert_eq!(Found::from(lost(), || None), Found::Unknown("unplugged".to_owned()));
     }
 
@@ -161,7 +166,9 @@ mod tests {
         assert!(!watch.is_due(SLOT, REIGN, at(5) + LOOK_AGAIN - at(1), LOOK_AGAIN));
         assert!(watch.is_due(SLOT, REIGN, at(5) + LOOK_AGAIN, LOOK_AGAIN));
         assert!(watch.found(SLOT, &Found::NotMade));
-        assert!(watch.is_due(SLOT, REIGN, at(1000), LOOK_AGAIN));
+        assert!(watch.is_due(SLOT, REIGN, at(900), LOOK_AGAIN));
+        assert!(watch.found(SLOT, &Found::MadePerhaps));
+        assert!(watch.is_due(SLOT, REIGN, at(1000), LOOK_AGAIN), "it may be of another branch");
         assert!(watch.found(SLOT, &Found::Made));
         assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN), "nothing is left to find out");
     }

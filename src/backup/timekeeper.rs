@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::active::OpenedBy;
-use super::branches::present_reign;
+use super::branches::{Filled, present_reign};
 use super::gather::{ObserveAnswer, ObserveCall, others};
 use super::job::JobSettings;
 use super::overdue::{Found, LOOK_AGAIN, newest_over};
@@ -107,9 +107,12 @@ impl Inner {
         let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
         let look = move || {
             for slot in slots {
-                if inner.history.run(group.name(), &job.name, slot).is_none()
-                    && inner.look_for_result(&group, &job, slot) != Found::Made
-                {
+                let run = inner.history.run(group.name(), &job.name, slot);
+                let is_made = || {
+                    let found = inner.look_for_result(&group, &job, slot);
+                    matches!(found, Found::Made | Found::MadePerhaps)
+                };
+                if run.is_none() && !is_made() {
                     inner.tell_missed(&group, &job, slot);
                 }
             }
@@ -171,7 +174,9 @@ impl Inner {
                 self.peers.call(&peer, "backup.observe", json!(call), Duration::from_secs(5));
             let answer = self.runtime.block_on(call).ok()?;
             let answer: ObserveAnswer = serde_json::from_value(answer).ok()?;
-            answer.made(group, slot).or((answer.phase == PeerPhase::Done).then_some(true))
+            answer
+                .made(group, slot)
+                .or((answer.phase == PeerPhase::Done).then_some(Filled::Perhaps))
         };
         Found::from(self.is_made(group, job, slot), || {
             others(&group.control(), self.context.node.id).into_iter().find_map(ask)
@@ -186,7 +191,7 @@ impl Inner {
             return;
         }
         let (raised, text) = match found {
-            Found::Made => {
+            Found::Made | Found::MadePerhaps => {
                 state.alarms.remove(&name);
                 return;
             }

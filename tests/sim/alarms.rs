@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use tidelog::backup::{Found, newest_over, present_reign};
+use tidelog::backup::{Filled, Found, Reigns, SlotResult, newest_over, present_reign};
 use tidelog::units::{LogTime, Span};
 
 use super::backups::SLOT_EVERY;
@@ -37,6 +37,18 @@ impl World {
         linked && self.nodes[peer].up && !self.weather(node, peer).partitioned
     }
 
+    /// Whether the repository holds the result of a slot, as a node sees it.
+    fn sees_result(&self, node: usize, group: usize, slot: LogTime) -> Result<Filled, String> {
+        let results = self.results(node, group, slot)?;
+        Ok(self.judge(node, group, slot, &results))
+    }
+
+    /// Whether results of a slot make it made, for a node.
+    fn judge(&self, node: usize, group: usize, slot: LogTime, results: &[SlotResult]) -> Filled {
+        let found = self.nodes[node].group(group).expect("it runs");
+        Reigns::of(found, slot).made(results)
+    }
+
     /// Looks for the newest slot whose time is over, as the scheduler does.
     pub fn look_for_overdue(&mut self, node: usize, group: usize) {
         let Some(backups) = &self.backups else { return };
@@ -55,7 +67,7 @@ impl World {
             self.asked_by(node, group).into_iter().find_map(|peer| {
                 let answers = self.hears(node, peer);
                 let seen = answers.then(|| self.results(peer, group, slot).ok()).flatten();
-                seen.map(|results| self.counts(node, group, slot, &results) > 0)
+                seen.map(|results| self.judge(node, group, slot, &results))
             })
         });
         let keeper = &mut self.nodes[node].keeper;
@@ -63,7 +75,7 @@ impl World {
             return;
         }
         let raised = match found {
-            Found::Made => {
+            Found::Made | Found::MadePerhaps => {
                 let ended = keeper.alarms.remove(&group).is_some();
                 return self.coverage.add("alarms ended", u64::from(ended));
             }

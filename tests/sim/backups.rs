@@ -204,12 +204,6 @@ impl World {
         results.iter().filter(|result| reigns.counts(result)).count()
     }
 
-    /// Whether the repository holds the result of a slot, as a node sees it.
-    pub fn sees_result(&self, node: usize, group: usize, slot: LogTime) -> Result<bool, String> {
-        let results = self.results(node, group, slot)?;
-        Ok(self.counts(node, group, slot, &results) > 0)
-    }
-
     /// The results of a slot in the repository, of all branches, as a node sees it.
     pub fn results(
         &self,
