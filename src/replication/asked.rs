@@ -32,11 +32,9 @@ struct Ask {
 /// how a copy is left whose log was cut back to where replication had just been stopped.
 #[must_use]
 pub fn may_follow(control: &ControlView, role: Role, me: NodeId, peer: NodeId) -> bool {
-    let mut others = control.members.iter().map(|member| member.node).filter(|node| *node != me);
-    match role {
-        Role::Primary => others.any(|node| node == peer),
-        Role::Secondary => others.clone().next().is_none() || others.any(|node| node == peer),
-    }
+    let is_member = |node| control.members.iter().any(|member| member.node == node);
+    let is_alone = control.members.iter().all(|member| member.node == me);
+    is_member(peer) || role == Role::Secondary && is_alone
 }
 
 impl Replication {
