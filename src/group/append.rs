@@ -26,16 +26,34 @@ impl Group {
     /// Appends a batch in order as one vectored write; per request the end LSN. Each request is
     /// atomic. A refused request does not hold up the others.
     pub fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
+        self.append_until(requests, &|| false)
+    }
+
+    /// As [`Group::append`], for a client that may go while it waits: once `ended` is true, the
+    /// wait ends, and neither what waited nor what follows it is appended. `ended` stays true, and
+    /// is asked without a lock.
+    pub fn append_until(
+        &self,
+        requests: &[Request<'_>],
+        ended: &dyn Fn() -> bool,
+    ) -> Vec<Result<Lsn, GroupError>> {
         let mut results = Vec::with_capacity(requests.len());
         let mut rest = requests;
         while !rest.is_empty() {
             let aligned = rest.iter().take_while(|request| is_aligned(&request.op)).count();
             if aligned > 0 {
-                results.extend(self.append_aligned(&rest[..aligned]));
+                results.extend(self.append_aligned(&rest[..aligned], ended));
                 rest = &rest[aligned..];
             } else {
-                results.push(self.append_unaligned(&rest[0]));
+                results.push(self.append_unaligned(&rest[0], ended));
                 rest = &rest[1..];
+            }
+            if let Some(Err(error)) = results.last()
+                && ended()
+            {
+                let error = error.clone();
+                results.extend(rest.iter().map(|_| Err(error.clone())));
+                break;
             }
         }
         self.report();
@@ -43,7 +61,11 @@ impl Group {
         results
     }
 
-    fn append_aligned(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
+    fn append_aligned(
+        &self,
+        requests: &[Request<'_>],
+        ended: &dyn Fn() -> bool,
+    ) -> Vec<Result<Lsn, GroupError>> {
         let part_bytes = payload_bytes_max(self.segment_bytes());
         let mut checksums: Vec<Checksums> = requests
             .iter()
@@ -55,7 +77,7 @@ impl Group {
             })
             .collect();
         let mut freed = Vec::new();
-        let mut core = match self.lock_for_append() {
+        let mut core = match self.lock_for_append(ended) {
             Ok(core) => core,
             Err(error) => return requests.iter().map(|_| Err(error.clone())).collect(),
         };
@@ -179,7 +201,11 @@ impl Group {
 
     /// A request that begins or ends inside a sector: the sectors at its edges are read before the
     /// lock, and again where their place in the map has changed meanwhile.
-    fn append_unaligned(&self, request: &Request<'_>) -> Result<Lsn, GroupError> {
+    fn append_unaligned(
+        &self,
+        request: &Request<'_>,
+        ended: &dyn Fn() -> bool,
+    ) -> Result<Lsn, GroupError> {
         let (offset, length, data) = match request.op {
             Op::Write { offset, data } => (offset, data.len() as u64, Some(data)),
             Op::Zero { offset, length, .. } | Op::Trim { offset, length } => (offset, length, None),
@@ -238,7 +264,7 @@ impl Group {
                 })
                 .collect();
             let mut freed = Vec::new();
-            let mut core = self.lock_for_append()?;
+            let mut core = self.lock_for_append(ended)?;
             self.check_request(&core, request)?;
             if self.places(&core, request.volume, edges)? != places {
                 continue;

@@ -10,6 +10,9 @@ use super::required::Floors;
 use super::{Done, GroupError, RequiredPeer, Role};
 use crate::units::{Lsn, NodeId};
 
+/// How often an append that waits looks whether its client is there.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// What somebody waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wish {
@@ -226,8 +229,12 @@ impl Group {
     }
 
     /// The lock for an append of the primary's hosts: waits while the log is full, or while a peer
-    /// that answers wait for lacks too much of it.
-    pub(super) fn lock_for_append(&self) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
+    /// that answers wait for lacks too much of it. `ended` ends the wait; it is asked without the
+    /// lock, and only where there is something to wait for.
+    pub(super) fn lock_for_append(
+        &self,
+        ended: &dyn Fn() -> bool,
+    ) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
         loop {
             let core = self.lock_for_control()?;
             if !self.must_wait(&core) {
@@ -240,7 +247,11 @@ impl Group {
                 });
             }
             self.workers.wake_folder();
-            drop(self.space.wait(core).expect("a panic under the lock ends the process"));
+            let waited = self.space.wait_timeout(core, LOOK_EVERY);
+            drop(waited.expect("a panic under the lock ends the process"));
+            if ended() {
+                return Err(self.refused("the client has gone"));
+            }
         }
     }
 

@@ -85,8 +85,12 @@ pub trait Device: Send + Sync {
     fn has_room_within(&self, _at_most: Duration) -> bool {
         true
     }
-    /// As [`crate::group::Group::append`]. Never called on a read-only export.
-    fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>>;
+    /// As [`crate::group::Group::append_until`]. Never called on a read-only export.
+    fn append(
+        &self,
+        requests: &[Request<'_>],
+        ended: &dyn Fn() -> bool,
+    ) -> Vec<Result<Lsn, GroupError>>;
     /// As [`crate::group::Group::is_held`]: whether a write that ends at `lsn` may be answered.
     fn is_held(&self, _lsn: Lsn) -> bool {
         true

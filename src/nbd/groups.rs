@@ -238,8 +238,12 @@ impl Device for LiveVolume {
         self.group.has_room_within(at_most)
     }
 
-    fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
-        self.group.append(requests)
+    fn append(
+        &self,
+        requests: &[Request<'_>],
+        ended: &dyn Fn() -> bool,
+    ) -> Vec<Result<Lsn, GroupError>> {
+        self.group.append_until(requests, ended)
     }
 
     fn is_held(&self, lsn: Lsn) -> bool {
@@ -295,7 +299,11 @@ impl Device for ImageVolume {
         Ok(Box::new((client, Arc::clone(&self.image))))
     }
 
-    fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
+    fn append(
+        &self,
+        requests: &[Request<'_>],
+        _ended: &dyn Fn() -> bool,
+    ) -> Vec<Result<Lsn, GroupError>> {
         let refused = || self.refused();
         requests.iter().map(|_| Err(refused())).collect()
     }

@@ -113,7 +113,11 @@ impl Device for RamDevice {
         Ok(Box::new(Client(Arc::clone(&self.clients))))
     }
 
-    fn append(&self, requests: &[Request<'_>]) -> Vec<Result<Lsn, GroupError>> {
+    fn append(
+        &self,
+        requests: &[Request<'_>],
+        _ended: &dyn Fn() -> bool,
+    ) -> Vec<Result<Lsn, GroupError>> {
         let mut content = self.content.lock().expect("no holder panics");
         let mut append = |request: &Request<'_>| {
             let (offset, length, allocation) = match request.op {

@@ -234,8 +234,12 @@ impl<'a> Session<'a> {
             };
         }
         // Not with the memory that others need: a full log may keep its writers for long.
-        self.wait_for_room()?;
-        let ended = || self.sender.is_broken() || self.shared.is_stopping();
+        while !self.device.has_room_within(LOOK_EVERY) {
+            if self.client_has_gone() {
+                return Err(End::Closed);
+            }
+        }
+        let ended = || self.client_has_gone() || self.shared.is_stopping();
         let share = self.shared.take_memory(payload_bytes as u64, &ended);
         let Some(_share) = share else { return Err(End::Closed) };
         self.input.consume(RequestHeader::BYTES);
@@ -256,7 +260,7 @@ impl<'a> Session<'a> {
         let fua = header.flags.get() & wire::command_flag::FUA != 0;
         let request =
             Request { volume: self.volume, op: Op::Write { offset, data: &payload }, fua };
-        let results = self.device.append(&[request]);
+        let results = self.append(&[request])?;
         self.shared.counters.written_bytes.add(payload_bytes as u64);
         let cookie = header.cookie.get();
         self.answer_changes(std::iter::once((cookie, fua)), results);
@@ -284,23 +288,24 @@ impl<'a> Session<'a> {
         self.carry_out_fetches()
     }
 
-    /// Waits until an append would not wait, or ends with the client: it is not to be held up by
-    /// what holds up the group. What is wrong with that, the append tells.
-    fn wait_for_room(&self) -> Result<(), End> {
-        while !self.device.has_room_within(LOOK_EVERY) {
-            if self.sender.is_broken() || self.socket.is_gone() {
-                return Err(End::Closed);
-            }
+    /// Appends, or ends with the client: it is not to be held up by what holds up the group, nor
+    /// is what it asked for carried out behind what it asks for on its next connection.
+    fn append(&self, requests: &[Request<'_>]) -> Result<Vec<Result<Lsn, GroupError>>, End> {
+        let results = self.device.append(requests, &|| self.client_has_gone());
+        if results.iter().any(Result::is_err) && self.client_has_gone() {
+            return Err(End::Closed);
         }
-        Ok(())
+        Ok(results)
+    }
+
+    /// Whether nobody is there to be answered.
+    fn client_has_gone(&self) -> bool {
+        self.sender.is_broken() || self.socket.is_gone()
     }
 
     fn carry_out_changes(&mut self) -> Result<(), End> {
         if self.changes.is_empty() {
             return Ok(());
-        }
-        if !self.rules.read_only {
-            self.wait_for_room()?;
         }
         let changes = std::mem::take(&mut self.changes);
         if self.rules.read_only {
@@ -328,7 +333,7 @@ impl<'a> Session<'a> {
                 };
                 requests.push(Request { volume: self.volume, op, fua });
             }
-            let results = self.device.append(&requests);
+            let results = self.append(&requests)?;
             self.shared.counters.written_bytes.add(written_bytes);
             let waits = requests.iter().map(|request| request.fua).collect::<Vec<_>>();
             let asked = changes.iter().map(|change| change.cookie).zip(waits);

@@ -159,6 +159,60 @@ fn a_log_that_blocks_is_folded_no_further_than_its_peer_has_and_says_so() {
     assert!(fold() > end);
 }
 
+/// Who had seen room, and lost it to another, waited as long as there was none: for nobody, and
+/// then over what its host had written anew.
+#[test]
+fn an_append_that_waits_ends_with_its_client_and_neither_it_nor_the_rest_is_appended() {
+    let bench = Bench::new("a", 9);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    let peer = NodeId([9; 16]);
+    let member = serde_json::json!({ "node": peer, "name": "b", "mode": "receive" });
+    group.append_control(Control::Member(serde_json::from_value(member).unwrap())).unwrap();
+    let holds_all = {
+        let group = Arc::clone(&group);
+        move || {
+            let head = group.positions().head;
+            group.note_peer_holds(peer, head, head);
+        }
+    };
+    holds_all();
+    group.start_workers();
+    let (writer, (done, all)) = (Arc::clone(&group), std::sync::mpsc::channel());
+    let make_room = holds_all.clone();
+    std::thread::spawn(move || {
+        let data = vec![1; 1 << 20];
+        let large = Request { volume, op: Op::Write { offset: 0, data: &data }, fua: false };
+        let until_full = std::iter::repeat_with(|| writer.append_until(&[large], &|| true));
+        let written = until_full.take(40).take_while(|results| results[0].is_ok()).count();
+        let head = writer.positions().head;
+        let two = [2; 4096];
+        let ops = [
+            Op::Write { offset: 0, data: &two },
+            Op::Write { offset: 8193, data: &two[..100] },
+            Op::Trim { offset: 16384, length: 4096 },
+        ];
+        let batch = ops.map(|op| Request { volume, op, fua: false });
+        // There is room when the client is gone; not under the lock, where this would stand still.
+        let results = writer.append_until(&batch, &|| {
+            make_room();
+            true
+        });
+        done.send((written, results, writer.positions().head.bytes_since(head))).unwrap();
+    });
+    let (written, results, appended) = all.recv_timeout(Duration::from_secs(60)).unwrap();
+    assert!((1..40).contains(&written), "{written} MiB");
+    assert_eq!((results.len(), appended), (3, 0), "{results:?}");
+    let gone = |result: &Result<Lsn, GroupError>| {
+        result.as_ref().is_err_and(|error| error.to_string().contains("client has gone"))
+    };
+    assert!(results.iter().all(gone), "{results:?}");
+    write(&group, volume, 0, &[3; 4096]);
+    assert_eq!(read(&*group, volume, 0, 4096), [3; 4096]);
+    assert_eq!(read(&*group, volume, 8192, 12288), [1; 12288]);
+    group.close().unwrap();
+}
+
 #[test]
 fn what_a_full_disk_has_of_an_append_is_taken_back_and_no_start_finds_it() {
     let (mut across, mut inside) = (0, 0);
