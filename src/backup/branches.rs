@@ -15,6 +15,21 @@ pub fn present_reign(group: &Group) -> EpochId {
     group.control().epochs.last().map_or(EpochId(0), |epoch| epoch.id)
 }
 
+/// The reign of the last record of before a time, where the log still tells. A reign's own record
+/// is none: it is dated by what is known of the time at least, hours early where a node was started
+/// since, and an image of before it lacks nothing.
+fn reign_at(group: &Group, time: LogTime) -> Option<EpochId> {
+    let mut found = group.resolve_point(&Point::Time(time)).ok()?;
+    loop {
+        let before = Lsn(found.lsn.0.checked_sub(1)?);
+        let before = group.resolve_point(&Point::Lsn(before)).ok()?;
+        if before.epoch == found.epoch {
+            return Some(found.epoch);
+        }
+        found = before;
+    }
+}
+
 /// Whether a slot has its backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filled {
@@ -46,7 +61,7 @@ impl Reigns {
     #[must_use]
     pub fn of(group: &Group, slot: LogTime) -> Reigns {
         let whole = group.role() == Role::Primary && !group.is_asking();
-        let at_slot = group.resolve_point(&Point::Time(slot)).ok().map(|found| found.epoch);
+        let at_slot = reign_at(group, slot);
         let epochs = &group.control().epochs;
         let reigns = epochs.iter().map(|epoch| (epoch.id, epoch.first_lsn)).collect();
         Reigns { reigns, head: group.positions().head, whole, at_slot }

@@ -9,20 +9,23 @@ use crate::group::{Group, Image, View};
 
 impl Inner {
     /// The newest backup of the group whose image lies in the history and that counts, whichever
-    /// node made it; while the copies are known to differ, of those that this node made.
+    /// node made it; none while the copies are known to differ, or of before that ended: what this
+    /// node made may have been taken over from what another one had.
     pub(super) fn parent(
         &self,
         group: &Group,
         repository: &Repository,
         image: &Image,
     ) -> Option<Parent> {
+        if self.differs(group) {
+            return None;
+        }
         let listed = repository.list().inspect_err(|error| tracing::warn!("{error}")).ok()?;
         let position = image.position();
-        let only = self.differs(group).then_some(&self.context.node.name);
         let (entry, manifest) = listed.into_iter().rev().find(|(entry, manifest)| {
             manifest.group_id == group.id()
                 && manifest.lsn <= position.lsn
-                && only.is_none_or(|node| *node == manifest.node)
+                && self.peers.is_same_at(group, manifest.lsn)
                 && group.is_in_history(manifest.position())
                 && entry.id.as_ref().is_some_and(|id| self.is_sound(repository, id, manifest))
         })?;

@@ -10,7 +10,7 @@ use super::facts::Reason;
 use crate::group::Group;
 use crate::io::Clock;
 use crate::replication::{BoxFuture, Replication};
-use crate::units::Name;
+use crate::units::{Lsn, Name};
 
 /// What answers a call of a peer.
 pub type PeerHandler = Arc<dyn Fn(Name, Value) -> BoxFuture<Result<Value, String>> + Send + Sync>;
@@ -41,6 +41,9 @@ pub trait PeerCalls: Send + Sync {
     /// How the copy of a group follows that this node and `peer` hold together; without a peer, how
     /// the data here is.
     fn view(&self, group: &Group, peer: Option<&Name>) -> ReplicationView;
+    /// Whether a backup at `lsn` holds the same whichever node made it, as far as comparisons of the
+    /// copies have told, whatever of them is linked or a member now.
+    fn is_same_at(&self, group: &Group, lsn: Lsn) -> bool;
 }
 
 /// Replication as the door, with the clock that its times are by.
@@ -112,6 +115,10 @@ impl PeerCalls for ReplicationPeers {
         let age = copy_age(status.lag.seconds, status.rpo_actual_seconds);
         let lag = Duration::try_from_secs_f64(age).ok().filter(|_| !unknown_lag);
         ReplicationView { link_lost, lag, reasons }
+    }
+
+    fn is_same_at(&self, group: &Group, lsn: Lsn) -> bool {
+        self.replication.is_same_at(group, lsn)
     }
 }
 

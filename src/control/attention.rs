@@ -139,8 +139,15 @@ fn look_at_group(group: &GroupStatus, found: &mut Vec<Attention>) {
     }
     let differs = ["copies-differ", "logs-differ"];
     let reasons = group.backup_capable.reasons.iter();
-    for reason in reasons.filter(|reason| differs.contains(&&*reason.code)) {
-        tell("copies-differ", format!("{}; `tidelog events` says what to do", reason.text));
+    let reasons = reasons.filter(|reason| differs.contains(&&*reason.code));
+    let mut differences: Vec<_> = reasons.map(|reason| reason.text.clone()).collect();
+    if differences.is_empty() {
+        // The verdict says nothing of a copy that is not linked, or not as fit as another.
+        let found = group.differences.iter().filter_map(|found| found.difference());
+        differences.extend(found.map(|what| format!("the copies differ: {what}")));
+    }
+    for what in differences {
+        tell("copies-differ", format!("{what}; `tidelog events` says what to do"));
     }
     if group.data_state == DataState::Retired {
         return;

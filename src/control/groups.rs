@@ -249,10 +249,13 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
         reigns || peer.link_state == "connected" && follows
     }) && group.data_state().0 != DataState::Retired
     {
-        let node = if reigns { "here" } else { "on the primary" };
+        let (node, copy) = match reigns {
+            true => ("here", peer.name.as_str()),
+            false => ("on the primary", context.node.name.as_str()),
+        };
         return Err(Problem::refused(format!(
-            "group {name}: is replicated with {peer}; `tidelog replicate {name} --stop --to {peer}` {node} \
-             first",
+            "group {name}: is replicated with {peer}; `tidelog replicate {name} --stop --to {copy}` \
+             {node} first",
             peer = peer.name
         )));
     }

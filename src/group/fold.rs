@@ -20,7 +20,7 @@ use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
 use super::fold_damage::Rotted;
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
-use super::lost::{listed, sizes_of};
+use super::lost::sizes_of;
 use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState};
@@ -270,13 +270,12 @@ impl Group {
         }
         let disk = &self.context.env.disk;
         let base_dir = self.dir.join("base");
-        let below = listed(&**disk, &base_dir).map_err(|cause| self.io("read base", &cause))?;
         let state = ControlState {
             position: target.position(),
             chain: target.chain,
             requests: target.requests,
             entries: content.table.folded(target.lsn),
-            bases: sizes_of(&self.bases.read().expect("no holder panics"), &content, &below),
+            bases: sizes_of(&self.bases.read().expect("no holder panics"), &content, &old.bases),
         };
         state.store(&**disk, &base_dir).map_err(|cause| self.io("write control state", &cause))?;
         drop(content);

@@ -111,7 +111,17 @@ impl Group {
     ) -> Result<(), GroupError> {
         if cause.kind() != io::ErrorKind::StorageFull {
             if self.only_a_command_ends(moment)? {
-                return Err(self.io("keep what a branch needs of older blocks", cause));
+                if let Some(overlay) = moment.overlay()
+                    && let Err(cause) = overlay.roll_back()
+                {
+                    tracing::warn!("group {}: kept blocks: {cause}", self.name());
+                }
+                let name = self.name();
+                let what = format!(
+                    "keep what a branch needs of older blocks (`tidelog timeline {name}` shows \
+                     each, `tidelog branch remove` gives one up)"
+                );
+                return Err(self.io(&what, cause));
             }
             self.let_go(moment, &format!("what a fold changes could not be kept: {cause}"));
             return Ok(());

@@ -71,22 +71,6 @@ pub(super) fn load_horizon(
     Ok(state)
 }
 
-/// The files that the control state on disk lists; none before there is one.
-///
-/// # Errors
-///
-/// What the disk says, and a control state that is damaged.
-pub(super) fn listed(disk: &dyn Disk, base_dir: &Path) -> io::Result<BTreeMap<VolumeNumber, u64>> {
-    match ControlState::load(disk, base_dir) {
-        Ok(state) => Ok(state.bases),
-        Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {
-            Ok(BTreeMap::new())
-        }
-        Err(ControlStateError::Io(cause)) => Err(cause),
-        Err(cause @ ControlStateError::Damaged(_)) => Err(io::Error::other(cause)),
-    }
-}
-
 /// Brings back, as damage, what is not there of the files that the control state tells of, and
 /// tells of it at once; of volumes that are gone at the horizon only of those `in_moments`, since
 /// the others may have been removed. While a fold or a merge has not `ended`, a file that is too

@@ -14,7 +14,7 @@ use super::content::{Content, VolumeContent};
 use super::engine::{Group, placed};
 use super::files;
 use super::fold_damage::Rotted;
-use super::lost::{LostBase, bring_back_bases, listed, sizes_of};
+use super::lost::{LostBase, bring_back_bases, sizes_of};
 use super::meta::Meta;
 use super::moment::MOMENTS;
 use super::ranges::{Cover, Place, Ranges};
@@ -75,15 +75,17 @@ impl Merging {
         self.ranges.of(volume).map(|range| (range.at.offset, range.length))
     }
 
-    /// Brings the base to the image; durable on return. Blocks that have rotted are damage there.
+    /// Brings the base to the image; durable on return, with its control state, which lists what
+    /// the one `below` it lists too. Blocks that have rotted are damage there.
     fn merge(
         &self,
         disk: &Arc<dyn Disk>,
         group_dir: &Path,
         bases: &RwLock<BTreeMap<VolumeNumber, Arc<BaseVolume>>>,
         gate: &RwLock<()>,
+        below: &BTreeMap<VolumeNumber, u64>,
         rotted: &mut Rotted,
-    ) -> io::Result<()> {
+    ) -> io::Result<ControlState> {
         let base_dir = group_dir.join("base");
         let content = Content::at_horizon(&self.control);
         for (number, known) in &content.volumes {
@@ -95,14 +97,14 @@ impl Merging {
                 bases.write().expect("no holder panics").insert(*number, Arc::new(moved));
             }
         }
-        let below = if self.partial { listed(&**disk, &base_dir)? } else { BTreeMap::new() };
-        let sizes = sizes_of(&bases.read().expect("no holder panics"), &content, &below);
-        ControlState { bases: sizes, ..self.control.clone() }.store(&**disk, &base_dir)?;
+        let sizes = sizes_of(&bases.read().expect("no holder panics"), &content, below);
+        let state = ControlState { bases: sizes, ..self.control.clone() };
+        state.store(&**disk, &base_dir)?;
         let moments = group_dir.join(MOMENTS);
         if disk.exists(&moments)? {
             if self.partial {
                 // They may need the bases of volumes that are gone: those go when nobody does.
-                return Ok(());
+                return Ok(state);
             }
             // What was kept for older moments has lost what it lay above.
             files::discard(&**disk, &moments)?;
@@ -113,7 +115,7 @@ impl Merging {
             bases.write().expect("no holder panics").remove(&number);
             BaseVolume::remove_files(&**disk, &base_dir, number)?;
         }
-        Ok(())
+        Ok(state)
     }
 
     /// Writes what is staged of a volume to its base.
@@ -204,18 +206,20 @@ pub(super) fn finish_at_start(
             Err(cause) => return Err(io(cause)),
         };
         let base_dir = group_dir.join("base");
+        let mut listed = BTreeMap::new();
         if merging.partial {
             match ControlState::load(&**disk, &base_dir) {
                 Ok(below) => {
                     let found = bring_back_bases(&**disk, &base_dir, &below, &[], false, tell);
                     lost = found.map_err(io)?;
+                    listed = below.bases;
                 }
                 Err(ControlStateError::Io(cause)) if cause.kind() == io::ErrorKind::NotFound => {}
                 Err(cause) => return Err(io(io::Error::other(cause))),
             }
         }
         let (bases, gate) = (RwLock::default(), RwLock::default());
-        merging.merge(disk, group_dir, &bases, &gate, &mut rotted).map_err(io)?;
+        merging.merge(disk, group_dir, &bases, &gate, &listed, &mut rotted).map_err(io)?;
     }
     Ok((lost, rotted))
 }
@@ -261,9 +265,11 @@ impl Group {
         let Some(merging) = self.merging() else { return Ok(()) };
         let disk = &self.context.env.disk;
         let mut rotted = Rotted::new(true);
-        merging
-            .merge(disk, &self.dir, &self.bases, &self.base_gate, &mut rotted)
+        let below = self.lock().horizon.clone();
+        let state = merging
+            .merge(disk, &self.dir, &self.bases, &self.base_gate, &below.bases, &mut rotted)
             .map_err(|cause| self.io("bring the received image into the base", &cause))?;
+        self.lock().horizon = Arc::new(state);
         self.update_meta(|meta| meta.merging = false)?;
         *self.merging.write().expect("no holder panics") = None;
         self.tell_rotted(&rotted, RECEIVED);

@@ -23,6 +23,7 @@ use super::returning::authored_behind;
 use super::staging::{ImageOffer, ImagePart, ImageProgress, STAGING, Staged, Staging, State};
 use super::timeline::Timeline;
 use super::{GroupError, Role};
+use crate::base::ControlState;
 use crate::events::Severity;
 use crate::log::writer::Writer;
 use crate::units::{ByteSize, Lsn, Position};
@@ -331,7 +332,9 @@ impl Group {
         core.epoch = state.position.epoch;
         core.unflushed = true;
         core.cuts += 1;
-        core.horizon = std::sync::Arc::new(state);
+        // The files of the base stay as they are until what is staged is in it.
+        let bases = if partial { core.horizon.bases.clone() } else { Default::default() };
+        core.horizon = std::sync::Arc::new(ControlState { bases, ..state });
         core.fold_target = at;
         core.unfinished_fold = None;
         core.pending = Pending::default();

@@ -117,6 +117,12 @@ impl Replication {
                  {group_name}` shows its peers"
             )));
         };
+        if member.node == shared.context.node.id {
+            return Err(ReplicationError::Refused(format!(
+                "group {group_name}: {peer_name} is this node; `--to` names the peer whose copy is to \
+                 be retired, `tidelog status {group_name}` shows them"
+            )));
+        }
         let work = move || -> Result<(), ReplicationError> {
             let options = ReplicateOptions::default();
             put_member(&*group, member.node, member.name, options, true)?;

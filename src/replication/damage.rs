@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::events::Severity;
 use crate::group::{DamagedPart, Found, Group};
-use crate::units::{GroupId, LogTime};
+use crate::units::{GroupId, LogTime, Lsn};
 
 use super::peers::{StoreError, replace};
 use super::scrub::ScrubStatus;
@@ -53,6 +53,10 @@ pub(super) struct Ledger {
     /// The last comparison with each peer that found a difference, until one finds none.
     #[serde(default)]
     differences: Vec<VerifyStatus>,
+    /// Where the log was when the last difference had ended: a backup of before may hold what
+    /// differed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    differed_until: Option<Lsn>,
 }
 
 pub(super) type Ledgers = HashMap<GroupId, Ledger>;
@@ -105,9 +109,19 @@ impl Ledger {
         self.line(|part| matches!(part, DamagedPart::Base { .. }))
     }
 
-    /// Takes over what a comparison found: a difference, or that those in `ended` are none.
-    pub(super) fn note_compared(&mut self, status: &VerifyStatus, ended: &[VerifyStatus]) {
+    /// Takes over what a comparison found: a difference, or that those in `ended` are none, with the
+    /// log at `head`.
+    pub(super) fn note_compared(
+        &mut self,
+        status: &VerifyStatus,
+        ended: &[VerifyStatus],
+        head: Lsn,
+    ) {
+        let known = self.differences.len();
         self.differences.retain(|known| !ended.contains(known));
+        if self.differences.len() < known {
+            self.differed_until = self.differed_until.max(Some(head));
+        }
         if status.difference().is_some() {
             self.differences.retain(|known| known.peer != status.peer);
             self.differences.push(status.clone());
@@ -117,6 +131,11 @@ impl Ledger {
     /// The comparisons that speak against the copies, the last one of each peer.
     pub(super) fn differences(&self) -> &[VerifyStatus] {
         &self.differences
+    }
+
+    /// Whether images at `lsn` were the same on all nodes, as far as is known.
+    pub(super) fn is_same_at(&self, lsn: Lsn) -> bool {
+        self.differences.is_empty() && self.differed_until.is_none_or(|until| lsn > until)
     }
 
     /// What speaks against the copies here and on one peer, or on any.
@@ -262,7 +281,7 @@ pub(super) fn load(dir: &Path) -> Ledgers {
             && verify.ended_with_the_process()
         {
             let ended = verify.clone();
-            ledger.note_compared(&ended, &[]);
+            ledger.note_compared(&ended, &[], Lsn::ZERO);
         }
     }
     ledgers

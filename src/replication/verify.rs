@@ -264,7 +264,8 @@ impl Shared {
             let in_history = group.is_in_history(known.position);
             status.ends(known, in_history, self.peer_named(known.peer.as_str()).is_ok())
         });
-        self.change_ledger(group.id(), |ledger| ledger.note_compared(status, &ended));
+        let head = group.positions().head;
+        self.change_ledger(group.id(), |ledger| ledger.note_compared(status, &ended, head));
     }
 
     /// Compares a group with a peer's copy; on a thread that may wait.
@@ -524,6 +525,13 @@ impl Replication {
     #[must_use]
     pub fn differences(&self, group: &Group) -> Vec<VerifyStatus> {
         self.shared.ledger(group.id()).differences().to_vec()
+    }
+
+    /// Whether a backup at `lsn` holds the same whichever node made it, as far as comparisons have
+    /// told: false while copies differ, and of what was before that ended.
+    #[must_use]
+    pub fn is_same_at(&self, group: &Group, lsn: Lsn) -> bool {
+        self.shared.ledger(group.id()).is_same_at(lsn)
     }
 }
 

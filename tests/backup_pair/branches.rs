@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
-use tidelog::backup::{BackupEntry, Outcome};
+use tidelog::backup::{BackupEntry, Outcome, Reigns};
+use tidelog::group::Point;
 use tidelog::io::ManualClock;
 use tidelog::units::LogTime;
 
@@ -69,4 +70,21 @@ fn a_slot_that_only_the_other_branch_has_made_is_overdue_here() {
     assert_eq!((alarm.slot, alarm.state.as_str()), (slot, "overdue"));
     later.shutdown();
     assert_eq!(alarm_states(&pair.a), Vec::new());
+}
+
+/// The clock of a copy is sure of no more than what was measured: the record of the reign that it
+/// began got an hour of before the slot, and the backup of before did not count any more.
+#[test]
+fn a_backup_of_before_a_reign_counts_where_only_the_reign_s_own_record_is_dated_before_the_slot() {
+    let (pair, _clock) = Pair::by_clock(json!({}));
+    pair.write(0, &noise(1 << 20, 7));
+    let group = pair.a.group();
+    group.sync_now().unwrap();
+    let before = group.resolve_point(&Point::Now).unwrap();
+    group.promote("test").unwrap();
+    let slot = time("2999-01-01T00:00:00Z");
+    let why_not = || Reigns::of(&group, slot).why_not(before.epoch, before.lsn, false);
+    assert_eq!(why_not(), None);
+    pair.write(0, &noise(1 << 20, 8));
+    assert!(why_not().is_some_and(|why| why.contains("in which its slot came")));
 }

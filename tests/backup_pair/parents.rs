@@ -1,5 +1,7 @@
 //! What a backup may take over unread from one before it.
 
+use std::sync::atomic::Ordering;
+
 use serde_json::json;
 use tidelog::backup::Reason;
 
@@ -39,12 +41,28 @@ fn a_backup_that_does_not_count_is_nobodys_parent() {
     assert_eq!(run(&pair, "a").1, 0);
 }
 
+/// The other node's bytes are in what this one took over from it, too.
 #[test]
-fn while_the_copies_are_known_to_differ_nothing_is_taken_over_from_the_other_one() {
+fn while_the_copies_are_known_to_differ_nothing_is_taken_over() {
     let pair = Pair::new(json!({}));
     assert_eq!(run(&pair, "b").1, ALL);
-    *pair.link.reasons.lock().unwrap() =
-        vec![Reason { code: "copies-differ".to_owned(), text: "the copies differ".to_owned() }];
-    assert_eq!(run(&pair, "a").1, ALL, "the copy is unfit, and its backup no parent");
-    assert_eq!(run(&pair, "a").1, 0, "its own is one");
+    let reason = |code: &str| vec![Reason { code: code.to_owned(), text: code.to_owned() }];
+    *pair.link.reasons.lock().unwrap() = reason("data-failed");
+    assert_eq!(run(&pair, "a").1, 0);
+    *pair.link.reasons.lock().unwrap() = reason("copies-differ");
+    assert_eq!(run(&pair, "a").1, ALL);
+    *pair.link.reasons.lock().unwrap() = reason("data-failed");
+    assert_eq!(run(&pair, "a").1, 0);
+}
+
+/// The verdict on a copy tells of a difference only while the copy is linked, and no longer than
+/// the difference lasts; the backups of that copy stay in the repository.
+#[test]
+fn a_backup_of_when_the_copies_differed_is_no_parent() {
+    let pair = Pair::new(json!({}));
+    assert_eq!(run(&pair, "b").1, ALL);
+    pair.link.differed_until.store(u64::MAX, Ordering::SeqCst);
+    assert_eq!(run(&pair, "b").1, ALL);
+    pair.link.differed_until.store(0, Ordering::SeqCst);
+    assert_eq!(run(&pair, "b").1, 0);
 }

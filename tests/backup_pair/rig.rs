@@ -21,7 +21,7 @@ use tidelog::group::{
 use tidelog::io::{Env, ManualClock};
 use tidelog::log::control::{Control, MemberRecord, Mode, OnLoss};
 use tidelog::replication::BoxFuture;
-use tidelog::units::{LogTime, Name, NodeId};
+use tidelog::units::{LogTime, Lsn, Name, NodeId};
 
 use crate::support::{PATIENCE, wait_for};
 
@@ -43,6 +43,8 @@ pub struct Link {
     pub lag: AtomicU64,
     /// What else speaks against the copy.
     pub reasons: Mutex<Vec<Reason>>,
+    /// Up to where the copies have differed.
+    pub differed_until: AtomicU64,
     pub groups: RwLock<Option<(Arc<Group>, Arc<Group>)>>,
 }
 
@@ -116,6 +118,10 @@ impl PeerCalls for End {
         let lag = Duration::from_nanos(self.link.lag.load(Ordering::SeqCst));
         let reasons = self.link.reasons.lock().unwrap().clone();
         ReplicationView { link_lost: lost, lag: Some(lost.unwrap_or(lag)), reasons }
+    }
+
+    fn is_same_at(&self, _group: &Group, lsn: Lsn) -> bool {
+        lsn.0 > self.link.differed_until.load(Ordering::SeqCst)
     }
 }
 

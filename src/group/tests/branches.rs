@@ -71,6 +71,37 @@ fn no_error_of_the_disk_in_a_fold_ends_a_branch() {
     }
 }
 
+/// Each attempt wrote all of it once more, behind what the one before had written.
+#[test]
+fn what_a_branch_keeps_is_not_written_once_more_with_each_fold_that_fails() {
+    let kept = |operation: Option<u64>| {
+        let bench = Bench::new("a", 1);
+        let (group, volume, ..) = with_branch(&bench);
+        write(&group, volume, 0, &vec![5; 256 << 10]);
+        bench.pass(5);
+        group.sync_now().unwrap();
+        if let Some(operation) = operation {
+            bench.disk.inject(Fault::Error { operation: bench.disk.operations() + operation });
+        }
+        let failed = group.fold_now().is_err();
+        bench.disk.clear_faults();
+        let folded = !failed || group.fold_now().is_ok();
+        let moments = group.lock().moments.clone();
+        let overlays = moments.values().filter_map(|moment| moment.overlay());
+        (failed, folded, overlays.map(|overlay| overlay.bytes()).sum::<u64>())
+    };
+    let (_, _, once) = kept(None);
+    let mut again = 0;
+    for operation in 0..60 {
+        let (failed, folded, bytes) = kept(Some(operation));
+        if failed && folded {
+            assert_eq!(bytes, once, "operation {operation}");
+            again += 1;
+        }
+    }
+    assert!(once > 0 && again > 3, "{once} bytes, {again} times");
+}
+
 #[test]
 fn a_branch_is_shown_as_it_was_after_folds_past_its_cut_and_after_a_restart() {
     let bench = Bench::new("a", 1);

@@ -225,3 +225,21 @@ fn a_base_whose_control_state_is_lost_or_old_is_not_opened() {
     older.store(&*pair.b.disk, &dir().join("base")).unwrap();
     refused("the disk lost the newer file");
 }
+
+/// What the memory knows was read back from the disk, after the base had been written: from then on
+/// nothing was folded, and the group did not open any more.
+#[test]
+fn a_control_state_that_rotted_is_written_anew_by_the_next_fold() {
+    let bench = Bench::new("a", 1);
+    let (group, volume) = group_with_volume(&bench);
+    write(&group, volume, 0, &[1; 8192]);
+    fold(&bench, &group);
+    let path = dir().join("base/control");
+    let file = bench.disk.open(&path, OpenMode::ReadWrite).unwrap();
+    file.write_at(&[std::io::IoSlice::new(b"rotten")], 3).unwrap();
+    write(&group, volume, 4096, &[2; 4096]);
+    fold(&bench, &group);
+    drop(group);
+    let (group, _) = bench.open();
+    assert!(read(&*group, volume, 0, 8192) == [[1; 4096], [2; 4096]].concat());
+}

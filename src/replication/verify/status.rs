@@ -90,7 +90,8 @@ impl VerifyStatus {
 
     /// What speaks against the copy: where both nodes are sure of different bytes, also where the
     /// comparison was not carried to its end.
-    pub(in crate::replication) fn difference(&self) -> Option<String> {
+    #[must_use]
+    pub fn difference(&self) -> Option<String> {
         let first = self.extents.iter().find(|extent| extent.unreadable_on.is_none())?;
         let VerifyStatus { peer, position, .. } = self;
         Some(format!(

@@ -211,9 +211,13 @@ async fn a_difference_holds_until_all_is_the_same_with_that_peer_whatever_fails_
     // What another says is not taken for the end of what runs here.
     let running = compared("c", VerifyState::Running, now);
     shared.change_ledger(group.id(), |ledger| ledger.verify = Some(running.clone()));
+    let is_same = |lsn| node.replication.is_same_at(&group, lsn);
+    let head = group.positions().head;
+    assert!(!is_same(head.advance(1)), "while they differ");
     told("b", Equal, now);
     assert_eq!(differs(), Vec::<String>::new());
     assert_eq!(node.replication.verify_status(&group), Some(running));
+    assert!(!is_same(head) && is_same(head.advance(1)), "backups of before hold what differed");
     // A moment that left the history is nothing that a later comparison can reach.
     let gone = Position { epoch: crate::units::EpochId(77), ..now };
     told("b", Differs, Position { lsn: Lsn(now.lsn.0 + (1 << 30)), ..gone });
