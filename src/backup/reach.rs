@@ -14,6 +14,9 @@ use crate::units::{LogTime, Span};
 
 /// How long one who asks how a repository is waits for a fresh answer; shorter than a peer waits.
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+/// What a call that seems to hang has left to end in: the clock may have jumped over it, where the
+/// machine stood still.
+const AFTER_A_JUMP: Duration = Duration::from_millis(250);
 /// How old an answer may be that stands in for a fresh one.
 const ANSWER_AGE_MAX: Duration = Duration::from_secs(30);
 /// How long a small object may take; far above what a busy disk needs for a sync.
@@ -51,7 +54,7 @@ impl Asker {
         Ok(Asker { queue: Mutex::new(queue), busy: Arc::default(), clock })
     }
 
-    /// Has `work` done on the thread; gives up when `patience` is over, at once where the present
+    /// Has `work` done on the thread; gives up when `patience` is over, and soon where the present
     /// call has taken that long already.
     fn ask<T: Send + 'static>(
         &self,
@@ -60,10 +63,18 @@ impl Asker {
     ) -> Result<T, Hung> {
         let asked = self.clock.wall();
         let busy = || *self.busy.lock().expect("no holder panics");
-        if let Some((since, at)) = busy()
-            && self.clock.monotonic().saturating_sub(at) >= patience
-        {
-            return Err(Hung(since));
+        let hung = || {
+            let long = |at| self.clock.monotonic().saturating_sub(at) >= patience;
+            busy().filter(|(_, at)| long(*at)).map(|(since, _)| since)
+        };
+        let mut left = AFTER_A_JUMP;
+        while let Some(since) = hung() {
+            if left.is_zero() {
+                return Err(Hung(since));
+            }
+            let nap = left.min(Duration::from_millis(10));
+            std::thread::sleep(nap);
+            left -= nap;
         }
         let stage = Arc::new(Mutex::new(Stage::Queued));
         let (answer, answers) = sync_channel(1);
@@ -266,5 +277,26 @@ mod tests {
         release.send(()).expect("it hangs there");
         while asker.ask(LONG, || ()).is_err() {}
         assert!(happened.try_recv().is_err(), "what was given up did not happen later");
+    }
+
+    /// A node that stood still took the call that it found itself in for one that hangs, and its
+    /// run failed: the repository was out of reach from both nodes at once.
+    #[test]
+    fn a_call_over_which_the_clock_has_jumped_is_no_repository_that_hangs() {
+        let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
+        let asker = Asker::start("main", clock.clone()).expect("a thread");
+        let (entered, entries) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let call = move || {
+                    entered.send(()).expect("the test waits");
+                    std::thread::sleep(MOMENT);
+                };
+                asker.ask(LONG, call).expect("it ends");
+            });
+            entries.recv().expect("the call began");
+            clock.advance(LONG * 60);
+            assert_eq!(asker.ask(LONG, || 7), Ok(7));
+        });
     }
 }

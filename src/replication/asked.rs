@@ -141,10 +141,12 @@ pub(super) mod tests {
     use super::*;
     use crate::group::Group;
     use crate::io::MemoryDisk;
-    use crate::log::control::Mode;
+    use crate::log::control::{Control, EpochRecord, Mode};
+    use crate::replication::core::Membership;
     use crate::replication::drive::tests::{Node, member, node_on};
     use crate::replication::pairing::Fingerprint;
-    use crate::units::LogTime;
+    use crate::replication::replica::membership_of;
+    use crate::units::{EpochId, LogTime, Lsn};
 
     pub(in crate::replication) const PEER: NodeId = NodeId([2; 16]);
 
@@ -234,5 +236,31 @@ pub(super) mod tests {
         node.replication.forget_group(group.id()).unwrap();
         assert!(!is_asked_for(&node, &group), "the group was deleted");
         node.stop();
+    }
+
+    /// The power failed on the copy between the record of a reign and the one that makes its node a
+    /// member again: the copy followed nobody, and hosts waited for it without end.
+    #[test]
+    fn a_copy_follows_a_reign_of_a_former_member_before_it_has_the_record_that_makes_it_one() {
+        let own = NodeId([1; 16]);
+        let reign = |author| EpochRecord {
+            counter: 2,
+            id: EpochId(2),
+            author,
+            author_name: "b".parse().unwrap(),
+            first_lsn: Lsn(4096),
+            reason: "promote".to_owned(),
+            other: serde_json::Map::new(),
+        };
+        let Control::Member(me) = member(own, "a", Mode::Async) else { panic!("a member") };
+        let mut view = ControlView { members: vec![me], ..ControlView::default() };
+        view.epochs.push(reign(PEER));
+        let of = |view: &_, primary| membership_of(view, own, PEER, primary, false);
+        assert_eq!(of(&view, false), Membership::Pending);
+        assert_eq!(of(&view, true), Membership::Stranger);
+        let removed = ControlView { members: Vec::new(), ..view.clone() };
+        assert_eq!(of(&removed, false), Membership::Stranger, "replication to it was stopped");
+        view.epochs.push(reign(own));
+        assert_eq!(of(&view, false), Membership::Stranger, "that reign is over");
     }
 }

@@ -72,7 +72,8 @@ pub enum Membership {
         /// When a write is answered.
         mode: Mode,
     },
-    /// An empty copy here, made at the peer's request: its log does not say so yet.
+    /// Its log does not say so yet: an empty copy here, made at the peer's request, or one of the
+    /// reign of a peer that was no member before.
     Pending,
     /// It was a member until replication was stopped.
     Stopped,

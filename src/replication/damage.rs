@@ -109,8 +109,8 @@ impl Ledger {
         self.line(|part| matches!(part, DamagedPart::Base { .. }))
     }
 
-    /// Takes over what a comparison found: a difference, or that those in `ended` are none, with the
-    /// log at `head`.
+    /// Takes over what a comparison found: a difference, or that those in `ended` are none, with
+    /// the log at `head`.
     pub(super) fn note_compared(
         &mut self,
         status: &VerifyStatus,

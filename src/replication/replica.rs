@@ -295,7 +295,8 @@ pub(super) fn history_of(group: &dyn Replica, positions: &Positions) -> History 
 }
 
 /// What the group's records say of a peer. `asked_for` tells that the peer had the copy made, or
-/// taken up again. Members that were removed are not in the records' view.
+/// taken up again. Members that were removed are not in the records' view; one of them that was
+/// promoted is a member again by the next record of its reign, which a copy may not have yet.
 pub(super) fn membership_of(
     control: &ControlView,
     me: NodeId,
@@ -305,6 +306,7 @@ pub(super) fn membership_of(
 ) -> Membership {
     let find = |node| control.members.iter().find(|member| member.node == node);
     let (own, theirs) = (find(me), find(peer));
+    let reigns = control.epochs.last().is_some_and(|epoch| epoch.author == peer);
     match theirs {
         Some(member) if primary || own.is_some() => {
             // These are properties of the copy: on the secondary it stands in its own record.
@@ -313,6 +315,7 @@ pub(super) fn membership_of(
         }
         _ if asked_for && !primary => Membership::Pending,
         Some(_) => Membership::Stopped,
+        None if reigns && own.is_some() && !primary => Membership::Pending,
         None => Membership::Stranger,
     }
 }

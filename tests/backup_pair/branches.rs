@@ -79,12 +79,18 @@ fn a_backup_of_before_a_reign_counts_where_only_the_reign_s_own_record_is_dated_
     let (pair, _clock) = Pair::by_clock(json!({}));
     pair.write(0, &noise(1 << 20, 7));
     let group = pair.a.group();
-    group.sync_now().unwrap();
+    let reign = || {
+        group.demote().unwrap();
+        group.promote("test").unwrap();
+    };
+    // Who reigns first becomes a member by a record of its own.
+    reign();
     let before = group.resolve_point(&Point::Now).unwrap();
-    group.promote("test").unwrap();
-    let slot = time("2999-01-01T00:00:00Z");
+    reign();
+    let slot = time("2100-01-01T00:00:00Z");
     let why_not = || Reigns::of(&group, slot).why_not(before.epoch, before.lsn, false);
     assert_eq!(why_not(), None);
     pair.write(0, &noise(1 << 20, 8));
-    assert!(why_not().is_some_and(|why| why.contains("in which its slot came")));
+    let why = why_not().unwrap_or_default();
+    assert!(why.contains("in which its slot came"), "{why}");
 }
