@@ -223,10 +223,15 @@ impl Group {
                 Err(GroupError::NoSpace { .. }) if self.make_room() => {}
                 folded => break folded,
             }
+            // What the next round finds torn, this one may have written.
+            if self.has_begun(target.lsn) {
+                self.lock().unfinished_fold = Some(target.lsn);
+            }
         };
         let begun = self.has_begun(target.lsn);
         self.lock().unfinished_fold = (folded.is_err() && begun).then_some(target.lsn);
         folded?;
+        self.lock().awaited.end_attempts();
         self.update_meta(|meta| meta.horizon = target.lsn)?;
         self.sweep_moments()?;
         self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
@@ -243,6 +248,7 @@ impl Group {
 
     /// Makes the base the image at `target`, and moves the horizon there.
     fn write_base(&self, target: &Checkpoint, gives_up: bool) -> Result<(), GroupError> {
+        self.lock().awaited.begin_attempt();
         let begun = self.has_begun(target.lsn);
         let moments = self.claim(target.lsn, begun)?;
         let old = self.lock().horizon.clone();
@@ -289,23 +295,28 @@ impl Group {
     fn check_what_stays(&self, known: &VolumeContent, gives_up: bool) -> Result<(), GroupError> {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
         let mut block = vec![0; BLOCK_BYTES as usize];
-        let mut looked_at = None;
+        let (mut looked_at, mut has_sums) = (None, true);
+        // All that cannot be read is waited for at the same time.
+        let mut waits = Ok(());
         for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
             if let FoldStep::Copy { offset, .. } | FoldStep::Mend { offset, .. } = &step
                 && let chunk = offset / CHUNK_BYTES
                 && looked_at.replace(chunk) != Some(chunk)
             {
-                self.check_sums(&base, chunk, gives_up)?;
+                let looked = self.check_sums(&base, chunk, gives_up);
+                has_sums = looked.is_ok();
+                waits = waits.and(looked);
             }
             let FoldStep::Mend { offset, parts } = step else { continue };
-            if parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
+            if has_sums
+                && parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
                 && let Err(cause) = base.read(offset, &mut block)
             {
                 self.suspect_block(&cause);
-                self.leave_damaged(&base, offset, &cause, gives_up)?;
+                waits = waits.and(self.leave_damaged(&base, offset, &cause, gives_up));
             }
         }
-        Ok(())
+        waits
     }
 
     /// The base is complete up to here: maps forget what it has.

@@ -11,12 +11,14 @@
 //! as it is, with a checksum that never holds: what a peer has of before lacks that part.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use serde_json::json;
 
 use super::GroupError;
 use super::content::VolumeContent;
 use super::engine::Group;
+use super::fold_plan::written_at;
 use super::read::Fetch;
 use super::scrub::DamagedPart;
 use crate::base::{BaseError, BaseVolume};
@@ -26,7 +28,22 @@ use crate::log::reader::ScanEnd;
 use crate::log::record::{crc32, crc32_joined};
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, Name, VolumeNumber};
 
-/// What folds know of the damage that they meet in the log.
+/// What the disk cannot read for so long is lost, where writers need the room. An error that
+/// passes, as where a path to the disk fails over, has passed by then.
+const UNREAD_FOR: Duration = Duration::from_secs(10);
+
+/// Something that the disk cannot read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Unread {
+    /// A piece of the log.
+    Piece(Lsn),
+    /// A block of the base, by its first byte.
+    Block(VolumeNumber, u64),
+    /// Sums or slot of a chunk of the base.
+    Sums(VolumeNumber, u64),
+}
+
+/// What folds know of the damage that they meet.
 #[derive(Debug, Default)]
 pub(super) struct Awaited {
     /// The record that is waited for: while it is damaged, nothing else is read again for a fold.
@@ -35,6 +52,28 @@ pub(super) struct Awaited {
     whole_to: Lsn,
     /// Segments with damage that no peer can make good.
     nobody_has: BTreeSet<u64>,
+    /// What could not be read in the present attempt, and since when in all of them (monotonic).
+    unread: BTreeMap<Unread, Duration>,
+    /// The same of the attempt before.
+    unread_before: BTreeMap<Unread, Duration>,
+}
+
+impl Awaited {
+    /// A fold is tried, perhaps again.
+    pub(super) fn begin_attempt(&mut self) {
+        self.unread_before = std::mem::take(&mut self.unread);
+    }
+
+    /// What could not be read has no meaning any more.
+    pub(super) fn end_attempts(&mut self) {
+        (self.unread, self.unread_before) = Default::default();
+    }
+
+    /// Notes what cannot be read now; for how long it could not be.
+    fn unread_for(&mut self, what: Unread, now: Duration) -> Duration {
+        let since = self.unread.get(&what).or(self.unread_before.get(&what)).copied();
+        now.saturating_sub(*self.unread.entry(what).or_insert(since.unwrap_or(now)))
+    }
 }
 
 /// The blocks that a fold leaves damaged: of which volume, and where.
@@ -84,12 +123,16 @@ impl Group {
             return Ok(());
         }
         let blocks = data.chunks_exact_mut(BLOCK_BYTES as usize);
+        // All that cannot be read is waited for at the same time.
+        let mut waits = Ok(());
         for ((index, buffer), piece) in blocks.enumerate().zip(pieces) {
-            if !self.fetch_or_zeros(volume, piece, buffer, rotted)? {
-                rotted.push(known, offset + index as u64 * BLOCK_BYTES);
+            match self.fetch_or_zeros(volume, piece, buffer, rotted) {
+                Ok(true) => {}
+                Ok(false) => rotted.push(known, offset + index as u64 * BLOCK_BYTES),
+                Err(error) => waits = waits.and(Err(error)),
             }
         }
-        Ok(())
+        waits
     }
 
     /// Fetches the parts of the block at `offset` that the log has into it; the block's checksum,
@@ -138,7 +181,7 @@ impl Group {
     /// not make it right, it stays as it is, and gets its checksum that never holds before the fold
     /// begins: one that is taken up again would else take it for a block that it had written in
     /// part, and call it good. What the disk cannot read may be there at the next attempt, and is
-    /// waited for while writers need no room; then it is zeros, with such a checksum.
+    /// waited for as [`Group::is_lost`] tells; then it is zeros, with such a checksum.
     ///
     /// # Errors
     ///
@@ -161,8 +204,11 @@ impl Group {
         if base.read(offset, &mut [0; BLOCK_BYTES as usize]).is_ok() {
             return Ok(());
         }
-        let waits = if unread { !self.is_pressed(&self.lock()) } else { self.waits_for_peers() };
-        if waits && !gives_up {
+        let waits = match unread {
+            true => !self.is_lost(Unread::Block(base.number(), offset), gives_up),
+            false => self.waits_for_peers() && !gives_up,
+        };
+        if waits {
             return Err(self.waits(cause.to_string()));
         }
         let born = self.lock().timeline.horizon().lsn;
@@ -186,8 +232,8 @@ impl Group {
             return Ok(());
         };
         self.suspect(DamagedPart::Base { volume: base.number(), chunk });
-        if !gives_up && !self.is_pressed(&self.lock()) {
-            let (volume, at) = (base.number(), chunk * CHUNK_BYTES);
+        let (volume, at) = (base.number(), chunk * CHUNK_BYTES);
+        if !self.is_lost(Unread::Sums(volume, chunk), gives_up) {
             return Err(self.waits(format!("sums of volume {volume} at {at}: {cause}")));
         }
         let lost = base.give_up_unread_sums(chunk);
@@ -203,7 +249,7 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// While an attempt that goes on waits for what cannot be read; what the disk says.
+    /// While what cannot be read is waited for; what the disk says.
     pub(super) fn stays_damaged(
         &self,
         base: &BaseVolume,
@@ -215,20 +261,23 @@ impl Group {
         if is_left_damaged(cause) {
             return Ok(true);
         }
-        let (resumed, pressed) = {
-            let core = self.lock();
-            (core.unfinished_fold.is_some(), self.is_pressed(&core))
-        };
+        if is_unread(cause) {
+            self.suspect_block(cause);
+            if base.read(offset, &mut [0; BLOCK_BYTES as usize]).is_ok() {
+                return Ok(false);
+            }
+            if !self.is_lost(Unread::Block(base.number(), offset), rotted.gives_up) {
+                return Err(self.waits(cause.to_string()));
+            }
+            return self.give_up_block(base, offset, born).map(|()| true);
+        }
         // A crash in the middle of an earlier attempt at this very block may have left any of its
         // sectors new, the rest old, and a checksum of neither. What the log lacks is the same in
         // both. Nothing else excuses a wrong checksum.
-        if resumed && !is_unread(cause) {
+        if self.lock().unfinished_fold.is_some() {
             return Ok(false);
         }
         self.suspect_block(cause);
-        if resumed && !pressed && !rotted.gives_up {
-            return Err(self.waits(cause.to_string()));
-        }
         self.give_up_block(base, offset, born).map(|()| true)
     }
 
@@ -256,6 +305,15 @@ impl Group {
 
     fn waits(&self, what: String) -> GroupError {
         GroupError::Waits { group: self.name().clone(), what }
+    }
+
+    /// Whether what the disk cannot read is waited for no longer: writers have no room left, and
+    /// every attempt has failed there for a while. Or an image takes its place.
+    fn is_lost(&self, what: Unread, gives_up: bool) -> bool {
+        let now = self.context.env.clock.monotonic();
+        let mut core = self.lock();
+        let is_over = core.awaited.unread_for(what, now) >= UNREAD_FOR;
+        gives_up || (is_over && self.log_is_full(&core))
     }
 
     /// Reads `[from, to)` of the log before a fold to there begins, where it would wait for a peer,
@@ -326,7 +384,7 @@ impl Group {
     }
 
     /// Whether a piece is whole; one that is damaged is zeros. What the disk cannot read may be
-    /// there at the next attempt, and is waited for while writers need no room.
+    /// there at the next attempt: its segment is used again after this fold.
     fn fetch_or_zeros(
         &self,
         volume: VolumeNumber,
@@ -334,20 +392,23 @@ impl Group {
         buffer: &mut [u8],
         rotted: &Rotted,
     ) -> Result<bool, GroupError> {
-        let fetch = Fetch { volume, pieces: vec![piece], buffer: &mut *buffer };
-        match self.fetch_checked(vec![fetch]) {
+        let mut fetch = || {
+            let fetch = Fetch { volume, pieces: vec![piece], buffer: &mut *buffer };
+            self.fetch_checked(vec![fetch])
+        };
+        let fetched = fetch().or_else(|error| match error {
+            GroupError::Io { .. } => fetch(),
+            other => Err(other),
+        });
+        match fetched {
             Ok(()) => return Ok(true),
             Err(GroupError::Damaged { .. }) => {}
-            Err(error) => {
-                if !rotted.gives_up && !self.is_pressed(&self.lock()) {
-                    return Err(match error {
-                        GroupError::Io { what, cause, .. } => {
-                            self.waits(format!("{what}: {cause}"))
-                        }
-                        other => other,
-                    });
+            Err(GroupError::Io { what, cause, .. }) => {
+                if !self.is_lost(Unread::Piece(written_at(&piece.source)), rotted.gives_up) {
+                    return Err(self.waits(format!("{what}: {cause}")));
                 }
             }
+            Err(other) => return Err(other),
         }
         buffer.fill(0);
         Ok(false)

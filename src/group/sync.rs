@@ -278,7 +278,7 @@ impl Group {
         self.workers.running() && (behind || self.log_is_full(core))
     }
 
-    fn log_is_full(&self, core: &Core) -> bool {
+    pub(super) fn log_is_full(&self, core: &Core) -> bool {
         self.log_bytes(core) >= self.log_limit(core)
     }
 

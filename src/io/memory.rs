@@ -11,7 +11,7 @@
 //!   showing all of it; later syncs succeed and do not bring it. Who latches the failure survives.
 //! - **Power off after N operations**: the Nth changing operation and all behind it fail and do
 //!   nothing, so that a test can stop a program at every boundary and then crash.
-//! - **An I/O error** of one operation, or of reads of a part of a file until it is written anew.
+//! - **An I/O error** of one operation or read, or reads of a part of a file until it is written.
 //!   **No space** after a number of bytes: a write stops in the middle. **Rot**, at an operation.
 //!
 //! Everything follows from seeds; nothing here asks a clock.
@@ -21,60 +21,17 @@ use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use self::fault::Fault;
 use self::random::Random;
 use super::disk::{Disk, DiskFile, OpenMode, Space};
 
+mod fault;
 mod random;
 
 const SECTOR: u64 = 512;
 const PAGE: u64 = 4096;
 
 type Page = [u8; PAGE as usize];
-
-/// Something that goes wrong, set with [`MemoryDisk::inject`]. Operations are counted as
-/// [`MemoryDisk::operations`] tells: those that change something, and syncs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// From this operation number on, nothing works and nothing changes.
-    PowerOff {
-        /// The first operation that fails.
-        operation: u64,
-    },
-    /// This one operation fails with EIO; a write may have happened in part.
-    Error {
-        /// The operation that fails.
-        operation: u64,
-    },
-    /// The first sync of a file at or after this operation number fails, and the cache lies from
-    /// then on.
-    FailedSync {
-        /// The first operation that it may be.
-        operation: u64,
-    },
-    /// So many bytes more can be allocated, then ENOSPC.
-    NoSpace {
-        /// Bytes, in pages of 4096.
-        bytes: u64,
-    },
-    /// Reads that touch this part of this file fail with EIO, until one write covers all of it.
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        length: u64,
-    },
-    /// Before this operation a bit of this byte of this file turns.
-    Rot {
-        /// The operation.
-        operation: u64,
-        /// The file.
-        path: PathBuf,
-        /// The byte.
-        offset: u64,
-    },
-}
 
 /// The disk. Clones are handles to the same disk; [`MemoryDisk::crash`] and
 /// [`MemoryDisk::snapshot`] make another one.
@@ -191,6 +148,7 @@ struct State {
     inodes: BTreeMap<u64, Inode>,
     next_inode: u64,
     operations: u64,
+    reads: u64,
     syncs: u64,
     faults: Vec<Fault>,
     off: bool,
@@ -435,6 +393,9 @@ impl State {
                     return Err(eio("power is off"));
                 }
                 Fault::Error { operation: at } if operation == *at => hit = Some(eio(what)),
+                Fault::Full { operation: at } if operation == *at => {
+                    hit = Some(io::ErrorKind::StorageFull.into());
+                }
                 _ => {}
             }
         }
@@ -550,6 +511,12 @@ impl MemoryDisk {
     #[must_use]
     pub fn operations(&self) -> u64 {
         self.lock().operations
+    }
+
+    /// How many reads of files were begun.
+    #[must_use]
+    pub fn reads(&self) -> u64 {
+        self.lock().reads
     }
 
     /// How many syncs of files succeeded.
@@ -898,9 +865,14 @@ impl DiskFile for MemoryFile {
             return Err(eio("power is off"));
         }
         let end = offset + buffer.len() as u64;
-        let unreadable = state.faults.iter().any(|fault| {
-            matches!(fault, Fault::Unreadable { path, offset: from, length }
-                if state.is_named(path, self.number) && *from < end && offset < from + length)
+        let read = state.reads;
+        state.reads += 1;
+        let unreadable = state.faults.iter().any(|fault| match fault {
+            Fault::Unreadable { path, offset: from, length } => {
+                state.is_named(path, self.number) && *from < end && offset < from + length
+            }
+            Fault::UnreadOnce { read: at } => read == *at,
+            _ => false,
         });
         if unreadable {
             return Err(eio("unreadable"));

@@ -65,7 +65,7 @@ fn check(view: &dyn View, volume: &Volume, expected: &[u8], rotted: &[u64], what
 /// Hosts write until they need the room of what is folded.
 fn press(bench: &Bench, group: &Arc<Group>, volume: &Volume, expected: &mut [u8]) {
     set_policy(group, 0, 4 * SEGMENT);
-    for round in 0..4 {
+    for round in 0..5 {
         let offset = (64 + round * 15) * 4096;
         write(group, volume.number, offset, &[3; 60_000]);
         expected[offset as usize..][..60_000].fill(3);
@@ -298,11 +298,137 @@ fn what_the_disk_cannot_read_of_the_log_is_given_up_only_where_writers_need_the_
     bench.disk.inject(Fault::Unreadable { path, offset: end.0 - 512, length: 512 });
     assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
     press(&bench, &group, &volume, &mut expected);
+    assert!(group.log_full().is_some());
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })), "for some seconds");
+    bench.pass(5);
     // What had begun is finished first, then the rest.
     group.fold_now().unwrap();
     check(&*group, &volume, &expected, &[0], "folded");
     bench.disk.clear_faults();
     check(&*group, &volume, &expected, &[0], "read again");
+}
+
+/// A group whose next fold has blocks of all kinds, what the volume is to hold, and its base.
+fn of_all_kinds(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>) {
+    let (group, volume, mut expected, _) = rotted_base(bench);
+    let mut put = |offset: u64, data: &[u8]| {
+        write(&group, volume.number, offset, data);
+        expected[offset as usize..][..data.len()].copy_from_slice(data);
+    };
+    put(30 * 4096, &[5; 3 * 4096]);
+    // A part of what its checksum is of, and a block in parts of which nothing is in the base.
+    put(40 * 4096, &[6; 1024]);
+    put(40 * 4096 + 512, &[7; 1024]);
+    put(50 * 4096, &[8; 4096]);
+    let zero = Op::Zero { offset: 50 * 4096 + 1024, length: 5 * 4096, no_hole: false };
+    one(&group, volume.number, zero).unwrap();
+    expected[50 * 4096 + 1024..][..5 * 4096].fill(0);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    (group, volume, expected)
+}
+
+/// All of it is there, and its checksums hold.
+fn all_whole(group: &Group, volume: &Volume, expected: &[u8], what: &str) {
+    check(group, volume, expected, &[], what);
+    for base in group.bases.read().unwrap().values() {
+        base.check(0, BYTES).unwrap_or_else(|error| panic!("{what}: {error}"));
+    }
+}
+
+#[test]
+fn a_read_that_fails_once_at_any_moment_of_a_fold_loses_nothing() {
+    let mut failed = [0; 4];
+    for (kind, (full, interrupted)) in
+        [(false, false), (true, false), (true, true), (false, true)].into_iter().enumerate()
+    {
+        for read in 0.. {
+            let bench = Bench::new("a", 14);
+            let (group, volume, mut expected) = of_all_kinds(&bench);
+            if full {
+                press(&bench, &group, &volume, &mut expected);
+                assert!(group.log_full().is_some());
+            }
+            if interrupted {
+                let operation = bench.disk.operations() + 12;
+                bench.disk.inject(Fault::Error { operation });
+                group.fold_now().unwrap_err();
+                assert!(group.lock().unfinished_fold.is_some());
+                // Long ago, as for who measures from then.
+                bench.pass(60);
+            }
+            let read = bench.disk.reads() + read;
+            bench.disk.inject(Fault::UnreadOnce { read });
+            let folded = if read.is_multiple_of(2) {
+                group.fold_now().map(|_| ())
+            } else {
+                group.fold_all()
+            };
+            let what = format!("full {full}, interrupted {interrupted}, read {read}: {folded:?}");
+            failed[kind] += usize::from(folded.is_err());
+            let done = bench.disk.reads() <= read;
+            fold(&bench, &group, &what);
+            all_whole(&group, &volume, &expected, &what);
+            if done {
+                break;
+            }
+        }
+    }
+    assert!(failed.iter().all(|failed| *failed > 4), "{failed:?}");
+}
+
+#[test]
+fn what_cannot_be_read_in_one_attempt_only_is_not_given_up_in_the_next_for_another_place() {
+    let bench = Bench::new("a", 15);
+    let (group, volume, mut expected) = of_all_kinds(&bench);
+    press(&bench, &group, &volume, &mut expected);
+    let base = dir().join("base").join(format!("{}.img", volume.number));
+    for round in 0..6 {
+        // Now the sums, now the block.
+        let (path, offset) = match round % 2 {
+            0 => (base.clone(), 9 * 4096),
+            _ => (base.with_extension("sum"), crate::base::sum_offset(0)),
+        };
+        bench.disk.clear_faults();
+        bench.disk.inject(Fault::Unreadable { path, offset, length: 512 });
+        bench.pass(20);
+        let waits = group.fold_now();
+        assert!(matches!(waits, Err(GroupError::Waits { .. })), "round {round}: {waits:?}");
+    }
+    bench.disk.clear_faults();
+    fold(&bench, &group, "readable");
+    all_whole(&group, &volume, &expected, "readable");
+}
+
+#[test]
+fn what_a_fold_without_space_has_torn_is_no_rot_to_its_next_round() {
+    let mut again = 0;
+    for operation in 0.. {
+        let bench = Bench::new("a", 16);
+        let (group, volume, expected, _) = rotted_base(&bench);
+        // It is given up where space is short.
+        let image = group.open_image(&Point::Now, None, "test", None).unwrap();
+        write(&group, volume.number, 60 * 4096, &[1; 4096]);
+        let mut expected = expected;
+        expected[60 * 4096..61 * 4096].fill(1);
+        bench.pass(5);
+        group.sync_now().unwrap();
+        let operation = bench.disk.operations() + operation;
+        bench.disk.inject(Fault::Full { operation });
+        let folded = group.fold_now();
+        if group.data_state().0 == DataState::Failed {
+            continue;
+        }
+        again += usize::from(folded.is_ok() && image.broken().is_some());
+        let what = format!("operation {operation}: {folded:?}");
+        let done = bench.disk.operations() <= operation;
+        fold(&bench, &group, &what);
+        all_whole(&group, &volume, &expected, &what);
+        if done {
+            break;
+        }
+    }
+    assert!(again > 4, "{again}");
 }
 
 /// Blocks of the base cannot be read from here on: 9, of which the log has a part.
