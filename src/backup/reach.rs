@@ -4,7 +4,7 @@
 
 use std::io;
 use std::sync::mpsc::{Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use super::objects::Objects;
@@ -38,6 +38,8 @@ struct Asker {
     queue: Mutex<Sender<Work>>,
     /// Since when it is in its present call, by the wall and the monotonic clock.
     busy: Arc<Mutex<Option<(LogTime, Duration)>>>,
+    /// A call has ended.
+    idle: Arc<Condvar>,
     clock: Arc<dyn Clock>,
 }
 
@@ -51,7 +53,7 @@ impl Asker {
         let work = move || calls.into_iter().for_each(|call| call());
         let thread = std::thread::Builder::new().name(format!("repository-{name}"));
         thread.spawn(work)?;
-        Ok(Asker { queue: Mutex::new(queue), busy: Arc::default(), clock })
+        Ok(Asker { queue: Mutex::new(queue), busy: Arc::default(), idle: Arc::default(), clock })
     }
 
     /// Has `work` done on the thread; gives up when `patience` is over, and soon where the present
@@ -63,23 +65,22 @@ impl Asker {
     ) -> Result<T, Hung> {
         let asked = self.clock.wall();
         let busy = || *self.busy.lock().expect("no holder panics");
-        let hung = || {
+        let hangs = |busy: &mut Option<(LogTime, Duration)>| {
             let long = |at| self.clock.monotonic().saturating_sub(at) >= patience;
-            busy().filter(|(_, at)| long(*at)).map(|(since, _)| since)
+            busy.is_some_and(|(_, at)| long(at))
         };
-        let mut left = AFTER_A_JUMP;
-        while let Some(since) = hung() {
-            if left.is_zero() {
-                return Err(Hung(since));
-            }
-            let nap = left.min(Duration::from_millis(10));
-            std::thread::sleep(nap);
-            left -= nap;
+        let busy_now = self.busy.lock().expect("no holder panics");
+        let waited = self.idle.wait_timeout_while(busy_now, AFTER_A_JUMP, hangs);
+        let (mut busy_now, _) = waited.expect("no holder panics");
+        if hangs(&mut busy_now) {
+            return Err(Hung(busy_now.map_or(asked, |(since, _)| since)));
         }
+        drop(busy_now);
         let stage = Arc::new(Mutex::new(Stage::Queued));
         let (answer, answers) = sync_channel(1);
         let call = {
-            let (stage, busy, clock) = (stage.clone(), self.busy.clone(), self.clock.clone());
+            let (stage, clock) = (stage.clone(), self.clock.clone());
+            let (busy, idle) = (self.busy.clone(), self.idle.clone());
             move || {
                 {
                     let mut stage = stage.lock().expect("no holder panics");
@@ -93,6 +94,7 @@ impl Asker {
                 // A caller that waits no longer does not want to know.
                 let _ = answer.send(work());
                 *busy.lock().expect("no holder panics") = None;
+                idle.notify_all();
             }
         };
         let sent = self.queue.lock().expect("no holder panics").send(Box::new(call));
@@ -286,11 +288,13 @@ mod tests {
         let clock = Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000)));
         let asker = Asker::start("main", clock.clone()).expect("a thread");
         let (entered, entries) = channel();
+        let (_held, never) = channel::<()>();
+        let asker = &asker;
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            scope.spawn(move || {
                 let call = move || {
                     entered.send(()).expect("the test waits");
-                    std::thread::sleep(MOMENT);
+                    let _ = never.recv_timeout(MOMENT);
                 };
                 asker.ask(LONG, call).expect("it ends");
             });
