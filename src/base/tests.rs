@@ -215,6 +215,10 @@ fn a_page_of_slots_that_is_lost_or_unreadable_makes_no_chunk_a_hole() {
     assert_eq!(base.allocation(0, 10 * CHUNK_BYTES, 99), runs);
     assert_eq!(base.born_since(Lsn(5000)), [(offset, CHUNK_BYTES)]);
     assert_eq!(base.births(1, 4), [Some(Lsn::ZERO), None, Some(Lsn::ZERO)]);
+    // A fold that has written another slot of the sector since hides nothing.
+    write(&base, 4 * 256, 1, 1, 600);
+    base.sync().unwrap();
+    assert_eq!(opened(&lost).births(2, 5), [None, Some(Lsn::ZERO), Some(Lsn(600))]);
     // Where it cannot be read nothing is known of any.
     let length = sidecar::SLOTS_BYTES;
     disk.inject(Fault::Unreadable { path: path.into(), offset: sidecar::slot_offset(0), length });
@@ -222,6 +226,44 @@ fn a_page_of_slots_that_is_lost_or_unreadable_makes_no_chunk_a_hole() {
     assert_eq!(base.allocation(0, 10 * CHUNK_BYTES, 99), [(0, 10 * CHUNK_BYTES, true)]);
     assert_eq!(base.born_since(Lsn(5000)), [(0, 10 * CHUNK_BYTES)]);
     assert_eq!(base.births(0, 2), [None, None]);
+}
+
+/// Each BLOCK_STATUS, and each "changed since", read them for every chunk that nobody had written.
+#[test]
+fn sums_of_chunks_that_were_never_written_are_not_read() {
+    let disk = disk();
+    // Two regions, with a block each in the second sector of slots.
+    let chunks = 2 * sidecar::CHUNKS_PER_REGION;
+    let base = created(&disk, chunks * CHUNK_BYTES);
+    let written = [40, sidecar::CHUNKS_PER_REGION + 40];
+    for chunk in written {
+        write(&base, chunk * 256, 256, 1, 500);
+    }
+    base.sync().unwrap();
+    let base = opened(&disk);
+    // From the sums of the third sector on, and those of the first.
+    let path = Path::new("/base/3.sum");
+    for region in [0, sidecar::CHUNKS_PER_REGION] {
+        for (from, to) in [(0, 32), (64, sidecar::CHUNKS_PER_REGION)] {
+            let offset = sidecar::sum_offset((region + from) * 256);
+            let length = (to - from) * 1024;
+            disk.inject(Fault::Unreadable { path: path.into(), offset, length });
+        }
+    }
+    let born = written.map(|chunk| (chunk * CHUNK_BYTES, CHUNK_BYTES));
+    assert_eq!(base.born_since(Lsn(1)), born);
+    let births = base.births(0, chunks);
+    assert_eq!(births.iter().filter(|birth| **birth == Some(Lsn::ZERO)).count(), 510);
+    let runs = base.allocation(0, chunks * CHUNK_BYTES, 99);
+    assert_eq!(
+        runs.into_iter().filter(|run| run.2).map(|run| (run.0, run.1)).collect::<Vec<_>>(),
+        born
+    );
+    // Sums that cannot be read of some chunks say nothing of those beside them.
+    let offset = sidecar::sum_offset(50 * 256);
+    disk.inject(Fault::Unreadable { path: path.into(), offset, length: 1024 });
+    let zero = Some(Lsn::ZERO);
+    assert_eq!(opened(&disk).births(49, 52), [zero, None, zero]);
 }
 
 #[test]

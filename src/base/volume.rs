@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::io::{BatchRead, Disk, DiskFile, OpenMode};
-use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, VolumeNumber};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, SECTOR_BYTES, VolumeNumber};
 
 use super::sidecar::{self, BLOCKS_PER_CHUNK, SLOT_BYTES, SUMS_BYTES, Slot};
 
@@ -617,6 +617,10 @@ pub(super) fn sum_range(block: u64) -> std::ops::Range<usize> {
     index * 4..index * 4 + 4
 }
 
+/// Slots of a sector, of which a disk loses none alone; their chunks' sums are contiguous.
+const SLOTS_PER_SECTOR: u64 = SECTOR_BYTES / SLOT_BYTES as u64;
+const _: () = assert!(SLOTS_PER_SECTOR == u32::BITS as u64, "a bit for each");
+
 /// Reads slots in order, a region's page at a time.
 struct SlotReader<'a> {
     base: &'a BaseVolume,
@@ -624,12 +628,15 @@ struct SlotReader<'a> {
     page: Vec<u8>,
     /// The page could be read.
     readable: bool,
+    /// The sector of slots that was asked about last, and for each of its chunks, from the lowest
+    /// bit, whether its sums are zeros.
+    no_sums: Option<(u64, u32)>,
 }
 
 impl<'a> SlotReader<'a> {
     fn new(base: &'a BaseVolume) -> SlotReader<'a> {
         let page = vec![0; sidecar::SLOTS_BYTES as usize];
-        SlotReader { base, region: None, page, readable: false }
+        SlotReader { base, region: None, page, readable: false, no_sums: None }
     }
 
     /// A chunk's slot; `None` where it is damaged, lost, or cannot be read.
@@ -651,10 +658,33 @@ impl<'a> SlotReader<'a> {
         (slot.is_written() || self.has_no_sums(chunk)).then_some(slot)
     }
 
-    fn has_no_sums(&self, chunk: u64) -> bool {
-        let mut sums = [0; SUMS_BYTES];
-        let at = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
-        self.base.sums.read_at(&mut sums, at).is_ok() && Slot::default().covers(&sums)
+    fn has_no_sums(&mut self, chunk: u64) -> bool {
+        let (sector, bit) = (chunk / SLOTS_PER_SECTOR, chunk % SLOTS_PER_SECTOR);
+        let zeros = match self.no_sums {
+            Some((asked, zeros)) if asked == sector => zeros,
+            _ => self.zero_sums(sector),
+        };
+        self.no_sums = Some((sector, zeros));
+        zeros & 1 << bit != 0
+    }
+
+    /// For each chunk of a sector of slots, whether its sums are zeros. That others of its slots
+    /// are there tells nothing: a fold may have written them since the sector was lost.
+    fn zero_sums(&self, sector: u64) -> u32 {
+        let file = &self.base.sums;
+        let at = sidecar::sum_offset(sector * SLOTS_PER_SECTOR * BLOCKS_PER_CHUNK as u64);
+        let bytes = SLOTS_PER_SECTOR * SUMS_BYTES as u64;
+        if file.is_hole(at, bytes) {
+            return u32::MAX;
+        }
+        let mut sums = vec![0; bytes as usize];
+        let whole = file.read_once(&mut sums, at).is_ok();
+        let chunks = (at..).step_by(SUMS_BYTES).zip(sums.chunks_exact_mut(SUMS_BYTES));
+        let zero = chunks.map(|(at, sums)| {
+            let read = whole || file.read_once(sums, at).is_ok();
+            read && Slot::default().covers(sums)
+        });
+        zero.enumerate().fold(0, |zeros, (bit, zero)| zeros | u32::from(zero) << bit)
     }
 }
 

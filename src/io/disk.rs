@@ -132,6 +132,11 @@ pub trait DiskFile: Send + Sync {
     fn read_once(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.read_at(buffer, offset)
     }
+    /// Whether nothing was written to a range inside of the file since it was made or punched, as
+    /// far as that is known without a read; `false` where it is not.
+    fn is_hole(&self, _offset: u64, _bytes: u64) -> bool {
+        false
+    }
     /// Writes all slices, one behind the other, from `offset`. On error any part may be written.
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
     /// Makes what was written before the call durable, and what is needed to read it back.

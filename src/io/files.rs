@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::libc;
+use nix::unistd::{Whence, lseek};
 
 use super::disk::{BatchRead, Disk, DiskFile, OpenMode, Space};
 use super::ring;
@@ -161,6 +162,14 @@ impl DiskFile for PlainFile {
             page += run.len() as u64;
         }
         Ok(())
+    }
+
+    fn is_hole(&self, offset: u64, bytes: u64) -> bool {
+        match lseek(&self.file, signed(offset), Whence::SeekData) {
+            Ok(data) => signed(offset.saturating_add(bytes)) <= data,
+            // There is none up to the file's end. Other errors tell nothing.
+            Err(error) => error == nix::Error::ENXIO,
+        }
     }
 
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
@@ -316,6 +325,29 @@ mod tests {
         assert!(back[..4096].iter().all(|byte| *byte == 7));
         assert!(back[4096..8192].iter().all(|byte| *byte == 0));
         assert!(back[8192..].iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn only_what_was_never_written_or_was_punched_is_a_hole() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = file_of(dir.path(), "sparse");
+        const MIB: u64 = 1 << 20;
+        file.set_len(5 * MIB).unwrap();
+        assert!(file.is_hole(0, 5 * MIB));
+        for at in [MIB, 3 * MIB] {
+            file.write_at(&[IoSlice::new(&vec![0; MIB as usize])], at).unwrap();
+        }
+        for synced in [false, true] {
+            for at in [MIB, 2 * MIB - 4096, 3 * MIB] {
+                assert!(!file.is_hole(at, 4096), "zeros at {at}, synced: {synced}");
+            }
+            assert!(file.is_hole(0, MIB) && file.is_hole(2 * MIB, MIB));
+            assert!(file.is_hole(4 * MIB, MIB), "up to the end");
+            assert!(!file.is_hole(0, MIB + 1) && !file.is_hole(2 * MIB, 2 * MIB));
+            file.sync().unwrap();
+        }
+        file.punch_hole(3 * MIB, MIB).unwrap();
+        assert!(file.is_hole(2 * MIB, 3 * MIB));
     }
 
     #[test]

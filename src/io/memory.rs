@@ -885,6 +885,12 @@ impl DiskFile for MemoryFile {
         Ok(())
     }
 
+    fn is_hole(&self, offset: u64, bytes: u64) -> bool {
+        let pages = offset / PAGE..(offset + bytes).div_ceil(PAGE);
+        let mut state = self.state.lock().expect("no holder panics");
+        inode(&mut state, self.number).cache.pages.range(pages).next().is_none()
+    }
+
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let mut data = Vec::with_capacity(slices.iter().map(|slice| slice.len()).sum());
         slices.iter().for_each(|slice| data.extend_from_slice(slice));
