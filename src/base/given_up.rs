@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
-use super::sidecar::{self, BLOCKS_PER_CHUNK, LOST_SUM, SLOT_BYTES, SUMS_BYTES};
-use super::volume::{BaseVolume, sum_range};
+use super::sidecar::{self, BLOCKS_PER_CHUNK, CHUNKS_PER_REGION, LOST_SUM, SLOT_BYTES, SUMS_BYTES};
+use super::volume::{BaseError, BaseVolume, sum_range};
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn};
 
 /// Bytes of a block, as a length.
@@ -16,6 +16,24 @@ const PAGE: u64 = 4096;
 const SECTOR: usize = 512;
 /// Chunks whose sums share a page.
 const CHUNKS_PER_PAGE: u64 = PAGE / SUMS_BYTES as u64;
+
+/// The chunks of whose sums and slots something is read where a range becomes zeros
+/// ([`BaseVolume::zero_blocks`]) or where the volume gets an end there: the first and the last of
+/// each region. Of those between, whole pages are made anew.
+pub fn edge_chunks(offset: u64, length: u64) -> impl Iterator<Item = u64> {
+    let (from, to) = (offset / CHUNK_BYTES, (offset + length).div_ceil(CHUNK_BYTES));
+    (from / CHUNKS_PER_REGION..to.div_ceil(CHUNKS_PER_REGION)).flat_map(move |region| {
+        let begin = region * CHUNKS_PER_REGION;
+        [from.max(begin), (to - 1).min(begin + CHUNKS_PER_REGION - 1)]
+    })
+}
+
+/// Whether the sum of a block is lost, rather than another one.
+pub fn is_sum_lost(cause: &BaseError) -> bool {
+    matches!(cause, BaseError::Damaged { expected, .. }
+        if *expected == sidecar::crc_of(u32::from_le_bytes(LOST_SUM)))
+}
+
 /// A block that is damaged.
 pub struct Salvaged {
     /// Its first byte in the volume.
@@ -113,12 +131,16 @@ impl BaseVolume {
         self.image.write_at(&[IoSlice::new(&[0; BLOCK])], offset)
     }
 
-    /// Whether the sums and the slot of a chunk can be read, for who is about to write to it.
+    /// Whether the sums and the slot of a chunk can be read, for who is about to write to it. A
+    /// chunk may lie beyond the end: its part of the sidecar is there before it.
     ///
     /// # Errors
     ///
     /// What the disk says.
     pub fn look_at_sums(&self, chunk: u64) -> io::Result<()> {
+        if !self.has_sums(chunk) {
+            return Ok(());
+        }
         let sums = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
         self.sums.read_at(&mut [0; SUMS_BYTES], sums)?;
         self.sums.read_at(&mut [0; SLOT_BYTES], sidecar::slot_offset(chunk))
@@ -132,15 +154,26 @@ impl BaseVolume {
     ///
     /// What the disk says.
     pub fn give_up_unread_sums(&self, chunk: u64) -> io::Result<Range<u64>> {
-        let sums = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
-        let lost = self.write_unread(sums)?;
-        self.write_unread(sidecar::slot_offset(chunk))?;
         let first = chunk / CHUNKS_PER_PAGE * CHUNKS_PER_PAGE;
-        let chunks = self.size_bytes().div_ceil(CHUNK_BYTES);
+        if !self.has_sums(chunk) {
+            return Ok(first..first);
+        }
+        let (blocks, chunks) =
+            (self.size_bytes() / BLOCK_BYTES, self.size_bytes().div_ceil(CHUNK_BYTES));
+        let sums = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
+        let lost = self.write_unread(sums, sidecar::sum_offset(blocks))?;
+        self.write_unread(sidecar::slot_offset(chunk), sidecar::slot_offset(chunks))?;
         Ok(if lost { first..chunks.min(first + CHUNKS_PER_PAGE) } else { first..first })
     }
 
-    fn write_unread(&self, offset: u64) -> io::Result<bool> {
+    /// Whether a chunk's region is in the sidecar.
+    fn has_sums(&self, chunk: u64) -> bool {
+        let regions = self.size_bytes().div_ceil(CHUNKS_PER_REGION * CHUNK_BYTES);
+        chunk / CHUNKS_PER_REGION < regions
+    }
+
+    /// What lies in the page from `beyond` on is of nothing yet, and so zeros.
+    fn write_unread(&self, offset: u64, beyond: u64) -> io::Result<bool> {
         let (at, mut page) = (offset / PAGE * PAGE, [0; PAGE as usize]);
         if self.sums.read_at(&mut page, at).is_ok() {
             return Ok(false);
@@ -151,6 +184,7 @@ impl BaseVolume {
                 sector.fill(LOST_SUM[0]);
             }
         }
+        page[beyond.clamp(at, at + PAGE) as usize - at as usize..].fill(0);
         self.sums.write_at(&[IoSlice::new(&page)], at)?;
         self.sums.sync().map(|()| true)
     }

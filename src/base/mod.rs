@@ -22,7 +22,7 @@ mod volume;
 
 pub use control::{ControlEntry, ControlState, ControlStateError};
 pub use exam::{Exam, Remedy};
-pub use given_up::Salvaged;
+pub use given_up::{Salvaged, edge_chunks, is_sum_lost};
 pub use lost::Lost;
 pub use overlay::{Kept, Mark, Overlay};
 pub use sealed::{seal, unseal};

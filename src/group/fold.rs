@@ -23,7 +23,7 @@ use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
 use super::lost::sizes_of;
 use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
-use crate::base::{BaseVolume, ControlState};
+use crate::base::{BaseVolume, ControlState, edge_chunks};
 use crate::events::Severity;
 use crate::extent_map::ExtentMap;
 use crate::log::control::OnFull;
@@ -259,12 +259,11 @@ impl Group {
             let damaged = |cause| self.damaged(format!("log up to {}: {cause}", target.lsn));
             replayed.map_err(damaged)?.0
         } else {
-            let content = self.keep_moments(&old, target.lsn, &moments)?;
-            for known in content.volumes.values() {
-                self.check_what_stays(known, gives_up)?;
-            }
-            content
+            self.keep_moments(&old, target.lsn, &moments)?
         };
+        for known in content.volumes.values() {
+            self.check_base(known, begun, gives_up)?;
+        }
         // What is folded was durable: should the log end before it at the next start, it is damage.
         self.update_meta(|meta| {
             meta.fold_target = meta.fold_target.max(target.lsn);
@@ -290,31 +289,60 @@ impl Group {
         Ok(())
     }
 
-    /// Reads the blocks of the base of which a fold will keep a part. Once it has begun, a wrong
-    /// checksum may be its own doing, and is overwritten: damage must be found before.
-    fn check_what_stays(&self, known: &VolumeContent, gives_up: bool) -> Result<(), GroupError> {
+    /// Looks at the sums of all chunks that a fold will touch, and reads the blocks of the base of
+    /// which it will keep a part. Those only before it has `begun`: from then on a wrong checksum
+    /// may be its own doing, and is overwritten.
+    fn check_base(
+        &self,
+        known: &VolumeContent,
+        begun: bool,
+        gives_up: bool,
+    ) -> Result<(), GroupError> {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
+        let size_bytes = known.volume.size_bytes;
         let mut block = vec![0; BLOCK_BYTES as usize];
-        let (mut looked_at, mut has_sums) = (None, true);
         // All that cannot be read is waited for at the same time.
-        let mut waits = Ok(());
-        for step in fold_steps(known.map.pieces(), known.volume.size_bytes) {
-            if let FoldStep::Copy { offset, .. } | FoldStep::Mend { offset, .. } = &step
-                && let chunk = offset / CHUNK_BYTES
-                && looked_at.replace(chunk) != Some(chunk)
-            {
+        let (mut waits, mut looked_at, mut has_sums) = (Ok(()), None, true);
+        let mut look = |chunk, waits: &mut Result<(), GroupError>| {
+            if looked_at.replace(chunk) != Some(chunk) {
                 let looked = self.check_sums(&base, chunk, gives_up);
                 has_sums = looked.is_ok();
-                waits = waits.and(looked);
+                *waits = std::mem::replace(waits, Ok(())).and(looked);
             }
-            let FoldStep::Mend { offset, parts } = step else { continue };
-            if has_sums
-                && parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
-                && let Err(cause) = base.read(offset, &mut block)
-            {
-                self.suspect_block(&cause);
-                waits = waits.and(self.leave_damaged(&base, offset, &cause, gives_up));
+            has_sums
+        };
+        for step in fold_steps(known.map.pieces(), size_bytes) {
+            match step {
+                FoldStep::Copy { offset, .. } => {
+                    look(offset / CHUNK_BYTES, &mut waits);
+                }
+                FoldStep::Zero { offset, length, .. } => {
+                    for chunk in edge_chunks(offset, length) {
+                        look(chunk, &mut waits);
+                    }
+                }
+                FoldStep::Mend { offset, parts } => {
+                    if look(offset / CHUNK_BYTES, &mut waits)
+                        && !begun
+                        && parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
+                        && let Err(cause) = base.read(offset, &mut block)
+                    {
+                        self.suspect_block(&cause);
+                        waits = waits.and(self.leave_damaged(&base, offset, &cause, gives_up));
+                    }
+                }
             }
+        }
+        for piece in known.touched.pieces().take_while(|piece| piece.offset < size_bytes) {
+            let end = (piece.offset + piece.length).min(size_bytes);
+            for chunk in piece.offset / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES) {
+                look(chunk, &mut waits);
+            }
+        }
+        if let Some(last) = edge_chunks(0, size_bytes).last()
+            && (begun || base.size_bytes() != size_bytes)
+        {
+            look(last, &mut waits);
         }
         waits
     }

@@ -21,7 +21,7 @@ use super::engine::Group;
 use super::fold_plan::written_at;
 use super::read::Fetch;
 use super::scrub::DamagedPart;
-use crate::base::{BaseError, BaseVolume};
+use crate::base::{BaseError, BaseVolume, is_sum_lost};
 use crate::events::Severity;
 use crate::extent_map::{Piece, Source};
 use crate::log::reader::ScanEnd;
@@ -227,10 +227,7 @@ impl Group {
         chunk: u64,
         gives_up: bool,
     ) -> Result<(), GroupError> {
-        let is_there = chunk * CHUNK_BYTES < base.size_bytes();
-        let Some(cause) = is_there.then(|| base.look_at_sums(chunk).err()).flatten() else {
-            return Ok(());
-        };
+        let Err(cause) = base.look_at_sums(chunk) else { return Ok(()) };
         self.suspect(DamagedPart::Base { volume: base.number(), chunk });
         let (volume, at) = (base.number(), chunk * CHUNK_BYTES);
         if !self.is_lost(Unread::Sums(volume, chunk), gives_up) {
@@ -274,7 +271,8 @@ impl Group {
         // A crash in the middle of an earlier attempt at this very block may have left any of its
         // sectors new, the rest old, and a checksum of neither. What the log lacks is the same in
         // both. Nothing else excuses a wrong checksum.
-        if self.lock().unfinished_fold.is_some() {
+        // Nor that the sum was lost, since then nothing tells what the block is.
+        if self.lock().unfinished_fold.is_some() && !is_sum_lost(cause) {
             return Ok(false);
         }
         self.suspect_block(cause);

@@ -19,10 +19,10 @@ use super::meta::Meta;
 use super::moment::MOMENTS;
 use super::ranges::{Cover, Place, Ranges};
 use super::staging::{STAGING, Staging, born_in};
-use crate::base::{BaseVolume, ControlState, ControlStateError};
+use crate::base::{BaseVolume, ControlState, ControlStateError, edge_chunks};
 use crate::io::Disk;
 use crate::log::record::crc32;
-use crate::units::{BLOCK_BYTES, CHUNK_BYTES, VolumeNumber};
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, VolumeNumber};
 
 /// Where blocks had rotted that a merge found damaged.
 pub(super) const RECEIVED: &str = "the image that was received, before they came into the base";
@@ -141,6 +141,7 @@ impl Merging {
         };
         bases.write().expect("no holder panics").insert(number, base.clone());
         let born = born_in(self.control.position.lsn);
+        give_up_unread_sums(&base, edge_chunks(0, size_bytes).last(), born)?;
         {
             let _gate = gate.write().expect("no holder panics");
             base.resize(size_bytes)?;
@@ -149,6 +150,7 @@ impl Merging {
             let end = (range.at.offset + range.length).min(size_bytes);
             let mut at = range.at.offset;
             if range.zeros && at < end {
+                give_up_unread_sums(&base, edge_chunks(at, end - at), born)?;
                 let _gate = gate.write().expect("no holder panics");
                 base.zero_blocks(at, end - at, born)?;
                 continue;
@@ -163,11 +165,8 @@ impl Merging {
                     let crc = &mut crcs[((block.offset - at) / BLOCK_BYTES) as usize];
                     *crc = block.crc.unwrap_or(!*crc);
                 }
-                for chunk in at / CHUNK_BYTES..(at + data.len() as u64).div_ceil(CHUNK_BYTES) {
-                    for lost in base.give_up_unread_sums(chunk)? {
-                        base.mend_alone(lost, born);
-                    }
-                }
+                let chunks = at / CHUNK_BYTES..(at + data.len() as u64).div_ceil(CHUNK_BYTES);
+                give_up_unread_sums(&base, chunks, born)?;
                 let _gate = gate.write().expect("no holder panics");
                 base.write_blocks(at, &data, &crcs, born)?;
                 for block in damaged.iter().filter(|block| block.crc.is_none()) {
@@ -178,6 +177,21 @@ impl Merging {
         }
         base.sync()
     }
+}
+
+/// Writes anew what cannot be read of the sums of chunks that are about to change, and has their
+/// slots prove them again: no start may depend on them.
+fn give_up_unread_sums(
+    base: &BaseVolume,
+    chunks: impl IntoIterator<Item = u64>,
+    born: Lsn,
+) -> io::Result<()> {
+    for chunk in chunks {
+        for lost in base.give_up_unread_sums(chunk)? {
+            base.mend_alone(lost, born);
+        }
+    }
+    Ok(())
 }
 
 /// At the start, before anything else is looked at: goes on from a switch that was written down.

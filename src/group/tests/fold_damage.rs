@@ -63,7 +63,7 @@ fn check(view: &dyn View, volume: &Volume, expected: &[u8], rotted: &[u64], what
 }
 
 /// Hosts write until they need the room of what is folded.
-fn press(bench: &Bench, group: &Arc<Group>, volume: &Volume, expected: &mut [u8]) {
+pub(super) fn press(bench: &Bench, group: &Arc<Group>, volume: &Volume, expected: &mut [u8]) {
     set_policy(group, 0, 4 * SEGMENT);
     for round in 0..5 {
         let offset = (64 + round * 15) * 4096;

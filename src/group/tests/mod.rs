@@ -27,6 +27,7 @@ mod room;
 mod scrub;
 mod staged;
 mod switch;
+mod unread_sums;
 mod unreadable;
 
 use std::path::PathBuf;
