@@ -21,12 +21,12 @@ pub fn present_reign(group: &Group) -> EpochId {
 fn reign_at(group: &Group, time: LogTime) -> Option<EpochId> {
     let mut found = group.resolve_point(&Point::Time(time)).ok()?;
     loop {
-        let before = Lsn(found.lsn.0.checked_sub(1)?);
-        let before = group.resolve_point(&Point::Lsn(before)).ok()?;
-        if before.epoch == found.epoch {
-            return Some(found.epoch);
+        let before = Lsn(found.lsn.0.saturating_sub(1));
+        match group.resolve_point(&Point::Lsn(before)) {
+            Ok(before) if before.epoch != found.epoch => found = before,
+            // Or the log begins there, and tells no more.
+            _ => return Some(found.epoch),
         }
-        found = before;
     }
 }
 
@@ -53,6 +53,8 @@ pub struct Reigns {
     pub whole: bool,
     /// The reign that the slot came in, where the log still tells.
     pub at_slot: Option<EpochId>,
+    /// The log goes on behind the slot here: that reign is settled.
+    pub is_past: bool,
 }
 
 impl Reigns {
@@ -64,7 +66,8 @@ impl Reigns {
         let at_slot = reign_at(group, slot);
         let epochs = &group.control().epochs;
         let reigns = epochs.iter().map(|epoch| (epoch.id, epoch.first_lsn)).collect();
-        Reigns { reigns, head: group.positions().head, whole, at_slot }
+        let positions = group.positions();
+        Reigns { reigns, head: positions.head, whole, at_slot, is_past: positions.time > slot }
     }
 
     /// The present reign, which names the branch.
@@ -118,7 +121,7 @@ impl Reigns {
     #[must_use]
     pub fn made(&self, results: &[SlotResult]) -> Filled {
         let counted = || results.iter().filter(|result| self.counts(result));
-        let has_come = |result: &SlotResult| self.whole || result.lsn <= self.head;
+        let has_come = |result: &SlotResult| self.whole || self.is_past && result.lsn <= self.head;
         if counted().any(has_come) {
             Filled::ForGood
         } else if counted().next().is_some() {
@@ -154,7 +157,7 @@ mod tests {
     /// The second reign began at 100, and its node holds 200.
     fn reigns(whole: bool, at_slot: EpochId) -> Reigns {
         let reigns = vec![(OLD, Lsn::ZERO), (NEW, Lsn(100))];
-        Reigns { reigns, head: Lsn(200), whole, at_slot: Some(at_slot) }
+        Reigns { reigns, head: Lsn(200), whole, at_slot: Some(at_slot), is_past: true }
     }
 
     fn of(epoch: EpochId, lsn: u64) -> SlotResult {
@@ -195,6 +198,9 @@ mod tests {
         }
         assert_eq!(reigns(false, OLD).made(&[of(NEW, 250), of(NEW, 150)]), Filled::ForGood);
         assert_eq!(reigns(true, OLD).made(&[]), Filled::No);
+        // A reign that the slot came in may come yet.
+        let behind = Reigns { is_past: false, ..reigns(false, OLD) };
+        assert_eq!(behind.made(&[of(OLD, 100)]), Filled::Perhaps);
     }
 
     #[test]

@@ -429,7 +429,7 @@ pub(super) mod tests {
     /// The reign of a node since the histories parted at 4096.
     fn branch(epoch: u64) -> Reigns {
         let reigns = vec![(EpochId(epoch), Lsn(4096))];
-        Reigns { reigns, head: Lsn(1 << 20), whole: true, at_slot: None }
+        Reigns { reigns, head: Lsn(1 << 20), whole: true, at_slot: None, is_past: true }
     }
 
     fn of_branch(node: &str, epoch: u64) -> SlotResult {

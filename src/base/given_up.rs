@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
-use super::sidecar::{self, BLOCKS_PER_CHUNK, CHUNKS_PER_REGION, LOST_SUM, SLOT_BYTES, SUMS_BYTES};
+use super::sidecar::{self, BLOCKS_PER_CHUNK, CHUNKS_PER_REGION, LOST_SUM, SUMS_BYTES};
 use super::volume::{BaseError, BaseVolume, sum_range};
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn};
 
@@ -143,7 +143,9 @@ impl BaseVolume {
         }
         let sums = sidecar::sum_offset(chunk * BLOCKS_PER_CHUNK as u64);
         self.sums.read_at(&mut [0; SUMS_BYTES], sums)?;
-        self.sums.read_at(&mut [0; SLOT_BYTES], sidecar::slot_offset(chunk))
+        // Who makes zeros of a region reads all of its slots.
+        let slots = sidecar::slot_offset(chunk / CHUNKS_PER_REGION * CHUNKS_PER_REGION);
+        self.sums.read_at(&mut [0; sidecar::SLOTS_BYTES as usize], slots)
     }
 
     /// Writes anew what the disk cannot read of the pages that have the sums and the slot of a

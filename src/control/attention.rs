@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::api::{DataState, GroupStatus, PeerStatus, Status};
 use crate::group::Role;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, Name};
 
 /// The words for what may be wrong, gravest first.
 pub const CODES: [&str; 22] = [
@@ -143,7 +143,9 @@ fn look_at_group(group: &GroupStatus, found: &mut Vec<Attention>) {
     let mut differences: Vec<_> = reasons.map(|reason| reason.text.clone()).collect();
     if differences.is_empty() {
         // The verdict says nothing of a copy that is not linked, or not as fit as another.
-        let found = group.differences.iter().filter_map(|found| found.difference());
+        let held = |peer: &Name| group.peers.iter().any(|known| known.name == peer.as_str());
+        let found = group.differences.iter().filter(|found| held(&found.peer));
+        let found = found.filter_map(|found| found.difference());
         differences.extend(found.map(|what| format!("the copies differ: {what}")));
     }
     for what in differences {

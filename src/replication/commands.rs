@@ -125,7 +125,10 @@ impl Replication {
         }
         let work = move || -> Result<(), ReplicationError> {
             let options = ReplicateOptions::default();
-            put_member(&*group, member.node, member.name, options, true)?;
+            put_member(&*group, member.node, member.name.clone(), options, true)?;
+            let head = group.positions().head;
+            shared.change_ledger(group.id(), |ledger| ledger.note_stopped(&member.name, head));
+            shared.save_ledgers();
             shared.unask(member.node, group.id())?;
             shared.groups_changed();
             Ok(())

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::events::Severity;
 use crate::group::{DamagedPart, Found, Group};
-use crate::units::{GroupId, LogTime, Lsn};
+use crate::units::{GroupId, LogTime, Lsn, Name};
 
 use super::peers::{StoreError, replace};
 use super::scrub::ScrubStatus;
@@ -53,8 +53,8 @@ pub(super) struct Ledger {
     /// The last comparison with each peer that found a difference, until one finds none.
     #[serde(default)]
     differences: Vec<VerifyStatus>,
-    /// Where the log was when the last difference had ended: a backup of before may hold what
-    /// differed.
+    /// Where the log was when a difference was found or had ended last, or its peer was stopped: a
+    /// backup of before may hold what differed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     differed_until: Option<Lsn>,
 }
@@ -119,10 +119,11 @@ impl Ledger {
     ) {
         let known = self.differences.len();
         self.differences.retain(|known| !ended.contains(known));
-        if self.differences.len() < known {
+        let differs = status.difference().is_some();
+        if differs || self.differences.len() < known {
             self.differed_until = self.differed_until.max(Some(head));
         }
-        if status.difference().is_some() {
+        if differs {
             self.differences.retain(|known| known.peer != status.peer);
             self.differences.push(status.clone());
         }
@@ -133,9 +134,18 @@ impl Ledger {
         &self.differences
     }
 
-    /// Whether images at `lsn` were the same on all nodes, as far as is known.
-    pub(super) fn is_same_at(&self, lsn: Lsn) -> bool {
-        self.differences.is_empty() && self.differed_until.is_none_or(|until| lsn > until)
+    /// Whether images at `lsn` were the same on all nodes that hold the group, as far as is known.
+    /// A difference with one that does not stands, should it come back.
+    pub(super) fn is_same_at(&self, lsn: Lsn, is_member: impl Fn(&Name) -> bool) -> bool {
+        !self.differences.iter().any(|known| is_member(&known.peer))
+            && self.differed_until.is_none_or(|until| lsn > until)
+    }
+
+    /// A peer holds the group no longer, with the log at `head`.
+    pub(super) fn note_stopped(&mut self, peer: &Name, head: Lsn) {
+        if self.differences.iter().any(|known| known.peer == *peer) {
+            self.differed_until = self.differed_until.max(Some(head));
+        }
     }
 
     /// What speaks against the copies here and on one peer, or on any.
@@ -281,7 +291,7 @@ pub(super) fn load(dir: &Path) -> Ledgers {
             && verify.ended_with_the_process()
         {
             let ended = verify.clone();
-            ledger.note_compared(&ended, &[], Lsn::ZERO);
+            ledger.note_compared(&ended, &[], ended.position.lsn);
         }
     }
     ledgers

@@ -531,7 +531,9 @@ impl Replication {
     /// told: false while copies differ, and of what was before that ended.
     #[must_use]
     pub fn is_same_at(&self, group: &Group, lsn: Lsn) -> bool {
-        self.shared.ledger(group.id()).is_same_at(lsn)
+        let control = group.control();
+        let is_member = |peer: &Name| control.members.iter().any(|member| member.name == *peer);
+        self.shared.ledger(group.id()).is_same_at(lsn, is_member)
     }
 }
 

@@ -8,7 +8,8 @@ use serde_json::json;
 use tidelog::backup::{BackupEntry, Outcome, Reigns};
 use tidelog::group::Point;
 use tidelog::io::ManualClock;
-use tidelog::units::LogTime;
+use tidelog::log::control::{Control, PolicyRecord};
+use tidelog::units::{LogTime, Span};
 
 use super::rig::*;
 use super::{alarm_states, scheduled};
@@ -76,7 +77,7 @@ fn a_slot_that_only_the_other_branch_has_made_is_overdue_here() {
 /// began got an hour of before the slot, and the backup of before did not count any more.
 #[test]
 fn a_backup_of_before_a_reign_counts_where_only_the_reign_s_own_record_is_dated_before_the_slot() {
-    let (pair, _clock) = Pair::by_clock(json!({}));
+    let (pair, clock) = Pair::by_clock(json!({}));
     pair.write(0, &noise(1 << 20, 7));
     let group = pair.a.group();
     let reign = || {
@@ -93,4 +94,13 @@ fn a_backup_of_before_a_reign_counts_where_only_the_reign_s_own_record_is_dated_
     pair.write(0, &noise(1 << 20, 8));
     let why = why_not().unwrap_or_default();
     assert!(why.contains("in which its slot came"), "{why}");
+    // Also where the log begins there, since all of it is in the base.
+    let policy = PolicyRecord { window: Span::default(), ..PolicyRecord::default() };
+    group.append_control(Control::Policy(policy)).unwrap();
+    clock.advance(Duration::from_secs(5));
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    let positions = group.positions();
+    assert_eq!(positions.horizon, positions.head);
+    assert_eq!(why_not().unwrap_or_default(), why);
 }

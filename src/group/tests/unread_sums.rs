@@ -191,3 +191,18 @@ fn a_copy_opens_whatever_cannot_be_read_of_the_sums_below_an_image_that_it_was_s
         same(&pair.primary, &pair.copy, &what);
     }
 }
+
+/// Only the slots at the edges of what becomes zeros had been looked at, and all of them are read.
+#[test]
+fn a_sector_of_slots_in_the_middle_of_what_becomes_zeros_holds_up_no_fold() {
+    let bench = Bench::new("a", 1);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 256 * CHUNK).unwrap();
+    set_policy(&group, 0, 64 << 20);
+    write(&group, volume.number, 100 * CHUNK, &[7; 4096]);
+    fold(&bench, &group).unwrap();
+    unreadable(&bench, volume.number, places()[0] + 1024);
+    one(&group, volume.number, Op::Trim { offset: 0, length: 256 * CHUNK }).unwrap();
+    fold_pressed(&bench, &group, "slots in the middle");
+    assert_eq!(read(&*group, volume.number, 100 * CHUNK, 4096), [0; 4096]);
+}

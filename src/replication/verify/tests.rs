@@ -213,7 +213,17 @@ async fn a_difference_holds_until_all_is_the_same_with_that_peer_whatever_fails_
     shared.change_ledger(group.id(), |ledger| ledger.verify = Some(running.clone()));
     let is_same = |lsn| node.replication.is_same_at(&group, lsn);
     let head = group.positions().head;
-    assert!(!is_same(head.advance(1)), "while they differ");
+    let later = Lsn(u64::MAX);
+    assert!(!is_same(later), "while they differ");
+    let mut removed = member(NodeId([2; 16]), "b", Mode::Async);
+    if let crate::log::control::Control::Member(record) = &mut removed {
+        record.removed = true;
+    }
+    group.append_control(removed).unwrap();
+    assert!(!is_same(head) && is_same(later), "there is nobody to differ from");
+    group.append_control(member(NodeId([2; 16]), "b", Mode::Async)).unwrap();
+    assert!(!is_same(later), "the copy has come back");
+    let head = group.positions().head;
     told("b", Equal, now);
     assert_eq!(differs(), Vec::<String>::new());
     assert_eq!(node.replication.verify_status(&group), Some(running));
