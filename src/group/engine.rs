@@ -164,6 +164,9 @@ pub(super) struct Core {
     pub room: Room,
     /// A fold up to here was interrupted by a crash or an error, and is finished before any other.
     pub unfinished_fold: Option<Lsn>,
+    /// It may have left blocks of the base torn: it ended by a crash, or by an error other than a
+    /// wait.
+    pub may_be_torn: bool,
     /// What folds wait for.
     pub awaited: Awaited,
     /// What is to be told once the mutex is free.
@@ -372,6 +375,7 @@ impl Group {
             log_used_bytes: segments.allocated_bytes(),
             unreported: Vec::new(),
             unfinished_fold: None,
+            may_be_torn: false,
             awaited: Awaited::default(),
             room: Room::default(),
         };

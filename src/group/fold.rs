@@ -18,7 +18,7 @@ use super::GroupError;
 use super::clock::window_start;
 use super::content::VolumeContent;
 use super::engine::{Group, checkpoint};
-use super::fold_damage::Rotted;
+use super::fold_damage::{Rotted, Waits};
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
 use super::lost::sizes_of;
 use super::replay::replay;
@@ -169,7 +169,11 @@ impl Group {
     /// group opens all the same, and it is tried again with every round of the folder.
     pub(super) fn take_up_fold(&self, target: Lsn) {
         let _one_at_a_time = self.fold_lock.lock().expect("no holder panics");
-        self.lock().unfinished_fold = Some(target);
+        {
+            let mut core = self.lock();
+            core.unfinished_fold = Some(target);
+            core.may_be_torn = true;
+        }
         if let Err(error) = self.finish_fold(false) {
             let text = format!("a fold that was interrupted could not be finished: {error}");
             self.emit(Severity::Error, "fold-failed", text, json!({ "target": target }));
@@ -184,7 +188,9 @@ impl Group {
             (target, core.timeline.horizon().lsn, core.timeline.end().lsn)
         };
         if target <= horizon {
-            self.lock().unfinished_fold = None;
+            let mut core = self.lock();
+            core.unfinished_fold = None;
+            core.may_be_torn = false;
             return Ok(());
         }
         if target > end {
@@ -225,11 +231,22 @@ impl Group {
             }
             // What the next round finds torn, this one may have written.
             if self.has_begun(target.lsn) {
-                self.lock().unfinished_fold = Some(target.lsn);
+                let mut core = self.lock();
+                core.unfinished_fold = Some(target.lsn);
+                core.may_be_torn = true;
             }
         };
         let begun = self.has_begun(target.lsn);
-        self.lock().unfinished_fold = (folded.is_err() && begun).then_some(target.lsn);
+        {
+            let mut core = self.lock();
+            core.unfinished_fold = (folded.is_err() && begun).then_some(target.lsn);
+            core.may_be_torn = match &folded {
+                Ok(()) => false,
+                // All that it wrote is whole; what an attempt before has torn may be so still.
+                Err(GroupError::Waits { .. }) => core.may_be_torn,
+                Err(_) => begun,
+            };
+        }
         folded?;
         self.lock().awaited.end_attempts();
         self.update_meta(|meta| meta.horizon = target.lsn)?;
@@ -261,18 +278,23 @@ impl Group {
         } else {
             self.keep_moments(&old, target.lsn, &moments)?
         };
+        // All that cannot be read is waited for at the same time.
+        let mut waits = Waits::default();
         for known in content.volumes.values() {
-            self.check_base(known, begun, gives_up)?;
+            waits.pass(self.check_base(known, begun, gives_up))?;
         }
+        waits.end()?;
         // What is folded was durable: should the log end before it at the next start, it is damage.
         self.update_meta(|meta| {
             meta.fold_target = meta.fold_target.max(target.lsn);
             meta.durable = meta.durable.max(target.lsn);
         })?;
         let mut rotted = Rotted::new(gives_up);
+        let mut waits = Waits::default();
         for known in content.volumes.values() {
-            self.fold_volume(known, &mut rotted)?;
+            waits.pass(self.fold_volume(known, &mut rotted))?;
         }
+        waits.end()?;
         let disk = &self.context.env.disk;
         let base_dir = self.dir.join("base");
         let state = ControlState {
@@ -290,8 +312,8 @@ impl Group {
     }
 
     /// Looks at the sums of all chunks that a fold will touch, and reads the blocks of the base of
-    /// which it will keep a part. Those only before it has `begun`: from then on a wrong checksum
-    /// may be its own doing, and is overwritten.
+    /// which it will keep a part. Those not where an earlier attempt may have left them torn: a
+    /// wrong checksum may be its doing then, and is overwritten.
     fn check_base(
         &self,
         known: &VolumeContent,
@@ -301,34 +323,35 @@ impl Group {
         let Some(base) = self.base_of(known.volume.number) else { return Ok(()) };
         let size_bytes = known.volume.size_bytes;
         let mut block = vec![0; BLOCK_BYTES as usize];
-        // All that cannot be read is waited for at the same time.
-        let (mut waits, mut looked_at, mut has_sums) = (Ok(()), None, true);
-        let mut look = |chunk, waits: &mut Result<(), GroupError>| {
+        let may_be_torn = self.lock().may_be_torn;
+        let (mut waits, mut looked_at, mut has_sums) = (Waits::default(), None, true);
+        let mut look = |chunk, waits: &mut Waits| {
             if looked_at.replace(chunk) != Some(chunk) {
-                let looked = self.check_sums(&base, chunk, gives_up);
-                has_sums = looked.is_ok();
-                *waits = std::mem::replace(waits, Ok(())).and(looked);
+                has_sums = waits.pass(self.check_sums(&base, chunk, gives_up))?.is_some();
             }
-            has_sums
+            Ok::<_, GroupError>(has_sums)
         };
         for step in fold_steps(known.map.pieces(), size_bytes) {
             match step {
                 FoldStep::Copy { offset, .. } => {
-                    look(offset / CHUNK_BYTES, &mut waits);
+                    look(offset / CHUNK_BYTES, &mut waits)?;
                 }
                 FoldStep::Zero { offset, length, .. } => {
                     for chunk in edge_chunks(offset, length) {
-                        look(chunk, &mut waits);
+                        look(chunk, &mut waits)?;
                     }
                 }
                 FoldStep::Mend { offset, parts } => {
-                    if look(offset / CHUNK_BYTES, &mut waits)
-                        && !begun
+                    if look(offset / CHUNK_BYTES, &mut waits)?
+                        && !may_be_torn
                         && parts.iter().map(|part| part.length).sum::<u64>() < BLOCK_BYTES
                         && let Err(cause) = base.read(offset, &mut block)
                     {
                         self.suspect_block(&cause);
-                        waits = waits.and(self.leave_damaged(&base, offset, &cause, gives_up));
+                        let proved = self.is_proved(known, &base, offset, &parts, &cause, gives_up);
+                        if waits.pass(proved)? == Some(false) {
+                            waits.pass(self.leave_damaged(&base, offset, &cause, gives_up))?;
+                        }
                     }
                 }
             }
@@ -336,15 +359,15 @@ impl Group {
         for piece in known.touched.pieces().take_while(|piece| piece.offset < size_bytes) {
             let end = (piece.offset + piece.length).min(size_bytes);
             for chunk in piece.offset / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES) {
-                look(chunk, &mut waits);
+                look(chunk, &mut waits)?;
             }
         }
         if let Some(last) = edge_chunks(0, size_bytes).last()
             && (begun || base.size_bytes() != size_bytes)
         {
-            look(last, &mut waits);
+            look(last, &mut waits)?;
         }
-        waits
+        waits.end()
     }
 
     /// The base is complete up to here: maps forget what it has.
@@ -420,33 +443,38 @@ impl Group {
             let _gate = self.base_gate.write().expect("no holder panics");
             base.resize(volume.size_bytes).map_err(write)?;
         }
-        let mut batch = Batch::default();
+        let (mut batch, mut waits) = (Batch::default(), Waits::default());
         for step in steps {
             match step {
                 FoldStep::Copy { offset, piece } => {
                     if batch.end() != Some(offset) || batch.bytes() >= BATCH_BYTES {
-                        self.write_batch(known, &base, &mut batch, rotted)?;
+                        waits.pass(self.write_batch(known, &base, &mut batch, rotted))?;
                         batch.offset = offset;
                     }
                     batch.born = batch.born.max(written_at(&piece.source));
                     batch.pieces.push(piece);
                 }
                 FoldStep::Zero { offset, length, born } => {
-                    self.write_batch(known, &base, &mut batch, rotted)?;
+                    waits.pass(self.write_batch(known, &base, &mut batch, rotted))?;
                     let _gate = self.base_gate.write().expect("no holder panics");
                     base.zero_blocks(offset, length, born).map_err(write)?;
                 }
                 FoldStep::Mend { offset, parts } => {
-                    self.write_batch(known, &base, &mut batch, rotted)?;
-                    self.mend(known, &base, offset, parts, rotted)?;
+                    waits.pass(self.write_batch(known, &base, &mut batch, rotted))?;
+                    waits.pass(self.mend(known, &base, offset, parts, rotted))?;
                 }
             }
         }
-        self.write_batch(known, &base, &mut batch, rotted)?;
+        waits.pass(self.write_batch(known, &base, &mut batch, rotted))?;
         for piece in known.touched.pieces().take_while(|piece| piece.offset < volume.size_bytes) {
             let length = piece.length.min(volume.size_bytes - piece.offset);
             let _gate = self.base_gate.write().expect("no holder panics");
             base.raise_births(piece.offset, length, written_at(&piece.source)).map_err(write)?;
+        }
+        if waits.any() {
+            // The next attempt is to find every block with its sum.
+            base.settle().map_err(write)?;
+            return waits.end();
         }
         base.sync().map_err(|cause| self.fail(&format!("sync of base of {}", volume.name), &cause))
     }
@@ -487,7 +515,8 @@ impl Group {
         if covered < BLOCK_BYTES
             && let Err(cause) = base.read(offset, &mut block)
         {
-            if self.stays_damaged(base, offset, &cause, born, rotted)? {
+            let proved = self.is_proved(known, base, offset, &parts, &cause, rotted.gives_up)?;
+            if !proved && self.stays_damaged(base, offset, &cause, born, rotted)? {
                 rotted.push(known, offset);
                 // It has changed all the same, for whoever asks what has.
                 let _gate = self.base_gate.write().expect("no holder panics");

@@ -80,7 +80,7 @@ impl Awaited {
 pub(super) struct Rotted {
     blocks: Vec<(VolumeNumber, Name, u64)>,
     /// What the disk cannot read is not waited for.
-    gives_up: bool,
+    pub(super) gives_up: bool,
 }
 
 impl Rotted {
@@ -90,6 +90,41 @@ impl Rotted {
 
     pub(super) fn push(&mut self, known: &VolumeContent, offset: u64) {
         self.blocks.push((known.volume.number, known.volume.name.clone(), offset));
+    }
+}
+
+/// The first thing that an attempt waits for. It goes on with all others, so that they are waited
+/// for at the same time; the next attempt does all of it again.
+#[derive(Default)]
+pub(super) struct Waits(Option<GroupError>);
+
+impl Waits {
+    /// What came of a step, `None` where it waits.
+    ///
+    /// # Errors
+    ///
+    /// Any that is no wait.
+    pub(super) fn pass<T>(&mut self, done: Result<T, GroupError>) -> Result<Option<T>, GroupError> {
+        match done {
+            Err(error @ GroupError::Waits { .. }) => {
+                self.0.get_or_insert(error);
+                Ok(None)
+            }
+            done => done.map(Some),
+        }
+    }
+
+    pub(super) fn any(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// All steps were tried.
+    ///
+    /// # Errors
+    ///
+    /// The first wait.
+    pub(super) fn end(self) -> Result<(), GroupError> {
+        self.0.map_or(Ok(()), Err)
     }
 }
 
@@ -123,16 +158,14 @@ impl Group {
             return Ok(());
         }
         let blocks = data.chunks_exact_mut(BLOCK_BYTES as usize);
-        // All that cannot be read is waited for at the same time.
-        let mut waits = Ok(());
+        let mut waits = Waits::default();
         for ((index, buffer), piece) in blocks.enumerate().zip(pieces) {
-            match self.fetch_or_zeros(volume, piece, buffer, rotted) {
-                Ok(true) => {}
-                Ok(false) => rotted.push(known, offset + index as u64 * BLOCK_BYTES),
-                Err(error) => waits = waits.and(Err(error)),
+            let fetched = self.fetch_or_zeros(volume, piece, buffer, rotted);
+            if waits.pass(fetched)? == Some(false) {
+                rotted.push(known, offset + index as u64 * BLOCK_BYTES);
             }
         }
-        waits
+        waits.end()
     }
 
     /// Fetches the parts of the block at `offset` that the log has into it; the block's checksum,
@@ -151,13 +184,14 @@ impl Group {
     ) -> Result<u32, GroupError> {
         // The checksum so far, as it would be of whole parts; up to where.
         let (mut sum, mut at) = (Some(crc32(&[])), 0);
-        let mut whole = true;
+        let (mut whole, mut waits) = (true, Waits::default());
         for part in parts {
             let (begin, bytes) = ((part.offset - offset) as usize, part.length as usize);
             sum = sum.map(|sum| joined(sum, &block[at..begin]));
             at = begin + bytes;
             let buffer = &mut block[begin..at];
-            if self.fetch_or_zeros(known.volume.number, part, buffer, rotted)? {
+            let fetched = self.fetch_or_zeros(known.volume.number, part, buffer, rotted);
+            if waits.pass(fetched)?.unwrap_or(true) {
                 sum = sum.map(|sum| joined(sum, buffer));
                 continue;
             }
@@ -169,12 +203,39 @@ impl Group {
                 _ => None,
             };
         }
+        waits.end()?;
         sum = sum.map(|sum| joined(sum, &block[at..]));
         if !whole {
             rotted.push(known, offset);
         }
         let never = !crc32(block);
         Ok(sum.unwrap_or(never))
+    }
+
+    /// A block of the base is damaged, of which a fold would keep a part: whether its checksum is
+    /// that of the block with what the log has of it. Then that part is right. So it is where an
+    /// earlier attempt wrote the block over what had rotted in the log.
+    ///
+    /// # Errors
+    ///
+    /// While what the log has of it is waited for; what the disk says.
+    pub(super) fn is_proved(
+        &self,
+        known: &VolumeContent,
+        base: &BaseVolume,
+        offset: u64,
+        parts: &[Piece],
+        cause: &BaseError,
+        gives_up: bool,
+    ) -> Result<bool, GroupError> {
+        let BaseError::Damaged { expected, .. } = cause else { return Ok(false) };
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        if is_sum_lost(cause) || base.read_unchecked(offset, &mut block).is_err() {
+            return Ok(false);
+        }
+        let mut rotted = Rotted::new(gives_up);
+        let crc = self.fetch_parts(known, offset, parts.to_vec(), &mut block, &mut rotted)?;
+        Ok(crc == *expected)
     }
 
     /// A block of the base is damaged, of which a fold would keep a part. Where what is here does
@@ -206,7 +267,8 @@ impl Group {
         }
         let waits = match unread {
             true => !self.is_lost(Unread::Block(base.number(), offset), gives_up),
-            false => self.waits_for_peers() && !gives_up,
+            // Once a fold has begun, no peer's block is taken.
+            false => self.lock().unfinished_fold.is_none() && self.waits_for_peers() && !gives_up,
         };
         if waits {
             return Err(self.waits(cause.to_string()));
@@ -270,9 +332,9 @@ impl Group {
         }
         // A crash in the middle of an earlier attempt at this very block may have left any of its
         // sectors new, the rest old, and a checksum of neither. What the log lacks is the same in
-        // both. Nothing else excuses a wrong checksum.
-        // Nor that the sum was lost, since then nothing tells what the block is.
-        if self.lock().unfinished_fold.is_some() && !is_sum_lost(cause) {
+        // both. Nothing else excuses a wrong checksum: no attempt that waited, since all that it
+        // wrote is whole. Nor a sum that was lost, since then nothing tells what the block is.
+        if self.lock().may_be_torn && !is_sum_lost(cause) {
             return Ok(false);
         }
         self.suspect_block(cause);

@@ -337,6 +337,7 @@ impl Group {
         core.horizon = std::sync::Arc::new(ControlState { bases, ..state });
         core.fold_target = at;
         core.unfinished_fold = None;
+        core.may_be_torn = false;
         core.pending = Pending::default();
         core.awaited = Awaited::default();
         core.committed = at;

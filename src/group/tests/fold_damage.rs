@@ -7,7 +7,7 @@ use super::*;
 use crate::io::Fault;
 use crate::log::segment::segment_name;
 
-const BYTES: u64 = 1 << 20;
+pub(super) const BYTES: u64 = 1 << 20;
 /// Blocks that have rotted: written whole, and in part.
 const ROTTED: [u64; 3] = [3, 10, 11];
 
@@ -50,7 +50,7 @@ fn rotted(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, Arc<Image>) {
 }
 
 /// All blocks are as they should be; those that have rotted are errors, and no other data.
-fn check(view: &dyn View, volume: &Volume, expected: &[u8], rotted: &[u64], what: &str) {
+pub(super) fn check(view: &dyn View, volume: &Volume, expected: &[u8], rotted: &[u64], what: &str) {
     for block in 0..BYTES / 4096 {
         let got = try_read(view, volume.number, block * 4096, 4096);
         if rotted.contains(&block) {
@@ -74,7 +74,7 @@ pub(super) fn press(bench: &Bench, group: &Arc<Group>, volume: &Volume, expected
     group.sync_now().unwrap();
 }
 
-fn fold(bench: &Bench, group: &Group, what: &str) {
+pub(super) fn fold(bench: &Bench, group: &Group, what: &str) {
     bench.pass(5);
     group.sync_now().unwrap();
     let folded = group.fold_now().unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -157,7 +157,7 @@ fn a_fold_goes_on_over_a_damaged_block_of_the_base_of_which_the_log_has_a_part()
 }
 
 /// A group whose base has a block that has rotted, of which the log has a part.
-fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
+pub(super) fn rotted_base(bench: &Bench) -> (Arc<Group>, Volume, Vec<u8>, PathBuf) {
     let group = bench.create();
     let volume = group.create_volume(name("v"), BYTES).unwrap();
     set_policy(&group, 0, 64 << 20);
@@ -432,7 +432,7 @@ fn what_a_fold_without_space_has_torn_is_no_rot_to_its_next_round() {
 }
 
 /// Blocks of the base cannot be read from here on: 9, of which the log has a part.
-fn unread(bench: &Bench, base: &Path) {
+pub(super) fn unread(bench: &Bench, base: &Path) {
     let (path, offset) = (base.to_owned(), 9 * 4096 + 2048);
     bench.disk.inject(Fault::Unreadable { path, offset, length: 512 });
 }

@@ -9,6 +9,7 @@ mod cut;
 mod failures;
 mod fold;
 mod fold_damage;
+mod fold_waits;
 mod hostile;
 mod images;
 mod lost;
