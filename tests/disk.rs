@@ -341,6 +341,35 @@ fn a_failing_disk_of_the_secondary_is_told_on_both_nodes_and_a_restart_heals_it(
     secondary_meets(&[(Call::Sync, Code::EIO, ".seg")], true);
 }
 
+/// The command that status names for it was refused: the peer was connected, and could not note that
+/// it was asked.
+#[test]
+fn on_loss_continue_lets_hosts_go_on_while_the_disk_of_the_peer_they_wait_for_is_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let (a, _b) = with_faulty_copy(dir.path(), &faults);
+    a.run(&["replicate", "g", "--to", "b", "--mode", "sync", "--on-loss", "block"]);
+    wait_for_status(&a, "b to stream", streams);
+    write_one(&a).unwrap();
+    let full = [
+        (Call::Write, Code::ENOSPC, ".seg"),
+        (Call::Write, Code::ENOSPC, "peers.new"),
+        (Call::Create, Code::ENOSPC, "peers.new"),
+    ];
+    faults.set(&full);
+    std::thread::scope(|scope| {
+        let host = scope.spawn(|| write_one(&a));
+        wait_for_status(&a, "hosts to wait", |status| {
+            status["role_reason"].as_str().is_some_and(|why| why.contains("--on-loss continue"))
+        });
+        let done = a.run(&["replicate", "g", "--to", "b", "--on-loss", "continue"]);
+        assert!(done.contains("that holds from now on") && done.contains("peers"), "{done}");
+        assert_eq!(host.join().unwrap(), Ok(()));
+    });
+    faults.none();
+    wait_for_status(&a, "b to stream again", streams);
+}
+
 #[test]
 fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_some() {
     let dir = tempfile::tempdir().unwrap();

@@ -78,8 +78,14 @@ pub(super) fn replicate(context: Arc<Context>, call: Call) -> AnswerFuture {
             wait_for_link(&context, peer.as_str()).await;
         }
         let options = ReplicateOptions { mode, on_loss, rpo_target };
-        context.replication.replicate(group.as_str(), peer.as_str(), options).await?;
-        done(format!("group {group}: is replicated to {peer}"))
+        let not_asked =
+            context.replication.replicate(group.as_str(), peer.as_str(), options).await?;
+        let but = not_asked.map_or_else(String::new, |why| {
+            format!(
+                "; that holds from now on, but the peer was not asked for its copy again: {why}"
+            )
+        });
+        done(format!("group {group}: is replicated to {peer}{but}"))
     })
 }
 

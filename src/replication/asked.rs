@@ -82,7 +82,7 @@ impl Shared {
         }
         // First: a copy that nobody is known to have asked for is refused to who asks again.
         let is_new = self.ask_for(peer.node, group).map_err(|error| {
-            format!("{error}; nothing was changed on either node: make room there, and try again")
+            format!("{error}; no copy was made: make room there, and try again")
         })?;
         if known.is_none() {
             if let Err(error) = self.groups.create_copy(group, name.clone(), segment_bytes) {
@@ -179,7 +179,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_for_a_copy_that_cannot_be_noted_is_told_that_nothing_was_changed() {
+    async fn who_asks_for_a_copy_that_cannot_be_noted_is_told_that_none_was_made() {
         let (node, group) = node_with_peer();
         group.append_control(member(PEER, "b", Mode::Async)).unwrap();
         let shared = &node.replication.shared;
@@ -189,7 +189,7 @@ pub(super) mod tests {
             std::fs::create_dir(&in_the_way).unwrap();
             let refused = ask(&node, id, name).unwrap_err();
             assert!(refused.contains("peers: could not be written"), "{refused}");
-            assert!(refused.contains("nothing was changed on either node"), "{refused}");
+            assert!(refused.contains("no copy was made"), "{refused}");
             assert!(shared.groups.by_id(other).is_none(), "{name}");
             std::fs::remove_dir(&in_the_way).unwrap();
             ask(&node, id, name).unwrap();

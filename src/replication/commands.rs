@@ -51,7 +51,8 @@ impl Replication {
     }
 
     /// Makes a copy of a group on a peer and keeps it up to date from now on. Again for the same
-    /// peer, it changes the options.
+    /// peer, it changes the options; that holds also where the peer cannot be asked for its copy once
+    /// more, and then the answer says why.
     ///
     /// # Errors
     ///
@@ -62,7 +63,7 @@ impl Replication {
         group_name: &str,
         peer_name: &str,
         options: ReplicateOptions,
-    ) -> Result<(), ReplicationError> {
+    ) -> Result<Option<String>, ReplicationError> {
         let shared = Arc::clone(&self.shared);
         let group = shared.groups.by_name(group_name)?;
         let peer = shared.peer_named(peer_name)?;
@@ -73,8 +74,14 @@ impl Replication {
             )));
         }
         // What hosts do without the peer can be changed while it is away.
-        if !self.is_replicated_to(group_name, peer_name) || shared.is_connected(peer.node) {
-            self.ask_for_copy(peer_name, &*group).await?;
+        let known = self.is_replicated_to(group_name, peer_name);
+        let mut not_asked = None;
+        if !known || shared.is_connected(peer.node) {
+            match self.ask_for_copy(peer_name, &*group).await {
+                // Nor does it take a peer whose disk is full.
+                Err(error) if known => not_asked = Some(error.to_string()),
+                asked => asked?,
+            }
         }
         let work = move || -> Result<(), ReplicationError> {
             let own = shared.context.node.clone();
@@ -84,7 +91,8 @@ impl Replication {
             shared.groups_changed();
             Ok(())
         };
-        run_blocking(work).await
+        run_blocking(work).await?;
+        Ok(not_asked)
     }
 
     /// Whether a group has a copy on a peer.
