@@ -51,8 +51,8 @@ impl Replication {
     }
 
     /// Makes a copy of a group on a peer and keeps it up to date from now on. Again for the same
-    /// peer, it changes the options; that holds also where the peer cannot be asked for its copy once
-    /// more, and then the answer says why.
+    /// peer, it changes the options; that holds also where the peer cannot be asked for its copy
+    /// once more, and then the answer says why.
     ///
     /// # Errors
     ///
