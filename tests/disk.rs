@@ -341,8 +341,8 @@ fn a_failing_disk_of_the_secondary_is_told_on_both_nodes_and_a_restart_heals_it(
     secondary_meets(&[(Call::Sync, Code::EIO, ".seg")], true);
 }
 
-/// The command that status names for it was refused: the peer was connected, and could not note that
-/// it was asked.
+/// The command that status names for it was refused: the peer was connected, and could not note
+/// that it was asked.
 #[test]
 fn on_loss_continue_lets_hosts_go_on_while_the_disk_of_the_peer_they_wait_for_is_full() {
     let dir = tempfile::tempdir().unwrap();
