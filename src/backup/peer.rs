@@ -41,8 +41,8 @@ pub trait PeerCalls: Send + Sync {
     /// How the copy of a group follows that this node and `peer` hold together; without a peer, how
     /// the data here is.
     fn view(&self, group: &Group, peer: Option<&Name>) -> ReplicationView;
-    /// Whether a backup at `lsn` holds the same whichever node made it, as far as comparisons of
-    /// the copies have told, whatever of them is linked or a member now.
+    /// Whether a backup at `lsn` holds the same whichever node of the group made it, as far as
+    /// comparisons of the copies have told, linked or not.
     fn is_same_at(&self, group: &Group, lsn: Lsn) -> bool;
 }
 

@@ -71,8 +71,8 @@ impl Asker {
         };
         let busy_now = self.busy.lock().expect("no holder panics");
         let waited = self.idle.wait_timeout_while(busy_now, AFTER_A_JUMP, hangs);
-        let (mut busy_now, _) = waited.expect("no holder panics");
-        if hangs(&mut busy_now) {
+        let (busy_now, waited) = waited.expect("no holder panics");
+        if waited.timed_out() {
             return Err(Hung(busy_now.map_or(asked, |(since, _)| since)));
         }
         drop(busy_now);

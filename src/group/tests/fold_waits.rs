@@ -12,6 +12,16 @@ fn unreadable(bench: &Bench, end: Lsn) {
     bench.disk.inject(Fault::Unreadable { path, offset, length: 512 });
 }
 
+/// Folds, which is to wait for ten seconds and no longer, however much cannot be read.
+fn fold_after_ten_seconds(bench: &Bench, group: &Group) {
+    for round in 0..2 {
+        let waits = group.fold_now();
+        assert!(matches!(waits, Err(GroupError::Waits { .. })), "round {round}: {waits:?}");
+        bench.pass(5);
+    }
+    group.fold_now().unwrap();
+}
+
 #[test]
 fn all_that_cannot_be_read_is_waited_for_at_the_same_time_wherever_it_lies() {
     let bench = Bench::new("a", 1);
@@ -44,12 +54,7 @@ fn all_that_cannot_be_read_is_waited_for_at_the_same_time_wherever_it_lies() {
     let [v, w] = &volumes;
     press(&bench, &group, v, &mut expected[0]);
     assert!(group.log_full().is_some());
-    for round in 0..2 {
-        let waits = group.fold_now();
-        assert!(matches!(waits, Err(GroupError::Waits { .. })), "round {round}: {waits:?}");
-        bench.pass(5);
-    }
-    group.fold_now().unwrap();
+    fold_after_ten_seconds(&bench, &group);
     bench.disk.clear_faults();
     check(&*group, v, &expected[0], &[2, 4, 6, 8], "v");
     check(&*group, w, &expected[1], &[2, 4, 6, 8], "w");
@@ -73,12 +78,7 @@ fn all_of_two_bases_that_cannot_be_read_is_waited_for_at_the_same_time() {
         unread(&bench, &dir().join("base").join(format!("{}.img", volume.number)));
     }
     press(&bench, &group, &volumes[0], &mut expected[0]);
-    for round in 0..2 {
-        let waits = group.fold_now();
-        assert!(matches!(waits, Err(GroupError::Waits { .. })), "round {round}: {waits:?}");
-        bench.pass(5);
-    }
-    group.fold_now().unwrap();
+    fold_after_ten_seconds(&bench, &group);
     for (volume, expected) in volumes.iter().zip(&expected) {
         check(&*group, volume, expected, &[9], "given up");
     }
