@@ -76,6 +76,12 @@ impl Reigns {
         self.reigns.last().map_or(EpochId(0), |(epoch, _)| *epoch)
     }
 
+    /// Whether nothing that this node may yet hear changes which reign the slot came in.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.whole || self.is_past
+    }
+
     /// Why an image of the slot is no backup of it in this node's history, where that is certain.
     #[must_use]
     pub fn why_not(&self, epoch: EpochId, lsn: Lsn, stale: bool) -> Option<String> {
@@ -121,7 +127,8 @@ impl Reigns {
     #[must_use]
     pub fn made(&self, results: &[SlotResult]) -> Filled {
         let counted = || results.iter().filter(|result| self.counts(result));
-        let has_come = |result: &SlotResult| self.whole || self.is_past && result.lsn <= self.head;
+        let has_come =
+            |result: &SlotResult| self.is_settled() && (self.whole || result.lsn <= self.head);
         if counted().any(has_come) {
             Filled::ForGood
         } else if counted().next().is_some() {

@@ -15,7 +15,7 @@ use tidelog::backup::{
     PeerPhase, Placement, Reason, Reigns, ReplicationFacts, Schedule, SlotResult, SlotRun,
     SlotStore, Watch, counterpart, others, present_reign,
 };
-use tidelog::group::{DataState, Image, Point, Role};
+use tidelog::group::{DataState, Group, Image, Point, Role};
 use tidelog::replication::ReplicationState;
 use tidelog::units::{EpochId, LogTime, Name, Span};
 
@@ -104,8 +104,11 @@ impl Keeper {
     }
 
     /// A backup of a slot is there.
-    fn made(&mut self, group: usize, slot: LogTime, reign: EpochId) {
-        self.watches.entry(group).or_default().made(slot, reign);
+    fn made(&mut self, found: &Group, group: usize, slot: LogTime) {
+        if !Reigns::of(found, slot).is_settled() {
+            return;
+        }
+        self.watches.entry(group).or_default().made(slot, present_reign(found));
         if self.alarms.get(&group).is_some_and(|(of, _)| *of <= slot) {
             self.alarms.remove(&group);
         }
@@ -402,7 +405,7 @@ impl World {
                 };
                 self.coverage.add(what, 1);
                 if outcome == Outcome::Delegated {
-                    self.nodes[node].keeper.made(group, slot, present_reign(&found));
+                    self.nodes[node].keeper.made(&found, group, slot);
                     let three = self.groups[group].members.len() > 2;
                     self.coverage.add("backups delegated to one of two", u64::from(three));
                 }
@@ -531,7 +534,7 @@ impl World {
                 self.coverage.add("backups taken over", u64::from(making.number > 1));
                 self.say(format_args!("{} has made {slot}", self.nodes[node].name));
                 open.phase = PeerPhase::Done;
-                self.nodes[node].keeper.made(group, slot, present_reign(&found));
+                self.nodes[node].keeper.made(&found, group, slot);
                 self.nodes[node].keeper.handled.insert(group, slot);
             }
             Ok(Some(_)) => {
