@@ -50,8 +50,15 @@ impl Needs {
 impl Group {
     /// A peer needs the log from here on; it follows, or has followed until now.
     pub fn note_peer_needs(&self, peer: NodeId, from: Lsn, follows: bool) {
-        self.lock().needs.peers.insert(peer, (from, follows));
-        self.workers.wake_folder();
+        let waits = {
+            let mut core = self.lock();
+            core.needs.peers.insert(peer, (from, follows));
+            core.room.fold_waits()
+        };
+        // A fold that waits would begin anew with each report, for nothing.
+        if !waits {
+            self.workers.wake_folder();
+        }
     }
 
     /// What the log is kept for besides its window.

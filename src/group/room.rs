@@ -74,6 +74,11 @@ impl Room {
         let failure = self.fold_failure.as_ref().filter(|failure| !failure.waits);
         failure.map(|failure| failure.reason.as_str())
     }
+
+    /// Whether the last fold waits for the disk, or for a repair.
+    pub fn fold_waits(&self) -> bool {
+        self.fold_failure.as_ref().is_some_and(|failure| failure.waits)
+    }
 }
 
 /// What limits a log.

@@ -19,6 +19,10 @@ const SYNC_EVERY: Duration = Duration::from_secs(1);
 const FOLD_EVERY: Duration = Duration::from_secs(5);
 /// A fold that moved nothing is not tried again before this has passed.
 const FOLD_REST: Duration = Duration::from_millis(100);
+/// One that waits for the disk or for a repair has done all else, and will do it again: it rests
+/// longer, and twice as long each time while nothing asks for it.
+const WAIT_REST: Duration = Duration::from_secs(1);
+const WAIT_AT_MOST: Duration = Duration::from_secs(60);
 /// Write-back is started whenever so many bytes were appended.
 const WRITEBACK_BYTES: u64 = 4 << 20;
 
@@ -177,17 +181,23 @@ impl Group {
     }
 
     fn run_fold(&self) {
-        let mut told = None;
+        let (mut told, mut every) = (None, FOLD_EVERY);
         loop {
-            self.workers.fold.wait(FOLD_EVERY);
+            self.workers.fold.wait(every);
             if self.stopping() {
                 return;
             }
             let before = self.lock().timeline.horizon().lsn;
             self.fold_round(&mut told);
-            if self.lock().timeline.horizon().lsn == before {
+            let (moved, waits) = {
+                let core = self.lock();
+                (core.timeline.horizon().lsn != before, core.room.fold_waits())
+            };
+            every = if waits { (every * 2).min(WAIT_AT_MOST) } else { FOLD_EVERY };
+            if !moved {
                 // Writers of a full log ring without end, and nothing has come of it.
-                self.workers.fold.rest(FOLD_REST, || self.stopping());
+                let rest = if waits { WAIT_REST } else { FOLD_REST };
+                self.workers.fold.rest(rest, || self.stopping());
             }
         }
     }

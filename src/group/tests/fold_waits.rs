@@ -175,3 +175,29 @@ fn a_block_that_a_waiting_fold_wrote_over_rot_in_the_log_is_whole_once_that_is_r
         }
     }
 }
+
+#[test]
+fn a_fold_that_waits_does_not_begin_anew_with_each_report_of_a_peer_or_wish_of_a_writer() {
+    let bench = Bench::new("a", 6);
+    let (group, volume, mut expected, _) = rotted_base(&bench);
+    wait_for(&bench, &group, &volume, &mut expected);
+    assert!(matches!(group.fold_now(), Err(GroupError::Waits { .. })));
+    let before = bench.disk.operations();
+    group.fold_round(&mut None);
+    let each = bench.disk.operations() - before;
+    assert!(each > 0 && group.fold_failure().is_some());
+    group.start_workers();
+    let before = bench.disk.operations();
+    for round in 0..100 {
+        group.note_peer_needs(NodeId([9; 16]), group.positions().head, true);
+        // As one that waits for a peer.
+        if round % 2 == 0 {
+            group.note_nobody_has(1 << 40);
+        }
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    let attempts = (bench.disk.operations() - before) / each;
+    assert!((1..5).contains(&attempts), "{attempts} in two seconds");
+    bench.disk.clear_faults();
+    group.close().unwrap();
+}
