@@ -230,6 +230,8 @@ impl Group {
                 meta.yielding = false;
                 meta.failed = false;
                 meta.reigns = primary;
+                // Its reign's record was durable; that it was promoted was not noted here.
+                meta.retired &= !primary;
                 meta.reign_due |= primary && lost;
             }
         })

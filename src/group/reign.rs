@@ -105,10 +105,6 @@ impl Group {
             self.disconnect_clients();
         }
         let epoch = self.begin_epoch_at(self.new_epoch(reason, counter), at)?;
-        {
-            let mut core = self.lock();
-            (core.retired, core.needs_image) = (None, None);
-        }
         self.become_member();
         self.notify();
         Ok(epoch)
@@ -149,6 +145,7 @@ impl Group {
             if let Ok(end) = end {
                 assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
                 core.role = Role::Primary;
+                (core.retired, core.needs_image) = (None, None);
                 core.pending = Pending::default();
                 let now = core.clock.last();
                 core.required.begin_anew(now);
@@ -171,7 +168,7 @@ impl Group {
 
     /// Who reigns holds the group: the record that replication to this node was stopped ends here.
     /// It would else count as stopped once more when it steps down. A failure is told: it reigns.
-    fn become_member(&self) {
+    pub(super) fn become_member(&self) {
         let NodeIdentity { id, name } = &self.context.node;
         let own = MemberRecord {
             node: *id,

@@ -165,6 +165,7 @@ impl Group {
             self.begin_epoch(self.new_epoch(reason, counter))?;
         }
         self.lock().asking = None;
+        self.become_member();
         self.space.notify_all();
         self.notify();
         Ok(())

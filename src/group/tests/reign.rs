@@ -95,6 +95,33 @@ fn a_primary_is_not_retired_by_what_was_decided_before_it_was_promoted() {
 }
 
 #[test]
+fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_where_it_reigns() {
+    let mut reigned = 0;
+    for nth in 0..12 {
+        let (bench, copy) = stopped_copy(1);
+        copy.set_retired(true).unwrap();
+        bench.disk.inject(Fault::PowerOff { operation: bench.disk.operations() + nth });
+        let promoted = copy.promote("test");
+        drop(copy);
+        let bench = bench.after_crash(nth);
+        let (again, _) = bench.open();
+        if again.role() == Role::Secondary {
+            assert!(promoted.is_err(), "{nth}");
+            assert_eq!(again.data_state().0, DataState::Retired, "{nth}");
+            continue;
+        }
+        reigned += u64::from(promoted.is_err());
+        assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: it asks whether to serve");
+        again.serve().unwrap();
+        assert_eq!(again.data_state().0, DataState::Consistent, "{nth}");
+        assert!(is_member(&bench, &again), "{nth}: written where it serves");
+        again.demote().unwrap();
+        assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: when it steps down");
+    }
+    assert!(reigned > 0, "its reign's record was durable, and it did not know");
+}
+
+#[test]
 fn a_reign_is_taken_over_at_its_very_place_or_nothing_is_changed() {
     let (_bench, copy) = stopped_copy(3);
     let Positions { head, chain, .. } = copy.positions();
