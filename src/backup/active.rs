@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::branches::{Reigns, present_reign};
+use super::branches::Reigns;
 use super::catalog::{BackupEntry, Outcome};
 use super::decision::Decision;
 use super::error::BackupError;
@@ -300,8 +300,7 @@ impl Inner {
     /// A run is over: what it was stays known for those who ask.
     pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
         let opened_by = self.lock().active.get(&task.key).map(|active| active.opened_by);
-        let reign = present_reign(&task.group);
-        let settled = Reigns::of(&task.group, task.key.slot).is_settled();
+        let reigns = Reigns::of(&task.group, task.key.slot);
         // A run by command is none of the schedule's slots.
         if opened_by == Some(OpenedBy::Schedule) {
             self.set_handled(&task.key);
@@ -315,15 +314,14 @@ impl Inner {
         state.remember_decided(task.key, first);
         let proved =
             matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
-        // What a clock that is ahead calls its slot makes up for nothing that is to come. What
-        // counts as far as a copy can tell is looked at again.
-        if proved && settled && !self.is_ahead(task.key.slot) {
+        // What a clock that is ahead calls its slot makes up for nothing that is to come.
+        if proved && !self.is_ahead(task.key.slot) {
             // It makes up for what is older, and for nothing newer.
             let name = (task.group.name().clone(), task.job.name.clone());
             if state.alarms.get(&name).is_some_and(|alarm| alarm.slot <= task.key.slot) {
                 state.alarms.remove(&name);
             }
-            state.watches.entry(task.key.job).or_default().made(task.key.slot, reign);
+            state.watches.entry(task.key.job).or_default().made(task.key.slot, &reigns);
         }
         if let Some(active) = state.active.get_mut(&task.key) {
             active.phase = phase;

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use super::branches::Filled;
+use super::branches::{Filled, Reigns};
 use super::job::JobSettings;
 use super::slot::Schedule;
 use crate::units::{EpochId, LogTime, Span};
@@ -73,6 +73,9 @@ pub struct Watch {
     reign: Option<EpochId>,
     /// The newest slot of which this node knows that its backup is there.
     made: Option<LogTime>,
+    /// A newer one whose backup is there if the slot came in this reign, as far as a copy knows
+    /// that has not come past the slot.
+    perhaps: Option<(LogTime, Option<EpochId>)>,
 }
 
 impl Watch {
@@ -114,27 +117,49 @@ impl Watch {
         true
     }
 
-    /// A backup of `slot` is there, of the history that goes on in `reign`: it makes up for what is
-    /// older.
-    pub fn made(&mut self, slot: LogTime, reign: EpochId) {
-        self.enter(reign);
-        self.made = self.made.max(Some(slot));
+    /// A backup of `slot` is there, in the history that the reigns tell: it makes up for what is
+    /// older, for good once the slot's reign is settled.
+    pub fn made(&mut self, slot: LogTime, reigns: &Reigns) {
+        self.enter(reigns.present());
+        if reigns.is_settled() {
+            self.made = self.made.max(Some(slot));
+        } else {
+            self.perhaps = self.perhaps.max(Some((slot, reigns.at_slot)));
+        }
+    }
+
+    /// The slot of which more may be known by now: tell [`Watch::settle`] its reigns.
+    pub fn unsettled(&self) -> Option<LogTime> {
+        self.perhaps.map(|(slot, _)| slot)
+    }
+
+    /// What is known now of the reigns of a slot: its backup is there for good, or counts no more.
+    pub fn settle(&mut self, slot: LogTime, reigns: &Reigns) {
+        self.enter(reigns.present());
+        let Some((_, at_slot)) = self.perhaps.filter(|(of, _)| *of == slot) else { return };
+        if at_slot != reigns.at_slot {
+            self.perhaps = None;
+        } else if reigns.is_settled() {
+            self.perhaps = None;
+            self.made = self.made.max(Some(slot));
+        }
     }
 
     fn enter(&mut self, reign: EpochId) {
         if self.reign.replace(reign) != Some(reign) {
-            (self.made, self.looked) = (None, None);
+            (self.made, self.perhaps, self.looked) = (None, None, None);
         }
     }
 
     fn is_made_up_for(&self, slot: LogTime) -> bool {
-        self.made.is_some_and(|made| made >= slot)
+        self.made.max(self.unsettled()).is_some_and(|made| made >= slot)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Lsn;
 
     const SLOT: LogTime = LogTime(1_000_000_000);
     const LATER: LogTime = LogTime(2_000_000_000);
@@ -143,6 +168,12 @@ mod tests {
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
+    }
+
+    /// A copy's reigns, as far as they concern a slot that came in the first or in the second.
+    fn reigns(at_slot: EpochId, is_past: bool) -> Reigns {
+        let reigns = vec![(REIGN, Lsn::ZERO)];
+        Reigns { reigns, at_slot: Some(at_slot), is_past, ..Reigns::default() }
     }
 
     #[test]
@@ -187,8 +218,8 @@ mod tests {
     fn a_later_backup_ends_the_alarm_of_what_is_older() {
         let mut watch = Watch::default();
         assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
-        watch.made(LATER, REIGN);
-        watch.made(SLOT, REIGN);
+        watch.made(LATER, &reigns(REIGN, true));
+        watch.made(SLOT, &reigns(REIGN, true));
         assert!(!watch.found(SLOT, &Found::NotMade), "nothing is raised");
         assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN));
         assert!(!watch.is_due(LATER, REIGN, at(5000), LOOK_AGAIN), "this node made it");
@@ -196,10 +227,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_copy_made_before_its_log_came_past_the_slot_is_judged_again_when_it_has() {
+        for (at_slot, counts) in [(REIGN, true), (EpochId(2), false)] {
+            let mut watch = Watch::default();
+            assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
+            watch.made(LATER, &reigns(REIGN, false));
+            // Until then it stands, also for what is older: an idle log may never come past it.
+            assert!(!watch.found(SLOT, &Found::NotMade));
+            watch.settle(LATER, &reigns(REIGN, false));
+            assert_eq!(watch.unsettled(), Some(LATER));
+            assert!(!watch.is_due(LATER, REIGN, at(5000), LOOK_AGAIN));
+            watch.settle(LATER, &reigns(at_slot, true));
+            assert_eq!(watch.unsettled(), None);
+            assert_eq!(watch.is_due(LATER, REIGN, at(5001), LOOK_AGAIN), !counts);
+        }
+    }
+
+    #[test]
     fn in_another_reign_what_was_made_before_is_looked_for_again() {
         let mut watch = Watch::default();
         assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
-        watch.made(LATER, REIGN);
+        watch.made(LATER, &reigns(REIGN, true));
         assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN));
         let next = EpochId(2);
         assert!(!watch.is_due(SLOT, next, at(5001), LOOK_AGAIN), "the first look goes on");

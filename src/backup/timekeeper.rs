@@ -7,10 +7,10 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::active::OpenedBy;
-use super::branches::{Filled, present_reign};
+use super::branches::{Filled, Reigns, present_reign};
 use super::gather::{ObserveAnswer, ObserveCall, others};
 use super::job::JobSettings;
-use super::overdue::{Found, LOOK_AGAIN, newest_over};
+use super::overdue::{Found, LOOK_AGAIN, Watch, newest_over};
 use super::run::PeerPhase;
 use super::runner::missed_entry;
 use super::scheduler::{Inner, RunKey, SlotAlarm};
@@ -145,8 +145,13 @@ impl Inner {
         let Some(slot) = newest_over(schedule, settings, allowance, job.since, now) else { return };
         let monotonic = self.context.env.clock.monotonic();
         let reign = present_reign(group);
+        let unsettled = self.lock().watches.get(&job.id).and_then(Watch::unsettled);
+        let known = unsettled.map(|slot| (slot, Reigns::of(group, slot)));
         let mut state = self.lock();
         let watch = state.watches.entry(job.id).or_default();
+        if let Some((slot, reigns)) = known {
+            watch.settle(slot, &reigns);
+        }
         if !watch.is_due(slot, reign, monotonic, LOOK_AGAIN) {
             return;
         }

@@ -56,10 +56,13 @@ impl World {
         let (schedule, settings) = (&backups.schedule, &backups.settings);
         let newest = newest_over(schedule, settings, ALLOWANCE, backups.since, wall);
         let Some(slot) = newest else { return };
-        let Some(found) = self.nodes[node].group(group) else { return };
-        let reign = present_reign(found);
+        let Some(found) = self.nodes[node].group(group).cloned() else { return };
+        let reign = present_reign(&found);
         let keeper = &mut self.nodes[node].keeper;
         let watch = keeper.watches.entry(group).or_default();
+        if let Some(slot) = watch.unsettled() {
+            watch.settle(slot, &Reigns::of(&found, slot));
+        }
         if !watch.is_due(slot, reign, now, LOOK_AGAIN) {
             return;
         }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tidelog::backup::{
     Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Objects, Observation, Outcome,
     PeerPhase, Placement, Reason, Reigns, ReplicationFacts, Schedule, SlotResult, SlotRun,
-    SlotStore, Watch, counterpart, others, present_reign,
+    SlotStore, Watch, counterpart, others,
 };
 use tidelog::group::{DataState, Group, Image, Point, Role};
 use tidelog::replication::ReplicationState;
@@ -105,10 +105,7 @@ impl Keeper {
 
     /// A backup of a slot is there.
     fn made(&mut self, found: &Group, group: usize, slot: LogTime) {
-        if !Reigns::of(found, slot).is_settled() {
-            return;
-        }
-        self.watches.entry(group).or_default().made(slot, present_reign(found));
+        self.watches.entry(group).or_default().made(slot, &Reigns::of(found, slot));
         if self.alarms.get(&group).is_some_and(|(of, _)| *of <= slot) {
             self.alarms.remove(&group);
         }
