@@ -381,7 +381,11 @@ impl Group {
             return Err(self.refused("a fold is to be finished first"));
         }
         let Some(base) = self.base_of(volume) else { return Ok(false) };
-        self.mend_chunk(&base, chunk, blocks)
+        let mended = self.mend_chunk(&base, chunk, blocks)?;
+        if mended {
+            self.workers.wake_folder();
+        }
+        Ok(mended)
     }
 
     /// The same for who holds the lock of the folder, and may be about to fold.

@@ -20,9 +20,9 @@ const FOLD_EVERY: Duration = Duration::from_secs(5);
 /// A fold that moved nothing is not tried again before this has passed.
 const FOLD_REST: Duration = Duration::from_millis(100);
 /// One that waits for the disk or for a repair has done all else, and will do it again: it rests
-/// longer, and twice as long each time while nothing asks for it.
+/// longer, and lets pass more and more of the times at which nobody asked for it.
 const WAIT_REST: Duration = Duration::from_secs(1);
-const WAIT_AT_MOST: Duration = Duration::from_secs(60);
+const PAUSE_MOST: u32 = 5;
 /// Write-back is started whenever so many bytes were appended.
 const WRITEBACK_BYTES: u64 = 4 << 20;
 
@@ -51,13 +51,13 @@ impl Bell {
         self.changed.notify_one();
     }
 
-    /// Waits for a ring, or for `at_most`.
-    fn wait(&self, at_most: Duration) {
+    /// Waits for a ring, or for `at_most`; whether it rang.
+    fn wait(&self, at_most: Duration) -> bool {
         let (mut rung, _) = self
             .changed
             .wait_timeout_while(self.lock(), at_most, |rung| !*rung)
             .expect("no holder panics");
-        *rung = false;
+        std::mem::take(&mut rung)
     }
 
     /// Lets `duration` pass whatever rings, unless it is to end.
@@ -181,11 +181,16 @@ impl Group {
     }
 
     fn run_fold(&self) {
-        let (mut told, mut every) = (None, FOLD_EVERY);
+        let (mut told, mut idle, mut pause) = (None, 0, 0);
         loop {
-            self.workers.fold.wait(every);
+            let rang = self.workers.fold.wait(FOLD_EVERY);
             if self.stopping() {
                 return;
+            }
+            if !rang && idle < pause && !self.is_pressed(&self.lock()) {
+                idle += 1;
+                self.close_expired();
+                continue;
             }
             let before = self.lock().timeline.horizon().lsn;
             self.fold_round(&mut told);
@@ -193,7 +198,12 @@ impl Group {
                 let core = self.lock();
                 (core.timeline.horizon().lsn != before, core.room.fold_waits())
             };
-            every = if waits { (every * 2).min(WAIT_AT_MOST) } else { FOLD_EVERY };
+            pause = match (waits, rang) {
+                (true, true) => pause,
+                (true, false) => (2 * pause + 1).min(PAUSE_MOST),
+                (false, _) => 0,
+            };
+            idle = 0;
             if !moved {
                 // Writers of a full log ring without end, and nothing has come of it.
                 let rest = if waits { WAIT_REST } else { FOLD_REST };
