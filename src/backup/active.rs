@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::branches::Reigns;
 use super::catalog::{BackupEntry, Outcome};
+use super::claim::SlotResult;
 use super::decision::Decision;
 use super::error::BackupError;
 use super::facts::Reason;
@@ -297,8 +298,15 @@ impl Inner {
         (stop, progress)
     }
 
-    /// A run is over: what it was stays known for those who ask.
-    pub(super) fn end(&self, task: &Task, phase: PeerPhase, decision: Decision) {
+    /// A run is over: what it was stays known for those who ask, and what it made, or saw made,
+    /// ends alarms.
+    pub(super) fn end(
+        &self,
+        task: &Task,
+        phase: PeerPhase,
+        result: Option<&SlotResult>,
+        decision: Decision,
+    ) {
         let opened_by = self.lock().active.get(&task.key).map(|active| active.opened_by);
         let reigns = Reigns::of(&task.group, task.key.slot);
         // A run by command is none of the schedule's slots.
@@ -316,12 +324,14 @@ impl Inner {
             matches!(phase, PeerPhase::Done | PeerPhase::Ended { outcome: Outcome::Delegated, .. });
         // What a clock that is ahead calls its slot makes up for nothing that is to come.
         if proved && !self.is_ahead(task.key.slot) {
+            let watch = state.watches.entry(task.key.job).or_default();
             // It makes up for what is older, and for nothing newer.
-            let name = (task.group.name().clone(), task.job.name.clone());
-            if state.alarms.get(&name).is_some_and(|alarm| alarm.slot <= task.key.slot) {
-                state.alarms.remove(&name);
+            if watch.made(task.key.slot, result, &reigns) {
+                let name = (task.group.name().clone(), task.job.name.clone());
+                if state.alarms.get(&name).is_some_and(|alarm| alarm.slot <= task.key.slot) {
+                    state.alarms.remove(&name);
+                }
             }
-            state.watches.entry(task.key.job).or_default().made(task.key.slot, &reigns);
         }
         if let Some(active) = state.active.get_mut(&task.key) {
             active.phase = phase;

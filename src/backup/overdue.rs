@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use super::branches::{Filled, Reigns};
+use super::claim::SlotResult;
 use super::job::JobSettings;
 use super::slot::Schedule;
 use crate::units::{EpochId, LogTime, Span};
@@ -73,9 +74,8 @@ pub struct Watch {
     reign: Option<EpochId>,
     /// The newest slot of which this node knows that its backup is there.
     made: Option<LogTime>,
-    /// A newer one whose backup is there if the slot came in this reign, as far as a copy knows
-    /// that has not come past the slot.
-    perhaps: Option<(LogTime, Option<EpochId>)>,
+    /// Another whose backup is there as far as a copy knows that has not come past it.
+    perhaps: Option<(LogTime, SlotResult)>,
 }
 
 impl Watch {
@@ -117,32 +117,45 @@ impl Watch {
         true
     }
 
-    /// A backup of `slot` is there, in the history that the reigns tell: it makes up for what is
-    /// older, for good once the slot's reign is settled.
-    pub fn made(&mut self, slot: LogTime, reigns: &Reigns) {
+    /// The backup of `slot` has been made, of which this is the result where it could be read.
+    /// Whether it counts: it makes up for what is older, for good or until [`Watch::settle`] says
+    /// otherwise. The word of a copy is enough for its primary.
+    pub fn made(&mut self, slot: LogTime, result: Option<&SlotResult>, reigns: &Reigns) -> bool {
         self.enter(reigns.present());
-        if reigns.is_settled() {
-            self.made = self.made.max(Some(slot));
-        } else {
-            self.perhaps = self.perhaps.max(Some((slot, reigns.at_slot)));
+        let filled = match result {
+            Some(result) => reigns.made(std::slice::from_ref(result)),
+            None if reigns.whole => Filled::ForGood,
+            None => Filled::No,
+        };
+        match (filled, result) {
+            (Filled::ForGood, _) => self.made = self.made.max(Some(slot)),
+            (Filled::Perhaps, Some(result)) => {
+                if self.unsettled() < Some(slot) {
+                    self.perhaps = Some((slot, result.clone()));
+                }
+            }
+            _ => return false,
         }
+        true
     }
 
     /// The slot of which more may be known by now: tell [`Watch::settle`] its reigns.
     pub fn unsettled(&self) -> Option<LogTime> {
-        self.perhaps.map(|(slot, _)| slot)
+        self.perhaps.as_ref().map(|(slot, _)| *slot)
     }
 
     /// What is known now of the reigns of a slot: its backup is there for good, or counts no more.
     pub fn settle(&mut self, slot: LogTime, reigns: &Reigns) {
-        self.enter(reigns.present());
-        let Some((_, at_slot)) = self.perhaps.filter(|(of, _)| *of == slot) else { return };
-        if at_slot != reigns.at_slot {
-            self.perhaps = None;
-        } else if reigns.is_settled() {
-            self.perhaps = None;
-            self.made = self.made.max(Some(slot));
+        if let Some((_, result)) = self.perhaps.take_if(|(of, _)| *of == slot) {
+            self.made(slot, Some(&result), reigns);
         }
+    }
+
+    /// Nothing beyond `limit` makes up for what is to come: a clock that was ahead, and was set
+    /// back, has made it.
+    pub fn take_back(&mut self, limit: LogTime) {
+        self.made = self.made.filter(|made| *made <= limit);
+        self.perhaps.take_if(|(slot, _)| *slot > limit);
     }
 
     fn enter(&mut self, reign: EpochId) {
@@ -158,6 +171,7 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
+    use super::super::claim::tests::result;
     use super::*;
     use crate::units::Lsn;
 
@@ -170,10 +184,15 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    /// A copy's reigns, as far as they concern a slot that came in the first or in the second.
-    fn reigns(at_slot: EpochId, is_past: bool) -> Reigns {
+    /// The reigns of a copy that has the first 200 bytes of the log, and whether they go on behind
+    /// the slot.
+    fn reigns(is_past: bool) -> Reigns {
         let reigns = vec![(REIGN, Lsn::ZERO)];
-        Reigns { reigns, at_slot: Some(at_slot), is_past, ..Reigns::default() }
+        Reigns { reigns, head: Lsn(200), is_past, ..Reigns::default() }
+    }
+
+    fn of(epoch: EpochId, lsn: u64) -> SlotResult {
+        SlotResult { epoch, lsn: Lsn(lsn), ..result("a", 1) }
     }
 
     #[test]
@@ -218,8 +237,8 @@ mod tests {
     fn a_later_backup_ends_the_alarm_of_what_is_older() {
         let mut watch = Watch::default();
         assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
-        watch.made(LATER, &reigns(REIGN, true));
-        watch.made(SLOT, &reigns(REIGN, true));
+        assert!(watch.made(LATER, Some(&of(REIGN, 100)), &reigns(true)));
+        assert!(watch.made(SLOT, Some(&of(REIGN, 90)), &reigns(true)));
         assert!(!watch.found(SLOT, &Found::NotMade), "nothing is raised");
         assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN));
         assert!(!watch.is_due(LATER, REIGN, at(5000), LOOK_AGAIN), "this node made it");
@@ -228,18 +247,53 @@ mod tests {
 
     #[test]
     fn what_a_copy_made_before_its_log_came_past_the_slot_is_judged_again_when_it_has() {
-        for (at_slot, counts) in [(REIGN, true), (EpochId(2), false)] {
+        const NEXT: EpochId = EpochId(2);
+        let came_in = |at_slot| Reigns {
+            reigns: vec![(REIGN, Lsn::ZERO), (NEXT, Lsn(150))],
+            at_slot: Some(at_slot),
+            ..reigns(true)
+        };
+        for (result, settled, counts) in [
+            (of(REIGN, 100), came_in(REIGN), true),
+            (of(REIGN, 100), came_in(NEXT), false),
+            (of(NEXT, 170), came_in(NEXT), true),
+            // Of a reign that the copy had not heard of, and has come past.
+            (of(EpochId(3), 220), Reigns { head: Lsn(300), ..came_in(NEXT) }, false),
+        ] {
             let mut watch = Watch::default();
-            assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
-            watch.made(LATER, &reigns(REIGN, false));
+            let before = Reigns { is_past: false, ..came_in(REIGN) };
+            assert!(watch.is_due(SLOT, NEXT, at(5), LOOK_AGAIN));
+            assert!(watch.made(LATER, Some(&result), &before));
             // Until then it stands, also for what is older: an idle log may never come past it.
             assert!(!watch.found(SLOT, &Found::NotMade));
-            watch.settle(LATER, &reigns(REIGN, false));
+            watch.settle(LATER, &before);
             assert_eq!(watch.unsettled(), Some(LATER));
-            assert!(!watch.is_due(LATER, REIGN, at(5000), LOOK_AGAIN));
-            watch.settle(LATER, &reigns(at_slot, true));
+            assert!(!watch.is_due(LATER, NEXT, at(5000), LOOK_AGAIN));
+            watch.settle(LATER, &settled);
             assert_eq!(watch.unsettled(), None);
-            assert_eq!(watch.is_due(LATER, REIGN, at(5001), LOOK_AGAIN), !counts);
+            assert_eq!(watch.is_due(LATER, NEXT, at(5001), LOOK_AGAIN), !counts, "{result:?}");
+        }
+    }
+
+    #[test]
+    fn a_backup_that_only_its_maker_tells_of_counts_on_the_primary() {
+        for whole in [true, false] {
+            let mut watch = Watch::default();
+            let reigns = Reigns { whole, ..reigns(true) };
+            assert_eq!(watch.made(SLOT, None, &reigns), whole);
+            assert_eq!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN), !whole);
+        }
+    }
+
+    #[test]
+    fn what_a_clock_that_was_ahead_has_made_makes_up_for_nothing_once_it_is_set_back() {
+        for is_past in [true, false] {
+            let mut watch = Watch::default();
+            assert!(watch.made(LATER, Some(&of(REIGN, 100)), &reigns(is_past)));
+            watch.take_back(LATER);
+            assert!(!watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
+            watch.take_back(LogTime(LATER.0 - 1));
+            assert!(watch.is_due(SLOT, REIGN, at(6), LOOK_AGAIN));
         }
     }
 
@@ -247,7 +301,7 @@ mod tests {
     fn in_another_reign_what_was_made_before_is_looked_for_again() {
         let mut watch = Watch::default();
         assert!(watch.is_due(SLOT, REIGN, at(5), LOOK_AGAIN));
-        watch.made(LATER, &reigns(REIGN, true));
+        assert!(watch.made(LATER, Some(&of(REIGN, 100)), &reigns(true)));
         assert!(!watch.is_due(SLOT, REIGN, at(5000), LOOK_AGAIN));
         let next = EpochId(2);
         assert!(!watch.is_due(SLOT, next, at(5001), LOOK_AGAIN), "the first look goes on");

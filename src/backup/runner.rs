@@ -100,6 +100,7 @@ impl Inner {
             };
             let role = facts.role;
             let number = view.as_ref().map_or(0, |view| view.number);
+            let seen = view.as_ref().ok().and_then(|view| view.result.clone());
             if let Some(next) = self.next_due(&task.key) {
                 run.next_is_due(next);
             }
@@ -129,7 +130,8 @@ impl Inner {
                             let mut decision = decision;
                             decision.run_on = Some(result.node.clone());
                             decision.reasons.insert(0, Reason::new("already-done", text));
-                            self.finish(&task, Outcome::Superseded, role, started, decision);
+                            let outcome = Outcome::Superseded;
+                            self.finish(&task, outcome, role, started, Some(&*result), decision);
                             return;
                         }
                         Making::Lost => {}
@@ -150,7 +152,7 @@ impl Inner {
                     self.wait(self.config.tick);
                 }
                 Next::End(outcome, decision) => {
-                    self.finish(&task, outcome, role, started, decision);
+                    self.finish(&task, outcome, role, started, seen.as_ref(), decision);
                     return;
                 }
             }
@@ -434,7 +436,7 @@ impl Inner {
         if !worse.is_empty() {
             text.push_str(&format!("; at its end: {}", worse.join("; ")));
         }
-        self.end(task, PeerPhase::Done, decision);
+        self.end(task, PeerPhase::Done, Some(result), decision);
         self.event(Severity::Info, "backup-done", task, &text);
     }
 
@@ -444,6 +446,7 @@ impl Inner {
         outcome: Outcome,
         role: Role,
         started: Duration,
+        seen: Option<&SlotResult>,
         decision: Decision,
     ) {
         let clock = &self.context.env.clock;
@@ -456,7 +459,7 @@ impl Inner {
         entry.reasons.clone_from(&decision.reasons);
         entry.run_on.clone_from(&decision.run_on);
         self.history.add(entry);
-        self.end(task, PeerPhase::Ended { outcome, why: words.clone() }, decision);
+        self.end(task, PeerPhase::Ended { outcome, why: words.clone() }, seen, decision);
         let (severity, code) = match outcome {
             Outcome::Failed => (Severity::Error, "backup-failed"),
             Outcome::Delegated => (Severity::Info, "backup-delegated"),

@@ -152,6 +152,7 @@ impl Inner {
         if let Some((slot, reigns)) = known {
             watch.settle(slot, &reigns);
         }
+        watch.take_back(now.after(allowance.0));
         if !watch.is_due(slot, reign, monotonic, LOOK_AGAIN) {
             return;
         }

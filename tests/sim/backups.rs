@@ -103,10 +103,12 @@ impl Keeper {
         *self = Keeper { handled, ..Keeper::default() };
     }
 
-    /// A backup of a slot is there.
-    fn made(&mut self, found: &Group, group: usize, slot: LogTime) {
-        self.watches.entry(group).or_default().made(slot, &Reigns::of(found, slot));
-        if self.alarms.get(&group).is_some_and(|(of, _)| *of <= slot) {
+    /// A backup of a slot has been made.
+    fn made(&mut self, found: &Group, group: usize, slot: LogTime, result: Option<&SlotResult>) {
+        let watch = self.watches.entry(group).or_default();
+        if watch.made(slot, result, &Reigns::of(found, slot))
+            && self.alarms.get(&group).is_some_and(|(of, _)| *of <= slot)
+        {
             self.alarms.remove(&group);
         }
     }
@@ -391,6 +393,7 @@ impl World {
         let view = open.store.look(now, || Reigns::of(&found, slot));
         let view = view.map_err(|error| error.to_string());
         let number = view.as_ref().map_or(0, |view| view.number);
+        let seen = view.as_ref().ok().and_then(|view| view.result.clone());
         let role = facts.role;
         match open.run.step(Observation { now, facts, view, peer }) {
             Next::Wait(_) => {}
@@ -402,7 +405,7 @@ impl World {
                 };
                 self.coverage.add(what, 1);
                 if outcome == Outcome::Delegated {
-                    self.nodes[node].keeper.made(&found, group, slot);
+                    self.nodes[node].keeper.made(&found, group, slot, seen.as_ref());
                     let three = self.groups[group].members.len() > 2;
                     self.coverage.add("backups delegated to one of two", u64::from(three));
                 }
@@ -520,7 +523,7 @@ impl World {
             Ok(None) => {
                 let backups = self.backups.as_mut().expect("backups are made");
                 let done = backups.done.entry((group, slot)).or_default();
-                done.push(result);
+                done.push(result.clone());
                 let (all, done) = (done.len() as u64, done.clone());
                 let count = self.counts(node, group, slot, &done);
                 assert_eq!(count, 1, "group {group}: backups of slot {slot} on one branch");
@@ -531,7 +534,7 @@ impl World {
                 self.coverage.add("backups taken over", u64::from(making.number > 1));
                 self.say(format_args!("{} has made {slot}", self.nodes[node].name));
                 open.phase = PeerPhase::Done;
-                self.nodes[node].keeper.made(&found, group, slot);
+                self.nodes[node].keeper.made(&found, group, slot, Some(&result));
                 self.nodes[node].keeper.handled.insert(group, slot);
             }
             Ok(Some(_)) => {
