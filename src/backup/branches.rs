@@ -76,10 +76,12 @@ impl Reigns {
         self.reigns.last().map_or(EpochId(0), |(epoch, _)| *epoch)
     }
 
-    /// Whether nothing that this node may yet hear changes which reign the slot came in.
+    /// Whether nothing that this node may yet hear, or write where its clock is ahead of its log,
+    /// changes which reign the slot came in.
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        self.whole || self.is_past
+        let goes_on = |reign| self.whole && reign == self.present();
+        self.is_past || self.at_slot.is_some_and(goes_on)
     }
 
     /// Why an image of the slot is no backup of it in this node's history, where that is certain.
@@ -206,8 +208,17 @@ mod tests {
         assert_eq!(reigns(false, OLD).made(&[of(NEW, 250), of(NEW, 150)]), Filled::ForGood);
         assert_eq!(reigns(true, OLD).made(&[]), Filled::No);
         // A reign that the slot came in may come yet.
-        let behind = Reigns { is_past: false, ..reigns(false, OLD) };
-        assert_eq!(behind.made(&[of(OLD, 100)]), Filled::Perhaps);
+        for (whole, at_slot, made) in [
+            (false, OLD, Filled::Perhaps),
+            (false, NEW, Filled::No),
+            // The first write of a primary dates its reign.
+            (true, OLD, Filled::Perhaps),
+        ] {
+            let behind = Reigns { is_past: false, ..reigns(whole, at_slot) };
+            assert_eq!(behind.made(&[of(OLD, 100)]), made, "{whole} {at_slot}");
+        }
+        let goes_on = Reigns { is_past: false, ..reigns(true, NEW) };
+        assert_eq!(goes_on.made(&[of(NEW, 150)]), Filled::ForGood);
     }
 
     #[test]

@@ -124,7 +124,7 @@ impl Watch {
         self.enter(reigns.present());
         let filled = match result {
             Some(result) => reigns.made(std::slice::from_ref(result)),
-            None if reigns.whole => Filled::ForGood,
+            None if reigns.whole && reigns.is_settled() => Filled::ForGood,
             None => Filled::No,
         };
         match (filled, result) {
