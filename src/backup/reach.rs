@@ -13,7 +13,7 @@ use crate::io::Clock;
 use crate::units::{LogTime, Span};
 
 /// How long one who asks how a repository is waits for a fresh answer; shorter than a peer waits.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+const PROBE_PATIENCE: Duration = Duration::from_secs(4);
 /// What a call that seems to hang has left to end in: the clock may have jumped over it, where the
 /// machine stood still.
 const AFTER_A_JUMP: Duration = Duration::from_millis(250);
