@@ -63,10 +63,11 @@ impl Reigns {
     #[must_use]
     pub fn of(group: &Group, slot: LogTime) -> Reigns {
         let whole = group.role() == Role::Primary && !group.is_asking();
+        // Before the slot's reign is looked up: what comes in between settles nothing.
+        let positions = group.positions();
         let at_slot = reign_at(group, slot);
         let epochs = &group.control().epochs;
         let reigns = epochs.iter().map(|epoch| (epoch.id, epoch.first_lsn)).collect();
-        let positions = group.positions();
         Reigns { reigns, head: positions.head, whole, at_slot, is_past: positions.time > slot }
     }
 
@@ -129,8 +130,10 @@ impl Reigns {
     #[must_use]
     pub fn made(&self, results: &[SlotResult]) -> Filled {
         let counted = || results.iter().filter(|result| self.counts(result));
-        let has_come =
-            |result: &SlotResult| self.is_settled() && (self.whole || result.lsn <= self.head);
+        let has_come = |result: &SlotResult| match self.whole {
+            true => self.is_settled() || result.epoch == self.present(),
+            false => self.is_settled() && result.lsn <= self.head,
+        };
         if counted().any(has_come) {
             Filled::ForGood
         } else if counted().next().is_some() {
@@ -217,8 +220,10 @@ mod tests {
             let behind = Reigns { is_past: false, ..reigns(whole, at_slot) };
             assert_eq!(behind.made(&[of(OLD, 100)]), made, "{whole} {at_slot}");
         }
-        let goes_on = Reigns { is_past: false, ..reigns(true, NEW) };
-        assert_eq!(goes_on.made(&[of(NEW, 150)]), Filled::ForGood);
+        for at_slot in [OLD, NEW] {
+            let present = Reigns { is_past: false, ..reigns(true, at_slot) };
+            assert_eq!(present.made(&[of(NEW, 150)]), Filled::ForGood, "{at_slot}");
+        }
     }
 
     #[test]

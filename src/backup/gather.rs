@@ -19,7 +19,7 @@ use crate::log::control::JobRecord;
 use crate::units::{EpochId, GroupId, LogTime, Name, NodeId, Span};
 
 /// How long a peer may take to say how it is.
-const PEER_TIMEOUT: Duration = Duration::from_secs(3);
+const PEER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reasons of health that waiting does not mend: the copy is unfit, not behind. A damaged base is
 /// none: a peer repairs it, and until then a run that needs what is damaged fails by itself.
