@@ -176,6 +176,10 @@ impl World {
         if primary == peer || has_member(&found, self.nodes[peer].id) || !serves {
             return;
         }
+        // Its log ends where the primary is no member of the group: it listens to no stranger.
+        if !has_member(&copy, self.nodes[primary].id) {
+            return;
+        }
         let at = copy.positions();
         let state = copy.data_state().0;
         let name = self.nodes[peer].name.clone();
