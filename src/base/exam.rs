@@ -341,25 +341,6 @@ mod tests {
         sidecar::sum_offset(BLOCKS_PER_CHUNK as u64 + value)
     }
 
-    #[test]
-    fn bytes_where_nothing_was_written_are_damage_and_zeros_of_a_peer_take_their_place() {
-        let (disk, base) = base();
-        assert_eq!(base.examine(0).unwrap().read_bytes(), 0);
-        turn(&disk, "3.img", 5 * BLOCK_BYTES + 9);
-        assert!(base.read(5 * BLOCK_BYTES, &mut [0; BLOCK]).is_err());
-        let exam = base.examine(0).unwrap();
-        assert!(!exam.is_whole(), "found");
-        assert_eq!(exam.wanted(), [5]);
-        // A peer that has something there has no say: the sidecar knows of nothing.
-        assert_eq!(exam.remedy(&BTreeMap::from([(5, block(1))]), BORN), None);
-        let zeros = BTreeMap::from([(5, block(0))]);
-        let remedy = exam.remedy(&zeros, BORN).unwrap();
-        assert_eq!((remedy.replaced(), remedy.left()), (1, 0));
-        base.mend(&exam, &remedy, &zeros).unwrap();
-        base.read(0, &mut [0; CHUNK_BYTES as usize]).unwrap();
-        assert!(base.examine(0).unwrap().is_whole());
-    }
-
     fn theirs(values: &[u8]) -> BTreeMap<u64, Vec<u8>> {
         values.iter().map(|v| (BLOCKS_PER_CHUNK as u64 + u64::from(*v), block(*v))).collect()
     }
@@ -381,6 +362,25 @@ mod tests {
             }
         }
         whole
+    }
+
+    #[test]
+    fn bytes_where_nothing_was_written_are_damage_and_zeros_of_a_peer_take_their_place() {
+        let (disk, base) = base();
+        assert_eq!(base.examine(0).unwrap().read_bytes(), 0);
+        turn(&disk, "3.img", 5 * BLOCK_BYTES + 9);
+        assert!(base.read(5 * BLOCK_BYTES, &mut [0; BLOCK]).is_err());
+        let exam = base.examine(0).unwrap();
+        assert!(!exam.is_whole(), "found");
+        assert_eq!(exam.wanted(), [5]);
+        // A peer that has something there has no say: the sidecar knows of nothing.
+        assert_eq!(exam.remedy(&BTreeMap::from([(5, block(1))]), BORN), None);
+        let zeros = BTreeMap::from([(5, block(0))]);
+        let remedy = exam.remedy(&zeros, BORN).unwrap();
+        assert_eq!((remedy.replaced(), remedy.left()), (1, 0));
+        base.mend(&exam, &remedy, &zeros).unwrap();
+        base.read(0, &mut [0; CHUNK_BYTES as usize]).unwrap();
+        assert!(base.examine(0).unwrap().is_whole());
     }
 
     #[test]

@@ -22,6 +22,7 @@ const FOLD_REST: Duration = Duration::from_millis(100);
 /// One that waits for the disk or for a repair has done all else, and will do it again: it rests
 /// longer, and lets pass more and more of the times at which nobody asked for it.
 const WAIT_REST: Duration = Duration::from_secs(1);
+/// At most so many of them, each [`FOLD_EVERY`] behind the last, pass one after the other.
 const PAUSE_MOST: u32 = 5;
 /// Write-back is started whenever so many bytes were appended.
 const WRITEBACK_BYTES: u64 = 4 << 20;
