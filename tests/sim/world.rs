@@ -499,7 +499,9 @@ impl World {
         } else {
             copy.group.fold_round(&mut copy.fold_told);
             copy.fold_failed |= copy.fold_told.as_ref().is_some_and(|why| !why.contains(FULL));
-            copy.fold_failed &= copy.fold_told.is_some();
+            // A group that failed does not try, and tells nothing.
+            let tries = copy.group.data_state().0 != DataState::Failed;
+            copy.fold_failed &= copy.fold_told.is_some() || !tries;
         }
         if !self.nodes[node].disk.has_power() {
             return;
