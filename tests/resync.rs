@@ -115,6 +115,49 @@ fn the_first_copy_of_a_folded_group_is_an_image_that_kill_9_does_not_stop() {
 }
 
 #[test]
+fn the_first_copy_of_a_group_that_adopted_contents_is_an_image_and_later_ones_come_by_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path());
+    // Some of each megabyte, so that there are zeros between, and an end inside of a block.
+    let mut bytes = vec![0; (9 << 20) + 777];
+    for (index, part) in bytes.chunks_mut(1 << 20).enumerate() {
+        part.iter_mut().take(300_000).for_each(|byte| *byte = index as u8 + 1);
+    }
+    let base = dir.path().join("disk.img");
+    std::fs::write(&base, &bytes).unwrap();
+    let base = base.to_str().unwrap();
+    let refused = |node: &Appliance, arguments: &[&str], says: &str| {
+        let output = node.command(&[&["volume", "create", "g/first"], arguments].concat());
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(says), "{arguments:?}: {said}");
+    };
+    refused(&a, &["--size", "9M", "--base", base], "less than the 9437961 bytes");
+    refused(&a, &["--base", dir.path().to_str().unwrap()], "neither a file nor a block device");
+    refused(&a, &[], "--size");
+    a.run(&["volume", "create", "g/first", "--base", base]);
+    let shown = a.json(&["volume", "show", "g/first"]);
+    assert_eq!(shown["size_bytes"], 9_441_280, "whole blocks: {shown}");
+    write_stamps(&a, 0);
+    outrun(&a, 1);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_until_it_comes(&b, 0);
+    wait_until_equal(&a, &b);
+    assert!(b.has_event("image-received"));
+    // The other way to give it a file would be one of the primary's machine.
+    refused(&b, &["--base", base], "node a is the primary");
+    a.run(&["volume", "create", "g/second", "--base", base, "--size", "16M"]);
+    wait_until_level(&a, &b);
+    b.run(&["image", "open", "g", "--at", "now", "--name", "both"]);
+    for export in ["first@both", "second@both"] {
+        let mut found = vec![0; bytes.len() + 1000];
+        client(&b, export).read(0, &mut found).unwrap();
+        assert!(found[..bytes.len()] == bytes[..], "{export}");
+        assert!(found[bytes.len()..].iter().all(|byte| *byte == 0), "{export}: behind the end");
+    }
+    no_errors([&a, &b]);
+}
+
+#[test]
 fn a_peer_that_was_away_too_long_shows_its_old_image_until_the_new_one_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     let (mut a, mut b) = pair(dir.path());

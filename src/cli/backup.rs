@@ -189,13 +189,13 @@ pub async fn backup(session: &Session, command: BackupCommand) -> Result<()> {
 }
 
 /// A name for the progress of this one call.
-fn ticket() -> String {
+pub(super) fn ticket() -> String {
     let moment = output::now().0;
     format!("{}-{moment}", std::process::id())
 }
 
 /// Waits for `asking`, and on a terminal shows how far it is.
-async fn with_progress(
+pub(super) async fn with_progress(
     session: &Session,
     path: &str,
     asking: impl Future<Output = Result<()>>,

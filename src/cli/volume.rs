@@ -1,5 +1,7 @@
 //! `tidelog volume …`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Subcommand;
 use serde_json::json;
@@ -8,6 +10,7 @@ use tidelog::control::api::{Done, Host, VolumeInfo, Volumes};
 use tidelog::units::{ByteSize, Name};
 
 use super::arguments::Member;
+use super::backup::{ticket, with_progress};
 use super::{Session, output};
 
 #[derive(Subcommand)]
@@ -16,9 +19,13 @@ pub enum VolumeCommand {
     Create {
         /// GROUP/VOLUME
         volume: Member,
-        /// Its size, such as 10G; a multiple of 4096 bytes
-        #[arg(long)]
-        size: ByteSize,
+        /// Its size, such as 10G; a multiple of 4096 bytes. With --base that of PATH if left out
+        #[arg(long, required_unless_present = "base")]
+        size: Option<ByteSize>,
+        /// Begin with a copy of this file or block device (of the primary's machine; raw, not
+        /// qcow2), to which nobody writes meanwhile; hosts are served once all of it is there
+        #[arg(long, value_name = "PATH")]
+        base: Option<PathBuf>,
     },
     /// List the volumes
     List {
@@ -51,10 +58,21 @@ fn path(volume: &Member) -> String {
 
 pub async fn volume(session: &Session, command: VolumeCommand) -> Result<()> {
     match command {
-        VolumeCommand::Create { volume, size } => {
+        VolumeCommand::Create { volume, size, base } => {
             let path = format!("/v1/groups/{}/volumes", volume.group);
-            let body = json!({ "name": volume.name, "size_bytes": size.0 });
-            session.ask("POST", &path, Some(body), |volume| changed(&volume, "created")).await
+            let mut body = json!({ "name": volume.name });
+            if let Some(size) = size {
+                body["size_bytes"] = json!(size.0);
+            }
+            let show = |volume| changed(&volume, "created");
+            let Some(base) = base else {
+                return session.ask("POST", &path, Some(body), show).await;
+            };
+            let ticket = ticket();
+            body["base"] = json!(std::path::absolute(base)?);
+            body["ticket"] = json!(ticket);
+            let asking = session.ask("POST", &path, Some(body), show);
+            with_progress(session, &format!("/v1/progress/{ticket}"), asking).await
         }
         VolumeCommand::List { group } => {
             let path = group.map_or_else(

@@ -29,7 +29,7 @@ pub struct Context {
     pub replication: Arc<Replication>,
     /// Jobs, runs and repositories.
     pub scheduler: Arc<Scheduler>,
-    /// How far restores and verifications are, by the ticket that their caller gave.
+    /// How far restores, verifications and readings of a base are, by the ticket of their caller.
     pub tickets: Mutex<HashMap<String, Progress>>,
     /// What the NBD listeners have done.
     pub nbd_counters: Arc<NbdCounters>,

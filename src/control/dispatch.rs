@@ -103,7 +103,15 @@ fn elsewhere(context: &Context, route: &Route, call: &Call) -> Result<Option<Str
     if group.role() == Role::Primary {
         return Ok(None);
     }
-    primary_of(context, &group).map(Some)
+    let primary = primary_of(context, &group)?;
+    if let Some(key) = route.file_here.filter(|key| call.body.contains_key(*key)) {
+        return Err(Problem::refused(format!(
+            "group {}: node {primary} is the primary, and reads no {key} of another machine; give \
+             the command there",
+            group.name()
+        )));
+    }
+    Ok(Some(primary))
 }
 
 /// The peer that reigns: as it says itself now, else the author of the last epoch.
@@ -219,6 +227,10 @@ fn allowed(context: &Context, peer: &PeerContext, forwarded: &Forwarded) -> Resu
     };
     let name = names.iter().find(|(key, _)| *key == "group").map(|(_, name)| name);
     let name = name.filter(|_| route.on_primary).ok_or_else(forbidden)?;
+    // A peer is shown no file of this machine.
+    if route.file_here.is_some_and(|key| forwarded.body.contains_key(key)) {
+        return Err(forbidden());
+    }
     let group = context.group(name).map_err(|_| forbidden())?;
     let control = group.control();
     let is_member = control.members.iter().any(|m| m.node == peer.node && !m.removed);

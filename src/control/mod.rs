@@ -14,6 +14,7 @@ mod backups;
 mod checks;
 mod client;
 mod connections;
+mod contents;
 mod context;
 mod dispatch;
 mod groups;

@@ -116,6 +116,9 @@ pub struct Route {
     pub open_body: bool,
     /// It appends to the group's log: a secondary forwards it to the primary.
     pub on_primary: bool,
+    /// A key of the body that names a file of the machine where the command is given: with it the
+    /// call goes to no other node.
+    pub file_here: Option<&'static str>,
     /// Who answers.
     pub handler: Handler,
 }
@@ -169,6 +172,7 @@ const fn route(
         body: &[],
         open_body: false,
         on_primary: false,
+        file_here: None,
         handler,
     }
 }
@@ -184,6 +188,10 @@ impl Route {
     }
     const fn on_primary(mut self) -> Route {
         self.on_primary = true;
+        self
+    }
+    const fn file_here(mut self, key: &'static str) -> Route {
+        self.file_here = Some(key);
         self
     }
 }
@@ -226,9 +234,12 @@ pub static ROUTES: &[Route] = &[
     )
     .body(&[
         parameter("name", "string", "its name"),
-        parameter("size_bytes", "integer", "bytes, a multiple of 4096"),
+        parameter("size_bytes", "integer", "bytes, a multiple of 4096; that of base if left out"),
+        parameter("base", "string", "a file or block device here: what the volume begins with"),
+        parameter("ticket", "string", "makes its progress readable under this name"),
     ])
-    .on_primary(),
+    .on_primary()
+    .file_here("base"),
     route(
         "GET",
         "/v1/groups/{group}/volumes/{volume}",
@@ -592,7 +603,8 @@ pub static ROUTES: &[Route] = &[
         "GET",
         "/v1/progress/{ticket}",
         "progress",
-        "Show how far a restore or verification is; null where none has this ticket",
+        "Show how far a restore, a verification or the reading of a base is; null where none has \
+         this ticket",
         Blocking(backups::progress),
     ),
 ];

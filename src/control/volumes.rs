@@ -1,9 +1,12 @@
 //! Handlers of volumes: list, create, show, resize, delete.
 
-use crate::group::{Group, Host, Volume};
+use std::path::PathBuf;
+
+use crate::group::{self, Group, Host, Volume};
 use crate::units::{BLOCK_BYTES, Name};
 
 use super::api::{VOLUME_BLOCK_BYTES, VolumeInfo, Volumes};
+use super::contents::Contents;
 use super::context::Context;
 use super::groups::{answer, done};
 use super::problem::Problem;
@@ -85,9 +88,29 @@ fn checked_size(volume: &str, size_bytes: u64) -> Result<u64, Problem> {
 pub(super) fn create(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     let name: Name = call.required("name")?;
-    let size = checked_size(name.as_str(), call.required("size_bytes")?)?;
-    let volume = group.create_volume(name, size)?;
-    answer(volume_info(&group, &volume))
+    let Some(path) = call.field::<PathBuf>("base")? else {
+        let size = checked_size(name.as_str(), call.required("size_bytes")?)?;
+        return answer(volume_info(&group, &group.create_volume(name, size)?));
+    };
+    let base = Contents::open(&*context.env.disk, &path)?;
+    let whole = base.size_bytes.next_multiple_of(BLOCK_BYTES);
+    let size = checked_size(name.as_str(), call.field("size_bytes")?.unwrap_or(whole))?;
+    if size < base.size_bytes {
+        return Err(Problem::invalid(format!(
+            "volume {name}: size {size} is less than the {} bytes of {}; the least is {whole}",
+            base.size_bytes,
+            path.display()
+        )));
+    }
+    let (progress, _ticket) = context.progress(call.field("ticket")?);
+    progress.set_total(base.size_bytes);
+    let contents = group::Contents {
+        file: &*base.file,
+        bytes: base.size_bytes,
+        done: &|bytes| progress.add_done(bytes),
+        check: &|| base.check(),
+    };
+    answer(volume_info(&group, &group.adopt_volume(&name, size, &contents)?))
 }
 
 pub(super) fn resize(context: &Context, call: &Call) -> Answer {

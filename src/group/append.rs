@@ -363,6 +363,16 @@ impl Group {
     ///
     /// Where the name is taken or the size is no multiple of 4096.
     pub fn create_volume(&self, name: Name, size_bytes: u64) -> Result<Volume, GroupError> {
+        self.make_volume(name, size_bytes, false)
+    }
+
+    /// The same; where its contents are yet to come no host is served it.
+    pub(super) fn make_volume(
+        &self,
+        name: Name,
+        size_bytes: u64,
+        restoring: bool,
+    ) -> Result<Volume, GroupError> {
         self.check_size(&name, size_bytes)?;
         let mut made = None;
         self.append_control_with(|core| {
@@ -378,8 +388,8 @@ impl Group {
             if number > VOLUME_NUMBER_MAX {
                 return Err(self.refused("has used all numbers of volumes; make another group"));
             }
-            let name = name.clone();
-            let volume = Volume { number, name, size_bytes, restore_lsn: None, restoring: false };
+            let (name, restore_lsn) = (name.clone(), restoring.then(|| core.writer.head()));
+            let volume = Volume { number, name, size_bytes, restore_lsn, restoring };
             made = Some(volume.clone());
             Ok(volume_record(volume, false))
         })?;

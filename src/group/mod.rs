@@ -329,6 +329,7 @@ use content::VOLUME_BYTES_MAX;
 pub type Done = Box<dyn FnOnce(Result<(), GroupError>) + Send>;
 
 mod account;
+mod adopt;
 mod append;
 mod branch;
 mod clients;
@@ -376,6 +377,7 @@ mod timeline;
 mod worker;
 
 pub use account::{Account, VolumeAccount};
+pub use adopt::Contents;
 pub use append::REQUEST_BYTES_MAX;
 pub use branch::Branch;
 pub use clients::{ClientGuard, HangUp, Host, RestoreClaim};

@@ -1,6 +1,7 @@
 //! Groups on a disk in memory, driven without threads.
 
 mod account;
+mod adopt;
 mod basic;
 mod branches;
 mod clients;
