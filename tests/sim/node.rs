@@ -317,8 +317,13 @@ impl World {
             }
             match opened {
                 Ok((found, recovery)) => {
-                    if recovery.cut.is_some() {
+                    if let Some((end, seen)) = recovery.cut {
                         self.coverage.add("unclean starts", 1);
+                        // Records were there behind the end, whole or with a payload that is not
+                        // (one without a whole header is not seen), and were cut off: a primary
+                        // that stops at damage cuts nothing off.
+                        let torn = seen > end && found.data_state().0 != DataState::Failed;
+                        self.coverage.add("torn tails", u64::from(torn));
                     }
                     assert!(recovery.damaged.is_empty(), "a crash is no damage: {recovery:?}");
                     self.nodes[node].adopt(group, found);
