@@ -110,7 +110,7 @@ impl Clock for SimClock {
 }
 
 /// Lines that a failure shows.
-const LINES_SHOWN: usize = 40;
+pub const LINES_SHOWN: usize = 40;
 
 /// What happened, line by line: a hash of all of it, and its end.
 pub struct Trace {

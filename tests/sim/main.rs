@@ -6,8 +6,8 @@
 //!     --trace                           prints the whole trace of one history
 //!
 //! Without arguments it plays what `scripts/test` asks of it. A failure prints its seed and the end
-//! of its trace, and replays exactly; some seeds of each run are played twice, and must give the
-//! same bytes of trace.
+//! of its trace, and replays exactly, which each run tries first with a history that is made to
+//! fail; some seeds of each run are played twice, and must give the same bytes of trace.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program of its own")]
 
 mod alarms;
@@ -37,7 +37,7 @@ use std::rc::Rc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chance::Trace;
+use chance::{LINES_SHOWN, Trace};
 use coverage::Coverage;
 
 /// Histories that a test run plays.
@@ -97,8 +97,13 @@ struct Played {
 }
 
 fn play(seed: u64, whole: bool) -> Played {
+    play_until(seed, None, whole)
+}
+
+/// Plays a history that is made to fail at a step, where one is given.
+fn play_until(seed: u64, fails_at: Option<u64>, whole: bool) -> Played {
     let trace = Rc::new(RefCell::new(Trace::new(whole)));
-    let played = catch_unwind(AssertUnwindSafe(|| story::play(seed, &trace)));
+    let played = catch_unwind(AssertUnwindSafe(|| story::play(seed, fails_at, &trace)));
     let trace = trace.borrow();
     let (coverage, failure) = match played {
         Ok(coverage) => (coverage, None),
@@ -114,6 +119,45 @@ fn play(seed: u64, whole: bool) -> Played {
         }
     }
     Played { coverage, hash: trace.hash(), lines: trace.ordinal(), failure }
+}
+
+/// A history that is made to fail: it must name its seed and what failed, show the end of its trace
+/// and no more, and replay exactly.
+fn check_failures() {
+    const SEED: u64 = 777;
+    const STEP: u64 = 15;
+    let fail = |seed| {
+        let played = play_until(seed, Some(STEP), false);
+        let failure = played.failure.expect("a history fails where it is made to");
+        (played.hash, played.lines, failure)
+    };
+    let first = fail(SEED);
+    assert_eq!(first, fail(SEED), "a failure replays exactly");
+    assert_ne!(first.0, fail(SEED + 1).0, "another seed is another history");
+    let (_, lines, failure) = first;
+    let named = failure.rsplit_once(&format!("\nseed {SEED}: "));
+    let (trace, what) = named.expect("a failure names its seed");
+    assert!(
+        what.contains(&format!("{} {STEP}", story::MADE_TO_FAIL)),
+        "it says what failed: {what}"
+    );
+    let shown: Vec<&str> = trace.lines().collect();
+    assert!(lines > LINES_SHOWN as u64, "there is more than what is shown: {lines} lines");
+    assert_eq!(shown.len(), LINES_SHOWN, "the trace that is shown is short");
+    let first_shown = lines + 1 - LINES_SHOWN as u64;
+    for (ordinal, line) in (first_shown..).zip(shown) {
+        let found = line.split_whitespace().nth(1).and_then(|number| number.parse().ok());
+        assert_eq!(found, Some(ordinal), "the end of the trace is shown: {line}");
+    }
+}
+
+/// Whether the simulation would see and tell a failure; what it would not.
+fn check_itself() -> Result<(), String> {
+    let checks = || {
+        oracle::check_teeth();
+        check_failures();
+    };
+    catch_unwind(checks).map_err(|_| PANIC.with_borrow(Clone::clone))
 }
 
 fn main() -> ExitCode {
@@ -136,7 +180,10 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|info| {
         PANIC.with_borrow_mut(|text| *text = info.to_string());
     }));
-    oracle::check_teeth();
+    if let Err(what) = check_itself() {
+        println!("the simulation would not tell a failure as it must: {what}");
+        return ExitCode::FAILURE;
+    }
     if options.seeds == 1 {
         return replay(options.seed, options.trace);
     }

@@ -25,8 +25,11 @@ use super::world::World;
 /// Bytes of a segment.
 pub const SEGMENT_BYTES: u64 = 64 << 10;
 
-/// A history of a seed: what it covered, and the hash of its trace.
-pub fn play(seed: u64, trace: &Rc<RefCell<Trace>>) -> Coverage {
+/// What a history says that was made to fail.
+pub const MADE_TO_FAIL: &str = "made to fail at step";
+
+/// A history of a seed: what it covered. It is made to fail at the step `fails_at`.
+pub fn play(seed: u64, fails_at: Option<u64>, trace: &Rc<RefCell<Trace>>) -> Coverage {
     let mut chance = Chance::new(seed);
     let count = 2 + usize::from(chance.one_in(3));
     let mut world = World::new(chance, Rc::clone(trace));
@@ -70,8 +73,9 @@ pub fn play(seed: u64, trace: &Rc<RefCell<Trace>>) -> Coverage {
     world.settle();
     world.run(Duration::from_secs(2));
     let steps = 20 + world.chance.below(40);
-    for _ in 0..steps {
+    for step in 0..steps {
         world.act();
+        assert!(fails_at != Some(step), "{MADE_TO_FAIL} {step}");
         world.settle();
         let pause = world.chance.of(&[50, 500, 1500, 1500]);
         let pause = world.chance.up_to(Duration::from_millis(pause));
