@@ -45,6 +45,31 @@ fn a_crash_tears_between_sectors_and_never_inside_one() {
     assert!(torn > 50 && nothing > 5 && all > 5, "{torn} {nothing} {all}");
 }
 
+/// Of one file, and of two.
+#[test]
+fn a_later_write_may_survive_without_the_earlier_one() {
+    for (later, offset) in [("/f", 4096), ("/g", 0)] {
+        let disk = MemoryDisk::new();
+        let first = disk.open(Path::new("/f"), OpenMode::Create).unwrap();
+        let second = disk.open(Path::new(later), OpenMode::Create).unwrap();
+        for file in [&first, &second] {
+            file.write_at(&[IoSlice::new(&[1; 8192])], 0).unwrap();
+            file.sync().unwrap();
+        }
+        disk.sync_dir(Path::new("/")).unwrap();
+        first.write_at(&[IoSlice::new(&[2; 512])], 0).unwrap();
+        second.write_at(&[IoSlice::new(&[2; 512])], offset).unwrap();
+        let survives = |disk: &MemoryDisk, name: &str, offset: u64| {
+            bytes_of(disk, name).unwrap()[offset as usize] == 2
+        };
+        let outcomes: BTreeSet<(bool, bool)> = (0..200)
+            .map(|seed| disk.crash(seed))
+            .map(|after| (survives(&after, "/f", 0), survives(&after, later, offset)))
+            .collect();
+        assert_eq!(outcomes.len(), 4, "{later}: {outcomes:?}");
+    }
+}
+
 #[test]
 fn what_was_synced_survives_every_crash() {
     let disk = MemoryDisk::new();
