@@ -5,319 +5,19 @@
 //! Short programs are tried exhaustively, as CrashMonkey and ACE do: every program of up to four
 //! steps, stopped at every boundary inside its last step (those of earlier steps belong to a
 //! shorter program). Long ones are sampled, with several crashes each, some of them during
-//! recovery.
+//! recovery. And a disk that is an older state of itself, as a whole or in part.
+
+mod bench;
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::io::IoSlice;
+use std::path::{Path, PathBuf};
 
-use tidelog::events::Events;
-use tidelog::group::{
-    DataState, Group, GroupContext, GroupError, LocalLimits, NewGroup, NodeIdentity, Op, Point,
-    Read, Request, View,
-};
-use tidelog::io::{Clock, Disk, Entropy, Env, Fault, ManualClock, MemoryDisk, SeededEntropy};
-use tidelog::log::control::{Control, PolicyRecord};
-use tidelog::units::{GroupId, LogTime, Lsn, NodeId, Span, VolumeNumber};
+use tidelog::group::{DataState, Group, GroupError};
+use tidelog::io::{Disk, Entropy, Fault, MemoryDisk, OpenMode, SeededEntropy};
 
-const DIR: &str = "/data/groups/g";
-const SEGMENT: u64 = 64 << 10;
-const VOLUME_BYTES: usize = 64 << 10;
-
-/// One step of a program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    /// A block of the first volume, always the same one.
-    Block,
-    /// A sector of the second volume.
-    Sector,
-    /// Ten blocks of the first volume: three records, most of a segment.
-    Large,
-    /// Part of the first volume reads as zeros.
-    Trim,
-    /// A host's flush.
-    Flush,
-    /// A fold of all that may be folded.
-    Fold,
-    /// A request of any place and length, from a seed.
-    Any(u64),
-    /// The group goes back to an earlier moment, where the log has one.
-    Back,
-    /// The daemon is stopped in order and started again.
-    Restart,
-}
-
-use Step::*;
-
-/// Both volumes, as bytes.
-type Contents = [Vec<u8>; 2];
-
-/// What the model knows of one request: where it ended, and what the volumes were then.
-#[derive(Clone)]
-struct Moment {
-    end: Lsn,
-    contents: Contents,
-}
-
-/// A node with one group, and what the group has been told.
-struct Bench {
-    disk: MemoryDisk,
-    clock: Arc<ManualClock>,
-    entropy: Arc<SeededEntropy>,
-    events: Events,
-    group: Option<Arc<Group>>,
-    /// Each state that was answered, the first one being what was there before.
-    moments: Vec<Moment>,
-    /// The index of the last moment that was flushed.
-    flushed: usize,
-    /// Grows with every write, so that no two write the same.
-    version: u64,
-}
-
-fn volume(index: usize) -> VolumeNumber {
-    VolumeNumber(index as u32 + 1)
-}
-
-/// Bytes that no other write has.
-fn fill(version: u64, bytes: usize) -> Vec<u8> {
-    let mut data: Vec<u8> =
-        (0..bytes / 8).flat_map(|place| (version << 20 | place as u64).to_le_bytes()).collect();
-    data.resize(bytes, version as u8);
-    data
-}
-
-fn contents(view: &dyn View) -> Result<Contents, GroupError> {
-    let mut found = [vec![0xee; VOLUME_BYTES], vec![0xee; VOLUME_BYTES]];
-    let [first, second] = &mut found;
-    let mut reads = [
-        Read { volume: volume(0), offset: 0, buffer: first, result: Ok(()) },
-        Read { volume: volume(1), offset: 0, buffer: second, result: Ok(()) },
-    ];
-    view.read(&mut reads);
-    let [first, second] = reads;
-    first.result.and(second.result)?;
-    Ok(found)
-}
-
-impl Bench {
-    fn new() -> Bench {
-        let disk = MemoryDisk::new();
-        disk.create_dir(Path::new(DIR)).unwrap();
-        for made in ["/data/groups", "/data", "/"] {
-            disk.sync_dir(Path::new(made)).unwrap();
-        }
-        let mut bench = Bench {
-            disk,
-            clock: Arc::new(ManualClock::new(LogTime(1_700_000_000_000_000_000))),
-            entropy: Arc::new(SeededEntropy::new(1)),
-            events: Events::in_memory(),
-            group: None,
-            moments: Vec::new(),
-            flushed: 0,
-            version: 1,
-        };
-        let new =
-            NewGroup { id: GroupId([7; 16]), name: "g".parse().unwrap(), segment_bytes: SEGMENT };
-        let group = Group::create(bench.context(), Path::new(DIR), new).unwrap();
-        for name in ["a", "b"] {
-            group.create_volume(name.parse().unwrap(), VOLUME_BYTES as u64).unwrap();
-        }
-        let policy = PolicyRecord { window: Span::from_secs(0), ..PolicyRecord::default() };
-        group.append_control(Control::Policy(policy)).unwrap();
-        let end = group.positions().head;
-        let contents = [vec![0; VOLUME_BYTES], vec![0; VOLUME_BYTES]];
-        bench.moments.push(Moment { end, contents });
-        bench.group = Some(group);
-        bench
-    }
-
-    fn context(&self) -> GroupContext {
-        let clock: Arc<dyn Clock> = self.clock.clone();
-        let entropy: Arc<dyn Entropy> = self.entropy.clone();
-        GroupContext {
-            env: Env { disk: Arc::new(self.disk.clone()), clock, entropy },
-            node: NodeIdentity { id: NodeId([3; 16]), name: "n".parse().unwrap() },
-            limits: LocalLimits::default(),
-            failures: None,
-            events: self.events.clone(),
-        }
-    }
-
-    /// The same node on another disk, before its group is opened.
-    fn on(&self, disk: MemoryDisk) -> Bench {
-        Bench {
-            disk,
-            clock: Arc::new(ManualClock::new(self.clock.wall())),
-            entropy: Arc::new(SeededEntropy::new(self.entropy.next_u64())),
-            events: Events::in_memory(),
-            group: None,
-            moments: self.moments.clone(),
-            flushed: self.flushed,
-            version: self.version + 1000,
-        }
-    }
-
-    fn group(&self) -> &Arc<Group> {
-        self.group.as_ref().expect("it is open")
-    }
-
-    fn now(&self) -> &Contents {
-        &self.moments.last().expect("there is a first one").contents
-    }
-
-    /// One request, to the group and to the model.
-    fn request(&mut self, index: usize, op: Op<'_>) -> Result<(), GroupError> {
-        let mut after = self.now().clone();
-        match op {
-            Op::Write { offset, data } => {
-                after[index][offset as usize..][..data.len()].copy_from_slice(data);
-            }
-            Op::Zero { offset, length, .. } | Op::Trim { offset, length } => {
-                after[index][offset as usize..][..length as usize].fill(0);
-            }
-            Op::Flush => {}
-        }
-        let request = Request { volume: volume(index), op, fua: false };
-        let end = self.group().append(&[request]).pop().expect("one result")?;
-        self.moments.push(Moment { end, contents: after });
-        Ok(())
-    }
-
-    fn step(&mut self, step: Step) -> Result<(), GroupError> {
-        self.version += 1;
-        let version = self.version;
-        match step {
-            Block => self.request(0, Op::Write { offset: 8192, data: &fill(version, 4096) }),
-            Sector => self.request(1, Op::Write { offset: 512, data: &fill(version, 512) }),
-            Large => self.request(0, Op::Write { offset: 4096, data: &fill(version, 40_960) }),
-            Trim => self.request(0, Op::Trim { offset: 4608, length: 8192 }),
-            Flush => {
-                self.request(0, Op::Flush)?;
-                self.group().sync_now()?;
-                self.flushed = self.moments.len() - 1;
-                Ok(())
-            }
-            Fold => {
-                self.group().sync_now()?;
-                self.flushed = self.moments.len() - 1;
-                self.clock.advance(Duration::from_secs(5));
-                self.group().fold_now().map(|_| ())
-            }
-            Any(seed) => {
-                let random = SeededEntropy::new(seed);
-                let below = |bound: u64| random.next_u64() % bound;
-                let index = below(2) as usize;
-                let unit = [1, 512, 512, 4096][below(4) as usize];
-                let longest = [4, 16, VOLUME_BYTES as u64 / unit][below(3) as usize];
-                let offset = below(VOLUME_BYTES as u64 / unit) * unit;
-                let length = ((1 + below(longest)) * unit).min(VOLUME_BYTES as u64 - offset);
-                match below(5) {
-                    0 => self.request(index, Op::Trim { offset, length }),
-                    1 => self.request(index, Op::Zero { offset, length, no_hole: true }),
-                    _ => {
-                        let data = fill(version, length as usize);
-                        self.request(index, Op::Write { offset, data: &data })
-                    }
-                }
-            }
-            Back => {
-                let positions = self.group().positions();
-                let covered = positions.horizon..positions.request_end;
-                let there = self.moments.iter().filter(|moment| covered.contains(&moment.end));
-                let there: Vec<Moment> = there.cloned().collect();
-                // The first one, or the one before the last: into what was left behind, too.
-                let back =
-                    if version.is_multiple_of(2) { 0 } else { there.len().saturating_sub(2) };
-                let Some(moment) = there.get(back) else { return Ok(()) };
-                let rewound = self.group().rewind(&Point::Lsn(moment.end), false)?;
-                assert_eq!(rewound.to.lsn, moment.end);
-                let contents = moment.contents.clone();
-                self.moments.push(Moment { end: rewound.at, contents });
-                self.flushed = self.moments.len() - 1;
-                Ok(())
-            }
-            Restart => {
-                self.group().close()?;
-                self.flushed = self.moments.len() - 1;
-                self.group = None;
-                let recovery = self.open();
-                assert_eq!(recovery.cut, None, "closed in order");
-                Ok(())
-            }
-        }
-    }
-
-    fn open(&mut self) -> tidelog::group::Recovery {
-        let (group, recovery) =
-            Group::open(self.context(), Path::new(DIR)).expect("a group opens after any crash");
-        self.group = Some(group);
-        recovery
-    }
-
-    /// Opens the group after a crash and checks all that must hold; `least` is the index of the
-    /// first moment that it may show. What is shown is the first moment of what follows.
-    fn recover(&mut self, least: usize) -> Result<(), String> {
-        self.open();
-        let group = self.group().clone();
-        let (state, why, _) = group.data_state();
-        if state != DataState::Consistent {
-            return Err(format!("data state {state:?}: {why:?}"));
-        }
-        let damaged = self.events.since(0).into_iter().find(|event| event.code == "log-damaged");
-        if let Some(event) = damaged {
-            return Err(format!("a crash is no damage: {}", event.text));
-        }
-        let found = contents(&*group).map_err(|error| error.to_string())?;
-        let shown =
-            (least..self.moments.len()).rev().find(|at| self.moments[*at].contents == found);
-        let Some(shown) = shown else {
-            let any = self.moments.iter().position(|moment| moment.contents == found);
-            return Err(match any {
-                Some(at) => format!("moment {at} is shown, but {least} was flushed"),
-                None => "what is shown is no moment of the past".to_owned(),
-            });
-        };
-        self.check_images(shown)?;
-        let positions = group.positions();
-        group.check_log(group.log_start(), positions.head).map_err(|error| error.to_string())?;
-        let first = Moment { end: positions.head, contents: found };
-        (self.moments, self.flushed) = (vec![first], 0);
-        Ok(())
-    }
-
-    /// Each moment that the log still covers, up to the one that is shown, is shown by an image.
-    fn check_images(&self, shown: usize) -> Result<(), String> {
-        let group = self.group();
-        let positions = group.positions();
-        for (index, moment) in self.moments[..=shown].iter().enumerate() {
-            if moment.end < positions.horizon || moment.end > positions.request_end {
-                continue;
-            }
-            let image = group
-                .open_image(&Point::Lsn(moment.end), None, "test", None)
-                .map_err(|error| format!("{error}; {positions:?}"))?;
-            let found = contents(&*image).map_err(|error| error.to_string())?;
-            if found != moment.contents {
-                return Err(format!("the image at {} is not moment {index}", moment.end));
-            }
-            group.close_image(image.name()).map_err(|error| error.to_string())?;
-        }
-        Ok(())
-    }
-
-    /// The group takes writes and restarts clean.
-    fn goes_on(&mut self) -> Result<(), String> {
-        for step in [Sector, Flush, Restart] {
-            self.step(step).map_err(|error| format!("{step:?} afterwards: {error}"))?;
-        }
-        let found = contents(&**self.group()).map_err(|error| error.to_string())?;
-        if found != *self.now() {
-            return Err("after a clean restart something else is shown".to_owned());
-        }
-        Ok(())
-    }
-}
+use bench::Step::*;
+use bench::{Bench, DIR, Step, contents};
 
 /// What a run of crash tests covered; zeros are failures.
 #[derive(Default, Debug)]
@@ -471,10 +171,18 @@ fn long_program(seed: u64, counts: &mut BTreeMap<&'static str, u64>) -> Result<(
     bench.goes_on()
 }
 
+/// The seeds of long programs: so many, or `TIDELOG_SEEDS` of them in `scripts/soak`.
+fn seeds(short: u64) -> u64 {
+    match std::env::var("TIDELOG_SEEDS") {
+        Ok(text) => text.parse().expect("TIDELOG_SEEDS is a number"),
+        Err(_) => short,
+    }
+}
+
 #[test]
 fn long_programs_survive_crashes_also_during_recovery() {
     let mut counts = BTreeMap::new();
-    for seed in 0..150 {
+    for seed in 0..seeds(150) {
         if let Err(what) = long_program(seed, &mut counts) {
             panic!("seed {seed}: {what}");
         }
@@ -533,4 +241,122 @@ fn a_full_disk_refuses_writes_and_loses_none() {
         assert_eq!(result, Ok(()), "with room for {room} × 16 KiB");
     }
     assert!(refusals > 10, "{refusals} refusals");
+}
+
+/// Puts a file, or a directory of files, of one disk in its place on another.
+fn put(name: &str, from: &MemoryDisk, to: &MemoryDisk) {
+    let path = Path::new(DIR).join(name);
+    let files = |disk: &MemoryDisk| -> Vec<PathBuf> {
+        match disk.list(&path) {
+            Ok(names) => names.iter().map(|name| path.join(name)).collect(),
+            Err(_) => vec![path.clone()],
+        }
+    };
+    for gone in files(to) {
+        to.remove(&gone).unwrap();
+    }
+    for path in files(from) {
+        let file = from.open(&path, OpenMode::Read).unwrap();
+        let mut bytes = vec![0; file.len().unwrap() as usize];
+        file.read_at(&mut bytes, 0).unwrap();
+        let file = to.open(&path, OpenMode::CreateNew).unwrap();
+        file.write_at(&[IoSlice::new(&bytes)], 0).unwrap();
+    }
+}
+
+/// Opens a disk whose parts are of two times. It shows one moment as a whole and goes on: the last
+/// one that it may be. Or it says that it is damaged, and shows nothing that never was.
+fn shown_of_mixed(mut after: Bench) -> Result<Option<usize>, String> {
+    let group = match Group::open(after.context(), Path::new(DIR)) {
+        Ok((group, _)) => group,
+        Err(GroupError::Damaged { .. }) => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    after.group = Some(group.clone());
+    let (state, ..) = group.data_state();
+    let said = after.events.since(0).iter().any(|event| event.code == "log-damaged");
+    let is_told = said || state != DataState::Consistent;
+    let found = match contents(&*group) {
+        Err(_) if is_told => return Ok(None),
+        found => found.map_err(|error| error.to_string())?,
+    };
+    let shown = after.moments.iter().rposition(|moment| moment.contents == found);
+    if shown.is_none() || is_told {
+        let never_was = || format!("{state:?}, and what is shown is no moment of the past");
+        return shown.map(|_| None).ok_or_else(never_was);
+    }
+    after.check(0)?;
+    after.goes_on()?;
+    Ok(shown)
+}
+
+/// As a snapshot of a virtual machine that somebody goes back to, or a file system of which that
+/// was done to a part.
+#[test]
+fn a_disk_rolled_back_to_an_older_state_shows_a_moment_and_goes_on() {
+    let befores: [&[Step]; 3] =
+        [&[Large, Sector, Flush], &[Large, Fold, Sector, Flush], &[Block, Sector, Fold]];
+    let afters: [&[Step]; 5] = [
+        &[Block, Flush],
+        &[Block, Large, Flush, Restart, Sector, Flush],
+        &[Fold, Sector, Flush],
+        &[Block, Large, Flush, Large, Fold, Block, Flush],
+        // So much that segments are used again.
+        &[Large, Large, Fold, Large, Large, Fold, Large, Sector, Flush],
+    ];
+    let (mut shown, mut told) = (0, 0);
+    for program in 0..befores.len() * afters.len() * 2 {
+        let closed = program % 2 == 1;
+        let before = befores[program / 2 % befores.len()];
+        let behind = afters[program / 2 / befores.len()];
+        let mut bench = Bench::new();
+        for step in before {
+            bench.step(*step).unwrap();
+        }
+        if closed {
+            bench.group().close().unwrap();
+            bench.group = None;
+        }
+        let (old, older) = (bench.disk.snapshot(), bench.now().clone());
+        if closed {
+            bench.open();
+        }
+        // What the metadata says of the log.
+        let mut marked = 0;
+        for step in behind {
+            bench.step(*step).unwrap();
+            if [Fold, Restart].contains(step) {
+                marked = bench.flushed;
+            }
+        }
+        let here = format!("{before:?}, closed: {closed}, then {behind:?}");
+        let states = (0..4).map(|seed| old.crash(seed)).chain([old.snapshot()]);
+        for (state, disk) in states.enumerate() {
+            let mut after = bench.on(disk);
+            assert_eq!(after.recover(0), Ok(()), "{here}, state {state}");
+            assert!(*after.now() == older, "{here}, state {state}: another moment");
+            assert_eq!(after.goes_on(), Ok(()), "{here}, state {state}");
+        }
+        let parts = ["meta", "log", "base"];
+        for mixture in 1..(1 << parts.len()) - 1 {
+            let disk = bench.disk.snapshot();
+            let of_before: Vec<&str> = (0..parts.len())
+                .filter(|bit| mixture >> bit & 1 == 1)
+                .map(|bit| parts[bit])
+                .collect();
+            for part in &of_before {
+                put(part, &old, &disk);
+            }
+            let here = format!("{here}, {of_before:?} of before");
+            match shown_of_mixed(bench.on(disk)).unwrap_or_else(|why| panic!("{here}: {why}")) {
+                None => told += 1,
+                Some(at) => {
+                    let is_lost = at < marked && !of_before.contains(&"meta");
+                    assert!(!is_lost, "{here}: moment {at} without a word, {marked} was durable");
+                    shown += 1;
+                }
+            }
+        }
+    }
+    assert!(shown > 20 && told > 20, "{shown} shown, {told} told");
 }
