@@ -433,3 +433,31 @@ fn a_failure_that_its_own_disk_did_not_take_is_known_at_the_next_start() {
     let (_, (cut, _)) = start(&with);
     assert!(!cut, "it is told once");
 }
+
+/// The cache shows what the disk does not have, and a sync brings none of it: a start that only
+/// synced the end of the log would show what the next loss of power takes.
+#[test]
+fn what_a_start_shows_after_a_failed_sync_and_a_kill_survives_a_power_loss() {
+    let bench = Bench::new("a", 31);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    group.sync_now().unwrap();
+    for round in 0..10 {
+        write(&group, volume, u64::from(round) * 16_384, &[round + 1; 16_384]);
+    }
+    let answered = read(&*group, volume, 0, 1 << 20);
+    bench.disk.inject(Fault::FailedSync { operation: bench.disk.operations() });
+    group.sync_now().unwrap_err();
+    drop(group);
+    let shown = |bench: &Bench| {
+        let (group, _) = bench.open();
+        assert_eq!(group.data_state().0, DataState::Consistent, "{:?}", group.data_state());
+        read(&*group, volume, 0, 1 << 20)
+    };
+    let lost = (0..20).filter(|seed| shown(&bench.after_crash(*seed)) != answered).count();
+    assert!(lost > 5, "the disk has nearly all of it: only {lost} have lost anything");
+    assert!(shown(&bench) == answered, "the cache has all of it");
+    for seed in 0..20 {
+        assert!(shown(&bench.after_crash(seed)) == answered, "seed {seed}: shown, and gone");
+    }
+}
