@@ -1,7 +1,10 @@
 //! Folds that are interrupted.
 
+use std::collections::BTreeMap;
+
+use super::super::meta::MetaFile;
 use super::*;
-use crate::io::Fault;
+use crate::io::{Fault, OpenMode};
 
 const FULL: u64 = 2 << 20;
 /// In the middle of a chunk and of a region.
@@ -286,6 +289,47 @@ fn a_kill_at_any_boundary_of_a_fold_and_then_a_power_loss_take_nothing() {
     }
 }
 
+/// What the files of the base hold, by name.
+fn base_files(disk: &MemoryDisk) -> BTreeMap<String, Vec<u8>> {
+    let base = dir().join("base");
+    let names = disk.list(&base).unwrap().into_iter();
+    names
+        .map(|name| {
+            let file = disk.open(&base.join(&name), OpenMode::Read).unwrap();
+            let mut bytes = vec![0; file.len().unwrap() as usize];
+            file.read_at(&mut bytes, 0).unwrap();
+            (name, bytes)
+        })
+        .collect()
+}
+
+#[test]
+fn no_byte_of_the_base_changes_before_the_target_is_durable() {
+    for prepare in [with_parts, shrunk] {
+        let bench = Bench::new("a", 11);
+        let (group, ..) = prepare(&bench);
+        let before = base_files(&bench.disk);
+        bench.disk.record();
+        let folded = group.fold_now().unwrap();
+        let (mut untouched, mut touched) = (0, 0);
+        for (boundary, disk) in bench.disk.take_recorded().into_iter().enumerate() {
+            if base_files(&disk) == before {
+                untouched += 1;
+                continue;
+            }
+            touched += 1;
+            // What is durable is there whatever a loss of power takes.
+            for seed in 0..16 {
+                let what = format!("boundary {boundary}, seed {seed}");
+                let meta = MetaFile::open(&disk.crash(seed), &dir().join("meta"));
+                let target = meta.unwrap().expect("a slot is whole").meta.fold_target;
+                assert!(target >= folded, "{what}: {folded} is folded, {target} the target");
+            }
+        }
+        assert!(untouched > 0 && touched > 3, "{untouched} {touched}");
+    }
+}
+
 #[test]
 fn a_disk_that_is_full_in_mid_fold_leaves_every_block_readable() {
     for pages in 0.. {
@@ -347,7 +391,7 @@ fn a_copy_damaged_below_a_fold_that_stopped_half_way_is_no_moment_until_an_image
         let disk = Arc::new(disk.crash(boundary as u64));
         let after = Bench { disk, ..b.after_crash(0) };
         let begun = {
-            let meta = super::super::meta::MetaFile::open(&*after.disk, &dir().join("meta"));
+            let meta = MetaFile::open(&*after.disk, &dir().join("meta"));
             meta.unwrap().unwrap().meta.fold_target >= target
         };
         if !after.disk.exists(&path).unwrap() {
