@@ -7,6 +7,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::io::{BatchRead, DiskFile, OpenMode, Space};
+use crate::log::segment::segment_name;
 
 type Hook = Box<dyn FnOnce() + Send>;
 
@@ -130,6 +131,49 @@ fn a_block_that_a_fold_overwrites_under_a_reader_is_read_as_it_was() {
         assert!(disk.ran());
         assert!(found == expected, "offset {offset}: got {}", found[0]);
         assert_eq!(read(&*group, volume, offset, 4096), [3; 4096]);
+    }
+}
+
+/// The reader had found the block in a segment; then a fold passed it, and the log went on until
+/// every segment that nobody held was in use again and written over.
+#[test]
+fn a_segment_that_is_used_again_under_a_reader_is_read_as_it_was() {
+    for of_image in [true, false] {
+        let bench = Bench::new("a", 7);
+        let (disk, group, volume) = hooked(&bench);
+        let end = write(&group, volume, 8192, &[2; 4096]);
+        let log = dir().join("log");
+        let path = log.join(segment_name((end.0 - 1) / SEGMENT));
+        let fill = move |group: &Group| {
+            for round in 0..24 {
+                write(group, volume, 65_536, &[round; 16_384]);
+            }
+        };
+        let image = group.open_image(&Point::Now, None, "test", None).unwrap();
+        let view: &dyn View = if of_image { &*image } else { &*group };
+        let (read_by_now, of_hook) = (Arc::new(Mutex::new(0)), bench.disk.clone());
+        let (counted, other, clock) = (read_by_now.clone(), group.clone(), bench.clock.clone());
+        let held = path.clone();
+        disk.before_next_reads(move || {
+            fill(&other);
+            fold(&clock, &other);
+            let spares = |disk: &MemoryDisk| {
+                let names = disk.list(held.parent().unwrap()).unwrap();
+                names.iter().filter(|name| name.ends_with(".spare")).count()
+            };
+            assert!(spares(&of_hook) > 1);
+            fill(&other);
+            assert_eq!(spares(&of_hook), 0, "each is in use again");
+            assert!(of_hook.exists(&held).unwrap(), "but for the one that is held");
+            *counted.lock().unwrap() = of_hook.reads();
+        });
+        let found = read(view, volume, 8192, 4096);
+        assert!(disk.ran());
+        assert!(found == [2; 4096], "of an image: {of_image}: got {}", found[0]);
+        let reads = bench.disk.reads() - *read_by_now.lock().unwrap();
+        assert_eq!(reads, 1, "what it had found was still there");
+        group.segments.collect().unwrap();
+        assert!(!bench.disk.exists(&path).unwrap(), "nobody holds it any more");
     }
 }
 
