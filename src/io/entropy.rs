@@ -32,6 +32,15 @@ impl Entropy for KernelEntropy {
     }
 }
 
+/// The seeds of a test: so many, or `TIDELOG_SEEDS` of them in `scripts/soak`.
+#[cfg(test)]
+pub(crate) fn seeds(short: u64) -> u64 {
+    match std::env::var("TIDELOG_SEEDS") {
+        Ok(text) => text.parse().expect("TIDELOG_SEEDS is a number"),
+        Err(_) => short,
+    }
+}
+
 /// Numbers that follow from a seed (splitmix64, Steele et al. 2014), for tests and the simulation.
 pub struct SeededEntropy {
     state: Mutex<u64>,

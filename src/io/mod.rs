@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use disk::{BatchRead, Disk, DiskFile, OpenMode, Space, Unread, read_around};
+#[cfg(test)]
+pub(crate) use entropy::seeds;
 pub use entropy::{Entropy, KernelEntropy, SeededEntropy};
 pub use files::FileDisk;
 pub use memory::{Fault, MemoryDisk};

@@ -19,7 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::io::{Entropy, SeededEntropy};
+use crate::io::{Entropy, SeededEntropy, seeds};
 use crate::log::control::Mode;
 use crate::units::{Chain, EpochId, GroupId, Incarnation, LogTime, Lsn, Name, NodeId};
 
@@ -290,14 +290,6 @@ struct World {
     /// For the byte-cut test: the next connection is cut after this many bytes towards a side.
     cut_next: Option<(usize, usize)>,
     conversation: [usize; 2],
-}
-
-/// The seeds of a test: so many, or `TIDELOG_SEEDS` of them in `scripts/soak`.
-fn seeds(short: u64) -> u64 {
-    match std::env::var("TIDELOG_SEEDS") {
-        Ok(text) => text.parse().expect("TIDELOG_SEEDS is a number"),
-        Err(_) => short,
-    }
 }
 
 fn node_id(side: usize) -> NodeId {

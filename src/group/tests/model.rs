@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::io::seeds;
 use crate::log::control::{BookmarkRecord, Consistency};
 
 const BYTES: usize = 256 << 10;
@@ -309,7 +310,7 @@ fn run(seed: u64, steps: u64) -> (u64, Model) {
 #[test]
 fn random_programs_equal_the_model_live_and_in_every_image() {
     let (mut all_below, mut rewinds, mut over) = (0, 0, 0);
-    for seed in 1..=16 {
+    for seed in 1..=seeds(16) {
         let (below, model) = run(seed, 150);
         all_below += below;
         rewinds += model.rewinds;
@@ -327,7 +328,7 @@ fn after_a_crash_the_group_is_one_prefix_and_has_everything_flushed() {
     let mut lost = 0;
     let mut folded = 0;
     let mut below = 0;
-    for seed in 100..160 {
+    for seed in 100..100 + seeds(60) {
         let dice = Dice::new(seed);
         let bench = Bench::new("a", seed);
         let mut group = bench.create();
