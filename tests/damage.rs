@@ -18,7 +18,7 @@ use tidelog::group::{
     View,
 };
 use tidelog::io::{Clock, Disk, Entropy, Env, ManualClock, MemoryDisk, OpenMode, SeededEntropy};
-use tidelog::log::control::{Control, PolicyRecord};
+use tidelog::log::control::{Consistency, Control, PolicyRecord};
 use tidelog::units::{GroupId, LogTime, Lsn, NodeId, Span, VolumeNumber};
 
 const DIR: &str = "/data/groups/g";
@@ -41,6 +41,8 @@ struct Left {
     durable: usize,
     /// The index of the moment that an open image shows.
     imaged: usize,
+    /// Where the record of a bookmark ends.
+    named: Lsn,
 }
 
 fn context(disk: &MemoryDisk, events: &Events) -> GroupContext {
@@ -56,8 +58,8 @@ fn context(disk: &MemoryDisk, events: &Events) -> GroupContext {
 }
 
 impl Left {
-    /// A base with its sidecar, three segments with an index, an open image, and a tail that was
-    /// not synced.
+    /// A base with its sidecar, three segments with an index, an open image, and a tail that
+    /// nothing calls durable, with records of several kinds.
     fn make() -> Left {
         let disk = MemoryDisk::new();
         disk.create_dir(Path::new(DIR)).unwrap();
@@ -72,7 +74,7 @@ impl Left {
         group.append_control(Control::Policy(policy)).unwrap();
         let contents = vec![0; VOLUME_BYTES as usize];
         let moments = vec![Moment { end: group.positions().head, contents }];
-        let mut left = Left { disk, moments, durable: 0, imaged: 0 };
+        let mut left = Left { disk, moments, durable: 0, imaged: 0, named: Lsn::MAX };
         for version in 0..12 {
             left.write(&group, version * 8192, 9000, version);
             left.write(&group, version * 1024, SECTOR, version + 100);
@@ -101,6 +103,16 @@ impl Left {
         for version in 40..43 {
             left.write(&group, version * 512, SECTOR, version);
         }
+        // A write for each edge, and zeros between them.
+        let before = group.positions().head;
+        left.zero(&group, Op::Zero { offset: 24_700, length: 5000, no_hole: true });
+        assert!(group.positions().head.bytes_since(before) > 2 * SECTOR, "one record");
+        group.create_bookmark("b".parse().unwrap(), Consistency::Crash).unwrap();
+        left.named = group.positions().head;
+        left.zero(&group, Op::Trim { offset: 32_768, length: 8192 });
+        let segments = [left.moments[left.durable].end, group.positions().head]
+            .map(|lsn| lsn.segment_number(SEGMENT));
+        assert_eq!(segments[0], segments[1], "the tail is in one segment");
         left
     }
 
@@ -111,7 +123,17 @@ impl Left {
             .collect();
         let mut contents = self.moments.last().unwrap().contents.clone();
         contents[offset as usize..][..data.len()].copy_from_slice(&data);
-        let op = Op::Write { offset, data: &data };
+        self.request(group, Op::Write { offset, data: &data }, contents);
+    }
+
+    fn zero(&mut self, group: &Group, op: Op<'_>) {
+        let (Op::Zero { offset, length, .. } | Op::Trim { offset, length }) = op else { panic!() };
+        let mut contents = self.moments.last().unwrap().contents.clone();
+        contents[offset as usize..][..length as usize].fill(0);
+        self.request(group, op, contents);
+    }
+
+    fn request(&mut self, group: &Group, op: Op<'_>, contents: Vec<u8>) {
         let request = Request { volume: VOLUME, op, fua: false };
         let end = group.append(&[request]).pop().unwrap().unwrap();
         self.moments.push(Moment { end, contents });
@@ -143,17 +165,22 @@ impl Left {
             ));
         };
         let whole = found.iter().all(Option::is_some);
+        let named = group.control().bookmarks.iter().any(|known| known.name.as_str() == "b");
         Ok(match (state, whole) {
             (DataState::Failed, _) => Shown::Failed(reason.unwrap_or_default()),
             (_, false) => Shown::Errors,
-            (_, true) => Shown::Moment(shown),
+            (_, true) => Shown::Moment { shown, named },
         })
     }
 }
 
 #[derive(Debug)]
 enum Shown {
-    Moment(usize),
+    /// The index of the moment, and whether the bookmark is there.
+    Moment {
+        shown: usize,
+        named: bool,
+    },
     Errors,
     Failed(String),
     NotOpened(String),
@@ -215,11 +242,15 @@ fn a_log_cut_after_any_byte_is_a_prefix_or_damage_that_is_told() {
             }
             let at = Lsn(last * SEGMENT + cut);
             match left.check(&disk).unwrap_or_else(|why| panic!("cut at {at}: {why}")) {
-                Shown::Moment(shown) => {
+                Shown::Moment { shown, named } => {
                     assert!(at >= durable, "cut at {at}: durable up to {durable}, and no word");
                     assert!(left.moments[shown].end <= at, "cut at {at}: moment {shown}");
                     let next = left.moments.get(shown + 1);
                     assert!(next.is_none_or(|next| next.end > at), "cut at {at}: too little");
+                    // Behind its text are up to seven zeros, which a file that is cut has, too.
+                    if at >= left.named || at.advance(8) <= left.named {
+                        assert_eq!(named, left.named <= at, "cut at {at}: the bookmark");
+                    }
                     *moments.entry(shown).or_insert(0) += 1;
                 }
                 Shown::Failed(reason) => {
@@ -263,7 +294,7 @@ fn a_bit_that_turns_anywhere_is_noticed_or_harms_nothing() {
             let shown = left.check(&disk);
             let shown = shown.unwrap_or_else(|why| panic!("{path:?}, byte {offset}: {why}"));
             let place = match shown {
-                Shown::Moment(_) => 0,
+                Shown::Moment { .. } => 0,
                 Shown::Errors => 1,
                 Shown::Failed(reason) => {
                     assert!(!reason.is_empty(), "{path:?}, byte {offset}");
@@ -280,7 +311,8 @@ fn a_bit_that_turns_anywhere_is_noticed_or_harms_nothing() {
     println!("by kind of file: nothing shown, errors for a block, failed, not opened: {seen:?}");
     let noticed = |kind: &str| seen[kind][1..].iter().sum::<usize>();
     assert!(seen["idx"][0] > 0, "an index is a cache, and was met: {seen:?}");
-    for kind in ["seg", "img", "sum"] {
+    assert!(seen["meta"][0] > 0, "of two slots one is whole, and both were met: {seen:?}");
+    for kind in ["seg", "img", "sum", "control"] {
         assert!(noticed(kind) > 0, "{kind}: {seen:?}");
     }
 }
