@@ -1,12 +1,17 @@
 //! What happens to the copy while its backup is being made.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tidelog::backup::{Outcome, Verdict};
+use tidelog::events::Severity;
 use tidelog::group::Role;
+use tidelog::io::{Env, ManualClock};
 
 use super::rig::*;
+use crate::support::wait_for;
 
 /// The ids of all backups of a slot, whichever node lists them.
 fn made(pair: &Pair, node: &Node) -> Vec<String> {
@@ -49,4 +54,64 @@ fn a_secondary_that_is_promoted_in_mid_backup_ends_it_and_each_branch_has_one() 
     let ids = made(&pair, &pair.a);
     assert_eq!(ids.len(), 2, "{ids:?}");
     assert!(ids.iter().all(|id| pair.restored(id) == before));
+}
+
+/// It is as a machine that was paused: its clock stands still, and nothing reaches it.
+#[test]
+fn a_secondary_that_dies_in_mid_backup_loses_the_slot_and_what_it_makes_later_counts_for_nothing() {
+    let clocks = ["a", "b"].map(|_| Arc::new(ManualClock::new(time("2026-11-24T02:00:00Z"))));
+    let envs = clocks.clone().map(|clock| Env { clock, ..Env::real() });
+    let pair = Pair::in_envs(json!({}), envs);
+    // It waits for what the primary held when the slot came, with its claim in the repository.
+    pair.write(5 << 20, &noise(4096, 2));
+    let before = pair.live();
+    let groups = pair.link.groups.write().unwrap().take();
+    let run = pair.run(&pair.a);
+    assert_eq!(run.decision.run_on, Some(name("b")));
+    let repository = pair.dir.path().join("repository");
+    let only = |dir: &Path| Some(std::fs::read_dir(dir).ok()?.next()?.ok()?.path());
+    wait_for("the claim to be renewed", || {
+        let slot = only(&only(&repository.join("tidelog/slots"))?)?;
+        slot.join("renewed-0001").exists().then_some(())
+    });
+    wait_for("the primary to take the slot over", || {
+        // Slowly: the repository's answers are believed for 30 s of this clock.
+        clocks[0].advance(Duration::from_secs(5));
+        let event = pair.a.events.recv_timeout(Duration::from_millis(100)).ok()?;
+        (event.code == "backup-started").then_some(())
+    });
+    pair.a.await_event("backup-done");
+
+    *pair.link.groups.write().unwrap() = groups;
+    pair.link.ship();
+    let late = pair.b.await_event("backup-superseded");
+    assert_eq!(late.severity, Severity::Warning);
+    assert!(late.text.contains("a finished the slot first"), "{}", late.text);
+    let snapshots = std::fs::read_dir(repository.join("snapshots")).unwrap().count();
+    assert_eq!(snapshots, 1, "what b has made is taken back");
+    let entry = pair.entry(&pair.b, &run, "b");
+    assert_eq!((entry.outcome, entry.run_on), (Outcome::Superseded, Some(name("a"))));
+    let [id] = &made(&pair, &pair.b)[..] else { panic!("one backup") };
+    assert!(pair.restored(id) == before);
+}
+
+#[test]
+fn a_secondary_that_loses_the_repository_leaves_the_slot_to_the_primary() {
+    let pair = Pair::new(json!({}));
+    let way = way_to_repository(pair.dir.path(), "b");
+    std::fs::remove_file(&way).unwrap();
+    let explain = pair.b.scheduler.explain("g", "nightly", &[]);
+    let decision = pair.runtime.block_on(explain).unwrap().decision;
+    assert_eq!((decision.decision, &decision.run_on), (Verdict::Delegate, &Some(name("a"))));
+    assert_eq!(codes(&decision.reasons), ["primary-takes-over", "repository-unreachable"]);
+    assert!(decision.reasons[1].text.contains("cannot be opened from b"), "{decision:?}");
+    let run = pair.run(&pair.a);
+    assert_eq!(run.decision.decision, Verdict::Run);
+    assert_eq!(codes(&run.decision.reasons), codes(&decision.reasons));
+    pair.a.await_event("backup-done");
+    let ended = pair.b.await_any(&["backup-delegated", "backup-skipped", "backup-failed"]);
+    assert!(ended.text.contains("a has made the backup of this slot"), "{ended:?}");
+    std::os::unix::fs::symlink("repository", way).unwrap();
+    let [id] = &made(&pair, &pair.b)[..] else { panic!("one backup") };
+    assert!(pair.restored(id) == pair.live());
 }

@@ -165,7 +165,7 @@ impl Node {
         config.shutdown_patience = Duration::from_secs(2);
         config.repositories.push(RepositoryConfig {
             name: "main".to_owned(),
-            url: dir.join("repository").display().to_string(),
+            url: way_to_repository(dir, this).display().to_string(),
             password_file: dir.join("password"),
         });
         let peers = Arc::new(End { this, link: Arc::clone(link) });
@@ -208,6 +208,11 @@ impl Node {
     }
 }
 
+/// Each node's own way to the one repository: a link, which a test may take away.
+pub fn way_to_repository(dir: &Path, this: &str) -> PathBuf {
+    dir.join(format!("repository-of-{this}"))
+}
+
 pub fn time(text: &str) -> LogTime {
     text.parse().unwrap()
 }
@@ -227,18 +232,23 @@ pub struct Pair {
 impl Pair {
     /// A primary `a` and its secondary `b`, a volume with data, a repository, and a job.
     pub fn new(settings: Value) -> Pair {
-        Pair::in_env(settings, &Env::real())
+        Pair::in_envs(settings, [Env::real(), Env::real()])
     }
 
     /// The same by a clock that the test sets, which begins at a whole minute.
     pub fn by_clock(settings: Value) -> (Pair, Arc<ManualClock>) {
         let clock = Arc::new(ManualClock::new("2026-11-24T02:00:00Z".parse().unwrap()));
         let env = Env { clock: clock.clone(), ..Env::real() };
-        (Pair::in_env(settings, &env), clock)
+        (Pair::in_envs(settings, [env.clone(), env]), clock)
     }
 
-    pub fn in_env(settings: Value, env: &Env) -> Pair {
+    pub fn in_envs(settings: Value, [env_of_a, env_of_b]: [Env; 2]) -> Pair {
         let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("repository")).unwrap();
+        for this in ["a", "b"] {
+            let way = way_to_repository(dir.path(), this);
+            std::os::unix::fs::symlink("repository", way).unwrap();
+        }
         std::fs::write(dir.path().join("password"), "secret\n").unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -248,8 +258,8 @@ impl Pair {
             .unwrap();
         let link = Arc::new(Link::default());
         let _inside = runtime.enter();
-        let a = Node::start("a", dir.path(), &link, env.clone());
-        let b = Node::start("b", dir.path(), &link, env.clone());
+        let a = Node::start("a", dir.path(), &link, env_of_a);
+        let b = Node::start("b", dir.path(), &link, env_of_b);
         let primary = a.registry.create(name("g"), Some(4 << 20)).unwrap();
         primary.create_volume(name("v"), VOLUME_BYTES as u64).unwrap();
         let member = MemberRecord {
