@@ -133,3 +133,21 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stderr.is_empty(), "{}", text(&output.stderr));
 }
+
+#[test]
+fn the_unit_of_attach_calls_a_command_that_exists() {
+    let unit = include_str!("../contrib/tidelog-attach@.service");
+    let command = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    // The last device that the kernel's module makes: nobody begins there.
+    let command = command
+        .replace("%i", "nbd15")
+        .replace("$VOLUME", "g/v")
+        .replace("$SERVERS", "--to 127.0.0.1:9 --to localhost:9");
+    let words: Vec<&str> = command.split_whitespace().collect();
+    assert_eq!(words[0], "/usr/bin/tidelog");
+    assert!(!command.contains(['$', '%']), "{command}");
+    let said = failure(&words[1..]);
+    // Where the kernel has the module, and permits it, the server is what is missing.
+    let no_kernel = said.starts_with("device /dev/nbd15: the kernel ");
+    assert!(said.contains("127.0.0.1:9") || no_kernel, "{said}");
+}

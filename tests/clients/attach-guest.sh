@@ -36,9 +36,11 @@ refused g/nothing /dev/nbd0 --to "$first"
 refused g/v /dev/nbd0 --to 192.0.2.1:9
 refused g/v /dev/null --to "$first"
 
-as_attached="g/v /dev/nbd0 --to $first --to $second --timeout 2s"
-"$tidelog" attach $as_attached >/mnt/notes/keeper 2>&1 &
-keeper=$!
+# As systemd would start it by the unit file.
+VOLUME=g/v SERVERS="--to $first --to $second --timeout 2s"
+unit=$(busybox sed -n "s|%i|nbd0|g; s|^ExecStart=/usr/bin/tidelog|$tidelog|p" "$(parameter unit)")
+attach() { eval "$unit >>/mnt/notes/$1 2>&1 &" && keeper=$!; }
+attach keeper
 status() { "$tidelog" attach --status --json >/mnt/notes/status 2>/dev/null; }
 until_status() {
     for i in $(busybox seq 600); do
@@ -114,8 +116,7 @@ more failover
 busybox kill -9 $keeper
 wait $keeper 2>/dev/null
 until_status '"state": "no-keeper"'
-"$tidelog" attach $as_attached >>/mnt/notes/keeper 2>&1 &
-keeper=$!
+attach keeper
 until_status '"state": "attached"'
 more keeper
 
@@ -154,8 +155,7 @@ if busybox dmesg | busybox grep -iE "i/o error|journal|ext4-fs (error|warning)";
 fi
 
 # By force it ends though it is mounted, and its keeper does not take that for a loss.
-"$tidelog" attach $as_attached >/mnt/notes/forced 2>&1 &
-keeper=$!
+attach forced
 until_status '"state": "attached"'
 must mount /dev/nbd0 /mnt/v
 must "$tidelog" detach --force /dev/nbd0

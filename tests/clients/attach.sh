@@ -29,6 +29,7 @@ timeout --kill-after=5 280 linux.uml mem=256M quiet uml_dir="$work" umid=guest \
     root=/dev/root rootfstype=hostfs rootflags=/ ro \
     vec0:transport=tap,ifname=tap0,depth=64,gro=1 con=null con0=fd:0,fd:1 \
     init="$here/attach-guest.sh" "tidelog_binary=$TIDELOG" tidelog_first=192.0.2.1:10809 \
+    "tidelog_unit=$here/../../contrib/tidelog-attach@.service" \
     tidelog_second=192.0.2.1:10810 tidelog_grown=$((320 << 20)) \
     <"$work/to-guest" >"$work/guest.out" 2>&1 &
 guest=$!
