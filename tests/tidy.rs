@@ -79,7 +79,6 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("src/group/tests/resync.rs", "one pair of nodes, and every way an image can end"),
     ("src/replication/core.rs", "the state machine's inputs, one by one"),
     ("src/replication/wire.rs", "the whole wire in one file"),
-    ("tests/replication.rs", "two nodes over real sockets, subject by subject"),
 ];
 
 fn root() -> PathBuf {
