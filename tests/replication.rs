@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidelog::group::{DataState, Group, Role};
+use tidelog::group::{DataState, Group, Point, Read, Role, View};
 use tidelog::io::SeededEntropy;
 use tidelog::replication::{ReplicateOptions, ReplicationError, Verdict};
 use tidelog::units::Lsn;
@@ -364,6 +364,47 @@ async fn a_stopped_copy_is_retired_and_gets_no_more() {
     pair.a.replication.stop("g", "b").await.unwrap();
     pair.a.replication.remove_peer("b").unwrap();
     assert!(pair.a.replication.peers().is_empty());
+}
+
+/// What the group's volume holds, in an image of now.
+fn shown(group: &Group) -> Vec<u8> {
+    let image = group.open_image(&Point::Now, Some(name("look")), "test", None).unwrap();
+    let (volume, size) = (image.volumes()[0].number, image.volumes()[0].size_bytes);
+    let mut bytes = vec![0; size as usize];
+    let mut reads = [Read { volume, offset: 0, buffer: &mut bytes, result: Ok(()) }];
+    image.read(&mut reads);
+    let [read] = reads;
+    read.result.unwrap();
+    group.close_image(&name("look")).unwrap();
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_peer_that_holds_a_copy_is_not_removed_and_its_retired_copy_stays_readable_when_it_is() {
+    let mut pair = Pair::replicating().await;
+    let entropy = SeededEntropy::new(23);
+    write(&pair.a.group(), &entropy, 20);
+    let refused = pair.a.replication.remove_peer("b").unwrap_err().to_string();
+    assert!(refused.contains("peer b: holds a copy of group g"), "{refused}");
+    assert!(refused.contains("`tidelog replicate g --to b --stop` first"), "{refused}");
+    write(&pair.a.group(), &entropy, 20);
+    pair.wait_equal();
+    pair.a.replication.stop("g", "b").await.unwrap();
+    wait_for("the copy to be retired", || pair.b.has_event("copy-retired").then_some(()));
+    let held = shown(&pair.a.group());
+    pair.a.replication.remove_peer("b").unwrap();
+    assert!(pair.a.replication.peers().is_empty());
+    write(&pair.a.group(), &entropy, 20);
+    let dir = pair.b.stop();
+    pair.b = Node::start(&dir, "b", Some(pair.to_b.address));
+    pair.to_b.lead_to(&pair.b);
+    wait_for("b to be turned away", || {
+        let reason = pair.b.replication.peers()[0].link_state_reason.clone()?;
+        reason.contains("does not know this node's key").then_some(())
+    });
+    let copy = pair.b.group();
+    assert_eq!(copy.data_state().0, DataState::Retired);
+    assert!(shown(&copy) == held && shown(&pair.a.group()) != held);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
