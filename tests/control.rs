@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use nix::libc;
 use serde_json::Value;
 
+use super::support::load::{client, wait_until_level};
 use super::support::{Appliance, Setup, free_address, wait_for};
 
 /// One HTTP request on the control socket; status, content type and body.
@@ -131,6 +132,97 @@ fn images_are_opened_listed_and_closed_at_every_kind_of_point() {
     assert_eq!(node.json(&["image", "list"])["images"], serde_json::json!([]));
     let said = failure(&node, &["image", "open", "g", "--at", "no-such-bookmark"]);
     assert!(said.contains("no-such-bookmark"), "{said}");
+}
+
+/// Blocks that are written, each time the same.
+const WRITTEN_BYTES: usize = 40 * 4096;
+const VOLUME_BYTES: u64 = 4 << 20;
+
+/// A group with a volume `v`, and its copy on b.
+fn replicated(dir: &Path) -> (Appliance, Appliance) {
+    let a = Appliance::start(&dir.join("a"), Setup::new("a"));
+    let b = Appliance::start(&dir.join("b"), Setup::new("b"));
+    a.pair_with(&b);
+    a.run(&["group", "create", "g"]);
+    a.run(&["volume", "create", "g/v", "--size", &VOLUME_BYTES.to_string()]);
+    a.run(&["replicate", "g", "--to", "b"]);
+    wait_until_level(&a, &b);
+    (a, b)
+}
+
+fn write(node: &Appliance, byte: u8, times: usize) {
+    let mut host = client(node, "v");
+    let bytes = vec![byte; WRITTEN_BYTES];
+    (0..times).for_each(|_| host.write(0, &bytes).unwrap());
+    host.flush().unwrap();
+    host.disconnect().unwrap();
+    wait_for("the client to be gone", || {
+        (node.status("g")["volumes"][0]["clients"] == 0).then_some(())
+    });
+}
+
+#[test]
+fn the_timeline_shows_what_each_image_pin_and_branch_costs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = replicated(dir.path());
+    write(&a, 1, 1);
+    a.run(&["image", "open", "g", "--at", "now", "--name", "i"]);
+    write(&a, 2, 1);
+    a.run(&["bookmark", "g", "kept", "--pin"]);
+    write(&a, 3, 1);
+    wait_until_level(&a, &b);
+    // What b never had becomes a branch.
+    b.stop();
+    write(&a, 4, 1);
+    let end = a.status("g")["log"]["head_lsn"].as_u64();
+    a.kill();
+    b.restart();
+    b.run(&["promote", "g", "--force"]);
+    b.run(&["group", "set", "g", "window=1s", "log_limit=256M"]);
+    a.restart();
+    wait_until_level(&b, &a);
+    // More than an eighth of the least limit of a log: that much is folded at a time.
+    write(&b, 5, (40 << 20) / WRITTEN_BYTES);
+    wait_for("a to fold past all of them", || {
+        (a.status("g")["log"]["horizon_lsn"].as_u64() > end).then_some(())
+    });
+    let holds = a.json(&["timeline", "g"])["holds"].clone();
+    let written = WRITTEN_BYTES as u64;
+    // Of a branch, what it begins with and its own log.
+    for (key, least) in [("image", written), ("bookmark", written), ("branch", 2 * written)] {
+        let hold = holds.as_array().unwrap().iter().find(|hold| hold[key].is_string());
+        let bytes = hold.and_then(|hold| hold["disk_bytes"].as_u64()).unwrap_or_default();
+        assert!((least..VOLUME_BYTES).contains(&bytes), "{key}: {holds}");
+    }
+}
+
+#[test]
+fn a_replicated_group_is_deleted_only_after_a_stop_and_the_other_node_keeps_its_history() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = replicated(dir.path());
+    write(&a, 1, 1);
+    a.run(&["bookmark", "g", "old"]);
+    write(&a, 2, 1);
+    wait_until_level(&a, &b);
+    for (node, peer, place) in [(&a, "b", "here"), (&b, "a", "on the primary")] {
+        let said = failure(node, &["group", "delete", "g"]);
+        let told = format!(
+            "group g: is replicated with {peer}; `tidelog replicate g --stop --to b` {place} first"
+        );
+        assert!(said.contains(&told), "{said}");
+    }
+    a.run(&["replicate", "g", "--stop", "--to", "b"]);
+    wait_for("the copy to be retired", || b.has_event("copy-retired").then_some(()));
+    a.run(&["group", "delete", "g"]);
+    assert_eq!(a.json(&["group", "list"])["groups"], serde_json::json!([]));
+    b.stop();
+    b.restart();
+    for (point, byte) in [("old", 1), ("now", 2)] {
+        b.run(&["image", "open", "g", "--at", point, "--name", &format!("at-{point}")]);
+        let mut bytes = vec![0; WRITTEN_BYTES];
+        client(&b, &format!("v@at-{point}")).read(0, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|found| *found == byte), "{point}");
+    }
 }
 
 #[test]
