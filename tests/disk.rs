@@ -370,8 +370,9 @@ fn on_loss_continue_lets_hosts_go_on_while_the_disk_of_the_peer_they_wait_for_is
     wait_for_status(&a, "b to stream again", streams);
 }
 
-#[test]
-fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_some() {
+/// What is staged of an image meets a fault; both nodes say so with `reason`, the old image stays,
+/// and the new one comes when the disk is well.
+fn image_meets(faults_then: &[(Call, Code, &str)], reason: &str) {
     let dir = tempfile::tempdir().unwrap();
     let faults = Faults::new(dir.path());
     let (a, mut b) = with_faulty_copy(dir.path(), &faults);
@@ -384,13 +385,12 @@ fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_s
     wait_for_status(&a, "the log to leave b behind", |status| {
         status["log"]["horizon_lsn"].as_u64().unwrap() > head
     });
-    faults
-        .set(&[(Call::Write, Code::ENOSPC, "/staging/"), (Call::Create, Code::ENOSPC, "/staging")]);
+    faults.set(faults_then);
     b.restart();
     for node in [&a, &b] {
         wait_for_status(node, "both to say why no image comes", |status| {
-            let reason = status["peers"][0]["replication_state_reason"].as_str();
-            reason.is_some_and(|reason| reason.to_lowercase().contains("space"))
+            let told = status["peers"][0]["replication_state_reason"].as_str();
+            told.is_some_and(|told| told.to_lowercase().contains(reason))
         });
     }
     let status = b.status("g");
@@ -408,6 +408,17 @@ fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_s
     });
     b.run(&["image", "open", "g", "--at", "now", "--name", "end"]);
     hold("at the end", history.faults(&contents(&b, "@end"), Some(history.now())));
+}
+
+#[test]
+fn an_image_that_finds_no_room_is_told_on_both_nodes_and_goes_on_when_there_is_some() {
+    let full = [(Call::Write, Code::ENOSPC, "/staging/"), (Call::Create, Code::ENOSPC, "/staging")];
+    image_meets(&full, "space");
+}
+
+#[test]
+fn an_image_that_meets_a_failing_disk_is_told_on_both_nodes_and_goes_on() {
+    image_meets(&[(Call::Sync, Code::EIO, "/staging/")], "input/output error");
 }
 
 #[test]
