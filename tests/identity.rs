@@ -1,5 +1,6 @@
 //! Nodes that are not who they seem: a copy of a running node's disk, a node made anew under an old
-//! name. They are recognised, and nothing is mixed or overwritten because of them.
+//! name, a disk that was put back. They are recognised, and nothing is mixed or overwritten because
+//! of them.
 
 use std::path::Path;
 use std::process::Command;
@@ -29,12 +30,43 @@ fn write(node: &Appliance, first: u64) {
     host.flush().unwrap();
 }
 
-/// A node that runs on a copy of the disk of one that was stopped.
-fn clone_of(node: &Appliance, dir: &Path) -> Appliance {
+/// Copies the disk of a node that was stopped.
+fn copy_disk(node: &Appliance, dir: &Path) {
     std::fs::create_dir_all(dir).unwrap();
     let copied = Command::new("cp").arg("-a").arg(node.dir.join("data")).arg(dir).status();
     assert!(copied.unwrap().success());
+}
+
+/// A node that runs on a copy of the disk of one that was stopped.
+fn clone_of(node: &Appliance, dir: &Path) -> Appliance {
+    copy_disk(node, dir);
     Appliance::start(dir, Setup::new(node.node))
+}
+
+/// Starts a node again on its disk as that was before `meanwhile`; what that gave.
+fn put_back<T>(node: &mut Appliance, meanwhile: impl FnOnce(&Appliance) -> T) -> T {
+    let kept = node.dir.join("kept");
+    node.stop();
+    copy_disk(node, &kept);
+    node.restart();
+    let given = meanwhile(node);
+    node.stop();
+    std::fs::remove_dir_all(node.dir.join("data")).unwrap();
+    std::fs::rename(kept.join("data"), node.dir.join("data")).unwrap();
+    node.restart();
+    given
+}
+
+/// Writes with numbers from `first` on, and waits until b has that and a knows it; the LSN behind.
+fn write_on_both(a: &Appliance, b: &Appliance, first: u64) -> u64 {
+    wait_until_level(a, b);
+    write(a, first);
+    wait_until_level(a, b);
+    wait_for("a to know it durable on b", || {
+        let status = a.status("g");
+        let head = status["log"]["head_lsn"].as_u64();
+        head.filter(|_| status["peers"][0]["durable_lsn"] == status["log"]["head_lsn"])
+    })
 }
 
 fn wait_until_cloned(node: &Appliance, peer: &str) {
@@ -125,4 +157,26 @@ fn a_node_made_anew_under_an_old_name_is_no_peer_until_it_is_paired_and_overwrit
     a.run(&["replicate", "g", "--to", "b"]);
     wait_until_level(&a, &b);
     assert_eq!(shown(&b, "anew"), before);
+}
+
+#[test]
+fn a_node_whose_disk_was_put_back_is_recognised_and_gets_again_what_it_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = pair(dir.path());
+    let had = put_back(&mut b, |b| write_on_both(&a, b, 2_000_000));
+    let told = wait_for("a to recognise it", || a.events("peer-rolled-back").pop());
+    assert!(told.contains(&format!("group g: b had LSN {had} durable and now ends at")), "{told}");
+    wait_until_level(&a, &b);
+    assert_eq!(shown(&b, "sent-again"), contents(&a, ""));
+
+    put_back(&mut a, |a| write_on_both(a, &b, 3_000_000));
+    let told = wait_for("a to take it back", || a.events("takes-back").pop());
+    assert!(told.contains("group g: b has") && told.contains("that this node lost"), "{told}");
+    wait_until_level(&a, &b);
+    let held = contents(&a, "");
+    assert!((0..64).step_by(2).all(|block| held[&(0, block)] == 3_000_000 + block), "{held:?}");
+    assert_eq!(shown(&b, "taken-back"), held);
+    for node in [&a, &b] {
+        assert!(!node.has_event("peer-cloned") && !node.has_event("split-brain"));
+    }
 }
