@@ -503,6 +503,21 @@ fn equal_copies_are_told_so_by_hashes_and_no_data_moves() {
     }
 }
 
+#[test]
+fn a_verify_beside_hosts_that_write_compares_one_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = pair(dir.path());
+    let load = Load::start(a.nbd_socket());
+    for node in [&a, &b, &a] {
+        load.wait_for_more(100);
+        let before = load.answered();
+        let (equal, told) = verify(node);
+        assert!(equal && told["state"] == "equal", "{told}");
+        assert!(load.answered() > before, "hosts wrote beside it");
+    }
+    load.stop();
+}
+
 /// Turns a bit of a block and makes its sum and its slot agree with that.
 fn falsify(node: &Appliance, chunk: u64, block: u64) {
     let image = base_of_large(node, "img");
