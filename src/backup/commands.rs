@@ -18,7 +18,7 @@ use super::repository::{RepositoryConfig, RepositoryError};
 use super::restore::{FileSink, RestoreSink};
 use super::scheduler::{Inner, Scheduler, blocking};
 use super::source::Progress;
-use crate::group::{Group, Op, Request, RestoreClaim, Role, Volume};
+use crate::group::{Group, Op, RestoreClaim, Role, Volume};
 use crate::units::Name;
 
 /// Where a restore goes.
@@ -438,9 +438,7 @@ impl VolumeSink {
 
     fn append(&mut self, op: Op<'_>) -> Result<(), String> {
         self.begin_once()?;
-        let request = Request { volume: self.volume.number, op, fua: false };
-        let results = self.group.append(&[request]);
-        results.into_iter().try_for_each(|result| result.map(drop).map_err(|e| e.to_string()))
+        self.group.append_claimed(&self.claim, op).map_err(|error| error.to_string())
     }
 }
 

@@ -12,7 +12,7 @@ use super::catalog::{Description, MANIFEST_VERSION, Manifest, VolumeChecksum};
 use super::door::sync_dir;
 use super::repository::{Repository, RepositoryError, flat};
 use super::source::{FILE_BYTES, MANIFEST_FILE, Progress};
-use crate::units::BLOCK_BYTES;
+use crate::group::runs_of_zeros;
 
 /// Where a volume's bytes go, in order, without gaps.
 pub trait RestoreSink {
@@ -319,23 +319,13 @@ fn each_chunk(
 
 /// Hands on runs of zeros and of bytes, block by block.
 fn write_sparse(sink: &mut dyn RestoreSink, offset: u64, data: &[u8]) -> Result<(), String> {
-    let block = usize::try_from(BLOCK_BYTES).expect("4096");
-    let is_zero =
-        |from: usize| data[from..data.len().min(from + block)].iter().all(|byte| *byte == 0);
-    let mut at = 0;
-    while at < data.len() {
-        let zero = is_zero(at);
-        let mut end = at;
-        while end < data.len() && is_zero(end) == zero {
-            end = data.len().min(end + block);
-        }
-        let from = offset + at as u64;
+    for (range, zero) in runs_of_zeros(data) {
+        let from = offset + range.start as u64;
         if zero {
-            sink.zero(from, (end - at) as u64)?;
+            sink.zero(from, range.len() as u64)?;
         } else {
-            sink.write(from, &data[at..end])?;
+            sink.write(from, &data[range])?;
         }
-        at = end;
     }
     Ok(())
 }
@@ -345,6 +335,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::units::BLOCK_BYTES;
 
     #[derive(Default)]
     struct Calls(Vec<(u64, u64, bool)>);

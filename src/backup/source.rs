@@ -45,7 +45,9 @@ pub(super) fn chosen_volumes(all: Vec<Volume>, named: &[Name]) -> Result<Vec<Vol
     }
     match volumes.iter().find(|volume| volume.restoring) {
         Some(Volume { name, .. }) => Err(format!(
-            "volume {name}: a restore into it has not come to its end, so it holds no one moment"
+            "volume {name}: a restore into it, or the reading of its base, has not come to its \
+             end, so it holds no one moment; `tidelog status` says what ends it, and a job that \
+             names other volumes goes without it"
         )),
         None => Ok(volumes),
     }

@@ -11,10 +11,11 @@ use tidelog::control::api::{
     BackupDetails, BackupEntry, Backups, Done, Explanation, Outcome, ProgressInfo, Reason,
     Repositories, Restored, RunStarted, RunVerdict, VerifiedBackups,
 };
-use tidelog::control::{ClientError, encode};
+use tidelog::control::encode;
 use tidelog::units::{ByteSize, Name};
 
 use super::arguments::{Assignment, Member};
+use super::progress::{ticket, with_progress};
 use super::{Session, output};
 
 #[derive(Subcommand)]
@@ -184,41 +185,6 @@ pub async fn backup(session: &Session, command: BackupCommand) -> Result<()> {
             };
             let asking = session.ask("POST", &path, Some(body), show);
             with_progress(session, &format!("/v1/progress/{ticket}"), asking).await
-        }
-    }
-}
-
-/// A name for the progress of this one call.
-pub(super) fn ticket() -> String {
-    let moment = output::now().0;
-    format!("{}-{moment}", std::process::id())
-}
-
-/// Waits for `asking`, and on a terminal shows how far it is.
-pub(super) async fn with_progress(
-    session: &Session,
-    path: &str,
-    asking: impl Future<Output = Result<()>>,
-) -> Result<()> {
-    if !output::is_terminal() || session.json {
-        return asking.await;
-    }
-    let bar = output::ProgressLine::new();
-    tokio::pin!(asking);
-    let mut ticks = tokio::time::interval(Duration::from_millis(200));
-    loop {
-        tokio::select! {
-            result = &mut asking => {
-                bar.clear();
-                return result;
-            }
-            _ = ticks.tick() => {
-                let progress: Result<Option<ProgressInfo>, ClientError> =
-                    session.client.get(path).await;
-                if let Ok(Some(progress)) = progress {
-                    bar.show(progress.done_bytes, progress.total_bytes);
-                }
-            }
         }
     }
 }

@@ -11,6 +11,7 @@ mod job;
 mod manual;
 pub mod output;
 mod peer;
+mod progress;
 mod serve;
 mod split_brain;
 mod status;

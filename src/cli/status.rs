@@ -177,7 +177,7 @@ fn show_group(group: &GroupStatus) -> String {
     let volumes = group.volumes.iter().map(|volume| {
         let size = ByteSize(volume.size_bytes);
         let clients = match volume.restoring {
-            true => "restore not ended".to_owned(),
+            true => "its restore or base not ended".to_owned(),
             false => format!("{} clients", volume.clients),
         };
         format!("{} {size} ({clients})", volume.name)

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Subcommand;
 use serde_json::json;
 
@@ -10,7 +10,7 @@ use tidelog::control::api::{Done, Host, VolumeInfo, Volumes};
 use tidelog::units::{ByteSize, Name};
 
 use super::arguments::Member;
-use super::backup::{ticket, with_progress};
+use super::progress::{ticket, with_progress};
 use super::{Session, output};
 
 #[derive(Subcommand)]
@@ -23,7 +23,8 @@ pub enum VolumeCommand {
         #[arg(long, required_unless_present = "base")]
         size: Option<ByteSize>,
         /// Begin with a copy of this file or block device (of the primary's machine; raw, not
-        /// qcow2), to which nobody writes meanwhile; hosts are served once all of it is there
+        /// qcow2), to which nobody writes meanwhile. Until all of it is there no host is served the
+        /// volume, and no backup holds it; `volume delete` ends it
         #[arg(long, value_name = "PATH")]
         base: Option<PathBuf>,
     },
@@ -69,7 +70,9 @@ pub async fn volume(session: &Session, command: VolumeCommand) -> Result<()> {
                 return session.ask("POST", &path, Some(body), show).await;
             };
             let ticket = ticket();
-            body["base"] = json!(std::path::absolute(base)?);
+            let base = std::path::absolute(base)?;
+            body["base"] =
+                json!(base.to_str().context("--base: is not UTF-8; give it another name")?);
             body["ticket"] = json!(ticket);
             let asking = session.ask("POST", &path, Some(body), show);
             with_progress(session, &format!("/v1/progress/{ticket}"), asking).await

@@ -104,10 +104,10 @@ fn look_at_group(group: &GroupStatus, found: &mut Vec<Attention>) {
         tell(
             "restore-not-ended",
             format!(
-                "volume {volume}: a restore into it has not come to its end, and no host is served \
-                 it: `tidelog backup restore ID --to {name}/{volume}` restores it whole; one that \
-                 was to begin with a base is deleted (`tidelog volume delete {name}/{volume}`) and \
-                 created again"
+                "volume {volume}: a restore into it, or the reading of its base, has not come to \
+                 its end, and no host is served it: `tidelog backup restore ID --to \
+                 {name}/{volume}` restores it whole; one that was to begin with a base is deleted \
+                 (`tidelog volume delete {name}/{volume}`) and created again"
             ),
         );
     }

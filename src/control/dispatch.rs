@@ -226,15 +226,16 @@ fn allowed(context: &Context, peer: &PeerContext, forwarded: &Forwarded) -> Resu
         Problem::new(403, "forbidden", format!("peer {}: may not ask for {}", peer.name, route.id))
     };
     let name = names.iter().find(|(key, _)| *key == "group").map(|(_, name)| name);
-    let name = name.filter(|_| route.on_primary).ok_or_else(forbidden)?;
-    // A peer is shown no file of this machine.
-    if route.file_here.is_some_and(|key| forwarded.body.contains_key(key)) {
-        return Err(forbidden());
-    }
+    let name = name.filter(|_| is_for_peers(route, &forwarded.body)).ok_or_else(forbidden)?;
     let group = context.group(name).map_err(|_| forbidden())?;
     let control = group.control();
     let is_member = control.members.iter().any(|m| m.node == peer.node && !m.removed);
     if is_member { Ok(()) } else { Err(forbidden()) }
+}
+
+/// Whether a peer may ask for it at all: what appends, but no file of this machine.
+fn is_for_peers(route: &Route, body: &Map<String, Value>) -> bool {
+    route.on_primary && route.file_here.is_none_or(|key| !body.contains_key(key))
 }
 
 async fn answer_here(context: &Arc<Context>, route: &Route, call: Call) -> Result<Value, Problem> {
@@ -270,7 +271,8 @@ fn refuse_unknown<'a>(
 fn describe(route: &Route, call: &Call) -> String {
     let names: Vec<&str> = call.path.iter().map(|(_, name)| name.as_str()).collect();
     let named = call.body.get("name").and_then(Value::as_str);
-    let words = [route.id, &names.join("/"), named.unwrap_or_default()];
+    let file = route.file_here.and_then(|key| call.body.get(key)).and_then(Value::as_str);
+    let words = [route.id, &names.join("/"), named.unwrap_or_default(), file.unwrap_or_default()];
     words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
@@ -300,6 +302,16 @@ fn audit(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peer_is_shown_no_file_of_this_machine() {
+        let (create, _) = find("POST", "/v1/groups/g/volumes").unwrap();
+        let body = |text: &str| serde_json::from_str(text).unwrap();
+        assert!(is_for_peers(create, &body(r#"{"name":"v","size_bytes":4096}"#)));
+        assert!(!is_for_peers(create, &body(r#"{"name":"v","base":"/etc/shadow"}"#)));
+        let (show, _) = find("GET", "/v1/groups/g/volumes/v").unwrap();
+        assert!(!is_for_peers(show, &body("{}")));
+    }
 
     /// A dead copy was asked, since its name came first and nobody had heard that it is none.
     #[test]

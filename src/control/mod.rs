@@ -11,10 +11,10 @@ pub mod api;
 
 mod attention;
 mod backups;
+mod base_file;
 mod checks;
 mod client;
 mod connections;
-mod contents;
 mod context;
 mod dispatch;
 mod groups;

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use crate::group::{self, Group, Host, Volume};
-use crate::units::{BLOCK_BYTES, Name};
+use crate::group::{self, Group, GroupError, Host, Volume};
+use crate::log::control::OnFull;
+use crate::units::{BLOCK_BYTES, ByteSize, Name};
 
 use super::api::{VOLUME_BLOCK_BYTES, VolumeInfo, Volumes};
-use super::contents::Contents;
+use super::base_file::BaseFile;
 use super::context::Context;
 use super::groups::{answer, done};
 use super::problem::Problem;
@@ -92,19 +93,31 @@ pub(super) fn create(context: &Context, call: &Call) -> Answer {
         let size = checked_size(name.as_str(), call.required("size_bytes")?)?;
         return answer(volume_info(&group, &group.create_volume(name, size)?));
     };
-    let base = Contents::open(&*context.env.disk, &path)?;
+    let data_dir = context.config.read().expect("no holder panics").data_dir.clone();
+    let base = BaseFile::open(&*context.env.disk, &path, &data_dir)?;
     let whole = base.size_bytes.next_multiple_of(BLOCK_BYTES);
     let size = checked_size(name.as_str(), call.field("size_bytes")?.unwrap_or(whole))?;
     if size < base.size_bytes {
         return Err(Problem::invalid(format!(
             "volume {name}: size {size} is less than the {} bytes of {}; the least is {whole}",
-            base.size_bytes,
-            path.display()
+            base.size_bytes, base.name
+        )));
+    }
+    let (limit, name_of) = (group.positions().log_limit_bytes, group.name());
+    if group.control().policy.on_full == OnFull::Block && base.data_bytes > limit {
+        return Err(Problem::refused(format!(
+            "volume {name}: {} has {}, the log of group {name_of} takes {}, and keeps its window \
+             (on_full=block): all hosts of the group would wait; `tidelog group set {name_of} \
+             on_full=fold`, or a larger log_limit, first",
+            base.name,
+            ByteSize(base.data_bytes),
+            ByteSize(limit)
         )));
     }
     let (progress, _ticket) = context.progress(call.field("ticket")?);
     progress.set_total(base.size_bytes);
     let contents = group::Contents {
+        name: &base.name,
         file: &*base.file,
         bytes: base.size_bytes,
         done: &|bytes| progress.add_done(bytes),
@@ -133,15 +146,20 @@ pub(super) fn resize(context: &Context, call: &Call) -> Answer {
 pub(super) fn delete(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     let volume = find(&group, call.path("volume"))?;
+    // The reading of its base ends where it is to go.
     let connected = clients(&group, &volume);
-    if connected > 0 {
+    if connected > 0 && !group.end_adoption(volume.number) {
         return Err(Problem::refused(format!(
             "volume {}/{}: {connected} clients are connected; disconnect them first",
             group.name(),
             volume.name
         )));
     }
-    group.remove_volume(&volume.name)?;
+    match group.remove_volume(&volume.name) {
+        // Who read its base has removed it by now.
+        Err(GroupError::NoVolume { .. }) if volume.restoring => {}
+        removed => removed?,
+    }
     done(format!("volume {}/{}: deleted", group.name(), volume.name))
 }
 

@@ -1,18 +1,23 @@
 //! A new volume that begins with the contents of a file: read once, and written into the log as a
 //! host would have, so that it has the history, the checksums and the copies of any other volume.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::engine::Group;
-use super::{GroupError, Op, Request, Volume};
+use super::clients::RestoreClaim;
+use super::content::volume_record;
+use super::engine::{Core, Group};
+use super::{GroupError, Op, Volume};
 use crate::io::DiskFile;
-use crate::units::{BLOCK_BYTES, Name};
+use crate::units::{BLOCK_BYTES, Name, VolumeNumber};
 
 /// Bytes that are read and written at a time, a multiple of a block.
 const PART_BYTES: u64 = 256 << 10;
 
 /// What a volume begins with.
 pub struct Contents<'a> {
+    /// What it is called, in an error.
+    pub name: &'a str,
     /// Where it is read from.
     pub file: &'a dyn DiskFile,
     /// Bytes of it that are read, from the first on.
@@ -43,26 +48,50 @@ impl Group {
         contents: &Contents<'_>,
     ) -> Result<Volume, GroupError> {
         assert!(contents.bytes <= size_bytes, "{} bytes into {size_bytes}", contents.bytes);
-        let volume = self.make_volume(name.clone(), size_bytes, true)?;
-        let claim = self.claim_for_restore(volume.number)?;
+        let mut claim = None;
+        let volume = self.make_volume(name.clone(), size_bytes, |number| {
+            claim = Some(self.claim_to_adopt(number));
+            true
+        })?;
+        let claim = claim.expect("it was made");
         let copied = self
-            .copy_contents(&volume, contents)
+            .copy_contents(&claim, contents)
             .and_then(|()| (contents.check)().map_err(|why| self.refused(why)))
             .and_then(|()| self.end_restore(&claim));
-        match copied {
-            Ok(()) => Ok(Volume { restoring: false, ..volume }),
-            Err(error) => match self.remove_volume(name) {
-                Ok(()) => Err(error),
-                Err(left) => Err(self.refused(format!(
-                    "volume {name}: {error}; what was made of it could not be removed ({left}), \
-                     and no host is served it: `tidelog volume delete {}/{name}`",
-                    self.name()
-                ))),
-            },
+        let Err(error) = copied else { return Ok(Volume { restoring: false, ..volume }) };
+        // Where all of it is there, and only not known to be durable, it stays.
+        match self.remove_unfinished(volume.number) {
+            Ok(()) => Err(error),
+            Err(left) => Err(self.refused(format!(
+                "volume {name}: {error}; what was made of it could not be removed ({left}), and no \
+                 host is served it: `tidelog volume delete {}/{name}`",
+                self.name()
+            ))),
         }
     }
 
-    fn copy_contents(&self, volume: &Volume, contents: &Contents<'_>) -> Result<(), GroupError> {
+    /// Removes a volume, where it is there and its contents are not.
+    fn remove_unfinished(&self, number: VolumeNumber) -> Result<(), GroupError> {
+        let is_left = |volume: &&Volume| volume.number == number && volume.restoring;
+        let left = |core: &Core| core.view.volumes.iter().find(is_left).cloned();
+        if left(&self.lock()).is_none() {
+            return Ok(());
+        }
+        let removed = self.append_control_with(|core| {
+            let volume = left(core).ok_or_else(|| self.no_volume(number))?;
+            Ok(volume_record(volume, true))
+        });
+        match removed {
+            Ok(_) | Err(GroupError::NoVolume { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn copy_contents(
+        &self,
+        claim: &RestoreClaim,
+        contents: &Contents<'_>,
+    ) -> Result<(), GroupError> {
         let mut buffer = vec![0; PART_BYTES as usize];
         let mut offset = 0;
         while offset < contents.bytes {
@@ -73,32 +102,39 @@ impl Group {
                 part[bytes as usize..].fill(0);
                 let read = contents.file.read_once(&mut part[..bytes as usize], offset);
                 read.map_err(|cause| {
-                    let what = format!("volume {}: read of its contents", volume.name);
-                    GroupError::io(self.name(), format!("{what} at {offset}"), &cause)
+                    GroupError::io(
+                        self.name(),
+                        format!("read of {} at {offset}", contents.name),
+                        &cause,
+                    )
                 })?;
-                self.write_runs(volume, offset, part)?;
+                for (range, is_zero) in runs_of_zeros(part) {
+                    if !is_zero {
+                        let at = offset + range.start as u64;
+                        let op = Op::Write { offset: at, data: &part[range] };
+                        self.append_claimed(claim, op)?;
+                    }
+                }
             }
             (contents.done)(bytes);
             offset += bytes;
         }
         Ok(())
     }
+}
 
-    /// Writes the runs of blocks that are not zeros.
-    fn write_runs(&self, volume: &Volume, offset: u64, data: &[u8]) -> Result<(), GroupError> {
-        let block = BLOCK_BYTES as usize;
-        let is_zero = |block: &&[u8]| block.iter().all(|byte| *byte == 0);
-        let blocks: Vec<&[u8]> = data.chunks(block).collect();
-        let mut at = 0;
-        for run in blocks.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-            let end = at + run.len() * block;
-            if !is_zero(&run[0]) {
-                let op = Op::Write { offset: offset + at as u64, data: &data[at..end] };
-                let request = Request { volume: volume.number, op, fua: false };
-                self.append(&[request]).into_iter().try_for_each(|result| result.map(drop))?;
-            }
-            at = end;
+/// The runs of blocks that are all zeros, or none of which is; the last may end inside of a block.
+pub fn runs_of_zeros(data: &[u8]) -> impl Iterator<Item = (Range<usize>, bool)> {
+    let block = BLOCK_BYTES as usize;
+    let is_zero =
+        move |at: usize| data[at..data.len().min(at + block)].iter().all(|byte| *byte == 0);
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = at;
+        let zero = (start < data.len()).then(|| is_zero(start))?;
+        while at < data.len() && is_zero(at) == zero {
+            at = data.len().min(at + block);
         }
-        Ok(())
-    }
+        Some((start..at, zero))
+    })
 }

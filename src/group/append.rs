@@ -363,15 +363,16 @@ impl Group {
     ///
     /// Where the name is taken or the size is no multiple of 4096.
     pub fn create_volume(&self, name: Name, size_bytes: u64) -> Result<Volume, GroupError> {
-        self.make_volume(name, size_bytes, false)
+        self.make_volume(name, size_bytes, |_| false)
     }
 
-    /// The same; where its contents are yet to come no host is served it.
+    /// The same; no host is served it where its contents are yet to come, as is asked under the
+    /// lock.
     pub(super) fn make_volume(
         &self,
         name: Name,
         size_bytes: u64,
-        restoring: bool,
+        comes_to_be: impl FnOnce(VolumeNumber) -> bool,
     ) -> Result<Volume, GroupError> {
         self.check_size(&name, size_bytes)?;
         let mut made = None;
@@ -388,7 +389,8 @@ impl Group {
             if number > VOLUME_NUMBER_MAX {
                 return Err(self.refused("has used all numbers of volumes; make another group"));
             }
-            let (name, restore_lsn) = (name.clone(), restoring.then(|| core.writer.head()));
+            let (name, restoring) = (name.clone(), comes_to_be(number));
+            let restore_lsn = restoring.then(|| core.writer.head());
             let volume = Volume { number, name, size_bytes, restore_lsn, restoring };
             made = Some(volume.clone());
             Ok(volume_record(volume, false))

@@ -2,20 +2,23 @@
 //! kept out while a volume is claimed.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::GroupError;
 use super::content::volume_record;
 use super::engine::Group;
+use super::{GroupError, Op, Request};
 use crate::units::{LogTime, Lsn, Name, VolumeNumber};
 
 /// What this node itself is called where it has a volume open.
 const THIS_NODE: &str = "this node";
 /// What it is called while it restores a backup.
 const RESTORE: &str = "a restore on this node";
+/// And while it reads what a new volume begins with.
+const ADOPTION: &str = "its base, read by this node";
 
 /// Ends a client's connection; must not block.
 pub type HangUp = Box<dyn Fn() + Send + Sync>;
@@ -69,14 +72,19 @@ impl Live {
         self.of_volumes().filter(move |client| client.volume == number)
     }
 
-    fn is_claimed(&self, number: VolumeNumber) -> bool {
-        self.of_volume(number).any(|client| client.alone)
+    fn claimed_by(&self, number: VolumeNumber) -> Option<String> {
+        let mut of_volume = self.of_volume(number);
+        of_volume.find(|client| client.alone).map(|client| client.host.address.clone())
     }
 }
 
 /// A volume whose content is being replaced: while this lives, no host is served it. It counts as a
 /// client, so that nothing else changes the volume under it.
-pub struct RestoreClaim(ClientGuard);
+pub struct RestoreClaim {
+    client: ClientGuard,
+    /// It was cut off, by another reign or a command: whoever has it writes no more.
+    ended: Arc<AtomicBool>,
+}
 
 /// Counts a client while it lives.
 pub struct ClientGuard {
@@ -144,8 +152,7 @@ impl Group {
             let mut live = self.clients.live.lock().expect("no holder panics");
             let clients = live.of_volume(volume).count();
             if clients == 0 {
-                let client = Client { volume, host, hang_up: None, alone: true };
-                return Ok(RestoreClaim(self.insert(&mut live, client)));
+                return Ok(self.insert_claim(&mut live, volume, host));
             }
             clients
         };
@@ -153,6 +160,58 @@ impl Group {
         Err(self.refused(format!(
             "volume {name}: {clients} clients are connected, and would see it change under them; \
              disconnect them first (`tidelog status {group}`)"
+        )))
+    }
+
+    /// Claims a volume that is being made, for what it begins with. May be called with the group's
+    /// own lock.
+    pub(super) fn claim_to_adopt(self: &Arc<Self>, volume: VolumeNumber) -> RestoreClaim {
+        let host = self.host(ADOPTION, None);
+        let mut live = self.clients.live.lock().expect("no holder panics");
+        self.insert_claim(&mut live, volume, host)
+    }
+
+    fn insert_claim(
+        self: &Arc<Self>,
+        live: &mut Live,
+        volume: VolumeNumber,
+        host: Host,
+    ) -> RestoreClaim {
+        let ended = Arc::new(AtomicBool::new(false));
+        let end = ended.clone();
+        let hang_up: HangUp = Box::new(move || end.store(true, Ordering::Release));
+        let client = Client { volume, host, hang_up: Some(hang_up), alone: true };
+        RestoreClaim { client: self.insert(live, client), ended }
+    }
+
+    /// Ends the reading of what a volume is to begin with, so that it may be removed; whether that
+    /// is all that has it open.
+    pub fn end_adoption(&self, volume: VolumeNumber) -> bool {
+        let live = self.clients.live.lock().expect("no holder panics");
+        let mut adoptions = live.of_volume(volume).filter(|it| it.host.address == ADOPTION);
+        adoptions.next().and_then(|client| client.hang_up.as_ref()).map(|end| end()).is_some()
+    }
+
+    /// Appends for who claimed the volume.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Group::append`], and where the claim was cut off.
+    pub fn append_claimed(&self, claim: &RestoreClaim, op: Op<'_>) -> Result<(), GroupError> {
+        self.check_goes_on(claim)?;
+        let request = Request { volume: claim.client.volume, op, fua: false };
+        let ended = || claim.ended.load(Ordering::Acquire);
+        self.append_until(&[request], &ended).into_iter().try_for_each(|result| result.map(drop))
+    }
+
+    fn check_goes_on(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
+        if !claim.ended.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let name = self.name_of(claim.client.volume);
+        Err(self.refused(format!(
+            "volume {name}: what was written into it was cut off, by a command or by another \
+             reign; begin again"
         )))
     }
 
@@ -180,7 +239,10 @@ impl Group {
 
     fn note_restore(&self, claim: &RestoreClaim, restoring: bool) -> Result<Lsn, GroupError> {
         self.append_control_with(|core| {
-            let number = claim.0.volume;
+            if claim.ended.load(Ordering::Acquire) {
+                return Err(self.refused("what was written into a volume was cut off; begin again"));
+            }
+            let number = claim.client.volume;
             let mut volumes = core.view.volumes.iter();
             let volume = volumes.find(|known| known.number == number).cloned();
             let mut volume = volume.ok_or_else(|| self.no_volume(number))?;
@@ -199,17 +261,16 @@ impl Group {
     /// Where it is claimed.
     pub fn check_unclaimed(&self, volume: VolumeNumber) -> Result<(), GroupError> {
         // Not together with the group's own lock, under which clients are counted.
-        if !self.clients.live.lock().expect("no holder panics").is_claimed(volume) {
-            return Ok(());
-        }
-        Err(self.claimed(volume))
+        let by = self.clients.live.lock().expect("no holder panics").claimed_by(volume);
+        by.map_or(Ok(()), |by| Err(self.claimed(volume, &by)))
     }
 
-    fn claimed(&self, volume: VolumeNumber) -> GroupError {
+    fn claimed(&self, volume: VolumeNumber, by: &str) -> GroupError {
         let (name, group) = (self.name_of(volume), self.name());
+        let what = if by == ADOPTION { "its base is written" } else { "a restore writes" };
         self.refused(format!(
-            "volume {name}: a restore writes into it, and no host is served it meanwhile; `tidelog \
-             status {group}` shows it until it has ended"
+            "volume {name}: {what} into it, and no host is served it meanwhile; `tidelog status \
+             {group}` shows it until it has ended"
         ))
     }
 
@@ -243,14 +304,15 @@ impl Group {
         host: Host,
         hang_up: Option<HangUp>,
     ) -> Result<ClientGuard, GroupError> {
-        {
+        let by = {
             let mut live = self.clients.live.lock().expect("no holder panics");
-            if !live.is_claimed(volume) {
+            let Some(by) = live.claimed_by(volume) else {
                 let client = Client { volume, host, hang_up, alone: false };
                 return Ok(self.insert(&mut live, client));
-            }
-        }
-        Err(self.claimed(volume))
+            };
+            by
+        };
+        Err(self.claimed(volume, &by))
     }
 
     fn insert(self: &Arc<Self>, live: &mut Live, client: Client) -> ClientGuard {

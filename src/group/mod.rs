@@ -377,7 +377,7 @@ mod timeline;
 mod worker;
 
 pub use account::{Account, VolumeAccount};
-pub use adopt::Contents;
+pub use adopt::{Contents, runs_of_zeros};
 pub use append::REQUEST_BYTES_MAX;
 pub use branch::Branch;
 pub use clients::{ClientGuard, HangUp, Host, RestoreClaim};

@@ -121,6 +121,13 @@ impl Exports for GroupExports {
                 )));
             }
             let volume = find(image.volumes())?;
+            if volume.restoring {
+                return Err(Refusal::Policy(format!(
+                    "export `{name}`: {UNFINISHED} at this moment; an image of before lsn:{} or of \
+                     a later moment shows it whole",
+                    volume.restore_lsn.unwrap_or_default()
+                )));
+            }
             return Ok(Arc::new(ImageVolume { image, volume }));
         }
         may_serve(&group, name)?;
@@ -128,6 +135,10 @@ impl Exports for GroupExports {
         LiveVolume { group, volume }.open()
     }
 }
+
+/// Why a volume is not served.
+const UNFINISHED: &str = "a restore into it, or the reading of its base, has not come to its end, \
+                          so it holds no one moment";
 
 /// Whether live volumes of a group are served here, export `name` among them.
 fn may_serve(group: &Group, name: &str) -> Result<(), Refusal> {
@@ -196,10 +207,10 @@ impl LiveVolume {
             let (group, volume) = (self.group.name(), &self.volume.name);
             let before = self.volume.restore_lsn.unwrap_or(Lsn::ZERO);
             return Err(Refusal::Policy(format!(
-                "export `{group}/{volume}`: a restore into it has not come to its end, so it holds \
-                 no one moment; `tidelog backup restore ID --to {group}/{volume}` restores it \
-                 whole, `tidelog rewind {group} --to lsn:{before}` takes the group, all of its \
-                 volumes, back to before it"
+                "export `{group}/{volume}`: {UNFINISHED}; `tidelog backup restore ID --to \
+                 {group}/{volume}` restores it whole, `tidelog volume delete {group}/{volume}` \
+                 removes one that was to begin with a base, `tidelog rewind {group} --to \
+                 lsn:{before}` takes the group, all of its volumes, back to before it"
             )));
         }
         Ok(Arc::new(self))

@@ -242,7 +242,10 @@ fn a_volume_whose_restore_has_not_ended_is_in_no_backup() {
     pair.run(&pair.a);
     let failed = pair.a.await_any(&["backup-run-failed", "backup-failed", "backup-done"]);
     assert_ne!(failed.code, "backup-done");
-    assert!(failed.text.contains("a restore into it has not come to its end"), "{failed:?}");
+    assert!(
+        failed.text.contains("a restore into it, or the reading of its base, has not come"),
+        "{failed:?}"
+    );
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn adopt(
     file: &dyn DiskFile,
     check: &dyn Fn() -> Result<(), String>,
 ) -> Result<Volume, GroupError> {
-    let contents = Contents { file, bytes: BYTES as u64, done: &|_| {}, check };
+    let contents = Contents { name: FILE, file, bytes: BYTES as u64, done: &|_| {}, check };
     group.adopt_volume(&name("v"), SIZE, &contents)
 }
 
@@ -54,6 +54,7 @@ fn a_volume_that_begins_with_a_file_holds_its_bytes_and_is_served_once_all_are_t
     let (file, bytes) = file(&bench);
     let (before, done) = (group.positions().head, Cell::new(0));
     let contents = Contents {
+        name: FILE,
         file: &*file,
         bytes: BYTES as u64,
         done: &|bytes| done.set(done.get() + bytes),
@@ -113,7 +114,7 @@ fn a_volume_whose_contents_could_not_all_be_read_is_removed_again() {
     assert!(changed.to_string().contains("it changed"), "{changed}");
     assert_eq!(group.control().volumes, []);
     let failed = adopt(&group, &Unreadable(file.clone()), &|| Ok(())).unwrap_err().to_string();
-    assert!(failed.contains("volume v: read of its contents at 524288: a bad sector"), "{failed}");
+    assert!(failed.contains("read of /data/disk.img at 524288: a bad sector"), "{failed}");
     assert_eq!(group.control().volumes, []);
     // Of a node that reigns no more it cannot be removed, and it says so.
     let demote = || group.demote().map(drop).map_err(|error| error.to_string());
@@ -124,6 +125,48 @@ fn a_volume_whose_contents_could_not_all_be_read_is_removed_again() {
     group.remove_volume(&name("v")).unwrap();
     adopt(&group, &*file, &|| Ok(())).unwrap();
     assert!(holds(&group, &bytes));
+}
+
+#[test]
+fn a_volume_that_is_deleted_while_its_base_is_read_takes_no_other_of_its_name_along() {
+    let bench = Bench::new("a", 4);
+    let group = bench.create();
+    let (file, _) = file(&bench);
+    let delete = || {
+        let number = group.volume(&name("v")).expect("it is there").number;
+        assert!(group.end_adoption(number) && !group.end_adoption(VolumeNumber(99)));
+        group.remove_volume(&name("v")).unwrap();
+        group.create_volume(name("v"), SIZE).unwrap();
+        Ok(())
+    };
+    let ended = adopt(&group, &*file, &delete).unwrap_err().to_string();
+    assert!(ended.contains("was cut off"), "{ended}");
+    let volume = group.volume(&name("v")).expect("the other one");
+    assert!(!volume.restoring && volume.number == VolumeNumber(2), "{volume:?}");
+    drop(group.client(volume.number).unwrap());
+}
+
+#[test]
+fn a_base_that_is_read_over_another_reign_is_never_taken_for_whole() {
+    let bench = Bench::new("a", 5);
+    let group = bench.create();
+    let (file, _) = file(&bench);
+    let next = Cell::new(None);
+    let another = || {
+        group.demote().map_err(|error| error.to_string())?;
+        let again = group.clone();
+        let (begins, begun) = std::sync::mpsc::channel();
+        next.set(Some(std::thread::spawn(move || {
+            begins.send(()).unwrap();
+            again.promote("promote").unwrap();
+        })));
+        begun.recv().unwrap();
+        Ok(())
+    };
+    adopt(&group, &*file, &another).unwrap_err();
+    next.take().unwrap().join().unwrap();
+    assert!(group.role() == Role::Primary);
+    assert!(group.volume(&name("v")).is_none_or(|volume| volume.restoring), "it is no whole one");
 }
 
 #[test]

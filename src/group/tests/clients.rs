@@ -38,7 +38,7 @@ fn a_volume_that_a_restore_writes_into_is_opened_by_nobody_else() {
     // Who asks for clients before something changes under them meets the restore as one.
     assert_eq!(group.clients(), [(volume, 1), (other, 1)]);
     assert!(group.hosts().iter().any(|(_, host)| host.address == "a restore on this node"));
-    let refused = group.rewind(&Point::Lsn(start), true).unwrap_err().to_string();
+    let refused = group.rewind(&Point::Lsn(start), false).unwrap_err().to_string();
     assert!(refused.contains("2 clients are connected"), "{refused}");
     drop(claim);
     group.check_unclaimed(volume).unwrap();
