@@ -23,8 +23,9 @@ pub enum VolumeCommand {
         #[arg(long, required_unless_present = "base")]
         size: Option<ByteSize>,
         /// Begin with a copy of this file or block device (of the primary's machine; raw, not
-        /// qcow2), to which nobody writes meanwhile. Until all of it is there no host is served the
-        /// volume, and no backup holds it; `volume delete` ends it
+        /// qcow2), to which nobody writes meanwhile. It goes through the log, as all writes do.
+        /// Until all of it is there no host is served the volume, and no backup of the group is
+        /// made, but by jobs that name other volumes; `volume delete` ends it
         #[arg(long, value_name = "PATH")]
         base: Option<PathBuf>,
     },
@@ -134,7 +135,11 @@ pub fn show_host(host: &Host) -> String {
 fn show_one(volume: &VolumeInfo) -> String {
     let hosts = volume.hosts.iter().map(|host| format!("host     {}\n", show_host(host)));
     let hosts: String = hosts.collect();
-    let restoring = if volume.restoring { "restore  has not ended\n" } else { "" };
+    let restoring = if volume.restoring {
+        "restore  of it, or the reading of its base, has not ended\n"
+    } else {
+        ""
+    };
     format!(
         "volume   {}\nsize     {} ({} bytes)\nblocks   {} bytes\nclients  {}\nrole     {}\n\
          {restoring}{hosts}",

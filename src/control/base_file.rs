@@ -25,8 +25,6 @@ pub struct BaseFile {
     pub file: Arc<dyn DiskFile>,
     /// Its bytes.
     pub size_bytes: u64,
-    /// Those that are no holes, as far as its file system tells.
-    pub data_bytes: u64,
     opened: File,
     before: Metadata,
 }
@@ -50,16 +48,20 @@ impl BaseFile {
             return Err(refused("is a file of this node itself, in its data_dir".to_owned()));
         }
         let is_device = |facts: &Metadata| facts.file_type().is_block_device();
-        // To open a pipe would else wait for its other end.
-        let mut flags = OFlag::O_NONBLOCK;
+        let check_kind = |facts: &Metadata| match facts.is_file() || is_device(facts) {
+            true => Ok(()),
+            false => Err(refused("is neither a file nor a block device".to_owned())),
+        };
+        // Before it is opened, which means something to pipes and some devices, and of what was.
+        let facts = fs::metadata(path).map_err(failed)?;
+        check_kind(&facts)?;
         // A device that is mounted is somebody else's.
-        flags.set(OFlag::O_EXCL, is_device(&fs::metadata(path).map_err(failed)?));
+        let mut flags = OFlag::O_NONBLOCK;
+        flags.set(OFlag::O_EXCL, is_device(&facts));
         let opened = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path);
         let mut opened = opened.map_err(failed)?;
         let before = opened.metadata().map_err(failed)?;
-        if !before.is_file() && !is_device(&before) {
-            return Err(refused("is neither a file nor a block device".to_owned()));
-        }
+        check_kind(&before)?;
         // A device has no length of its own.
         let size_bytes = opened.seek(SeekFrom::End(0)).map_err(failed)?;
         if size_bytes == 0 {
@@ -74,14 +76,10 @@ impl BaseFile {
                  convert -O raw {name} FILE` makes a file of those"
             )));
         }
-        let data_bytes = match before.is_file() {
-            true => size_bytes.min(before.blocks().saturating_mul(512)),
-            false => size_bytes,
-        };
         // The very file that was looked at, whatever has its path by now.
         let same = format!("/proc/self/fd/{}", opened.as_raw_fd());
         let file = disk.open(Path::new(&same), OpenMode::Read).map_err(failed)?;
-        Ok(BaseFile { name, file, size_bytes, data_bytes, opened, before })
+        Ok(BaseFile { name, file, size_bytes, opened, before })
     }
 
     /// Whether the file is still what it was when it was opened.
@@ -98,7 +96,8 @@ impl BaseFile {
         if now.is_file() && key(&now) != key(&self.before) {
             return Err(format!(
                 "base {name}: was changed while it was read, so that what was read is no one \
-                 moment of it; stop who writes to it, and create the volume again"
+                 moment of it; stop who writes to it (or renames it, or changes its mode), and \
+                 create the volume again"
             ));
         }
         Ok(())

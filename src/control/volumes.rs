@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::group::{self, Group, GroupError, Host, Volume};
-use crate::log::control::OnFull;
-use crate::units::{BLOCK_BYTES, ByteSize, Name};
+use crate::group::{self, Group, Host, Volume};
+use crate::units::{BLOCK_BYTES, Name};
 
 use super::api::{VOLUME_BLOCK_BYTES, VolumeInfo, Volumes};
 use super::base_file::BaseFile;
@@ -103,17 +102,6 @@ pub(super) fn create(context: &Context, call: &Call) -> Answer {
             base.size_bytes, base.name
         )));
     }
-    let (limit, name_of) = (group.positions().log_limit_bytes, group.name());
-    if group.control().policy.on_full == OnFull::Block && base.data_bytes > limit {
-        return Err(Problem::refused(format!(
-            "volume {name}: {} has {}, the log of group {name_of} takes {}, and keeps its window \
-             (on_full=block): all hosts of the group would wait; `tidelog group set {name_of} \
-             on_full=fold`, or a larger log_limit, first",
-            base.name,
-            ByteSize(base.data_bytes),
-            ByteSize(limit)
-        )));
-    }
     let (progress, _ticket) = context.progress(call.field("ticket")?);
     progress.set_total(base.size_bytes);
     let contents = group::Contents {
@@ -146,20 +134,20 @@ pub(super) fn resize(context: &Context, call: &Call) -> Answer {
 pub(super) fn delete(context: &Context, call: &Call) -> Answer {
     let group = context.group(call.path("group"))?;
     let volume = find(&group, call.path("volume"))?;
-    // The reading of its base ends where it is to go.
+    // Who reads its base stops, and removes it.
+    if group.end_adoption(volume.number) {
+        group.remove_unfinished(volume.number)?;
+        return done(format!("volume {}/{}: deleted", group.name(), volume.name));
+    }
     let connected = clients(&group, &volume);
-    if connected > 0 && !group.end_adoption(volume.number) {
+    if connected > 0 {
         return Err(Problem::refused(format!(
             "volume {}/{}: {connected} clients are connected; disconnect them first",
             group.name(),
             volume.name
         )));
     }
-    match group.remove_volume(&volume.name) {
-        // Who read its base has removed it by now.
-        Err(GroupError::NoVolume { .. }) if volume.restoring => {}
-        removed => removed?,
-    }
+    group.remove_volume(&volume.name)?;
     done(format!("volume {}/{}: deleted", group.name(), volume.name))
 }
 

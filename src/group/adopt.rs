@@ -70,8 +70,12 @@ impl Group {
         }
     }
 
-    /// Removes a volume, where it is there and its contents are not.
-    fn remove_unfinished(&self, number: VolumeNumber) -> Result<(), GroupError> {
+    /// Removes a volume, where it is there and its contents are not all.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Group::remove_volume`]; none where it is not there.
+    pub fn remove_unfinished(&self, number: VolumeNumber) -> Result<(), GroupError> {
         let is_left = |volume: &&Volume| volume.number == number && volume.restoring;
         let left = |core: &Core| core.view.volumes.iter().find(is_left).cloned();
         if left(&self.lock()).is_none() {
@@ -95,6 +99,8 @@ impl Group {
         let mut buffer = vec![0; PART_BYTES as usize];
         let mut offset = 0;
         while offset < contents.bytes {
+            // Zeros and holes append nothing that would ask.
+            self.check_goes_on(claim)?;
             let bytes = PART_BYTES.min(contents.bytes - offset);
             if !contents.file.is_hole(offset, bytes) {
                 // Up to a whole block, with zeros where the file ends inside of it.

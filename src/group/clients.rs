@@ -201,10 +201,14 @@ impl Group {
         self.check_goes_on(claim)?;
         let request = Request { volume: claim.client.volume, op, fua: false };
         let ended = || claim.ended.load(Ordering::Acquire);
-        self.append_until(&[request], &ended).into_iter().try_for_each(|result| result.map(drop))
+        let results = self.append_until(&[request], &ended);
+        results.into_iter().try_for_each(|result| match result {
+            Ok(_) => Ok(()),
+            Err(error) => self.check_goes_on(claim).and(Err(error)),
+        })
     }
 
-    fn check_goes_on(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
+    pub(super) fn check_goes_on(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
         if !claim.ended.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -234,7 +238,7 @@ impl Group {
     /// As of [`Group::begin_restore`].
     pub fn end_restore(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
         let end = self.note_restore(claim, false)?;
-        self.wait_durable(end)
+        self.wait_durable(end, &|| self.check_goes_on(claim))
     }
 
     fn note_restore(&self, claim: &RestoreClaim, restoring: bool) -> Result<Lsn, GroupError> {

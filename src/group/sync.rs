@@ -2,7 +2,7 @@
 //! must hold the bytes too.
 
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use super::engine::{Core, Group};
@@ -65,15 +65,26 @@ impl Group {
         self.wait_for(Waiter { lsn, wish: Wish::Flush, done });
     }
 
-    /// Waits for what [`Group::when_durable`] tells.
+    /// Waits for what [`Group::when_durable`] tells, for as long as `goes_on` is no error.
     ///
     /// # Errors
     ///
-    /// Where it cannot be promised any more: the group failed, is closed, or has another primary.
-    pub(super) fn wait_durable(&self, lsn: Lsn) -> Result<(), GroupError> {
+    /// That of `goes_on`, or where it cannot be promised any more: the group failed, is closed, or
+    /// has another primary.
+    pub(super) fn wait_durable(
+        &self,
+        lsn: Lsn,
+        goes_on: &dyn Fn() -> Result<(), GroupError>,
+    ) -> Result<(), GroupError> {
         let (told, answer) = mpsc::channel();
         self.when_durable(lsn, Box::new(move |result| drop(told.send(result))));
-        answer.recv().unwrap_or_else(|_| Err(self.refused("is closed")))
+        loop {
+            match answer.recv_timeout(LOOK_EVERY) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) => goes_on()?,
+                Err(RecvTimeoutError::Disconnected) => return Err(self.refused("is closed")),
+            }
+        }
     }
 
     /// Has everything up to `lsn` made durable here soon.

@@ -123,8 +123,8 @@ impl Exports for GroupExports {
             let volume = find(image.volumes())?;
             if volume.restoring {
                 return Err(Refusal::Policy(format!(
-                    "export `{name}`: {UNFINISHED} at this moment; an image of before lsn:{} or of \
-                     a later moment shows it whole",
+                    "export `{name}`: {UNFINISHED} at this moment; open an image of a later one, \
+                     or of before lsn:{} where the volume was there then",
                     volume.restore_lsn.unwrap_or_default()
                 )));
             }

@@ -147,6 +147,24 @@ fn a_volume_that_is_deleted_while_its_base_is_read_takes_no_other_of_its_name_al
 }
 
 #[test]
+fn the_reading_of_zeros_ends_too_where_the_volume_is_to_go() {
+    let bench = Bench::new("a", 6);
+    let group = bench.create();
+    let file = bench.disk.open(Path::new(FILE), OpenMode::Create).unwrap();
+    file.write_at(&[IoSlice::new(&[0; BYTES])], 0).unwrap();
+    let parts = Cell::new(0);
+    let done = |_| {
+        parts.set(parts.get() + 1);
+        group.end_adoption(group.volume(&name("v")).expect("it is there").number);
+    };
+    let check: &dyn Fn() -> Result<(), String> = &|| unreachable!("it ended before");
+    let contents = Contents { name: FILE, file: &*file, bytes: BYTES as u64, done: &done, check };
+    let ended = group.adopt_volume(&name("v"), SIZE, &contents).unwrap_err().to_string();
+    assert!(ended.contains("was cut off") && parts.get() == 1, "{ended}");
+    assert_eq!(group.control().volumes, []);
+}
+
+#[test]
 fn a_base_that_is_read_over_another_reign_is_never_taken_for_whole() {
     let bench = Bench::new("a", 5);
     let group = bench.create();
