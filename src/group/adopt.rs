@@ -105,25 +105,25 @@ impl Group {
             if !contents.file.is_hole(offset, bytes) {
                 // Up to a whole block, with zeros where the file ends inside of it.
                 let part = &mut buffer[..bytes.next_multiple_of(BLOCK_BYTES) as usize];
-                part[bytes as usize..].fill(0);
-                let read = contents.file.read_once(&mut part[..bytes as usize], offset);
-                read.map_err(|cause| {
-                    GroupError::io(
-                        self.name(),
-                        format!("read of {} at {offset}", contents.name),
-                        &cause,
-                    )
+                let (read, behind) = part.split_at_mut(bytes as usize);
+                behind.fill(0);
+                contents.file.read_once(read, offset).map_err(|cause| {
+                    let what = format!("read of {} at {offset}", contents.name);
+                    GroupError::io(self.name(), what, &cause)
                 })?;
-                for (range, is_zero) in runs_of_zeros(part) {
-                    if !is_zero {
-                        let at = offset + range.start as u64;
-                        let op = Op::Write { offset: at, data: &part[range] };
-                        self.append_claimed(claim, op)?;
-                    }
-                }
+                self.write_data(claim, offset, part)?;
             }
             (contents.done)(bytes);
             offset += bytes;
+        }
+        Ok(())
+    }
+
+    /// Writes what is not zeros.
+    fn write_data(&self, claim: &RestoreClaim, offset: u64, part: &[u8]) -> Result<(), GroupError> {
+        for (range, _) in runs_of_zeros(part).filter(|(_, is_zero)| !is_zero) {
+            let offset = offset + range.start as u64;
+            self.append_claimed(claim, Op::Write { offset, data: &part[range] })?;
         }
         Ok(())
     }

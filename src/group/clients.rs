@@ -86,6 +86,12 @@ pub struct RestoreClaim {
     ended: Arc<AtomicBool>,
 }
 
+impl RestoreClaim {
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+}
+
 /// Counts a client while it lives.
 pub struct ClientGuard {
     group: Arc<Group>,
@@ -200,8 +206,7 @@ impl Group {
     pub fn append_claimed(&self, claim: &RestoreClaim, op: Op<'_>) -> Result<(), GroupError> {
         self.check_goes_on(claim)?;
         let request = Request { volume: claim.client.volume, op, fua: false };
-        let ended = || claim.ended.load(Ordering::Acquire);
-        let results = self.append_until(&[request], &ended);
+        let results = self.append_until(&[request], &|| claim.has_ended());
         results.into_iter().try_for_each(|result| match result {
             Ok(_) => Ok(()),
             Err(error) => self.check_goes_on(claim).and(Err(error)),
@@ -209,7 +214,7 @@ impl Group {
     }
 
     pub(super) fn check_goes_on(&self, claim: &RestoreClaim) -> Result<(), GroupError> {
-        if !claim.ended.load(Ordering::Acquire) {
+        if !claim.has_ended() {
             return Ok(());
         }
         let name = self.name_of(claim.client.volume);
@@ -243,7 +248,7 @@ impl Group {
 
     fn note_restore(&self, claim: &RestoreClaim, restoring: bool) -> Result<Lsn, GroupError> {
         self.append_control_with(|core| {
-            if claim.ended.load(Ordering::Acquire) {
+            if claim.has_ended() {
                 return Err(self.refused("what was written into a volume was cut off; begin again"));
             }
             let number = claim.client.volume;
