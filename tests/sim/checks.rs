@@ -1,7 +1,9 @@
 //! What holds at every moment, and is looked at as the world goes on.
 
+use std::time::Duration;
+
 use tidelog::group::View;
-use tidelog::units::Lsn;
+use tidelog::units::{EpochId, Lsn};
 
 use super::node::{Moment, contents};
 use super::oracle::Place;
@@ -22,6 +24,26 @@ impl World {
             assert_eq!(known, at.chain, "{name}: other bytes up to {} than elsewhere", at.head);
         }
         self.check_stays(node, group);
+    }
+
+    /// What a fold left behind lies within no window that is to be kept. Log time may run at twice
+    /// the speed of the world's, and a second ahead of it after a restart.
+    pub fn check_kept_window(&mut self, node: usize, group: usize) {
+        let this = &self.groups[group];
+        let Some(window) = this.kept_window else { return };
+        let at = self.nodes[node].copies[&group].group.positions();
+        let folded =
+            |(epoch, lsn, _): &&(EpochId, Lsn, u64)| *epoch == at.epoch && *lsn <= at.horizon;
+        if let Some((_, lsn, appended)) = this.appended.iter().rev().find(folded) {
+            let age = Duration::from_nanos(self.now() - appended);
+            let name = &self.nodes[node].name;
+            assert!(
+                age + Duration::from_secs(1) >= window / 2,
+                "{name}: group {group}: the request that ends at {lsn} is folded {age:?} after it \
+                 was appended, within the window that is to be kept: {window:?}"
+            );
+        }
+        self.coverage.add("folds where the window is kept", 1);
     }
 
     /// Every image that is open shows what it showed first, or says that it is broken.

@@ -49,6 +49,7 @@ pub const MUST: &[&str] = &[
     "failed syncs",
     "folds beside open images",
     "folds under images",
+    "folds where the window is kept",
     "folds",
     "forced promotes",
     "hosts blocked by a peer",

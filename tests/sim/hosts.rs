@@ -158,6 +158,9 @@ impl World {
                     let oracle = &mut self.groups[group].oracle;
                     oracle.append(line, id);
                     let end = oracle.end_of(line);
+                    let epoch = found.positions().epoch;
+                    let now = self.now();
+                    self.groups[group].appended.push((epoch, lsn, now));
                     let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
                     copy.sure = vec![end];
                     let answered = copy.answered.clone();

@@ -115,10 +115,16 @@ impl World {
             made.create_volume(name.parse().expect("a name"), bytes).expect("a whole disk");
         }
         self.groups[group].made_at = made.positions().head;
+        // With an hour to keep and little room, hosts would wait for that hour.
+        let on_full = self.chance.of(&[OnFull::Fold, OnFull::Block]);
+        let on_full = if window <= 5 { on_full } else { OnFull::Fold };
+        if on_full == OnFull::Block {
+            self.groups[group].kept_window = Some(Duration::from_secs(window));
+        }
         let policy = PolicyRecord {
             window: Span::from_secs(window),
             log_limit: ByteSize(log_limit),
-            on_full: OnFull::Fold,
+            on_full,
             on_peer_behind: self.chance.of(&[OnPeerBehind::Release, OnPeerBehind::Block]),
             other: Map::new(),
         };

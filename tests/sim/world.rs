@@ -37,6 +37,10 @@ pub struct WorldGroup {
     pub chains: HashMap<(EpochId, Lsn), Chain>,
     /// The head when its volumes had been made.
     pub made_at: Lsn,
+    /// How far back its log is kept whatever that costs.
+    pub kept_window: Option<Duration>,
+    /// Where each request ends that was appended, and when.
+    pub appended: Vec<(EpochId, Lsn, u64)>,
     /// A resolve was refused since the log does not reach back to where histories part.
     pub beyond: bool,
     /// The member to which replication was stopped.
@@ -100,6 +104,8 @@ impl World {
             oracle: Oracle::new(),
             chains,
             made_at: Lsn::ZERO,
+            kept_window: None,
+            appended: Vec::new(),
             beyond: false,
             stopped: None,
         });
@@ -518,6 +524,7 @@ impl World {
             }
             let name = &self.nodes[node].name;
             self.say(format_args!("{name} folds group {group} from {before} to {after}"));
+            self.check_kept_window(node, group);
             self.check_images(node, group);
             self.note_sure(node, group);
         }
