@@ -183,13 +183,9 @@ fn look_at_peer(group: &GroupStatus, peer: &PeerStatus, tell: &mut impl FnMut(&s
     match &*peer.replication_state {
         "split-brain" => tell("split-brain", why(&peer.replication_state_reason)),
         "blocked" => tell("replication-blocked", why(&peer.replication_state_reason)),
-        "paused" => tell(
-            "paused",
-            format!(
-                "replication is {}; `tidelog resume {name}` goes on",
-                why(&peer.replication_state_reason)
-            ),
-        ),
+        "paused" => {
+            tell("paused", format!("replication is {}", why(&peer.replication_state_reason)))
+        }
         _ => {}
     }
     if let Some(reason) = &peer.degraded_reason {

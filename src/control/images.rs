@@ -296,7 +296,7 @@ fn refused_point(group: &Group, at: &str, wanted: Wanted, error: GroupError) -> 
         return yet_to_come(name, at, &format!("lsn:{}", positions.request_end), wanted);
     }
     let detail = format!(
-        "group {name}: point {at}: is not covered: the log reaches from lsn:{}, {} to lsn:{}, {}; \
+        "group {name}: {at} is not covered: the log reaches from lsn:{}, {} to lsn:{}, {}; \
          {} the earliest",
         first.lsn,
         first.time,

@@ -107,7 +107,8 @@ impl Verdict {
                 "the two programs have no wire version in common; upgrade the older one"
             }
             Verdict::SameNode => {
-                "it has the identity of this node; one of the two is a copy of the other"
+                "it is this node: `tidelog peer join` is for the one that gave no token; or one of \
+                 the two is a copy of the other"
             }
             Verdict::OtherIdentity => {
                 "this node's identity is another than the one that was paired; pair again"

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tidelog::group::View;
+use tidelog::replication::ReplicationState;
 use tidelog::units::{EpochId, Lsn};
 
 use super::node::{Moment, contents};
@@ -24,6 +25,44 @@ impl World {
             assert_eq!(known, at.chain, "{name}: other bytes up to {} than elsewhere", at.head);
         }
         self.check_stays(node, group);
+    }
+
+    /// Two members that serve a group and hear each other know it, whatever else goes on between
+    /// them: twenty seconds later both say that it is a split brain.
+    pub fn check_who_serves(&mut self, node: usize, group: usize) {
+        for peer in self.groups[group].members.clone() {
+            if peer <= node {
+                continue;
+            }
+            let sides = [(node, peer), (peer, node)];
+            let serves = |(side, other): (usize, usize)| {
+                let this = &self.nodes[side];
+                let well = !this.disk_troubled && this.hung_until <= self.now();
+                let asks = || self.asked_by(side, group).contains(&other);
+                well && this.serves(group) && self.hears(side, other) && asks()
+            };
+            let (key, lives) = ((node, peer, group), sides.map(|(side, _)| self.nodes[side].life));
+            if !sides.into_iter().all(serves) {
+                self.both_serve.remove(&key);
+                continue;
+            }
+            let now = self.now();
+            let known = self.both_serve.entry(key).or_insert((lives, now));
+            if known.0 != lives {
+                *known = (lives, now);
+            }
+            if now - known.1 < 20_000_000_000 {
+                continue;
+            }
+            for (side, other) in sides {
+                let core = &self.nodes[side].links[&other].core;
+                let state = core.channel(self.groups[group].id).map(|channel| channel.state());
+                let told = state.as_ref().is_some_and(|it| it.0 == ReplicationState::SplitBrain);
+                let (name, other) = (&self.nodes[side].name, &self.nodes[other].name);
+                assert!(told, "{name}: group {group}: {other} serves too: {state:?}");
+            }
+            self.coverage.add("two that serve know it", 1);
+        }
     }
 
     /// What a fold left behind lies within no window that is to be kept. Log time may run at twice

@@ -84,6 +84,7 @@ pub const MUST: &[&str] = &[
     "switchovers",
     "three nodes",
     "torn tails",
+    "two that serve know it",
     "unclean starts",
     "writes failed",
     "writes wait for a peer",

@@ -61,6 +61,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     pub groups: Vec<WorldGroup>,
     pub hosts: Vec<Host>,
+    /// Two nodes that serve a group beside each other: in which lives, and since when.
+    pub both_serve: HashMap<(usize, usize, usize), ([u64; 2], u64)>,
     pub connections: BTreeMap<ConnId, Connection>,
     pub weathers: BTreeMap<(usize, usize), Weather>,
     /// Bytes of a group that may be on their way.
@@ -85,6 +87,7 @@ impl World {
             nodes: Vec::new(),
             groups: Vec::new(),
             hosts: Vec::new(),
+            both_serve: HashMap::new(),
             connections: BTreeMap::new(),
             weathers: BTreeMap::new(),
             window_bytes: 16 << 20,
@@ -480,6 +483,7 @@ impl World {
 
     fn mark(&mut self, node: usize, group: usize) {
         self.sync(node, group);
+        self.check_who_serves(node, group);
         let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
         if copy.group.data_state().0 == DataState::Failed {
             return;

@@ -15,20 +15,10 @@ impl Channel {
             }
             return;
         }
-        if self.paused {
-            self.drop_streams();
-            let reason = format!("paused by command; `tidelog resume {name}` goes on");
-            self.set_state(context, ReplicationState::Paused, reason);
-            return;
+        if let Some(reason) = self.paused_because(&peer) {
+            return self.settle_paused(context, reason);
         }
         let Some(remote) = self.remote.clone() else { return self.await_word(context) };
-        if remote.paused {
-            self.drop_streams();
-            let reason =
-                format!("paused by command on {peer}; `tidelog resume {name}` there goes on");
-            self.set_state(context, ReplicationState::Paused, reason);
-            return;
-        }
         match (self.local.primary, remote.primary) {
             (false, true) => self.primary_is_there(context, &remote),
             (true, false) if self.local.recovering => self.come_back(context, &remote),
@@ -52,6 +42,36 @@ impl Channel {
                 self.set_state(context, ReplicationState::Idle, reason);
             }
             (true, true) => self.two_primaries(context, &remote),
+        }
+    }
+
+    fn paused_because(&self, peer: &Name) -> Option<String> {
+        let name = &self.local.name;
+        if self.paused {
+            return Some(format!("paused by command; `tidelog resume {name}` goes on"));
+        }
+        let there = self.remote.as_ref().is_some_and(|remote| remote.paused);
+        there.then(|| format!("paused by command on {peer}; `tidelog resume {name}` there goes on"))
+    }
+
+    /// While replication is paused nothing is copied, but who reigns is settled all the same: no
+    /// primary that comes back serves beside a newer one, and of two that serve both sides know.
+    fn settle_paused(&mut self, context: &mut Context<'_>, reason: String) {
+        let primary = self.local.primary;
+        match self.remote.clone() {
+            Some(remote) if primary && remote.primary => self.two_primaries(context, &remote),
+            Some(remote)
+                if primary
+                    && self.local.recovering
+                    && self.reigned_meanwhile(&remote).is_some() =>
+            {
+                self.drop_streams();
+                self.come_back(context, &remote);
+            }
+            _ => {
+                self.drop_streams();
+                self.set_state(context, ReplicationState::Paused, reason);
+            }
         }
     }
 

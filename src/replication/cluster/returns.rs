@@ -81,6 +81,62 @@ fn two_that_served_are_a_split_brain_until_an_operator_resolves_it() {
     assert_eq!(world.nodes[0].branches, [(128, logs[0][128..].to_vec())]);
 }
 
+/// The primary pauses, or its copy does: what it writes then reaches no peer. A new process knows.
+fn pause(world: &mut World, side: usize, paused: bool) {
+    world.feed(side, Input::Pause { group: GROUP, paused });
+}
+
+#[test]
+fn a_pause_keeps_no_primary_that_comes_back_from_yielding_to_a_newer_one() {
+    for side in 0..2 {
+        let mut world = World::new(4);
+        world.write(0);
+        world.run(seconds(3));
+        pause(&mut world, side, true);
+        world.run(seconds(1));
+        world.write(0);
+        let log = world.nodes[0].log.bytes.clone();
+        world.stop(0);
+        world.run(seconds(1));
+        world.promote(1);
+        world.write(1);
+        world.restart(0);
+        pause(&mut world, 0, side == 0);
+        world.run(seconds(10));
+        assert!(!world.nodes[0].primary && world.nodes[1].primary, "paused on {side}");
+        assert_eq!(world.nodes[0].branches, [(128, log[128..].to_vec())]);
+        // And nothing more.
+        assert_eq!(world.nodes[0].log.bytes.len(), 128);
+        for node in 0..2 {
+            assert_eq!(world.state(node).0, ReplicationState::Paused, "{:?}", world.state(node));
+        }
+        pause(&mut world, side, false);
+        world.run(seconds(5));
+        world.assert_streaming();
+    }
+}
+
+#[test]
+fn a_pause_hides_no_split_brain() {
+    for side in 0..2 {
+        let mut world = cut_off(4);
+        world.write(0);
+        world.promote(1);
+        world.write(1);
+        pause(&mut world, side, true);
+        world.weather.partitioned = false;
+        world.run(seconds(10));
+        for node in 0..2 {
+            assert_eq!(world.state(node).0, ReplicationState::SplitBrain, "paused on {side}");
+            assert!(world.nodes[node].split_brain && world.nodes[node].primary);
+        }
+        pause(&mut world, side, false);
+        world.resolve(0);
+        world.run(seconds(10));
+        world.assert_streaming();
+    }
+}
+
 #[test]
 fn a_primary_that_lost_power_takes_back_what_its_peer_has() {
     let mut world = World::new(14);
@@ -279,7 +335,7 @@ fn a_planned_change_of_roles_loses_nothing() {
 
 #[test]
 fn a_primary_that_returns_to_one_that_was_promoted_and_demoted_serves_nobody_by_itself() {
-    for (seed, unsent) in [(11, 0), (12, 3)] {
+    for (seed, unsent, paused) in [(11, 0, false), (12, 3, false), (13, 3, true)] {
         let mut world = World::new(seed);
         world.write(0);
         world.run(seconds(3));
@@ -294,10 +350,12 @@ fn a_primary_that_returns_to_one_that_was_promoted_and_demoted_serves_nobody_by_
         world.demote(1);
         world.weather.partitioned = false;
         world.restart(0);
+        pause(&mut world, 0, paused);
         world.run(seconds(10));
         world.hosts_insist(0);
         assert!(world.nodes[0].recovering, "what was answered on b is missing here");
         assert!(world.state(0).1.contains("tidelog promote g"), "{:?}", world.state(0));
+        pause(&mut world, 0, false);
         world.promote(1);
         world.run(seconds(10));
         world.assert_streaming();
