@@ -83,8 +83,11 @@ fn kill_9_of_the_primary_promote_and_its_return_end_in_order_both_ways() {
     b.kill();
     a.run(&["promote", "g", "--force"]);
     b.restart();
-    wait_for("b to yield", || (b.status("g")["role"] == "secondary").then_some(()));
-    assert_eq!(b.status("g")["peers"][0]["replication_state"], "paused");
+    wait_for("b to yield", || {
+        let status = b.status("g");
+        let state = &status["peers"][0]["replication_state"];
+        (status["role"] == "secondary" && state == "paused").then_some(())
+    });
     a.run(&["resume", "g"]);
     wait_until_it_follows(&b, &a);
     assert_equal(&a, &b, "back");

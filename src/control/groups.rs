@@ -314,10 +314,7 @@ pub(super) fn demote(context: &Context, call: &Call) -> Answer {
     let parting = context.replication.apart(group.id());
     let told = demoted(&group)?;
     let Some(parting) = parting else { return done(told) };
-    let peers = context.replication.status(&group).into_iter();
-    let mut paused = peers.filter(|peer| peer.replication_state == "paused");
-    let paused = paused.find(|peer| peer.name == parting.peer.as_str());
-    let paused = paused.and_then(|peer| peer.replication_state_reason);
+    let paused = context.replication.paused(group.id(), &parting.peer);
     done(told + &after_parting(group.name(), &parting, paused.as_deref()))
 }
 

@@ -137,7 +137,8 @@ pub(super) fn switchover(context: Arc<Context>, call: Call) -> AnswerFuture {
 
 pub(super) fn resolve(context: Arc<Context>, call: Call) -> AnswerFuture {
     Box::pin(async move {
-        let group = context.group(call.path("group"))?.name().clone();
+        let found = context.group(call.path("group"))?;
+        let (id, group) = (found.id(), found.name().clone());
         let discard: bool = call.field("discard_local")?.unwrap_or(false);
         if !discard {
             return Err(Problem::invalid(format!(
@@ -152,9 +153,13 @@ pub(super) fn resolve(context: Arc<Context>, call: Call) -> AnswerFuture {
         let kept = kept.max_by_key(|branch| branch.cut).map_or_else(String::new, |branch| {
             format!(", {0}: `tidelog image open {group} --branch {0}` exports it", branch.name)
         });
+        let paused = context
+            .replication
+            .paused(id, &parting.peer)
+            .map_or_else(String::new, |why| format!(" once replication goes on: it is {why}"));
         done(format!(
             "group {group}: {} that only this node had are kept as a branch{kept}; it follows {} \
-             from LSN {}",
+             from LSN {}{paused}",
             ByteSize(parting.local_bytes),
             parting.peer,
             parting.at

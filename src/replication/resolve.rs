@@ -116,6 +116,14 @@ impl Replication {
         })
     }
 
+    /// Why nothing of a group is copied to a peer or from it, where that is by command.
+    #[must_use]
+    pub fn paused(&self, group: GroupId, peer: &Name) -> Option<String> {
+        let cores = self.shared.cores.lock().expect("no holder panics");
+        let core = cores.values().find(|core| core.name() == peer)?;
+        core.channel(group)?.paused_because(peer)
+    }
+
     fn find_parting(
         &self,
         group_name: &str,

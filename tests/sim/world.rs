@@ -61,8 +61,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     pub groups: Vec<WorldGroup>,
     pub hosts: Vec<Host>,
-    /// Two nodes that serve a group beside each other: in which lives, and since when.
-    pub both_serve: HashMap<(usize, usize, usize), ([u64; 2], u64)>,
+    /// Two nodes that serve a group beside each other: in which lives and reigns, and since when.
+    pub both_serve: HashMap<(usize, usize, usize), ([(u64, Option<EpochId>); 2], u64)>,
     pub connections: BTreeMap<ConnId, Connection>,
     pub weathers: BTreeMap<(usize, usize), Weather>,
     /// Bytes of a group that may be on their way.
@@ -501,6 +501,9 @@ impl World {
     pub fn fold(&mut self, node: usize, group: usize, forced: bool) {
         let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
         let before = copy.group.positions().horizon;
+        // What ends the fold of a copy that began anew from an image looks at no window.
+        let half_folded = copy.fold_failed || self.nodes[node].disk_troubled;
+        let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
         if forced {
             let folded = copy.group.fold_now();
             copy.fold_failed |=
@@ -528,7 +531,9 @@ impl World {
             }
             let name = &self.nodes[node].name;
             self.say(format_args!("{name} folds group {group} from {before} to {after}"));
-            self.check_kept_window(node, group);
+            if !half_folded {
+                self.check_kept_window(node, group);
+            }
             self.check_images(node, group);
             self.note_sure(node, group);
         }

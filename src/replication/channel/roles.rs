@@ -45,7 +45,8 @@ impl Channel {
         }
     }
 
-    fn paused_because(&self, peer: &Name) -> Option<String> {
+    /// Why nothing is copied, where that is by command of either side.
+    pub(in crate::replication) fn paused_because(&self, peer: &Name) -> Option<String> {
         let name = &self.local.name;
         if self.paused {
             return Some(format!("paused by command; `tidelog resume {name}` goes on"));
@@ -59,6 +60,7 @@ impl Channel {
     fn settle_paused(&mut self, context: &mut Context<'_>, reason: String) {
         let primary = self.local.primary;
         match self.remote.clone() {
+            None if self.needs_a_hand() => self.drop_streams(),
             Some(remote) if primary && remote.primary => self.two_primaries(context, &remote),
             Some(remote)
                 if primary
@@ -68,7 +70,16 @@ impl Channel {
                 self.drop_streams();
                 self.come_back(context, &remote);
             }
-            _ => {
+            remote => {
+                // The other has yielded: else the next start would ask nobody before it serves.
+                let yielded = remote.is_some_and(|remote| {
+                    let relation = compare(&self.local.history, &remote.history);
+                    matches!(relation, Relation::Same | Relation::TheirsIsPrefix)
+                });
+                if primary && yielded {
+                    let (group, there_is) = (self.local.id, false);
+                    context.outputs.push(Output::SplitBrain { group, there_is });
+                }
                 self.drop_streams();
                 self.set_state(context, ReplicationState::Paused, reason);
             }
@@ -88,8 +99,12 @@ impl Channel {
 
     /// A peer that is connected has said nothing of the group.
     pub(super) fn await_word(&mut self, context: &mut Context<'_>) {
-        if context.conn.is_none() || self.needs_a_hand() {
+        if self.needs_a_hand() {
             return;
+        }
+        if context.conn.is_none() {
+            // Of the link itself status tells beside it.
+            return self.set_state(context, ReplicationState::Idle, "the link is down");
         }
         let (name, peer) = (&self.local.name, context.peer_name);
         let mut reason = format!("connected; {peer} has not said yet what it holds");

@@ -130,11 +130,37 @@ fn a_pause_hides_no_split_brain() {
             assert_eq!(world.state(node).0, ReplicationState::SplitBrain, "paused on {side}");
             assert!(world.nodes[node].split_brain && world.nodes[node].primary);
         }
-        pause(&mut world, side, false);
+        // Nor does it keep one on show that is over: who goes on asks again when it comes back.
         world.resolve(0);
+        world.run(seconds(10));
+        assert!(!world.nodes[1].split_brain, "paused on {side}");
+        world.stop(1);
+        world.restart(1);
+        assert!(world.nodes[1].recovering, "paused on {side}");
+        world.hosts_insist(1);
+        pause(&mut world, side, false);
         world.run(seconds(10));
         world.assert_streaming();
     }
+}
+
+#[test]
+fn what_needs_a_hand_stays_on_show_when_a_pause_begins_without_a_link_and_a_pause_does_not() {
+    let mut world = cut_off(4);
+    world.write(0);
+    world.promote(1);
+    world.write(1);
+    world.weather.partitioned = false;
+    world.run(seconds(10));
+    world.weather.partitioned = true;
+    world.run(seconds(10));
+    pause(&mut world, 0, true);
+    assert_eq!(world.state(0).0, ReplicationState::SplitBrain);
+    let mut world = cut_off(4);
+    pause(&mut world, 0, true);
+    assert_eq!(world.state(0).0, ReplicationState::Paused);
+    pause(&mut world, 0, false);
+    assert_eq!(world.state(0).0, ReplicationState::Idle);
 }
 
 #[test]
