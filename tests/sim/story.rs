@@ -99,7 +99,15 @@ pub fn play(seed: u64, fails_at: Option<u64>, trace: &Rc<RefCell<Trace>>) -> Cov
 impl World {
     /// A group on its first member, with a copy on each other one.
     fn make_group(&mut self, members: Vec<usize>) {
-        let window = self.chance.of(&[3600, 3600, 5, 0]);
+        // With an hour to keep and little room, hosts would wait for that hour.
+        let (window, on_full) = self.chance.of(&[
+            (3600, OnFull::Fold),
+            (3600, OnFull::Fold),
+            (3600, OnFull::Fold),
+            (5, OnFull::Fold),
+            (0, OnFull::Block),
+            (30, OnFull::Block),
+        ]);
         let log_limit = self.chance.of(&[10 << 30, 10 << 30, 1 << 20, 256 << 10]);
         let group = self.add_group(members.clone());
         let new = NewGroup {
@@ -115,9 +123,6 @@ impl World {
             made.create_volume(name.parse().expect("a name"), bytes).expect("a whole disk");
         }
         self.groups[group].made_at = made.positions().head;
-        // With an hour to keep and little room, hosts would wait for that hour.
-        let on_full = self.chance.of(&[OnFull::Fold, OnFull::Block]);
-        let on_full = if window <= 5 { on_full } else { OnFull::Fold };
         if on_full == OnFull::Block {
             self.groups[group].kept_window = Some(Duration::from_secs(window));
         }
