@@ -435,10 +435,8 @@ impl Channel {
     pub(super) fn on_heartbeat(&mut self, context: &mut Context<'_>) {
         self.send_progress(context);
         // Who decides which side yields, or which of two copies is to be promoted, sees what each
-        // has by now.
-        let both_copies =
-            !self.local.primary && self.remote.as_ref().is_some_and(|remote| !remote.primary);
-        if self.state == ReplicationState::SplitBrain || both_copies {
+        // has by now; and a primary what a copy has that is sent nothing.
+        if self.state == ReplicationState::SplitBrain || self.is_idle_copy(context.peer_name) {
             self.announce(context);
         }
         self.check_rpo(context);

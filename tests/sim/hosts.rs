@@ -160,7 +160,10 @@ impl World {
                     let end = oracle.end_of(line);
                     let epoch = found.positions().epoch;
                     let now = self.now();
-                    self.groups[group].appended.push((epoch, lsn, now));
+                    // A flush may be answered by a record of long ago.
+                    if request.what != What::Flush {
+                        self.groups[group].appended.push((epoch, lsn, now));
+                    }
                     let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
                     copy.sure = vec![end];
                     let answered = copy.answered.clone();

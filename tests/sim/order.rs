@@ -38,8 +38,8 @@ impl World {
                 self.set_weather(a, b, Weather::FINE);
             }
         }
-        self.end_pauses();
         for node in 0..count {
+            self.nodes[node].hung_until = 0;
             self.nodes[node].disk.clear_faults();
             self.nodes[node].death = None;
             if self.nodes[node].up && self.has_failed(node) {
@@ -49,6 +49,11 @@ impl World {
                 self.start(node);
             }
         }
+        if self.nodes.iter().any(|node| !node.paused.is_empty()) {
+            // Who reigns is settled although nothing is copied.
+            self.run(Duration::from_secs(25));
+        }
+        self.end_pauses();
         self.settle();
         self.host_pauses = [2000, 2000, 4000, 4000];
         self.run(Duration::from_secs(25));

@@ -55,6 +55,13 @@ impl Channel {
         there.then(|| format!("paused by command on {peer}; `tidelog resume {name}` there goes on"))
     }
 
+    /// A copy beside another, or beside a primary while replication is paused.
+    pub(super) fn is_idle_copy(&self, peer: &Name) -> bool {
+        let copy = |remote: &Remote| !remote.primary;
+        let beside_a_copy = self.remote.as_ref().is_some_and(copy);
+        !self.local.primary && (beside_a_copy || self.paused_because(peer).is_some())
+    }
+
     /// While replication is paused nothing is copied, but who reigns is settled all the same: no
     /// primary that comes back serves beside a newer one, and of two that serve both sides know.
     fn settle_paused(&mut self, context: &mut Context<'_>, reason: String) {
@@ -99,12 +106,12 @@ impl Channel {
 
     /// A peer that is connected has said nothing of the group.
     pub(super) fn await_word(&mut self, context: &mut Context<'_>) {
-        if self.needs_a_hand() {
-            return;
-        }
-        if context.conn.is_none() {
+        if context.conn.is_none() && self.state == ReplicationState::Paused {
             // Of the link itself status tells beside it.
             return self.set_state(context, ReplicationState::Idle, "the link is down");
+        }
+        if context.conn.is_none() || self.needs_a_hand() {
+            return;
         }
         let (name, peer) = (&self.local.name, context.peer_name);
         let mut reason = format!("connected; {peer} has not said yet what it holds");

@@ -131,6 +131,9 @@ fn a_pause_hides_no_split_brain() {
             assert!(world.nodes[node].split_brain && world.nodes[node].primary);
         }
         // Nor does it keep one on show that is over: who goes on asks again when it comes back.
+        world.demote(0);
+        world.run(seconds(10));
+        assert!(world.nodes[1].split_brain, "what it wrote is no branch yet");
         world.resolve(0);
         world.run(seconds(10));
         assert!(!world.nodes[1].split_brain, "paused on {side}");
