@@ -7,6 +7,7 @@
 
 use super::claim::SlotResult;
 use crate::group::{Group, Point, Role};
+use crate::log::control::EpochRecord;
 use crate::units::{EpochId, LogTime, Lsn};
 
 /// The reign that the history which a node holds goes on in.
@@ -19,15 +20,19 @@ pub fn present_reign(group: &Group) -> EpochId {
 /// is none: it is dated by what is known of the time at least, hours early where a node was started
 /// since, and an image of before it lacks nothing.
 fn reign_at(group: &Group, time: LogTime) -> Option<EpochId> {
-    let mut found = group.resolve_point(&Point::Time(time)).ok()?;
-    loop {
-        let before = Lsn(found.lsn.0.saturating_sub(1));
-        match group.resolve_point(&Point::Lsn(before)) {
-            Ok(before) if before.epoch != found.epoch => found = before,
-            // Or the log begins there, and tells no more.
-            _ => return Some(found.epoch),
-        }
+    let found = group.resolve_point(&Point::Time(time)).ok()?;
+    reign_of(&group.control().epochs, found.epoch, found.lsn)
+}
+
+/// The reign of the last record up to `lsn`, which is of `epoch`, that is no reign's own. Told by
+/// the reigns alone, so that it stays the same when the log is folded.
+fn reign_of(epochs: &[EpochRecord], epoch: EpochId, mut lsn: Lsn) -> Option<EpochId> {
+    let mut index = epochs.iter().position(|known| known.id == epoch)?;
+    while index > 0 && lsn <= epochs[index].end() {
+        lsn = epochs[index].first_lsn;
+        index -= 1;
     }
+    Some(epochs[index].id)
 }
 
 /// Whether a slot has its backup.
@@ -159,8 +164,11 @@ impl Reigns {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Map;
+
     use super::super::claim::tests::result;
     use super::*;
+    use crate::units::NodeId;
 
     const OLD: EpochId = EpochId(1);
     const NEW: EpochId = EpochId(2);
@@ -174,6 +182,35 @@ mod tests {
 
     fn of(epoch: EpochId, lsn: u64) -> SlotResult {
         SlotResult { epoch, lsn: Lsn(lsn), ..result("a", 1) }
+    }
+
+    #[test]
+    fn a_reign_s_own_record_is_of_the_reign_before_also_where_the_log_begins_behind_it() {
+        let epoch = |id: u64, first_lsn: u64| EpochRecord {
+            counter: id,
+            id: EpochId(id),
+            author: NodeId::default(),
+            author_name: "a".parse().unwrap(),
+            first_lsn: Lsn(first_lsn),
+            reason: "promote".to_owned(),
+            other: Map::new(),
+        };
+        let second = epoch(2, 4096).end();
+        // The third came right behind the second, which nobody wrote in.
+        let epochs = [epoch(1, 0), epoch(2, 4096), epoch(3, second.0)];
+        let third = epochs[2].end();
+        for (of, lsn, reign) in [
+            (1, epochs[0].end().0, Some(1)),
+            (1, 4096, Some(1)),
+            (2, second.0, Some(1)),
+            (2, second.0 + 8, Some(2)),
+            (3, third.0, Some(1)),
+            (3, third.0 + 8, Some(3)),
+            (4, 9000, None),
+        ] {
+            let found = reign_of(&epochs, EpochId(of), Lsn(lsn));
+            assert_eq!(found, reign.map(EpochId), "{lsn} of {of}");
+        }
     }
 
     #[test]

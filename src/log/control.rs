@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::record::flags;
+use super::record::{ALIGNMENT, flags, header_bytes, piece_count};
 use crate::units::{ByteSize, EpochId, GroupId, LogTime, Lsn, Name, NodeId, Span, VolumeNumber};
 
 /// The kinds of control records. The numbers are stored.
@@ -177,6 +177,14 @@ impl EpochRecord {
     pub const SWITCHOVER: &str = "switchover";
     /// The reason of a reign that goes on where its node was not relieved.
     pub const SWITCHOVER_REFUSED: &str = "switchover-refused";
+
+    /// The position behind this record.
+    #[must_use]
+    pub fn end(&self) -> Lsn {
+        let body = Control::Epoch(self.clone()).to_json().len() as u64;
+        let header = header_bytes(piece_count(0, body)) as u64;
+        self.first_lsn.advance(header + body.next_multiple_of(ALIGNMENT))
+    }
 
     /// Whether all that the reign before had answered is in this one: it began exactly at its end.
     #[must_use]

@@ -151,7 +151,8 @@ impl World {
         let mut side = None;
         for (id, result) in batch.into_iter().zip(results) {
             let request = self.groups[group].oracle.request(id);
-            let waits = request.fua || request.what == What::Flush;
+            let writes = request.what != What::Flush;
+            let waits = request.fua || !writes;
             let power = self.nodes[node].disk.has_power();
             match result {
                 Ok(lsn) => {
@@ -161,7 +162,7 @@ impl World {
                     let epoch = found.positions().epoch;
                     let now = self.now();
                     // A flush may be answered by a record of long ago.
-                    if request.what != What::Flush {
+                    if writes {
                         self.groups[group].appended.push((epoch, lsn, now));
                     }
                     let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");

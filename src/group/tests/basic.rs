@@ -180,6 +180,7 @@ fn the_secondary_has_the_same_bytes_whatever_the_cuts() {
     assert_eq!(copy.role(), Role::Secondary);
     copy.sync_now().unwrap();
     let epoch = copy.promote("promote").unwrap();
+    assert_eq!(epoch.end(), copy.positions().head, "its record is the last");
     assert_eq!((epoch.counter, epoch.first_lsn), (2, head));
     assert_eq!(copy.promote("promote").unwrap(), epoch, "promote is idempotent");
     write(&copy, volume.number, 0, &[5; 512]);
