@@ -8,7 +8,7 @@ use tidelog::units::{EpochId, Lsn};
 
 use super::node::{Moment, contents};
 use super::oracle::Place;
-use super::world::World;
+use super::world::{BothServe, World};
 
 impl World {
     /// What holds of a group's positions at every moment.
@@ -51,11 +51,11 @@ impl World {
                 continue;
             }
             let now = self.now();
-            let known = self.both_serve.entry(key).or_insert((reigns, now));
-            if known.0 != reigns {
-                *known = (reigns, now);
+            let known = self.both_serve.entry(key).or_insert(BothServe { reigns, since: now });
+            if known.reigns != reigns {
+                *known = BothServe { reigns, since: now };
             }
-            if now - known.1 < 20_000_000_000 {
+            if now - known.since < 20_000_000_000 {
                 continue;
             }
             for (side, other) in sides {

@@ -47,6 +47,14 @@ pub struct WorldGroup {
     pub stopped: Option<usize>,
 }
 
+/// Two nodes serve one group.
+pub struct BothServe {
+    /// The life of each, and its reign.
+    pub reigns: [(u64, Option<EpochId>); 2],
+    /// Since when, by the world's time.
+    pub since: u64,
+}
+
 /// What the engine's errors call a full disk.
 const FULL: &str = "no space";
 
@@ -61,8 +69,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     pub groups: Vec<WorldGroup>,
     pub hosts: Vec<Host>,
-    /// Two nodes that serve a group beside each other: in which lives and reigns, and since when.
-    pub both_serve: HashMap<(usize, usize, usize), ([(u64, Option<EpochId>); 2], u64)>,
+    /// By two nodes and a group that they serve beside each other.
+    pub both_serve: HashMap<(usize, usize, usize), BothServe>,
     pub connections: BTreeMap<ConnId, Connection>,
     pub weathers: BTreeMap<(usize, usize), Weather>,
     /// Bytes of a group that may be on their way.
