@@ -73,7 +73,7 @@ impl World {
     /// the speed of the world's, and be ahead of it by a second for each of some restarts.
     pub fn check_kept_window(&mut self, node: usize, group: usize) {
         let this = &self.groups[group];
-        let Some(window) = this.kept_window.filter(|window| !window.is_zero()) else { return };
+        let Some(window) = this.kept_window else { return };
         let at = self.nodes[node].copies[&group].group.positions();
         let folded =
             |(epoch, lsn, _): &&(EpochId, Lsn, u64)| *epoch == at.epoch && *lsn <= at.horizon;

@@ -135,10 +135,9 @@ impl World {
         self.feed(node, peer, Input::Pause { group, paused });
     }
 
-    /// Nothing is paused any more, and no disk hangs.
+    /// Nothing is paused any more.
     pub fn end_pauses(&mut self) {
         for node in 0..self.nodes.len() {
-            self.nodes[node].hung_until = 0;
             for (peer, group) in self.nodes[node].paused.clone() {
                 self.set_paused(node, peer, group, false);
             }

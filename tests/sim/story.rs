@@ -123,9 +123,8 @@ impl World {
             made.create_volume(name.parse().expect("a name"), bytes).expect("a whole disk");
         }
         self.groups[group].made_at = made.positions().head;
-        if on_full == OnFull::Block {
-            self.groups[group].kept_window = Some(Duration::from_secs(window));
-        }
+        let is_kept = on_full == OnFull::Block && window > 0;
+        self.groups[group].kept_window = is_kept.then(|| Duration::from_secs(window));
         let policy = PolicyRecord {
             window: Span::from_secs(window),
             log_limit: ByteSize(log_limit),

@@ -507,11 +507,11 @@ impl World {
 
     /// A round of the folder, or a fold of all that may be folded.
     pub fn fold(&mut self, node: usize, group: usize, forced: bool) {
+        let disk_troubled = self.nodes[node].disk_troubled;
         let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
         let before = copy.group.positions().horizon;
         // What ends the fold of a copy that began anew from an image looks at no window.
-        let half_folded = copy.fold_failed || self.nodes[node].disk_troubled;
-        let Some(copy) = self.nodes[node].copies.get_mut(&group) else { return };
+        let half_folded = copy.fold_failed || disk_troubled;
         if forced {
             let folded = copy.group.fold_now();
             copy.fold_failed |=
