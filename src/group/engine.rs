@@ -290,7 +290,6 @@ impl Group {
             durable: Lsn::ZERO,
             incarnation: Incarnation(context.env.entropy.next_u64()),
             clean: false,
-            demoted: false,
             reigns: false,
             retired: false,
             failed: false,

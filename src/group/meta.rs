@@ -47,7 +47,7 @@ const SLOT_BYTES: u64 = 4096;
 const CHECKSUM_OFFSET: usize = 184;
 
 const CLEAN: u32 = 1;
-const DEMOTED: u32 = 2;
+// 2 was that of a node that had given up its reign: it says so by REIGNS now.
 const RETIRED: u32 = 4;
 const FAILED: u32 = 8;
 const REIGN_DUE: u32 = 16;
@@ -75,10 +75,9 @@ pub(super) struct Meta {
     pub incarnation: Incarnation,
     /// The log was closed in order at `durable`.
     pub clean: bool,
-    /// This node gave up its reign.
-    pub demoted: bool,
-    /// The last reign is this node's, and its record was durable: what the log cannot tell where it
-    /// is damaged before that record.
+    /// The last reign is this node's, its record was durable, and it has not given it up. The log
+    /// alone cannot tell: it may be damaged before that record, or a copy that has come to a reign
+    /// which this node once had.
     pub reigns: bool,
     /// Replication was stopped here.
     pub retired: bool,
@@ -141,7 +140,6 @@ impl Meta {
         name[..self.name.as_str().len()].copy_from_slice(self.name.as_str().as_bytes());
         let flags = [
             (self.clean, CLEAN),
-            (self.demoted, DEMOTED),
             (self.retired, RETIRED),
             (self.failed, FAILED),
             (self.reign_due, REIGN_DUE),
@@ -191,7 +189,6 @@ impl Meta {
             durable: Lsn(raw.durable.get()),
             incarnation: Incarnation(raw.incarnation.get()),
             clean: flags & CLEAN != 0,
-            demoted: flags & DEMOTED != 0,
             retired: flags & RETIRED != 0,
             failed: flags & FAILED != 0,
             reign_due: flags & REIGN_DUE != 0,
@@ -291,8 +288,8 @@ mod tests {
             "544944454d455441",
             // version
             "02000000",
-            // flags: clean, demoted, failed, reign due, split brain, yielding, merging, reigns
-            "7b010000",
+            // flags: clean, failed, reign due, split brain, yielding, merging, reigns
+            "79010000",
             // sequence
             "0900000000000000",
             // group
@@ -321,7 +318,7 @@ mod tests {
             // split_from
             "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
             // checksum
-            "1bdb5fd60e40958f",
+            "b09ee82f076c9691",
         ))
         .unwrap();
         let meta = Meta {
@@ -333,7 +330,6 @@ mod tests {
             durable: Lsn(8192),
             incarnation: Incarnation(0x3132_3334_3536_3738),
             clean: true,
-            demoted: true,
             reigns: true,
             retired: false,
             failed: true,

@@ -57,7 +57,7 @@ pub struct GroupContext {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// It authored the last epoch, and was not demoted.
+    /// The last epoch is its own, and it has not given it up.
     Primary,
     /// It follows.
     Secondary,

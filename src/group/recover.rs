@@ -120,8 +120,7 @@ impl Group {
         // them.
         segments.retire_below(horizon.position.lsn.segment_number(before.segment_bytes));
         // Records tell what was durable at their author. That is here only where they are our own.
-        let own =
-            |content: &Content| author_of(content) == Some(context.node.id) && !before.demoted;
+        let own = |content: &Content| author_of(content) == Some(context.node.id) && before.reigns;
         let scan_to = |end| {
             let scan = |remember: &BTreeSet<Lsn>| {
                 scan(&segments, &horizon, before.durable, end, remember, context.node.id, own)
@@ -230,8 +229,6 @@ impl Group {
                 meta.yielding = false;
                 meta.failed = false;
                 meta.reigns = primary;
-                // Its reign's record was durable; that it was promoted was not noted here.
-                meta.retired &= !primary;
                 meta.reign_due |= primary && lost;
             }
         })

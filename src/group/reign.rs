@@ -159,7 +159,7 @@ impl Group {
         // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
         // again. So does an error, and nobody is served meanwhile.
         self.write_meta(|meta| {
-            (meta.reigns, meta.demoted, meta.retired, meta.reign_due) = (true, false, false, false);
+            (meta.reigns, meta.retired, meta.reign_due) = (true, false, false);
             meta.durable = meta.durable.max(end);
         })
         .map_err(|cause| self.fail("write meta", &cause))?;
@@ -242,9 +242,7 @@ impl Group {
         let _turn = self.turn.lock().expect("no holder panics");
         {
             let mut core = self.lock();
-            let author = core.view.epochs.last().map(|epoch| epoch.author);
-            let ended = author != Some(self.context.node.id)
-                || self.meta.lock().expect("no holder panics").meta.demoted;
+            let ended = !self.meta.lock().expect("no holder panics").meta.reigns;
             // A demote that failed half-way is taken up again: it counts only when it is written.
             if core.role == Role::Secondary && ended {
                 return Ok(());
@@ -260,7 +258,7 @@ impl Group {
         }
         self.fail_held();
         self.update_meta(|meta| {
-            (meta.demoted, meta.reigns) = (true, false);
+            meta.reigns = false;
             meta.split_from = None;
             meta.durable = meta.durable.max(durable);
         })?;

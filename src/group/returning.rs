@@ -317,7 +317,7 @@ impl Group {
         let authored = authored_behind(&core.view.epochs, self.context.node.id, at, head);
         let committed = if core.role == Role::Primary { at } else { core.committed.min(at) };
         let noted = self.update_meta_locked(&mut core, |meta| {
-            (meta.demoted, meta.reigns) = (true, false);
+            meta.reigns = false;
             meta.reign_due = false;
             meta.split_from = None;
             meta.durable = at;

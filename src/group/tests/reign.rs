@@ -95,8 +95,8 @@ fn a_primary_is_not_retired_by_what_was_decided_before_it_was_promoted() {
 }
 
 #[test]
-fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_where_it_reigns() {
-    let mut reigned = 0;
+fn a_retired_copy_that_lost_its_power_while_it_was_promoted_reigns_or_is_retired_still() {
+    let (mut reigned, mut again_retired) = (0, 0);
     for nth in 0..12 {
         let (bench, copy) = stopped_copy(1);
         copy.set_retired(true).unwrap();
@@ -108,9 +108,15 @@ fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_w
         if again.role() == Role::Secondary {
             assert!(promoted.is_err(), "{nth}");
             assert_eq!(again.data_state().0, DataState::Retired, "{nth}");
+            // Its reign's record may be in the log: it is promoted as if it were not.
+            again.promote("test").unwrap();
+            assert_eq!(again.data_state().0, DataState::Consistent, "{nth}");
+            drop(again);
+            assert_eq!(bench.after_crash(nth).open().0.role(), Role::Primary, "{nth}");
+            again_retired += 1;
             continue;
         }
-        reigned += u64::from(promoted.is_err());
+        reigned += 1;
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: it asks whether to serve");
         again.serve().unwrap();
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}");
@@ -118,7 +124,51 @@ fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_w
         again.demote().unwrap();
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: when it steps down");
     }
-    assert!(reigned > 0, "its reign's record was durable, and it did not know");
+    assert!(reigned > 0 && again_retired > 0, "{reigned}, {again_retired}");
+}
+
+#[test]
+fn a_copy_made_anew_of_a_group_that_its_node_once_reigned_in_is_a_copy_after_any_restart() {
+    let (a, b) = (Bench::new("a", 40), Bench::new("b", 41));
+    let first = a.create();
+    for bench in [&a, &b] {
+        first.append_control(member(bench, false)).unwrap();
+    }
+    let volume = first.create_volume(name("v"), 1 << 20).unwrap().number;
+    for _ in 0..10 {
+        write(&first, volume, 0, &[1; 4096]);
+    }
+    let primary = b.create_copy();
+    super::pins::follow(&first, &primary);
+    primary.promote("test").unwrap();
+    for _ in 0..10 {
+        write(&primary, volume, 0, &[2; 4096]);
+    }
+    primary.sync_now().unwrap();
+    // Deleted there, and replicated to it anew: the group is another, the node the same.
+    let mut bench = Bench { node: a.node.clone(), ..Bench::new("a", 42) };
+    let mut copy = bench.create_copy();
+    let (mut restarts, head) = (0, primary.positions().head);
+    while copy.positions().head < head {
+        let at = copy.received_end();
+        let mut bytes = vec![0; head.bytes_since(at).min(6000) as usize];
+        primary.read_log(at, &mut bytes).unwrap();
+        copy.append_received(at, &bytes).unwrap();
+        copy.sync_now().unwrap();
+        assert!(copy.positions().head > at, "{at}");
+        drop(copy);
+        restarts += 1;
+        bench = bench.after_crash(restarts);
+        let (again, recovery) = bench.open();
+        assert_eq!((again.role(), again.is_asking()), (Role::Secondary, false), "at {at}");
+        assert!(recovery.as_copy && recovery.damaged.is_empty(), "at {at}: {recovery:?}");
+        copy = again;
+    }
+    assert!(restarts > 10, "{restarts}");
+    assert_eq!(copy.control().epochs, primary.control().epochs);
+    copy.promote("test").unwrap();
+    drop(copy);
+    assert_eq!(bench.after_crash(0).open().0.role(), Role::Primary, "it reigns again");
 }
 
 #[test]

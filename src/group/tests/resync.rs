@@ -617,6 +617,66 @@ fn a_received_tail_that_is_in_nobodys_history_is_kept_as_a_branch_by_the_switch(
 }
 
 #[test]
+fn a_tail_that_is_cut_far_behind_the_log_of_the_primary_is_shown_and_so_are_earlier_branches() {
+    let pair = Pair::new(7);
+    let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
+    write(&pair.primary, volume, 0, &[1; 4096]);
+    pair.follow();
+    pair.primary.sync_now().unwrap();
+    // A branch of before, as of a failover.
+    let positions = pair.primary.positions();
+    let before = pair.here.after_crash(9);
+    write(&pair.primary, volume, 4096, &[2; 4096]);
+    pair.follow();
+    let first = all(&pair.copy);
+    pair.copy.yield_to(positions.head, positions.chain, Discard::Received).unwrap();
+    drop(pair.primary);
+    let primary = before.open().0;
+    primary.serve().unwrap();
+    let pair = Pair { here: before, primary, ..pair };
+    write(&pair.primary, volume, 8192, &[3; 4096]);
+    pair.follow();
+    pair.primary.sync_now().unwrap();
+    // The copy has a write that the primary loses with its power, before it began another reign.
+    let common = pair.primary.positions().head;
+    let before = pair.here.after_crash(9);
+    write(&pair.primary, volume, 0, &[4; 8192]);
+    pair.follow();
+    let second = all(&pair.copy);
+    drop(pair.primary);
+    let primary = before.open().0;
+    primary.serve().unwrap();
+    primary.begin_epoch(primary.new_epoch("recovery", 9)).unwrap();
+    let pair = Pair { here: before, primary, ..pair };
+    for offset in 0..64 {
+        write(&pair.primary, volume, offset * 4096, &[5; 4096]);
+    }
+    pair.fold();
+    assert!(pair.primary.log_start() > common);
+    // The reigns alone tell where they part.
+    pair.copy.yield_to(common, None, Discard::Received).unwrap();
+    pair.resync();
+    pair.check("it follows");
+    let branches = pair.copy.branches().unwrap();
+    assert_eq!(branches.len(), 2);
+    for expected in [first, second] {
+        let shown = branches.iter().filter(|branch| {
+            let image = pair.copy.open_branch_image(&branch.name, None, "test").unwrap();
+            let volumes = image.volumes().into_iter();
+            let shown: Vec<_> = volumes
+                .map(|volume| {
+                    let bytes = read(&*image, volume.number, 0, volume.size_bytes as usize);
+                    (volume, bytes)
+                })
+                .collect();
+            pair.copy.close_this_image(&image).unwrap();
+            shown == expected
+        });
+        assert_eq!(shown.count(), 1);
+    }
+}
+
+#[test]
 fn an_image_that_goes_back_leaves_no_file_whose_records_could_stand_in_their_old_place() {
     let pair = Pair::new(8);
     let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;

@@ -69,7 +69,18 @@ impl Channel {
                     return;
                 }
                 if common < self.local.log_start {
-                    self.ship(context, stream, None, common);
+                    // It keeps what it has more, and is then a copy that the log left behind; one
+                    // without an image has nothing to go on from.
+                    if self.needs_image_there == NeedsImage::Whole {
+                        self.ship(context, stream, None, common);
+                        return;
+                    }
+                    self.offered = Some(stream);
+                    context.send(Message::MayFollow {
+                        group: self.local.id.0,
+                        head: common.0,
+                        chain: None,
+                    });
                     return;
                 }
                 let stream = Some(stream);

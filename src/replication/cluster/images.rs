@@ -51,6 +51,10 @@ impl Node {
         })
     }
 
+    fn takes_whole_image(&self) -> bool {
+        self.staging.as_ref().is_some_and(|staging| staging.since.is_none())
+    }
+
     /// As the engine does it: what is not part of the primary's history is kept.
     fn switch(&mut self) -> Result<(), String> {
         let staging = self.staging.take().unwrap();
@@ -302,6 +306,40 @@ fn a_copy_that_holds_no_moment_is_sent_all_of_an_image_whether_or_not_the_log_re
         assert!(node.branches.is_empty(), "what it had is part of the history");
         world.assert_streaming();
     }
+}
+
+/// Whole images would take from it what the branch lies above.
+#[test]
+fn a_received_tail_is_kept_and_no_whole_image_sent_where_the_primarys_log_has_gone_past_it() {
+    let mut world = World::new(15);
+    world.run(seconds(3));
+    for _ in 0..10 {
+        world.write(0);
+    }
+    world.run(Duration::from_millis(300));
+    let received = world.nodes[1].log.bytes.clone();
+    world.stop(1);
+    world.stop(0);
+    world.nodes[0].log.cut(RECORD_BYTES * 2);
+    world.nodes[0].reign_due = true;
+    world.restart(0);
+    world.run(seconds(6));
+    world.hosts_insist(0);
+    for _ in 0..10 {
+        world.write(0);
+    }
+    world.run(seconds(3));
+    world.nodes[0].log.start = 8 * RECORD_BYTES as u64;
+    world.look(0);
+    world.restart(1);
+    for _ in 0..30_000 {
+        world.run(Duration::from_millis(1));
+        assert!(!world.nodes[1].takes_whole_image());
+    }
+    world.assert_streaming();
+    assert_eq!(world.nodes[1].switches, 1);
+    assert_eq!(world.nodes[1].branches, [(128, received[128..].to_vec())]);
+    assert!(world.nodes[1].events.contains(&"yielded"));
 }
 
 #[test]
