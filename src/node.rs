@@ -58,8 +58,8 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// Where the data directory is in use or cannot be read, a group cannot be opened, or a
-    /// listener's address is taken.
+    /// Where the data directory is in use or cannot be read, or a listener's address is taken. A
+    /// group that cannot be opened is left as it is, and told by an event.
     pub async fn start(config: Config) -> Result<Node, NodeError> {
         let (lock, is_new) = lock_data_dir(&config.data_dir)?;
         let data_dir = config.data_dir.clone();

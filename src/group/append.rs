@@ -1,7 +1,6 @@
 //! The way of a write: checksums before the lock, place, header, one vectored write and the map
 //! under it.
 
-use std::io;
 use std::sync::Arc;
 
 use serde_json::Map;
@@ -10,6 +9,7 @@ use super::content::{VOLUME_NUMBER_MAX, is_volume_size, volume_record};
 use super::engine::{Core, Group, is_callers, volume_named};
 use super::{BookmarkRecord, GroupError, Op, Request, Volume};
 use crate::extent_map::Freed;
+use crate::io::is_full;
 use crate::log::control::{Consistency, Control};
 use crate::log::record::{Kind, flags, payload_crcs};
 use crate::log::segment::payload_bytes_max;
@@ -163,7 +163,7 @@ impl Group {
         let headers = match core.writer.append(drafts, stamp) {
             Ok(headers) => headers,
             // A full disk is the writer's to bear; anything else may have harmed the log.
-            Err(cause) if cause.kind() == io::ErrorKind::StorageFull => {
+            Err(cause) if is_full(&cause) => {
                 self.note_refused(core, &cause);
                 return Err(self.io("append", &cause));
             }

@@ -16,7 +16,7 @@ use super::content::Content;
 use super::engine::Group;
 use super::timeline::Checkpoint;
 use super::{GroupError, files};
-use crate::io::{Disk, DiskFile, OpenMode, read_around};
+use crate::io::{Disk, DiskFile, OpenMode, is_full, read_around};
 use crate::log::reader::{ScanEnd, Scanner, remains};
 use crate::log::record::Kind;
 use crate::log::segment::{Segments, segment_name};
@@ -467,7 +467,7 @@ fn copy(
     zeros_below: u64,
 ) -> io::Result<bool> {
     match copy_once(segments, from, to, bytes, zeros_below) {
-        Err(cause) if cause.kind() == io::ErrorKind::StorageFull && segments.drop_spares()? => {
+        Err(cause) if is_full(&cause) && segments.drop_spares()? => {
             copy_once(segments, from, to, bytes, zeros_below)
         }
         copied => copied,

@@ -394,6 +394,9 @@ fn check_control(lsn: Lsn, control: Option<&Control>) -> Result<(), String> {
         Some(Control::Epoch(record)) if record.counter > COUNTER_MAX => {
             Err(format!("a reign has the number {}", record.counter))
         }
+        Some(Control::Epoch(record)) if record.first_lsn > lsn => {
+            Err(format!("a reign begins at LSN {}, behind its record", record.first_lsn))
+        }
         Some(Control::Rewind(record)) if record.to > lsn => {
             Err(format!("a rewind goes to lsn:{}, which is behind it", record.to))
         }

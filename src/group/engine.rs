@@ -38,6 +38,7 @@ use super::{
 use crate::base::{BaseVolume, ControlState};
 use crate::events::Severity;
 use crate::extent_map::Freed;
+use crate::io::is_full;
 use crate::log::control::{Control, ControlKind, EpochRecord, GroupRecord};
 use crate::log::record::{Header, Kind, genesis};
 use crate::log::segment::{Segments, is_segment_size};
@@ -649,9 +650,10 @@ impl Group {
     }
 
     fn meta_failed(&self, core: &mut Core, cause: &std::io::Error) -> GroupError {
-        match cause.kind() {
-            std::io::ErrorKind::StorageFull => self.io("write meta", cause),
-            _ => self.fail_locked(core, "write meta", cause),
+        if is_full(cause) {
+            self.io("write meta", cause)
+        } else {
+            self.fail_locked(core, "write meta", cause)
         }
     }
 
@@ -771,7 +773,7 @@ pub(super) fn placed(what: &str, dir: &Path, cause: &std::io::Error) -> String {
 
 impl GroupError {
     pub(super) fn io(group: &Name, what: impl Into<String>, cause: &std::io::Error) -> GroupError {
-        if cause.kind() == std::io::ErrorKind::StorageFull {
+        if is_full(cause) {
             let reason = format!("{}: {cause}", what.into());
             return GroupError::NoSpace { group: group.clone(), reason };
         }

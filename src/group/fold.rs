@@ -226,7 +226,8 @@ impl Group {
     fn fold_to(&self, target: Checkpoint, gives_up: bool) -> Result<Lsn, GroupError> {
         let folded = loop {
             match self.write_base(&target, gives_up) {
-                Err(GroupError::NoSpace { .. }) if self.make_room() => {}
+                Err(GroupError::NoSpace { .. })
+                    if self.segments.drop_spares().unwrap_or(false) || self.make_room() => {}
                 folded => break folded,
             }
             // What the next round finds torn, this one may have written.

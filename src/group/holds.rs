@@ -20,6 +20,9 @@ use crate::events::Severity;
 use crate::io::Disk;
 use crate::units::{Lsn, Name, VolumeNumber};
 
+/// Why a moment that lost its last owner cannot be opened.
+const PASSED: &str = "nobody needed it any more when a fold passed it";
+
 /// Who needs one moment.
 #[derive(Default)]
 struct Needs {
@@ -85,7 +88,7 @@ impl Group {
     }
 
     /// Takes everything below the target away from who might open an image there; the moments that
-    /// are needed below it, in order. Where a fold to it has `begun` before, none is new.
+    /// may be needed below it, in order. Where a fold to it has `begun` before, none is new.
     ///
     /// # Errors
     ///
@@ -105,8 +108,14 @@ impl Group {
                     image.keep_by(&moment);
                 }
             }
-            let claimed = needs.range(..target).filter_map(|(lsn, _)| usable(&core, *lsn));
-            (claimed.collect(), lost)
+            // Nothing is kept from here on of what nobody needs. Until the images are open again
+            // nobody knows what they need.
+            let unneeded = |lsn: &Lsn| core.images_known && !needs.contains_key(lsn);
+            for (_, moment) in core.moments.range(..target).filter(|(lsn, _)| unneeded(lsn)) {
+                moment.give_up(PASSED.to_owned());
+            }
+            let below = core.moments.range(..target);
+            (below.filter_map(|(lsn, _)| usable(&core, *lsn)).collect(), lost)
         };
         self.tell_lost(lost);
         Ok(claimed)

@@ -17,6 +17,7 @@ use super::{Allocation, GroupError, Read};
 use crate::base::{ControlState, Kept, Overlay};
 use crate::events::Severity;
 use crate::extent_map::Source;
+use crate::io::is_full;
 use crate::log::record::crc32;
 use crate::units::{BLOCK_BYTES, CHUNK_BYTES, Lsn, VolumeNumber};
 
@@ -109,7 +110,7 @@ impl Group {
         moment: &Moment,
         cause: &io::Error,
     ) -> Result<(), GroupError> {
-        if cause.kind() != io::ErrorKind::StorageFull {
+        if !is_full(cause) {
             if self.only_a_command_ends(moment)? {
                 if let Some(overlay) = moment.overlay()
                     && let Err(cause) = overlay.roll_back()

@@ -6,6 +6,7 @@
 use super::engine::Group;
 use super::returning::ASK_FOR;
 use super::{ReceiveError, Role};
+use crate::io::is_full;
 use crate::log::control::{Control, ControlKind, MemberRecord, Mode, RewindRecord};
 use crate::log::record::{Header, Kind, RecordError, flags};
 use crate::log::segment::fits;
@@ -153,7 +154,7 @@ impl Group {
                 header.requests,
             );
             if let Err(cause) = appended {
-                let error = if cause.kind() == std::io::ErrorKind::StorageFull {
+                let error = if is_full(&cause) {
                     self.note_refused(&mut core, &cause);
                     self.io("append", &cause)
                 } else {

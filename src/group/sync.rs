@@ -247,7 +247,14 @@ impl Group {
         ended: &dyn Fn() -> bool,
     ) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
         loop {
-            let core = self.lock_for_control()?;
+            let (core, waited) = self.lock_when_it_serves()?;
+            if waited {
+                drop(core);
+                if ended() {
+                    return Err(self.refused("the client has gone"));
+                }
+                continue;
+            }
             if !self.must_wait(&core) {
                 return Ok(core);
             }
@@ -296,7 +303,13 @@ impl Group {
     /// The lock for an append of the primary; checks that this group takes writes. A full log is no
     /// hindrance: what makes room for the hosts is a control record too.
     pub(super) fn lock_for_control(&self) -> Result<std::sync::MutexGuard<'_, Core>, GroupError> {
+        self.lock_when_it_serves().map(|(core, _)| core)
+    }
+
+    /// The same, and whether that took a wait.
+    fn lock_when_it_serves(&self) -> Result<(std::sync::MutexGuard<'_, Core>, bool), GroupError> {
         let mut core = self.lock();
+        let mut waited = false;
         loop {
             self.failed_error(&core)?;
             if core.closed {
@@ -307,11 +320,13 @@ impl Group {
             }
             if core.asking.is_some() {
                 core = self.wait_for_answer(core, None)?;
+                waited = true;
                 continue;
             }
             if core.halted.is_none() {
-                return Ok(core);
+                return Ok((core, waited));
             }
+            waited = true;
             core = self.space.wait(core).expect("a panic under the lock ends the process");
         }
     }

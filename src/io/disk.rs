@@ -84,6 +84,12 @@ pub struct Unread {
     pub cause: io::Error,
 }
 
+/// Whether the disk has no room: the file system's, or what a quota leaves of it.
+#[must_use]
+pub fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// Reads what can be read of `[offset, offset + buffer.len())`; the rest is zeros.
 pub fn read_around(file: &dyn DiskFile, buffer: &mut [u8], offset: u64) -> Option<Unread> {
     let cause = file.read_at(buffer, offset).err()?;

@@ -14,7 +14,7 @@ mod ring;
 use std::sync::Arc;
 
 pub use clock::{Clock, ManualClock, SystemClock};
-pub use disk::{BatchRead, Disk, DiskFile, OpenMode, Space, Unread, read_around};
+pub use disk::{BatchRead, Disk, DiskFile, OpenMode, Space, Unread, is_full, read_around};
 #[cfg(test)]
 pub(crate) use entropy::seeds;
 pub use entropy::{Entropy, KernelEntropy, SeededEntropy};

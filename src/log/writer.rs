@@ -7,7 +7,7 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use crate::io::read_around;
+use crate::io::{is_full, read_around};
 use crate::log::record::{ALIGNMENT, HEADER_BYTES, Header, Kind, flags};
 use crate::log::segment::{Segments, fits};
 use crate::units::{BLOCK_BYTES, Chain, EpochId, LogTime, Lsn, VolumeNumber};
@@ -272,7 +272,7 @@ impl Writer {
             let written =
                 segment.and_then(|segment| segment.file.write_at(&run.slices(), run.offset));
             if let Err(cause) = written {
-                if cause.kind() == io::ErrorKind::StorageFull {
+                if is_full(&cause) {
                     self.take_back(&runs[..=index])?;
                 }
                 return Err(cause);
@@ -291,7 +291,7 @@ impl Writer {
             let parts = vec![Part::Bytes(kept), Part::Zeros(run.bytes - kept.len())];
             let before = Run { parts, ..*run };
             match segment.file.write_at(&before.slices(), run.offset) {
-                Err(cause) if cause.kind() != io::ErrorKind::StorageFull => return Err(cause),
+                Err(cause) if !is_full(&cause) => return Err(cause),
                 _ => {}
             }
         }

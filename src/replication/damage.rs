@@ -299,7 +299,11 @@ pub(super) fn load(dir: &Path) -> Ledgers {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::io::MemoryDisk;
+    use crate::replication::drive::tests::node_on;
 
     fn damage(segment: u64) -> DamageInfo {
         DamageInfo {
@@ -324,6 +328,30 @@ mod tests {
         assert_eq!(ledger.of_base(), None);
         assert_eq!(ledger.remove(&DamagedPart::Log { segment: 0 }), Some(damage(0)));
         assert!(ledger.of_log().unwrap().starts_with("segment 1; and 1005 more"));
+    }
+
+    #[tokio::test]
+    async fn what_is_known_of_a_group_that_is_not_open_is_kept_and_goes_with_a_deleted_one() {
+        let (node, group) = node_on(Arc::new(MemoryDisk::new()));
+        let shared = Arc::clone(&node.replication.shared);
+        let (here, unopened) = (group.id(), GroupId([9; 16]));
+        let look = || {
+            shared.groups_changed();
+            shared.look_at_groups(&mut Vec::new());
+        };
+        for id in [here, unopened] {
+            assert!(shared.change_ledger(id, |ledger| ledger.add(damage(1))));
+        }
+        look();
+        shared.save_ledgers();
+        let known = load(&shared.config.state_dir);
+        assert!(known.contains_key(&here) && known.contains_key(&unopened));
+        node.registry.delete(group.name()).unwrap();
+        look();
+        shared.save_ledgers();
+        let known = load(&shared.config.state_dir);
+        assert!(!known.contains_key(&here) && known.contains_key(&unopened));
+        node.stop();
     }
 
     #[test]

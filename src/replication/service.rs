@@ -474,9 +474,10 @@ impl Shared {
     pub(super) fn look_at_groups(self: &Arc<Self>, outputs: &mut Vec<(NodeId, Output)>) {
         let all = std::mem::take(&mut *locked(&self.all_dirty));
         let dirty = std::mem::take(&mut *locked(&self.dirty));
+        let mut gone = HashSet::new();
         let groups: Vec<Arc<dyn Replica>> = if all {
             let groups = self.groups.groups();
-            self.watch(&groups);
+            gone = self.watch(&groups);
             groups
         } else {
             dirty.iter().filter_map(|group| self.groups.by_id(*group)).collect()
@@ -485,8 +486,7 @@ impl Shared {
             return;
         }
         let peers = locked(&self.store).all().to_vec();
-        let now = self.now();
-        let mut known = Vec::new();
+        let (now, mut known) = (self.now(), Vec::new());
         let mut cores = locked(&self.cores);
         // By whose stream each group follows; of several the first.
         let mut followed: Vec<(Name, GroupId)> = Vec::new();
@@ -544,17 +544,18 @@ impl Shared {
                 }
             });
         }
-        if all {
-            let here: HashSet<GroupId> = groups.iter().map(|group| group.id()).collect();
-            locked(&self.workers).retain(|group, _| here.contains(group));
-            locked(&self.checks).retain(|group, _| here.contains(group));
-            locked(&self.ledgers).retain(|group, _| here.contains(group));
+        // What is known of a group that is only not open yet stays.
+        for group in &gone {
+            locked(&self.workers).remove(group);
+            locked(&self.checks).remove(group);
+            locked(&self.ledgers).remove(group);
         }
     }
 
-    fn watch(self: &Arc<Self>, groups: &[Arc<dyn Replica>]) {
+    /// Hears of what changes in the groups; those that it heard of until now, and that are gone.
+    fn watch(self: &Arc<Self>, groups: &[Arc<dyn Replica>]) -> HashSet<GroupId> {
         let mut watched = locked(&self.watched);
-        watched.retain(|id| groups.iter().any(|group| group.id() == *id));
+        let gone = watched.extract_if(|id| groups.iter().all(|it| it.id() != *id)).collect();
         for group in groups {
             let id = group.id();
             if watched.insert(id) {
@@ -564,6 +565,7 @@ impl Shared {
                 }));
             }
         }
+        gone
     }
 }
 

@@ -507,7 +507,7 @@ fn a_record_counts_the_requests_before_it_or_is_refused() {
 }
 
 #[test]
-fn a_reign_with_a_number_that_none_has_is_refused_and_the_last_number_ends_in_an_error() {
+fn a_reign_of_a_number_or_place_that_none_has_is_refused_and_the_last_number_ends_in_an_error() {
     let (a, b) = (Bench::new("a", 11), Bench::new("b", 12));
     let (group, ..) = primary(&a);
     super::returning::join(&group, 9);
@@ -515,8 +515,8 @@ fn a_reign_with_a_number_that_none_has_is_refused_and_the_last_number_ends_in_an
     let copy = b.create_copy();
     follow(&group, &copy);
     let at = last(&group);
-    let reign = |counter: u64| {
-        let epoch = EpochRecord { first_lsn: at.end(), ..group.new_epoch("promote", counter) };
+    let reign_at = |first_lsn: Lsn, counter: u64| {
+        let epoch = EpochRecord { first_lsn, ..group.new_epoch("promote", counter) };
         let body = Control::Epoch(epoch).to_json();
         let (mut header, bytes) = record(&at, Kind::Control, CONTROL, &body);
         header.control_kind = ControlKind::Epoch as u32;
@@ -525,9 +525,17 @@ fn a_reign_with_a_number_that_none_has_is_refused_and_the_last_number_ends_in_an
         lie.extend_from_slice(&bytes[lie.len()..]);
         lie
     };
+    let reign = |counter: u64| reign_at(at.end(), counter);
     for counter in [u64::MAX, COUNTER_MAX + 1] {
         let refused = copy.append_received(at.end(), &reign(counter)).unwrap_err().to_string();
         assert!(refused.contains("a reign has the number"), "{refused}");
+        assert_eq!(copy.positions().head, at.end());
+    }
+    // One that begins behind its own record: no place is so far behind the log.
+    for first_lsn in [Lsn(at.end().0 + 8), Lsn(u64::MAX)] {
+        let lie = reign_at(first_lsn, 9);
+        let refused = copy.append_received(at.end(), &lie).unwrap_err().to_string();
+        assert!(refused.contains("behind its record"), "{refused}");
         assert_eq!(copy.positions().head, at.end());
     }
     copy.append_received(at.end(), &reign(COUNTER_MAX)).unwrap();

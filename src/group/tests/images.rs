@@ -123,6 +123,64 @@ fn a_list_of_images_that_cannot_be_read_is_told() {
     assert!(bench.event_codes().contains(&"image-lost".to_owned()));
 }
 
+#[test]
+fn a_moment_whose_image_is_forgotten_is_shown_as_it_was_or_not_at_all_after_more_folds() {
+    let bench = Bench::new("a", 4);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    set_policy(&group, 0, 64 << 20);
+    let change = |group: &Group, fill: u8| {
+        write(group, volume, 0, &[fill; 16384]);
+        write(group, volume, u64::from(fill) * 65536, &[fill; 16384]);
+        bench.pass(5);
+        group.sync_now().unwrap();
+    };
+    change(&group, 1);
+    let image = group.open_image(&Point::Now, Some(name("i")), "test", None).unwrap();
+    let (lsn, was) = (image.position().lsn, read(&*image, volume, 0, 1 << 20));
+    change(&group, 2);
+    group.fold_now().unwrap();
+    assert!(read(&*image, volume, 0, 1 << 20) == was);
+    group.close().unwrap();
+    drop((image, group));
+    bench.disk.damage(&dir().join("images"), 0, 1, 0xff);
+    let (group, _) = bench.open();
+    // What is forgotten may be needed, and nobody lets it go before that is known.
+    for fill in 3..6 {
+        change(&group, fill);
+        group.fold_now().unwrap();
+        let image = group.open_image(&Point::Lsn(lsn), Some(name("j")), "test", None).unwrap();
+        assert!(read(&*image, volume, 0, 1 << 20) == was, "{fill}");
+        group.close_image(&name("j")).unwrap();
+    }
+    group.close().unwrap();
+}
+
+#[test]
+fn a_moment_that_loses_its_last_image_before_a_fold_is_not_opened_behind_it() {
+    let bench = Bench::new("a", 4);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    set_policy(&group, 0, 64 << 20);
+    write(&group, volume, 0, &[1; 16384]);
+    let lsn = group.open_image(&Point::Now, Some(name("i")), "test", None).unwrap().position().lsn;
+    write(&group, volume, 0, &[2; 16384]);
+    bench.pass(5);
+    group.sync_now().unwrap();
+    group.fold_now().unwrap();
+    write(&group, volume, 0, &[3; 16384]);
+    // A fold is about to begin: it has looked for what nobody needs.
+    let fold = group.fold_lock.lock().unwrap();
+    group.close_image(&name("i")).unwrap();
+    assert!(group.is_kept(lsn), "until the fold passes it");
+    let claimed = group.claim(group.positions().head, false).unwrap();
+    assert!(claimed.is_empty(), "nothing is kept of it");
+    let refused = group.open_image(&Point::Lsn(lsn), Some(name("j")), "test", None).map(|_| ());
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("nobody needed it any more"), "{refused}");
+    drop(fold);
+}
+
 /// What the file says of the images that are open, and a file that says it.
 fn kept_images(bench: &Bench) -> Vec<u8> {
     super::super::files::load(&*bench.disk, &dir().join("images")).unwrap()

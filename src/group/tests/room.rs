@@ -320,3 +320,30 @@ fn a_copy_that_found_no_room_says_so_until_a_try_succeeded() {
     copy.look_at_disk();
     assert_eq!(copy.log_full(), None);
 }
+
+#[test]
+fn a_write_that_waited_while_writers_were_halted_is_not_appended_once_its_client_has_gone() {
+    let bench = Bench::new("a", 12);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    let waited = (0..200).any(|_| {
+        group.halt_writers("a test").unwrap();
+        let (writer, (started, starts)) = (Arc::clone(&group), std::sync::mpsc::channel());
+        let thread = std::thread::spawn(move || {
+            let data = [1; 4096];
+            let request = Request { volume, op: Op::Write { offset: 0, data: &data }, fua: false };
+            started.send(()).unwrap();
+            writer.append_until(&[request], &|| true).pop().unwrap()
+        });
+        starts.recv().unwrap();
+        // It waits by now, or another will.
+        let _ = starts.recv_timeout(Duration::from_millis(20));
+        let head = group.positions().head;
+        group.resume_writers();
+        let result = thread.join().unwrap();
+        let gone = result.is_err_and(|error| error.to_string().contains("client has gone"));
+        assert!(!gone || group.positions().head == head);
+        gone
+    });
+    assert!(waited);
+}
