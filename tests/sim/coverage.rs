@@ -24,6 +24,7 @@ pub const MUST: &[&str] = &[
     "backups done",
     "backups failed",
     "backups taken over",
+    "branches shown",
     "branches",
     "clock jumps",
     "crashes in recovery",

@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use tidelog::group::View;
 use tidelog::io::{Disk, OpenMode};
 use tidelog::replication::ReplicationState;
 use tidelog::units::Lsn;
 
 use super::super::members::has_member;
-use super::super::node::{Death, group_dir};
+use super::super::node::{Death, contents, group_dir};
 use super::super::oracle::{SECTOR, read_stamp};
 use super::super::world::World;
 use super::Weather;
@@ -94,6 +95,7 @@ impl World {
                 Standing::Trouble(why) => panic!("group {group} does not come to order: {why}"),
             }
             self.check_nothing_is_gone(group);
+            self.check_branches(group);
         }
     }
 
@@ -271,6 +273,32 @@ impl World {
             let request = self.groups[group].oracle.request(*id);
             let by = request.place.map(|place| self.groups[group].oracle.node_of(place.line));
             panic!("group {group}: answered writes are gone: {missing:?}; by {by:?}: {request:?}");
+        }
+    }
+
+    /// Every branch is shown as one prefix, but for one whose own history was cut again below it.
+    fn check_branches(&mut self, group: usize) {
+        for node in self.groups[group].members.clone() {
+            let found = self.nodes[node].group(group).expect("it runs").clone();
+            let name = self.nodes[node].name.clone();
+            for branch in found.branches().expect("it can be listed") {
+                let image = match found.open_branch_image(&branch.name, None, "sim") {
+                    Ok(image) => image,
+                    Err(error) => {
+                        let cut = error.to_string().contains("the log was cut again before")
+                            || found.positions().head < branch.from.lsn;
+                        assert!(cut, "{name}: group {group}: {branch:?}: {error}");
+                        self.coverage.add("branches of a history that was cut again", 1);
+                        continue;
+                    }
+                };
+                let bytes = contents(&*image as &dyn View).expect("a branch that was opened");
+                let oracle = &self.groups[group].oracle;
+                let held = oracle.read(&bytes).unwrap_or_else(|why| panic!("{name}: {why}"));
+                oracle.places(&held).unwrap_or_else(|why| panic!("{name}: {branch:?}: {why}"));
+                let _ = found.close_this_image(&image);
+                self.coverage.add("branches shown", 1);
+            }
         }
     }
 
