@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::content::Content;
 use super::engine::Group;
 use super::timeline::Checkpoint;
-use super::{GroupError, files};
+use super::{GroupError, Point, files};
 use crate::io::{Disk, DiskFile, OpenMode, is_full, read_around};
 use crate::log::reader::{ScanEnd, Scanner, remains};
 use crate::log::record::Kind;
@@ -298,11 +298,7 @@ impl Group {
                 Ok(header) => header,
                 Err(ScanEnd::Io(cause)) => return Err(io(cause)),
                 Err(ScanEnd::Chain) if scanner.at() == branch.from.lsn => {
-                    return Err(self.refused(format!(
-                        "branch {} does not continue the history here: the log was cut again \
-                         before lsn:{}",
-                        branch.name, branch.from.lsn
-                    )));
+                    return Err(self.cut_again(branch));
                 }
                 Err(_) => break,
             };
@@ -320,6 +316,27 @@ impl Group {
         }
         let name = branch.name.clone();
         Ok((BranchLog { name, from: branch.from.lsn, segments }, end))
+    }
+
+    /// Whether the history here is at its beginning still the one that the branch has left. Its own
+    /// first record may be torn, and tells nothing of that.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not, or the log does not cover that any more; what the disk says.
+    pub(super) fn check_continues(&self, branch: &Branch) -> Result<(), GroupError> {
+        let found = self.resolve(&Point::Lsn(branch.from.lsn))?;
+        if (found.epoch, found.lsn) == (branch.from.epoch, branch.from.lsn) {
+            return Ok(());
+        }
+        Err(self.cut_again(branch))
+    }
+
+    fn cut_again(&self, branch: &Branch) -> GroupError {
+        self.refused(format!(
+            "branch {} does not continue the history here: the log was cut again before lsn:{}",
+            branch.name, branch.from.lsn
+        ))
     }
 
     /// No image of a branch goes past a record that had to be understood and was not.

@@ -292,6 +292,7 @@ impl Group {
             incarnation: Incarnation(context.env.entropy.next_u64()),
             clean: false,
             reigns: false,
+            reign: EpochId(0),
             retired: false,
             failed: false,
             reign_due: false,
@@ -520,6 +521,10 @@ impl Group {
         let (before, head) = (core.retired, core.writer.head());
         core.retired = retired.then(|| before.unwrap_or_else(|| self.context.env.clock.wall()));
         drop(core);
+        // Else whoever asks for it would hear, and ask again.
+        if retired == before.is_some() {
+            return Ok(());
+        }
         if retired && before.is_none() {
             let text = format!(
                 "replication to this node was stopped: the copy stays readable, as of LSN {head}, \

@@ -95,7 +95,7 @@ impl Group {
     /// Where it cannot be told which branches there are.
     pub(super) fn claim(&self, target: Lsn, begun: bool) -> Result<Vec<Arc<Moment>>, GroupError> {
         let branches = self.branches()?;
-        let (claimed, lost) = {
+        let (claimed, unneeded, lost) = {
             let mut core = self.lock();
             core.fold_target = core.fold_target.max(target);
             let covered = if begun { target } else { core.timeline.horizon().lsn };
@@ -110,13 +110,20 @@ impl Group {
             }
             // Nothing is kept from here on of what nobody needs. Until the images are open again
             // nobody knows what they need.
-            let unneeded = |lsn: &Lsn| core.images_known && !needs.contains_key(lsn);
-            for (_, moment) in core.moments.range(..target).filter(|(lsn, _)| unneeded(lsn)) {
-                moment.give_up(PASSED.to_owned());
-            }
+            let is_needed = |lsn: &Lsn| !core.images_known || needs.contains_key(lsn);
             let below = core.moments.range(..target);
-            (below.filter_map(|(lsn, _)| usable(&core, *lsn)).collect(), lost)
+            let (claimed, unneeded): (Vec<_>, Vec<_>) = below
+                .filter_map(|(lsn, _)| usable(&core, *lsn))
+                .partition(|it| is_needed(&it.lsn()));
+            for moment in &unneeded {
+                moment.close(PASSED.to_owned());
+            }
+            (claimed, unneeded, lost)
         };
+        // Not under the lock: to give back much takes the disk a while.
+        for moment in unneeded {
+            moment.give_up(PASSED.to_owned());
+        }
         self.tell_lost(lost);
         Ok(claimed)
     }

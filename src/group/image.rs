@@ -378,7 +378,7 @@ impl Group {
         // What a branch's own records go back to.
         let mut wanted = BTreeSet::new();
         loop {
-            let (live, state, mut rewinds) = {
+            let (live, state, mut rewinds, cuts) = {
                 let core = self.lock();
                 self.check_barrier(&core, lsn)?;
                 self.check_covered(&core, lsn)?;
@@ -393,8 +393,11 @@ impl Group {
                 let state = state.ok_or_else(|| self.not_covered(&core, &format!("lsn:{lsn}")))?;
                 let rewinds = core.content.rewinds.clone();
                 let live = live.take().or_else(|| at_end.then(|| core.content.clone()));
-                (live, state, rewinds)
+                (live, state, rewinds, core.cuts)
             };
+            if let Some(branch) = &branch {
+                self.check_continues(branch)?;
+            }
             rewinds.cut(lsn);
             let content = match live {
                 Some(content) => Ok((content, Chain::default())),
@@ -428,6 +431,9 @@ impl Group {
             let mut core = self.lock();
             if core.closed {
                 return Err(self.refused("is closed"));
+            }
+            if core.cuts != cuts {
+                continue;
             }
             self.check_covered(&core, leaves_log_at)?;
             let horizon = core.timeline.horizon().lsn;

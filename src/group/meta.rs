@@ -7,7 +7,7 @@
 //! | offset | size | field | meaning |
 //! | ---: | ---: | --- | --- |
 //! | 0 | 8 | `magic` | `TIDEMETA` |
-//! | 8 | 4 | `version` | 2 |
+//! | 8 | 4 | `version` | 3 |
 //! | 12 | 4 | `flags` | bits from 1 up, in the order of the constants below |
 //! | 16 | 8 | `sequence` | grows by one with every write |
 //! | 24 | 16 | `group` | the group's id |
@@ -22,7 +22,8 @@
 //! | 152 | 8 | `log_begin` | below it the log has nothing: the last image received |
 //! | 160 | 8 | `births_from` | of what was born below it the base knows nothing |
 //! | 168 | 16 | `split_from` | the node with which this one has a split brain; zeros for none |
-//! | 184 | 8 | `checksum` | xxh3-64 of the 184 bytes before |
+//! | 184 | 8 | `reign` | the reign that this node began last, or was about to; zeros for none |
+//! | 192 | 8 | `checksum` | xxh3-64 of the 192 bytes before |
 
 use std::io::{self, IoSlice};
 use std::mem::offset_of;
@@ -34,7 +35,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::io::{Disk, DiskFile, OpenMode};
-use crate::units::{GroupId, Incarnation, Lsn, Name, NodeId};
+use crate::units::{EpochId, GroupId, Incarnation, Lsn, Name, NodeId};
 
 /// The file's name.
 pub(super) const META: &str = "meta";
@@ -42,19 +43,18 @@ pub(super) const META: &str = "meta";
 pub(super) const UNFINISHED_META: &str = "meta.new";
 
 const MAGIC: [u8; 8] = *b"TIDEMETA";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const SLOT_BYTES: u64 = 4096;
-const CHECKSUM_OFFSET: usize = 184;
+const CHECKSUM_OFFSET: usize = 192;
 
 const CLEAN: u32 = 1;
-// 2 was that of a node that had given up its reign: it says so by REIGNS now.
-const RETIRED: u32 = 4;
-const FAILED: u32 = 8;
-const REIGN_DUE: u32 = 16;
-const YIELDING: u32 = 32;
-const MERGING: u32 = 64;
-const OLD_LOG: u32 = 128;
-const REIGNS: u32 = 256;
+const RETIRED: u32 = 2;
+const FAILED: u32 = 4;
+const REIGN_DUE: u32 = 8;
+const YIELDING: u32 = 16;
+const MERGING: u32 = 32;
+const OLD_LOG: u32 = 64;
+const REIGNS: u32 = 128;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +79,9 @@ pub(super) struct Meta {
     /// alone cannot tell: it may be damaged before that record, or a copy that has come to a reign
     /// which this node once had.
     pub reigns: bool,
+    /// The reign that this node began last, or was about to, before its record: where a crash came
+    /// before `reigns` was written, the log tells by it whether it did. 0 where it has given it up.
+    pub reign: EpochId,
     /// Replication was stopped here.
     pub retired: bool,
     /// A sync failed.
@@ -120,11 +123,12 @@ struct RawSlot {
     log_begin: U64,
     births_from: U64,
     split_from: [u8; 16],
+    reign: U64,
     checksum: U64,
 }
 
 const _: () = {
-    assert!(size_of::<RawSlot>() == 192);
+    assert!(size_of::<RawSlot>() == 200);
     assert!(offset_of!(RawSlot, sequence) == 16);
     assert!(offset_of!(RawSlot, group) == 24);
     assert!(offset_of!(RawSlot, fold_target) == 48);
@@ -165,6 +169,7 @@ impl Meta {
             log_begin: self.log_begin.0.into(),
             births_from: self.births_from.0.into(),
             split_from: self.split_from.map_or([0; 16], |node| node.0),
+            reign: self.reign.0.into(),
             checksum: 0.into(),
         };
         raw.checksum = xxh3_64(&raw.as_bytes()[..CHECKSUM_OFFSET]).into();
@@ -197,6 +202,7 @@ impl Meta {
             merging: flags & MERGING != 0,
             old_log: flags & OLD_LOG != 0,
             reigns: flags & REIGNS != 0,
+            reign: EpochId(raw.reign.get()),
             boot: Some(raw.boot.get()).filter(|boot| *boot != 0),
             log_begin: Lsn(raw.log_begin.get()),
             births_from: Lsn(raw.births_from.get()),
@@ -287,9 +293,9 @@ mod tests {
             // magic
             "544944454d455441",
             // version
-            "02000000",
+            "03000000",
             // flags: clean, failed, reign due, split brain, yielding, merging, reigns
-            "79010000",
+            "bd000000",
             // sequence
             "0900000000000000",
             // group
@@ -317,8 +323,10 @@ mod tests {
             "0006000000000000",
             // split_from
             "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
+            // reign
+            "0807060504030201",
             // checksum
-            "b09ee82f076c9691",
+            "c778315830749fa1",
         ))
         .unwrap();
         let meta = Meta {
@@ -331,6 +339,7 @@ mod tests {
             incarnation: Incarnation(0x3132_3334_3536_3738),
             clean: true,
             reigns: true,
+            reign: EpochId(0x0102_0304_0506_0708),
             retired: false,
             failed: true,
             reign_due: true,

@@ -109,9 +109,14 @@ impl Moment {
         self.broken.lock().expect("no holder panics").clone()
     }
 
+    /// From now on it cannot be read.
+    pub(super) fn close(&self, reason: String) {
+        self.broken.lock().expect("no holder panics").get_or_insert(reason);
+    }
+
     /// From now on it cannot be read; what it had is let go.
     pub(super) fn give_up(&self, reason: String) {
-        self.broken.lock().expect("no holder panics").get_or_insert(reason);
+        self.close(reason);
         let parts = std::mem::take(&mut *self.parts.write().expect("no holder panics"));
         if let Some(overlay) = parts.overlay
             && let Err(cause) = overlay.give_back()

@@ -120,7 +120,11 @@ impl Group {
         // them.
         segments.retire_below(horizon.position.lsn.segment_number(before.segment_bytes));
         // Records tell what was durable at their author. That is here only where they are our own.
-        let own = |content: &Content| author_of(content) == Some(context.node.id) && before.reigns;
+        let own = |content: &Content| {
+            last_reign(content).is_some_and(|(author, id)| {
+                author == context.node.id && (before.reigns || id == before.reign)
+            })
+        };
         let scan_to = |end| {
             let scan = |remember: &BTreeSet<Lsn>| {
                 scan(&segments, &horizon, before.durable, end, remember, context.node.id, own)
@@ -229,6 +233,11 @@ impl Group {
                 meta.yielding = false;
                 meta.failed = false;
                 meta.reigns = primary;
+                if !primary {
+                    meta.reign = EpochId(0);
+                }
+                // Its reign's record was durable; that it was promoted was not noted here.
+                meta.retired &= !primary;
                 meta.reign_due |= primary && lost;
             }
         })
@@ -376,8 +385,8 @@ impl Group {
 }
 
 /// The author of the last reign.
-fn author_of(content: &Content) -> Option<NodeId> {
-    content.table.view(Vec::new()).epochs.last().map(|epoch| epoch.author)
+fn last_reign(content: &Content) -> Option<(NodeId, EpochId)> {
+    content.table.view(Vec::new()).epochs.last().map(|epoch| (epoch.author, epoch.id))
 }
 
 /// Follows the log from the horizon on, to `end` at most. Requests are applied when they are whole.

@@ -9,7 +9,7 @@ use super::receive::Pending;
 use super::{EpochRecord, GroupError, NodeIdentity, Role};
 use crate::events::Severity;
 use crate::log::control::{COUNTER_MAX, Control, MemberRecord, Mode, OnLoss};
-use crate::units::{Chain, Lsn};
+use crate::units::{Chain, EpochId, Lsn};
 
 /// What came of [`Group::take_over`].
 #[derive(Debug)]
@@ -122,6 +122,13 @@ impl Group {
         mut epoch: EpochRecord,
         at: Option<(Lsn, Chain)>,
     ) -> Result<EpochRecord, GroupError> {
+        // Hosts are served as soon as the record is in the log: no crash behind that may leave a
+        // node that does not know whose it is.
+        self.update_meta(|meta| {
+            if !meta.reigns {
+                meta.reign = epoch.id;
+            }
+        })?;
         let appended = {
             let mut core = self.lock();
             let (head, chain) = (core.writer.head(), core.writer.chain());
@@ -156,8 +163,7 @@ impl Group {
         self.notify();
         let end = appended?;
         self.sync_now()?;
-        // Only now: a crash before leaves a demoted or a secondary's log, which may be promoted
-        // again. So does an error, and nobody is served meanwhile.
+        // What a log that is damaged before the record cannot tell.
         self.write_meta(|meta| {
             (meta.reigns, meta.retired, meta.reign_due) = (true, false, false);
             meta.durable = meta.durable.max(end);
@@ -258,7 +264,7 @@ impl Group {
         }
         self.fail_held();
         self.update_meta(|meta| {
-            meta.reigns = false;
+            (meta.reigns, meta.reign) = (false, EpochId(0));
             meta.split_from = None;
             meta.durable = meta.durable.max(durable);
         })?;

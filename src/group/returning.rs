@@ -21,7 +21,7 @@ use super::{EpochRecord, GroupError, Role};
 use crate::events::Severity;
 use crate::log::reader::ScanEnd;
 use crate::log::writer::Writer;
-use crate::units::{ByteSize, Chain, Lsn, NodeId};
+use crate::units::{ByteSize, Chain, EpochId, Lsn, NodeId};
 
 /// Hosts wait for the peers' answer this long after the start, or after the last bytes that were
 /// taken back: a peer that had no route here dials again within it.
@@ -317,7 +317,7 @@ impl Group {
         let authored = authored_behind(&core.view.epochs, self.context.node.id, at, head);
         let committed = if core.role == Role::Primary { at } else { core.committed.min(at) };
         let noted = self.update_meta_locked(&mut core, |meta| {
-            meta.reigns = false;
+            (meta.reigns, meta.reign) = (false, EpochId(0));
             meta.reign_due = false;
             meta.split_from = None;
             meta.durable = at;

@@ -369,10 +369,15 @@ impl Group {
         if state.common >= state.old_head || state.branch.is_some() {
             return Ok(());
         }
-        let (common, end) = (state.common, self.lock().timeline.end().position());
+        let common = state.common;
+        let (end, epoch) = {
+            let core = self.lock();
+            let before = core.view.epochs.iter().rfind(|reign| reign.first_lsn < common);
+            (core.timeline.end().position(), before.map(|reign| reign.id))
+        };
         let branch = Branch {
             name: String::new(),
-            from: Position { lsn: common, ..end },
+            from: Position { lsn: common, epoch: epoch.unwrap_or(end.epoch), ..end },
             to: end,
             bytes: end.lsn.bytes_since(common),
             authored: false,

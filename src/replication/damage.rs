@@ -2,8 +2,9 @@
 //! is whole again or gone; with the last scrub and the last comparison beside it. Kept over
 //! restarts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -242,6 +243,19 @@ impl Shared {
         change(locked(&self.ledgers).entry(group).or_default())
     }
 
+    /// What is known of groups that are gone, or of copies that begin anew, is of nothing any more.
+    /// Of a group that is only not open yet it stays.
+    pub(super) fn forget_ledgers(self: &Arc<Self>, gone: &HashSet<GroupId>) {
+        let mut ledgers = locked(&self.ledgers);
+        let known = ledgers.len();
+        ledgers.retain(|group, _| !gone.contains(group));
+        if ledgers.len() == known {
+            return;
+        }
+        let shared = Arc::clone(self);
+        tokio::task::spawn_blocking(move || shared.save_ledgers());
+    }
+
     /// Keeps what is known over a restart.
     pub(super) fn save_ledgers(&self) {
         // The lock is held over the write: a later state is never overwritten by an older one.
@@ -299,8 +313,6 @@ pub(super) fn load(dir: &Path) -> Ledgers {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::io::MemoryDisk;
     use crate::replication::drive::tests::node_on;

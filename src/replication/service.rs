@@ -474,7 +474,7 @@ impl Shared {
     pub(super) fn look_at_groups(self: &Arc<Self>, outputs: &mut Vec<(NodeId, Output)>) {
         let all = std::mem::take(&mut *locked(&self.all_dirty));
         let dirty = std::mem::take(&mut *locked(&self.dirty));
-        let mut gone = HashSet::new();
+        let (now, mut known, mut gone) = (self.now(), Vec::new(), HashSet::new());
         let groups: Vec<Arc<dyn Replica>> = if all {
             let groups = self.groups.groups();
             gone = self.watch(&groups);
@@ -486,7 +486,6 @@ impl Shared {
             return;
         }
         let peers = locked(&self.store).all().to_vec();
-        let (now, mut known) = (self.now(), Vec::new());
         let mut cores = locked(&self.cores);
         // By whose stream each group follows; of several the first.
         let mut followed: Vec<(Name, GroupId)> = Vec::new();
@@ -544,21 +543,22 @@ impl Shared {
                 }
             });
         }
-        // What is known of a group that is only not open yet stays.
         for group in &gone {
             locked(&self.workers).remove(group);
             locked(&self.checks).remove(group);
-            locked(&self.ledgers).remove(group);
         }
+        self.forget_ledgers(&gone);
     }
 
-    /// Hears of what changes in the groups; those that it heard of until now, and that are gone.
+    /// Hears of what changes in the groups; those that are gone, and those that begin as nothing.
     fn watch(self: &Arc<Self>, groups: &[Arc<dyn Replica>]) -> HashSet<GroupId> {
         let mut watched = locked(&self.watched);
-        let gone = watched.extract_if(|id| groups.iter().all(|it| it.id() != *id)).collect();
+        let gone = watched.extract_if(|id| groups.iter().all(|it| it.id() != *id));
+        let mut gone: HashSet<GroupId> = gone.collect();
         for group in groups {
             let id = group.id();
             if watched.insert(id) {
+                gone.extend((group.positions().head.0 == 0).then_some(id));
                 let weak = Arc::downgrade(self);
                 group.subscribe(Box::new(move || {
                     weak.upgrade().is_some_and(|shared| shared.group_changed(id))

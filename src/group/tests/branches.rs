@@ -3,6 +3,7 @@
 use super::*;
 use crate::io::Fault;
 use crate::log::control::Consistency;
+use crate::log::segment::segment_name;
 
 const BYTES: u64 = 1 << 20;
 
@@ -194,6 +195,11 @@ fn a_branch_of_a_history_that_was_cut_again_below_it_is_refused() {
     for _ in 0..4 {
         write(&group, volume, 0, &[4; 4096]);
     }
+    let refused = group.open_branch_image(&later, None, "test").map(|_| ()).unwrap_err();
+    assert!(refused.to_string().contains("was cut again"), "{refused}");
+    // The first record of what was torn tells nothing.
+    let path = dir().join("branches").join(&later).join(segment_name(0));
+    bench.disk.damage(&path, cut.head.0 + 8, 1, 0xff);
     let refused = group.open_branch_image(&later, None, "test").map(|_| ()).unwrap_err();
     assert!(refused.to_string().contains("was cut again"), "{refused}");
 }

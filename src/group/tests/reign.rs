@@ -95,8 +95,8 @@ fn a_primary_is_not_retired_by_what_was_decided_before_it_was_promoted() {
 }
 
 #[test]
-fn a_retired_copy_that_lost_its_power_while_it_was_promoted_reigns_or_is_retired_still() {
-    let (mut reigned, mut again_retired) = (0, 0);
+fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_where_it_reigns() {
+    let mut reigned = 0;
     for nth in 0..12 {
         let (bench, copy) = stopped_copy(1);
         copy.set_retired(true).unwrap();
@@ -108,15 +108,9 @@ fn a_retired_copy_that_lost_its_power_while_it_was_promoted_reigns_or_is_retired
         if again.role() == Role::Secondary {
             assert!(promoted.is_err(), "{nth}");
             assert_eq!(again.data_state().0, DataState::Retired, "{nth}");
-            // Its reign's record may be in the log: it is promoted as if it were not.
-            again.promote("test").unwrap();
-            assert_eq!(again.data_state().0, DataState::Consistent, "{nth}");
-            drop(again);
-            assert_eq!(bench.after_crash(nth).open().0.role(), Role::Primary, "{nth}");
-            again_retired += 1;
             continue;
         }
-        reigned += 1;
+        reigned += u64::from(promoted.is_err());
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: it asks whether to serve");
         again.serve().unwrap();
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}");
@@ -124,7 +118,7 @@ fn a_retired_copy_that_lost_its_power_while_it_was_promoted_reigns_or_is_retired
         again.demote().unwrap();
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: when it steps down");
     }
-    assert!(reigned > 0 && again_retired > 0, "{reigned}, {again_retired}");
+    assert!(reigned > 0, "its reign's record was durable, and it did not know");
 }
 
 #[test]
