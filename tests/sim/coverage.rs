@@ -27,6 +27,7 @@ pub const MUST: &[&str] = &[
     "branches shown",
     "branches",
     "clock jumps",
+    "copies made anew",
     "crashes in recovery",
     "cuts",
     "damage that stops a start",

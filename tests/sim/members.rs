@@ -2,7 +2,7 @@
 //!
 //! A copy whose replication was stopped is retired: it can be read, also at its older moments, it
 //! stays where it is, and it is not backed up. Taken up again it comes to order like any other, by
-//! the log or by an image.
+//! the log or by an image. And a copy is deleted, and made anew.
 
 use tidelog::group::{DataState, Group, GroupError, Point, Role};
 use tidelog::log::control::{Mode, OnLoss};
@@ -11,7 +11,7 @@ use tidelog::replication::simulation::{may_follow, put_member};
 use tidelog::units::{Lsn, NodeId};
 
 use super::hosts::MUST_HOLD;
-use super::node::contents;
+use super::node::{Death, contents, group_dir};
 use super::world::World;
 
 /// Moments of a retired copy that are opened.
@@ -46,6 +46,36 @@ impl World {
         if peer != node && primaries.count() == 1 {
             self.stop_replication(node, group, peer);
         }
+    }
+
+    /// Has a copy deleted and made anew, where another node has everything: of the node's own
+    /// earlier reigns the log that comes tells too.
+    pub fn make_anew(&mut self, node: usize, group: usize) {
+        let members = self.groups[group].members.clone();
+        let well = members.iter().all(|member| self.nodes[*member].up && !self.has_failed(*member));
+        if !well || self.nodes[node].is_primary(group) || !self.is_in_order(group) {
+            return;
+        }
+        let primary = members.iter().find(|member| self.nodes[**member].is_primary(group));
+        let found = self.nodes[*primary.expect("it is in order")].group(group).expect("it runs");
+        let (at, reigns) = (found.positions(), found.control().epochs.clone());
+        let copy = self.nodes[node].group(group).expect("it runs");
+        if at.durable < at.head || copy.branches().map_or(true, |branches| !branches.is_empty()) {
+            return;
+        }
+        let has_reigned = reigns.iter().any(|reign| reign.author == self.nodes[node].id);
+        self.coverage.add("copies made anew", 1);
+        self.coverage.add("copies made anew where their node had reigned", has_reigned.into());
+        self.die(node, Death::Kill);
+        self.say(format_args!("{} loses its copy of group {group}", self.nodes[node].name));
+        let new = self.new_group(group);
+        let this = &mut self.nodes[node];
+        this.delete(group);
+        let made = Group::create_copy(this.context(), &group_dir(group), new);
+        made.expect("a whole disk").close().expect("a whole disk");
+        let peers = members.iter().filter(|peer| **peer != node);
+        this.invited.extend(peers.map(|peer| (*peer, group)));
+        self.start(node);
     }
 
     fn stop_replication(&mut self, node: usize, group: usize, peer: usize) {

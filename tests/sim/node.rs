@@ -181,6 +181,16 @@ pub fn contents(view: &dyn View) -> Result<[Vec<u8>; VOLUMES], String> {
     Ok(found)
 }
 
+fn remove_all(disk: &MemoryDisk, dir: &Path) {
+    for name in disk.list(dir).expect("a directory") {
+        let path = dir.join(name);
+        if disk.remove(&path).is_err() {
+            remove_all(disk, &path);
+        }
+    }
+    disk.remove_dir(dir).expect("an empty directory");
+}
+
 impl Node {
     /// A node with an empty disk, that is not running.
     pub fn new(index: usize, clock: SimClock, entropy: u64) -> Node {
@@ -280,6 +290,14 @@ impl Node {
             written_back: Lsn::ZERO,
         };
         self.copies.insert(group, copy);
+    }
+
+    /// Deletes a group that is not open, and all that was promised of it.
+    pub fn delete(&mut self, group: usize) {
+        self.promises.remove(&group);
+        let dir = group_dir(group);
+        remove_all(&self.disk, &dir);
+        self.disk.sync_dir(dir.parent().expect("not the root")).expect("a whole disk");
     }
 
     /// The group, if the node runs and has it.

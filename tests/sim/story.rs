@@ -110,11 +110,7 @@ impl World {
         ]);
         let log_limit = self.chance.of(&[10 << 30, 10 << 30, 1 << 20, 256 << 10]);
         let group = self.add_group(members.clone());
-        let new = NewGroup {
-            id: self.groups[group].id,
-            name: ["g", "h"][group].parse().expect("a name"),
-            segment_bytes: SEGMENT_BYTES,
-        };
+        let new = self.new_group(group);
         let first = members[0];
         let context = self.nodes[first].context();
         let made = Group::create(context, &group_dir(group), new.clone()).expect("a whole disk");
@@ -158,6 +154,15 @@ impl World {
             self.nodes[*member].adopt(group, copy);
             let peers = members.iter().filter(|peer| *peer != member);
             self.nodes[*member].invited.extend(peers.map(|peer| (*peer, group)));
+        }
+    }
+
+    /// What a group, or a copy of it, is made from.
+    pub fn new_group(&self, group: usize) -> NewGroup {
+        NewGroup {
+            id: self.groups[group].id,
+            name: ["g", "h"][group].parse().expect("a name"),
+            segment_bytes: SEGMENT_BYTES,
         }
     }
 
@@ -226,6 +231,7 @@ impl World {
             }
             28 => self.change_members(member, group),
             29 | 30 => self.damage_alive(member, group),
+            31 | 32 => self.make_anew(member, group),
             _ => {}
         }
         for node in 0..self.nodes.len() {
@@ -246,7 +252,7 @@ impl World {
         }
     }
 
-    fn has_failed(&self, node: usize) -> bool {
+    pub fn has_failed(&self, node: usize) -> bool {
         let mut copies = self.nodes[node].copies.values();
         copies.any(|copy| copy.group.data_state().0 == DataState::Failed)
     }
