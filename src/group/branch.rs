@@ -325,6 +325,10 @@ impl Group {
     ///
     /// Where it is not, or the log does not cover that any more; what the disk says.
     pub(super) fn check_continues(&self, branch: &Branch) -> Result<(), GroupError> {
+        if branch.from.lsn == Lsn::ZERO {
+            // Every history begins there.
+            return Ok(());
+        }
         let found = self.resolve(&Point::Lsn(branch.from.lsn))?;
         if (found.epoch, found.lsn) == (branch.from.epoch, branch.from.lsn) {
             return Ok(());

@@ -117,6 +117,17 @@ impl Shared {
         Ok(was_known)
     }
 
+    /// Forgets what groups' own logs say by now: once that is durable, for a loss of power would
+    /// else leave a copy that knows nobody, and that nobody asks for.
+    pub(super) fn unask_known(&self, known: Vec<(NodeId, GroupId)>) {
+        for (node, group) in known {
+            let durable = self.groups.by_id(group).is_some_and(|group| group.sync_now().is_ok());
+            if durable && let Err(error) = self.unask(node, group) {
+                tracing::error!("{error}");
+            }
+        }
+    }
+
     /// The peer has stopped replicating the group to this node since that was asked for; the record
     /// may have come in one piece with the one that made the two members.
     pub(super) fn forget_asked_for(&self, peer: NodeId, group: GroupId) {
@@ -140,7 +151,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::group::Group;
-    use crate::io::MemoryDisk;
+    use crate::io::{Fault, MemoryDisk};
     use crate::log::control::{Control, EpochRecord, Mode};
     use crate::replication::core::Membership;
     use crate::replication::drive::tests::{Node, member, node_on};
@@ -152,7 +163,11 @@ pub(super) mod tests {
 
     /// A node that is paired with one that its group does not know.
     pub(in crate::replication) fn node_with_peer() -> (Node, Arc<Group>) {
-        let (node, group) = node_on(Arc::new(MemoryDisk::new()));
+        node_with_peer_on(Arc::new(MemoryDisk::new()))
+    }
+
+    fn node_with_peer_on(disk: Arc<MemoryDisk>) -> (Node, Arc<Group>) {
+        let (node, group) = node_on(disk);
         let peer = Peer {
             node: PEER,
             name: "b".parse().unwrap(),
@@ -209,6 +224,25 @@ pub(super) mod tests {
         group.demote().unwrap();
         ask(&node, group.id(), "g").unwrap();
         assert!(is_asked_for(&node, &group), "it is left alone, and is taken up");
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_for_is_forgotten_only_when_the_log_says_it_durably() {
+        let disk = Arc::new(MemoryDisk::new());
+        let (node, group) = node_with_peer_on(Arc::clone(&disk));
+        let shared = &node.replication.shared;
+        group.append_control(member(PEER, "b", Mode::Async)).unwrap();
+        shared.ask_for(PEER, group.id()).unwrap();
+        group.append_control(member(NodeId([3; 16]), "c", Mode::Async)).unwrap();
+        let head = group.positions().head;
+        shared.unask_known(vec![(PEER, group.id())]);
+        assert!(!is_asked_for(&node, &group) && group.positions().durable >= head);
+        shared.ask_for(PEER, group.id()).unwrap();
+        disk.inject(Fault::PowerOff { operation: disk.operations() });
+        group.append_control(member(PEER, "b", Mode::Sync)).unwrap_err();
+        shared.unask_known(vec![(PEER, group.id())]);
+        assert!(is_asked_for(&node, &group), "it may be gone after a start");
         node.stop();
     }
 

@@ -535,13 +535,7 @@ impl Shared {
         if !known.is_empty() {
             // Their logs say it themselves now.
             let shared = Arc::clone(self);
-            tokio::task::spawn_blocking(move || {
-                for (node, group) in known {
-                    if let Err(error) = shared.unask(node, group) {
-                        tracing::error!("{error}");
-                    }
-                }
-            });
+            tokio::task::spawn_blocking(move || shared.unask_known(known));
         }
         for group in &gone {
             locked(&self.workers).remove(group);

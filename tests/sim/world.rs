@@ -469,7 +469,9 @@ impl World {
             local.given_up.clone_from(&given_up);
             let channel = self.nodes[node].links[&peer].core.channel(id);
             let parted = channel.is_some_and(|channel| channel.parted().is_some());
-            if asked && !parted && matches!(local.membership, Membership::Member { .. }) {
+            let says = matches!(local.membership, Membership::Member { .. });
+            // What the log says by itself counts once it is durable.
+            if asked && !parted && says && found.sync_now().is_ok() {
                 self.nodes[node].invited.remove(&(peer, group));
             }
             self.feed(node, peer, Input::Group(Box::new(local)));
