@@ -525,7 +525,7 @@ impl Group {
         if retired == before.is_some() {
             return Ok(());
         }
-        if retired && before.is_none() {
+        if retired {
             let text = format!(
                 "replication to this node was stopped: the copy stays readable, as of LSN {head}, \
                  and is not backed up any more"

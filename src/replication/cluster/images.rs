@@ -1,6 +1,7 @@
 //! Logs that are folded, so that a peer that was away is brought up by an image: of these logs, the
 //! bytes up to a position.
 
+use super::returns::primary_that_lost_what_its_copy_has;
 use super::*;
 use crate::group::{ImageOffer, ImageProgress, Place, Reached, Staged};
 use crate::units::{Position, VolumeNumber};
@@ -311,20 +312,7 @@ fn a_copy_that_holds_no_moment_is_sent_all_of_an_image_whether_or_not_the_log_re
 /// Whole images would take from it what the branch lies above.
 #[test]
 fn a_received_tail_is_kept_and_no_whole_image_sent_where_the_primarys_log_has_gone_past_it() {
-    let mut world = World::new(15);
-    world.run(seconds(3));
-    for _ in 0..10 {
-        world.write(0);
-    }
-    world.run(Duration::from_millis(300));
-    let received = world.nodes[1].log.bytes.clone();
-    world.stop(1);
-    world.stop(0);
-    world.nodes[0].log.cut(RECORD_BYTES * 2);
-    world.nodes[0].reign_due = true;
-    world.restart(0);
-    world.run(seconds(6));
-    world.hosts_insist(0);
+    let (mut world, received) = primary_that_lost_what_its_copy_has();
     for _ in 0..10 {
         world.write(0);
     }

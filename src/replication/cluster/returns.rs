@@ -191,8 +191,8 @@ fn a_primary_that_lost_power_takes_back_what_its_peer_has() {
     world.assert_streaming();
 }
 
-#[test]
-fn a_tail_that_was_only_received_is_kept_as_a_branch_by_itself() {
+/// A primary that lost power and serves again, while its copy is away that has more; what that has.
+pub(super) fn primary_that_lost_what_its_copy_has() -> (World, Vec<u8>) {
     let mut world = World::new(15);
     world.run(seconds(3));
     for _ in 0..10 {
@@ -209,6 +209,12 @@ fn a_tail_that_was_only_received_is_kept_as_a_branch_by_itself() {
     world.restart(0);
     world.run(seconds(6));
     world.hosts_insist(0);
+    (world, received)
+}
+
+#[test]
+fn a_tail_that_was_only_received_is_kept_as_a_branch_by_itself() {
+    let (mut world, received) = primary_that_lost_what_its_copy_has();
     world.write(0);
     world.restart(1);
     world.run(seconds(10));
