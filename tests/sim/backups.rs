@@ -5,15 +5,13 @@
 //! threads do around them is a tick of each node every second here.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tidelog::backup::{
-    Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Objects, Observation, Outcome,
-    PeerPhase, Placement, Reason, Reigns, ReplicationFacts, Schedule, SlotResult, SlotRun,
-    SlotStore, Watch, counterpart, others,
+    Claim, Facts, JobSettings, MemoryObjects, Next, NodeFacts, Observation, Outcome, PeerPhase,
+    Placement, Reason, Reigns, ReplicationFacts, Schedule, SlotResult, SlotRun, SlotStore, Watch,
+    counterpart, others,
 };
 use tidelog::group::{DataState, Group, Image, Point, Role};
 use tidelog::replication::ReplicationState;
@@ -23,42 +21,13 @@ use super::alarms::Basis;
 use super::event::Event;
 use super::node::contents;
 use super::oracle::Held;
+use super::reach::Reach;
 use super::world::World;
 
 /// Between two slots.
 pub const SLOT_EVERY: Duration = Duration::from_secs(60);
 
 const TERM: Span = Span::from_secs(6);
-
-/// The repository as one node sees it.
-pub struct Reach {
-    objects: Arc<MemoryObjects>,
-    within: AtomicBool,
-}
-
-impl Reach {
-    fn check(&self) -> io::Result<()> {
-        match self.within.load(Ordering::Relaxed) {
-            true => Ok(()),
-            false => Err(io::Error::new(io::ErrorKind::NotConnected, "out of reach")),
-        }
-    }
-}
-
-impl Objects for Reach {
-    fn create(&self, name: &str, body: &[u8]) -> io::Result<bool> {
-        self.check().and_then(|()| self.objects.create(name, body))
-    }
-    fn replace(&self, name: &str, body: &[u8]) -> io::Result<()> {
-        self.check().and_then(|()| self.objects.replace(name, body))
-    }
-    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        self.check().and_then(|()| self.objects.read(name))
-    }
-    fn list(&self, dir: &str) -> io::Result<Vec<String>> {
-        self.check().and_then(|()| self.objects.list(dir))
-    }
-}
 
 /// A backup that is being made.
 struct Making {
@@ -77,6 +46,8 @@ struct Open {
     run: SlotRun,
     store: SlotStore,
     phase: PeerPhase,
+    /// The claim that was decided on, and is not made yet.
+    claiming: Option<u32>,
     making: Option<Making>,
 }
 
@@ -129,7 +100,7 @@ pub struct Backups {
 impl Backups {
     /// Whether a node sees the repository.
     pub fn is_in_sight(&self, node: usize) -> bool {
-        self.reaches[node].check().is_ok()
+        self.reaches[node].is_in_sight()
     }
 }
 
@@ -137,8 +108,7 @@ impl World {
     /// Each group gets a job that is due every minute.
     pub fn begin_backups(&mut self) {
         let objects = Arc::new(MemoryObjects::new());
-        let reach =
-            |_| Arc::new(Reach { objects: Arc::clone(&objects), within: AtomicBool::new(true) });
+        let reach = |_| Arc::new(Reach::new(Arc::clone(&objects)));
         let placement = self.chance.of(&[
             Placement::PreferSecondary,
             Placement::PreferSecondary,
@@ -150,6 +120,8 @@ impl World {
             deadline: Span::from_secs(20),
             run_limit: Span::from_secs(15),
             grace: Span::from_secs(5),
+            // A copy that is old is backed up late, also beside a primary that is not heard.
+            allow_stale: placement == Placement::Any,
             ..JobSettings::default()
         };
         self.backups = Some(Backups {
@@ -225,13 +197,13 @@ impl World {
     /// The repository comes into a node's sight, or leaves it.
     pub fn toggle_repository(&mut self, node: usize) {
         let Some(backups) = &self.backups else { return };
-        let within = !backups.reaches[node].within.load(Ordering::Relaxed);
+        let within = !backups.is_in_sight(node);
         self.set_repository(node, within);
     }
 
     fn set_repository(&mut self, node: usize, within: bool) {
         let Some(backups) = &self.backups else { return };
-        backups.reaches[node].within.store(within, Ordering::Relaxed);
+        backups.reaches[node].set_in_sight(within);
         self.coverage.add("repository out of reach", u64::from(!within));
         self.say(format_args!("{} has the repository: {within}", self.nodes[node].name));
     }
@@ -292,7 +264,8 @@ impl World {
         let run = SlotRun::new(this, backups.settings.clone(), deadline_at).patient();
         let objects = backups.reaches[node].clone();
         let store = SlotStore::new(objects, Self::job(group), slot);
-        let open = Open { run, store, phase: PeerPhase::Deciding, making: None };
+        let phase = PeerPhase::Deciding;
+        let open = Open { run, store, phase, claiming: None, making: None };
         // Slots of the job that only wait are decided now.
         for ((other, _), waiting) in &mut keeper.open {
             if *other == group && matches!(waiting.phase, PeerPhase::Deciding) {
@@ -309,7 +282,7 @@ impl World {
         facts.memory_free_bytes = Some(8 << 30);
         (facts.storage_free_bytes, facts.storage_total_bytes) = (Some(50 << 30), Some(100 << 30));
         let backups = self.backups.as_ref().expect("backups are made");
-        facts.repository = Some(backups.reaches[node].check().is_ok());
+        facts.repository = Some(backups.is_in_sight(node));
         if let Some(found) = self.nodes[node].group(group) {
             let problem = |code: &str, text: String| Reason { code: code.to_owned(), text };
             let (state, why, _) = found.data_state();
@@ -388,13 +361,15 @@ impl World {
         if found.awaits_answer() || found.control().members.is_empty() {
             return;
         }
+        if let Some(number) = open.claiming.take() {
+            return self.begin_making(node, group, slot, open, number);
+        }
         let (facts, peer) = self.facts(node, group, slot);
         let now = self.nodes[node].monotonic();
         let view = open.store.look(now, || Reigns::of(&found, slot));
         let view = view.map_err(|error| error.to_string());
         let number = view.as_ref().map_or(0, |view| view.number);
         let seen = view.as_ref().ok().and_then(|view| view.result.clone());
-        let role = facts.role;
         match open.run.step(Observation { now, facts, view, peer }) {
             Next::Wait(_) => {}
             Next::End(outcome, _) => {
@@ -416,49 +391,65 @@ impl World {
             Next::Run(_) => {
                 let retired = found.data_state().0 == DataState::Retired;
                 assert!(!retired, "{}: a retired copy is backed up", self.nodes[node].name);
-                let run = EpochId(self.chance.next());
-                let node_name = self.nodes[node].name.clone();
-                let claim = Claim { node: node_name, run, term: TERM };
-                match open.store.claim(number + 1, &claim) {
-                    Ok(true) => {}
-                    Ok(false) => return self.coverage.add("claims lost", 1),
-                    Err(error) => return open.run.failed_here(format!("claim: {error}")),
+                // Another node may decide the same meanwhile.
+                match self.chance.one_in(2) {
+                    true => open.claiming = Some(number + 1),
+                    false => self.begin_making(node, group, slot, open, number + 1),
                 }
-                self.coverage.add("claims taken over", u64::from(number > 0));
-                if role == Role::Primary {
-                    let _ = found.sync_now();
-                }
-                let point = Point::Lsn(found.positions().committed);
-                let image = found.open_image(&point, None, "backup", None);
-                let bytes = image.as_ref().map(|image| contents(&**image));
-                let (Ok(image), Ok(Ok(bytes))) = (&image, &bytes) else {
-                    let _ = open.store.end(number + 1, "no image");
-                    return open.run.failed_here("no image");
-                };
-                let oracle = &self.groups[group].oracle;
-                let held = oracle.read(bytes).unwrap_or_else(|why| panic!("backup: {why}"));
-                oracle.places(&held).unwrap_or_else(|why| panic!("backup: {why}"));
-                // Too long for its limit, where not all is to be well.
-                let longest = if self.backups.as_ref().is_some_and(|it| it.calm) { 8 } else { 40 };
-                let takes = Duration::from_secs(self.chance.of(&[1, 3, 8, longest]));
-                self.say(format_args!(
-                    "{} makes the backup of group {group} for {slot}, claim {}",
-                    self.nodes[node].name,
-                    number + 1
-                ));
-                open.phase = PeerPhase::Running;
-                open.making = Some(Making {
-                    number: number + 1,
-                    counter: 0,
-                    run,
-                    started: now,
-                    renewed: now,
-                    takes,
-                    image: Arc::clone(image),
-                    held,
-                });
             }
         }
+    }
+
+    fn begin_making(
+        &mut self,
+        node: usize,
+        group: usize,
+        slot: LogTime,
+        open: &mut Open,
+        number: u32,
+    ) {
+        let Some(found) = self.nodes[node].group(group).cloned() else { return };
+        let run = EpochId(self.chance.next());
+        let node_name = self.nodes[node].name.clone();
+        let claim = Claim { node: node_name, run, term: TERM };
+        match open.store.claim(number, &claim) {
+            Ok(true) => {}
+            Ok(false) => return self.coverage.add("claims lost", 1),
+            Err(error) => return open.run.failed_here(format!("claim: {error}")),
+        }
+        self.coverage.add("claims taken over", u64::from(number > 1));
+        if found.role() == Role::Primary {
+            let _ = found.sync_now();
+        }
+        let point = Point::Lsn(found.positions().committed);
+        let image = found.open_image(&point, None, "backup", None);
+        let bytes = image.as_ref().map(|image| contents(&**image));
+        let (Ok(image), Ok(Ok(bytes))) = (&image, &bytes) else {
+            let _ = open.store.end(number, "no image");
+            return open.run.failed_here("no image");
+        };
+        let oracle = &self.groups[group].oracle;
+        let held = oracle.read(bytes).unwrap_or_else(|why| panic!("backup: {why}"));
+        oracle.places(&held).unwrap_or_else(|why| panic!("backup: {why}"));
+        // Too long for its limit, where not all is to be well.
+        let longest = if self.backups.as_ref().is_some_and(|it| it.calm) { 8 } else { 40 };
+        let takes = Duration::from_secs(self.chance.of(&[1, 3, 8, longest]));
+        self.say(format_args!(
+            "{} makes the backup of group {group} for {slot}, claim {number}",
+            self.nodes[node].name,
+        ));
+        let now = self.nodes[node].monotonic();
+        open.phase = PeerPhase::Running;
+        open.making = Some(Making {
+            number,
+            counter: 0,
+            run,
+            started: now,
+            renewed: now,
+            takes,
+            image: Arc::clone(image),
+            held,
+        });
     }
 
     fn go_on_making(&mut self, node: usize, group: usize, slot: LogTime, open: &mut Open) {

@@ -24,6 +24,7 @@ mod modes;
 mod network;
 mod node;
 mod oracle;
+mod reach;
 mod repairs;
 mod rewinds;
 mod story;

@@ -12,6 +12,9 @@ use super::bulk::Writer;
 use super::event::Event;
 use super::world::World;
 
+/// Microseconds that a frame of bulk takes at most on the slowest links.
+const SLOW_LINK: u64 = 500_000;
+
 /// One direction of a connection.
 #[derive(Default)]
 struct Pipe {
@@ -103,6 +106,8 @@ impl World {
             return;
         }
         let conn = ConnId(self.next_number());
+        let slowness = self.chance.of(&[20, 200, 5000, SLOW_LINK]);
+        self.coverage.add("slow links", u64::from(slowness == SLOW_LINK));
         let connection = Connection {
             ends: [node, peer],
             pipes: Default::default(),
@@ -110,7 +115,7 @@ impl World {
             open: [true; 2],
             up: [false; 2],
             writers: Default::default(),
-            slowness: Duration::from_micros(self.chance.of(&[20, 200, 5000, 500_000])),
+            slowness: Duration::from_micros(slowness),
         };
         self.connections.insert(conn, connection);
         for (side, end) in [node, peer].into_iter().enumerate() {
