@@ -2,29 +2,15 @@
 //! answered lost, status that says so, and a way back. Needs a C compiler, and root for the first.
 
 use std::path::Path;
-use std::time::Duration;
 
 use nix::errno::Errno as Code;
 use serde_json::Value;
-use tidelog::nbd::{Client, ClientError, Errno, NbdAddress};
+use tidelog::nbd::{ClientError, Errno};
 
 use crate::support::faulty::{Call, Faults, SmallDisk};
-use crate::support::load::{Load, client, contents, create_volumes, hold};
-use crate::support::{Appliance, Setup, pause, wait_for};
-
-/// Bytes of the volume that makes a log long.
-const LARGE_BYTES: u64 = 192 << 20;
-/// Bytes that no log of these tests can hold without being folded.
-const OUTRUN_BYTES: u64 = 288 << 20;
-/// How long hosts may get no answer before status has to say why.
-const STALL: Duration = Duration::from_secs(2);
-
-fn make_group(a: &Appliance) {
-    a.run(&["group", "create", "g"]);
-    a.run(&["group", "set", "g", "log_limit=256M"]);
-    create_volumes(a);
-    a.run(&["volume", "create", "g/large", "--size", &LARGE_BYTES.to_string()]);
-}
+use crate::support::load::{Load, client, contents, hold};
+use crate::support::long_log::{LARGE_BYTES, OUTRUN_BYTES, make_group, write_until_refused};
+use crate::support::{Appliance, Setup, wait_for};
 
 /// What an examination prints whose exit status says that it left out something.
 fn not_all(node: &Appliance, arguments: &[&str]) -> String {
@@ -33,24 +19,6 @@ fn not_all(node: &Appliance, arguments: &[&str]) -> String {
     assert_eq!(output.status.code(), Some(1), "{arguments:?}: {told}");
     assert!(told.contains("not all was "), "{arguments:?}: {told}");
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// Writes a mebibyte after the other, until one is refused or all are written.
-fn write_until_refused(node: &Appliance, bytes: u64) -> Result<(), Errno> {
-    let mut client = client(node, "large");
-    for part in 0..bytes >> 20 {
-        let data: Vec<u8> =
-            (0..1u64 << 17).flat_map(|word| (word * (part + 1)).to_le_bytes()).collect();
-        match client.write((part << 20) % LARGE_BYTES, &data) {
-            Ok(()) => {}
-            Err(ClientError::Request { errno, .. }) => return Err(errno),
-            Err(error) => panic!("{error}"),
-        }
-    }
-    client.flush().map_err(|error| match error {
-        ClientError::Request { errno, .. } => errno,
-        error => panic!("{error}"),
-    })
 }
 
 /// One small write with its flush.
@@ -468,68 +436,50 @@ fn a_full_repository_fails_the_run_with_its_reason_and_the_next_run_makes_the_ba
     assert!(std::fs::read(restored).unwrap() == live);
 }
 
-/// Hosts write three times the log's limit as fast as they can; whenever nothing is answered for a
-/// while, status says why. `at_a_stall` is done at the first of these.
-fn sustained(policy: &[&str], at_a_stall: impl Fn(&Appliance, &Value)) {
+/// What old moments keep is given up, the costliest first, before space is short for hosts. The
+/// reserve is more than the log may still grow by.
+#[test]
+fn the_disk_reserve_ends_the_image_that_costs_most_and_hosts_go_on() {
+    const RESERVE_MEBIBYTES: u64 = 300;
     let dir = tempfile::tempdir().unwrap();
-    let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
+    let disk = SmallDisk::new(dir.path(), 1200);
+    let a = Appliance::start(
+        &dir.path().join("a"),
+        Setup {
+            data_dir: Some(disk.root.join("data")),
+            more: format!("[limits]\ndisk_reserve = \"{RESERVE_MEBIBYTES}M\"\n"),
+            ..Setup::new("a")
+        },
+    );
     make_group(&a);
-    a.run(&[&["group", "set", "g"], policy].concat());
+    a.run(&["group", "set", "g", "window=0s"]);
+    write_until_refused(&a, LARGE_BYTES).unwrap();
+    wait_for_status(&a, "all of it to be in the base", |status| {
+        status["log"]["horizon_lsn"].as_u64() >= Some(LARGE_BYTES)
+    });
+    a.run(&["image", "open", "g", "--at", "now", "--name", "costly"]);
+    write_until_refused(&a, LARGE_BYTES).unwrap();
+    wait_for("what the image shows to be kept", || {
+        let timeline = a.json(&["timeline", "g"]);
+        let hold = timeline["holds"].as_array()?.iter().find(|hold| hold["image"] == "costly")?;
+        (hold["disk_bytes"].as_u64()? >= LARGE_BYTES / 10 * 8).then_some(())
+    });
+    a.run(&["image", "open", "g", "--at", "now", "--name", "cheap"]);
+    let cheap = contents(&a, "@cheap");
     let load = Load::start(a.nbd_socket());
-    let writer = {
-        let address = NbdAddress::Unix(a.nbd_socket());
-        std::thread::spawn(move || {
-            let mut client = Client::connect(&address, "g/large").unwrap();
-            for part in 0..3 * (OUTRUN_BYTES >> 20) {
-                client.write((part << 20) % LARGE_BYTES, &vec![part as u8; 1 << 20]).unwrap();
-            }
-            client.flush().unwrap();
-        })
-    };
-    let (mut before, mut stalls) = (load.answered(), 0);
-    while !writer.is_finished() {
-        pause(STALL);
-        let (answered, status) = (load.answered(), a.status("g"));
-        if answered == before && load.answered() == answered {
-            let named = status["log"]["full_reason"].as_str();
-            let named = named.is_some_and(|reason| reason.starts_with("log-full"));
-            assert!(named, "nothing is answered, and status does not say why: {status}");
-            if stalls == 0 {
-                at_a_stall(&a, &status);
-            }
-            stalls += 1;
-        }
-        let log = &status["log"];
-        let held = log["head_lsn"].as_u64().unwrap() - log["horizon_lsn"].as_u64().unwrap();
-        let limit = log["limit_bytes"].as_u64().unwrap();
-        assert!(held <= limit + (8 << 20), "the log has a limit: {status}");
-        before = answered;
-    }
-    writer.join().unwrap();
+    load.wait_for_more(100);
+    assert_eq!(a.events("image-lost"), Vec::<String>::new());
+    // Less is free than is to stay free, by less than the costly one takes.
+    disk.leave(RESERVE_MEBIBYTES - 20);
+    let lost = wait_for("the reserve to be made whole", || a.events("image-lost").pop());
+    assert!(lost.contains("image costly") && lost.contains("short of space"), "{lost}");
+    wait_for_status(&a, "it to be free again", |status| {
+        status["log"]["disk_free_bytes"].as_u64() >= Some(RESERVE_MEBIBYTES << 20)
+    });
+    load.wait_for_more(500);
+    assert_eq!(a.events("image-lost").len(), 1, "one was enough");
+    assert_eq!(contents(&a, "@cheap"), cheap);
+    assert!(a.status("g")["log"]["full_reason"].is_null());
     let history = load.stop();
     hold("at the end", history.faults(&contents(&a, ""), Some(history.now())));
-    assert!(a.status("g")["log"]["horizon_lsn"].as_u64().unwrap() > 0);
-}
-
-#[test]
-fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_the_window_gives_way() {
-    sustained(&["on_full=fold", "window=1h"], |_, _| {});
-}
-
-#[test]
-fn a_log_at_its_limit_never_stalls_hosts_unnamed_where_the_window_is_short() {
-    sustained(&["on_full=block", "window=1s"], |_, _| {});
-}
-
-#[test]
-fn a_log_that_blocks_keeps_its_window_until_an_operator_lets_it_go() {
-    let told = std::cell::Cell::new(false);
-    sustained(&["on_full=block", "window=1h"], |a, status| {
-        assert_eq!(status["log"]["horizon_lsn"], 0, "nothing of the window is folded: {status}");
-        let reason = status["log"]["full_reason"].as_str().unwrap();
-        assert!(reason.contains("group set g on_full=fold"), "{reason}");
-        told.set(true);
-        a.run(&["group", "set", "g", "on_full=fold"]);
-    });
-    assert!(told.get(), "hosts were held");
 }

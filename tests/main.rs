@@ -13,6 +13,7 @@ mod fuzz;
 mod fuzz_bodies;
 mod identity;
 mod kill;
+mod limits;
 mod modes;
 mod nbd;
 mod operator;

@@ -1,17 +1,29 @@
 //! Modes `receive` and `sync` with real processes: what an answer promises, what the loss of the
 //! peer does, and that hosts wait only where that was asked for.
 
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
 
+use crate::support::faulty::{Call, Faults};
 use crate::support::load::{Load, contents, create_volumes, hold};
 use crate::support::oracle::BLOCK_BYTES;
 use crate::support::{Appliance, Setup, wait_for};
 use nix::sys::signal::Signal;
 use tidelog::nbd::{Client, NbdAddress};
 
-fn pair(dir: &std::path::Path, mode: &[&str]) -> (Appliance, Appliance) {
+fn pair(dir: &Path, mode: &[&str]) -> (Appliance, Appliance) {
+    pair_by(dir, mode, Vec::new())
+}
+
+/// The same, with something added to the environment of the peer.
+fn pair_by(
+    dir: &Path,
+    mode: &[&str],
+    environment: Vec<(&'static str, PathBuf)>,
+) -> (Appliance, Appliance) {
     let a = Appliance::start(&dir.join("a"), Setup::new("a"));
-    let b = Appliance::start(&dir.join("b"), Setup::new("b"));
+    let b = Appliance::start(&dir.join("b"), Setup { environment, ..Setup::new("b") });
     a.pair_with(&b);
     a.run(&["group", "create", "g"]);
     create_volumes(&a);
@@ -60,9 +72,12 @@ fn what_was_answered_in_receive_mode_is_on_the_peer_when_the_primary_is_gone_for
 #[test]
 fn a_flush_in_sync_mode_is_durable_on_the_peer_when_it_is_answered() {
     let dir = tempfile::tempdir().unwrap();
-    let (a, b) = pair(dir.path(), &["--mode", "sync"]);
+    let faults = Faults::new(dir.path());
+    let (a, b) = pair_by(dir.path(), &["--mode", "sync"], faults.environment());
+    // It has all of it in memory long before, and a look at it takes less.
+    faults.slow(Call::Sync, Duration::from_millis(500), ".seg");
     let mut client = connect(&a);
-    for round in 0..10u8 {
+    for round in 0..5u8 {
         for block in 0..64 {
             client.write(block * BLOCK_BYTES as u64, &[round; BLOCK_BYTES]).unwrap();
         }

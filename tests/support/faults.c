@@ -1,8 +1,9 @@
 /* Makes calls of one process on chosen files fail, as a failing or a full disk would: preloaded by
  * tests/support/faulty.rs, which says how it is told what is to fail. The file that
  * TIDELOG_FAULTS names holds lines of `CALL ERRNO PART`: every CALL (write, sync, create or read)
- * on a path that contains PART fails with the number ERRNO and does nothing. It is read again at
- * every call. Reads through io_uring are not seen. */
+ * on a path that contains PART fails with the number ERRNO and does nothing; where that is below 0,
+ * the call is done after so many milliseconds. It is read again at every call. Reads through
+ * io_uring are not seen. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -28,7 +29,10 @@ static int fails(const char *call, const char *path) {
     text[length > 0 ? length : 0] = 0;
     for (char *line = text; sscanf(line, "%15s %d %255s%n", named, &number, part, &used) == 3;
          line += used)
-        if (!strcmp(named, call) && strstr(path, part)) return errno = number, 1;
+        if (!strcmp(named, call) && strstr(path, part)) {
+            if (number > 0) return errno = number, 1;
+            usleep(-number * 1000);
+        }
     return errno = saved, 0;
 }
 

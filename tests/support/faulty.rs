@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::fcntl::FallocateFlags;
 
 /// The library's source.
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/faults.c");
@@ -20,6 +22,16 @@ pub enum Call {
     Sync,
     /// Files that do not exist yet.
     Create,
+}
+
+impl Call {
+    fn word(self) -> &'static str {
+        match self {
+            Call::Write => "write",
+            Call::Sync => "sync",
+            Call::Create => "create",
+        }
+    }
 }
 
 /// Calls of one process on chosen files fail while they are told to.
@@ -45,17 +57,18 @@ impl Faults {
 
     /// From now on these calls fail, on all files whose path contains the text.
     pub fn set(&self, faults: &[(Call, Errno, &str)]) {
-        let lines: String = faults
-            .iter()
-            .map(|(call, errno, part)| {
-                let call = match call {
-                    Call::Write => "write",
-                    Call::Sync => "sync",
-                    Call::Create => "create",
-                };
-                format!("{call} {} {part}\n", *errno as i32)
-            })
-            .collect();
+        let line = |(call, errno, part): &(Call, Errno, &str)| {
+            format!("{} {} {part}\n", call.word(), *errno as i32)
+        };
+        self.rule(&faults.iter().map(line).collect::<String>());
+    }
+
+    /// From now on these calls take so much longer, on all files whose path contains the text.
+    pub fn slow(&self, call: Call, by: Duration, part: &str) {
+        self.rule(&format!("{} -{} {part}\n", call.word(), by.as_millis()));
+    }
+
+    fn rule(&self, lines: &str) {
         let new = self.rules.with_extension("new");
         fs::write(&new, lines).unwrap();
         fs::rename(&new, &self.rules).unwrap();
@@ -84,6 +97,15 @@ impl SmallDisk {
         fs::create_dir(&root).unwrap();
         run("mount", &["-o", "loop", text(&image), text(&root)]);
         SmallDisk { root }
+    }
+
+    /// Takes the space that is left, but for so many mebibytes.
+    pub fn leave(&self, mebibytes: u64) {
+        let space = nix::sys::statvfs::statvfs(&self.root).unwrap();
+        let free = space.blocks_available() * space.fragment_size();
+        let taken = i64::try_from(free - (mebibytes << 20)).unwrap();
+        let file = File::create(self.filler()).unwrap();
+        nix::fcntl::fallocate(&file, FallocateFlags::empty(), 0, taken).unwrap();
     }
 
     /// Takes all the space that is left.

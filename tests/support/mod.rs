@@ -3,6 +3,7 @@
 mod appliance;
 pub mod faulty;
 pub mod load;
+pub mod long_log;
 pub mod oracle;
 
 use std::time::Duration;
