@@ -7,6 +7,7 @@ mod cli;
 mod control;
 mod crash;
 mod damage;
+mod delegated;
 mod disk;
 mod failover;
 mod fuzz;

@@ -9,6 +9,8 @@ use tidelog::backup::{Outcome, Verdict};
 use tidelog::events::Severity;
 use tidelog::group::Role;
 use tidelog::io::{Env, ManualClock};
+use tidelog::log::control::{Control, PolicyRecord};
+use tidelog::units::Span;
 
 use super::rig::*;
 use crate::support::wait_for;
@@ -56,9 +58,9 @@ fn a_secondary_that_is_promoted_in_mid_backup_ends_it_and_each_branch_has_one() 
     assert!(ids.iter().all(|id| pair.restored(id) == before));
 }
 
-/// It is as a machine that was paused: its clock stands still, and nothing reaches it.
+/// Its clock stands still, and nothing reaches it.
 #[test]
-fn a_secondary_that_dies_in_mid_backup_loses_the_slot_and_what_it_makes_later_counts_for_nothing() {
+fn a_secondary_that_is_paused_in_mid_backup_loses_the_slot_and_what_it_makes_later_is_nothing() {
     let clocks = ["a", "b"].map(|_| Arc::new(ManualClock::new(time("2026-11-24T02:00:00Z"))));
     let envs = clocks.clone().map(|clock| Env { clock, ..Env::real() });
     let pair = Pair::in_envs(json!({}), envs);
@@ -114,4 +116,39 @@ fn a_secondary_that_loses_the_repository_leaves_the_slot_to_the_primary() {
     std::os::unix::fs::symlink("repository", way).unwrap();
     let [id] = &made(&pair, &pair.b)[..] else { panic!("one backup") };
     assert!(pair.restored(id) == pair.live());
+}
+
+/// Hosts write over all of the image, and folds go past it, between its opening and its first read.
+#[test]
+fn a_long_backup_is_of_one_moment_while_folds_go_past_its_image() {
+    let pair = Pair::new(json!({"placement": "primary-only"}));
+    let group = pair.a.group();
+    let policy = PolicyRecord { window: Span::default(), ..PolicyRecord::default() };
+    group.append_control(Control::Policy(policy)).unwrap();
+    let before = pair.live();
+    // The copy is left behind: the log is not kept for it.
+    *pair.link.groups.write().unwrap() = None;
+    let (run, hanging) = pair.run_that_hangs();
+    let image = wait_for("its image", || group.images().into_iter().next());
+    let opened = image.position().lsn;
+    drop(image);
+    for turn in 0..3 {
+        pair.write(0, &noise(VOLUME_BYTES, 100 + turn));
+        let head = group.positions().head;
+        wait_for("a fold past it", || {
+            group.sync_now().unwrap();
+            group.fold_now().unwrap();
+            (group.positions().horizon == head).then_some(())
+        });
+        assert!(opened < head);
+    }
+    let [image] = &group.images()[..] else { panic!("one image") };
+    let kept = image.cost().disk_bytes;
+    assert!(kept > 0, "what was overwritten is kept for it");
+    hanging.end();
+    pair.a.await_event("backup-done");
+    let id = pair.entry(&pair.a, &run, "a").id.unwrap();
+    assert!(pair.restored(&id) == before, "the image is that of when it was opened");
+    assert!(pair.live() != before);
+    wait_for("its image to be closed", || group.images().is_empty().then_some(()));
 }

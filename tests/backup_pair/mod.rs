@@ -5,6 +5,7 @@ mod clocks;
 mod faults;
 mod overlap;
 mod parents;
+mod partitions;
 mod rig;
 
 use std::path::Path;
