@@ -2,10 +2,11 @@
 //! and tears what was not synced: afterwards the group shows one prefix of its writes with
 //! everything that was flushed in it, at the head and in its images, goes on, and restarts clean.
 //!
-//! Short programs are tried exhaustively, as CrashMonkey and ACE do: every program of up to four
-//! steps, stopped at every boundary inside its last step (those of earlier steps belong to a
-//! shorter program). Long ones are sampled, with several crashes each, some of them during
-//! recovery. And a disk that is an older state of itself, as a whole or in part.
+//! Short programs are tried exhaustively, as CrashMonkey and ACE do: every program of up to three
+//! steps, and of four around a fold, a way back or a restart, stopped at every boundary inside its
+//! last step (those of earlier steps belong to a shorter program). Long ones are sampled, with
+//! several crashes each, some of them during recovery. And a disk that is an older state of itself,
+//! as a whole or in part.
 
 mod bench;
 
@@ -106,6 +107,25 @@ fn going_back_around_a_fold_survives_a_crash_at_every_boundary() {
     let covered = every_program(&[Sector, Large, Fold, Back], 4, 1);
     assert_eq!(covered.programs, 4 + 16 + 64 + 256);
     assert!(covered.lost_something > 50 && covered.kept_all > 50, "{covered:?}");
+}
+
+#[test]
+fn four_steps_around_a_restart_survive_a_crash_at_every_boundary() {
+    let covered = every_program(&[Block, Large, Trim, Restart], 4, 1);
+    assert_eq!(covered.programs, 4 + 16 + 64 + 256);
+    assert!(covered.lost_something > 50 && covered.kept_all > 50, "{covered:?}");
+}
+
+/// Whichever of the segments' bytes came to the disk first.
+#[test]
+fn three_segments_that_were_filled_without_a_flush_survive_a_crash_at_every_boundary() {
+    let mut covered = Covered::default();
+    for length in 5..8 {
+        let mut program = vec![Large; length];
+        program.push(Sector);
+        every_boundary(&program, 60, &mut covered);
+    }
+    assert!(covered.lost_something > 50 && covered.kept_all > 5, "{covered:?}");
 }
 
 /// A long program, with several crashes, each of which may be followed by others before the group

@@ -241,6 +241,42 @@ fn an_image_is_opened_again_only_in_the_epoch_that_it_was_opened_in() {
     assert_eq!(bench.open().0.images().len(), 1);
 }
 
+#[test]
+fn an_image_whose_time_is_over_is_closed_by_itself_also_by_the_next_start() {
+    let bench = Bench::new("a", 32);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+    write(&group, volume, 0, &[1; 4096]);
+    let open = |text: &str, seconds: Option<u64>| {
+        let expires = seconds.map(Duration::from_secs);
+        group.open_image(&Point::Now, Some(name(text)), "test", expires).unwrap()
+    };
+    let short = open("short", Some(60));
+    open("long", Some(600));
+    open("lasting", None);
+    let look = |group: &Group| group.fold_round(&mut None);
+    let shown = |group: &Group| -> Vec<String> {
+        group.images().iter().map(|image| image.name().to_string()).collect()
+    };
+    bench.pass(59);
+    look(&group);
+    assert_eq!(shown(&group), ["lasting", "long", "short"]);
+    assert_eq!(bench.event_codes().iter().filter(|code| *code == "image-expired").count(), 0);
+    bench.pass(1);
+    look(&group);
+    assert_eq!(shown(&group), ["lasting", "long"]);
+    let told = bench.events.since(0).into_iter().find(|event| event.code == "image-expired");
+    assert!(told.unwrap().text.contains("image short of test"));
+    group.close_this_image(&short).unwrap_err();
+    group.close().unwrap();
+    drop((short, group));
+    bench.pass(600);
+    let (group, _) = bench.open();
+    look(&group);
+    assert_eq!(shown(&group), ["lasting"]);
+    assert_eq!(bench.event_codes().iter().filter(|code| *code == "image-expired").count(), 2);
+}
+
 /// A backup that hung past its image's expiry closed, at its end, the image of the next backup.
 #[test]
 fn who_closes_an_image_late_does_not_close_another_that_has_its_name() {

@@ -2,7 +2,7 @@
 //! way, the copy shows its old image or the new one, and then follows the log.
 
 use super::*;
-use crate::io::Fault;
+use crate::io::{Fault, seeds};
 use crate::log::control::Consistency;
 
 const VOLUME: u64 = 3 << 20;
@@ -200,7 +200,7 @@ fn act(dice: &Dice, primary: &Group, pair: &Bench, number: u64) {
 fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
     let (mut partial, mut whole, mut resumed, mut rebased, mut crashed) = (0, 0, 0, 0, 0);
     let (mut gone_back, mut rewinds) = (0, 0);
-    for seed in 0..40 {
+    for seed in 0..seeds(40) {
         let dice = Dice(SeededEntropy::new(seed));
         let mut pair = Pair::new(seed);
         pair.primary.create_volume(name("v"), VOLUME).unwrap();
@@ -292,6 +292,13 @@ pub(super) type Sides = [Vec<(Volume, Vec<u8>)>; 2];
 
 /// A copy that lacks an image, all of it staged; what it shows, and what it is to show.
 pub(super) fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
+    let (pair, sides, whole) = staged_to(seed, partial, usize::MAX);
+    assert!(whole);
+    (pair, sides)
+}
+
+/// The same with no more than so many parts staged; whether that is all.
+fn staged_to(seed: u64, partial: bool, parts: usize) -> (Pair, Sides, bool) {
     let pair = Pair::new(seed);
     let volume = pair.primary.create_volume(name("v"), VOLUME).unwrap().number;
     let gone = pair.primary.create_volume(name("w"), 1 << 20).unwrap().number;
@@ -311,8 +318,8 @@ pub(super) fn staged(seed: u64, partial: bool) -> (Pair, Sides) {
     pair.primary.sync_now().unwrap();
     let old = all(&pair.copy);
     let new = all(&pair.primary);
-    assert!(pair.send(usize::MAX));
-    (pair, [old, new])
+    let whole = pair.send(parts);
+    (pair, [old, new], whole)
 }
 
 /// The image of before shows what it was opened at, whatever took its place.
@@ -454,15 +461,29 @@ fn images_of_before_an_image_of_everything_are_broken_with_the_reason() {
 }
 
 #[test]
-fn a_copy_in_the_middle_of_an_image_is_promoted_as_it_was() {
-    let (pair, [old, _]) = staged(4, true);
-    pair.copy.promote("test").unwrap();
-    assert!(all(&pair.copy) == old);
-    assert!(pair.copy.switch_to_image().is_err(), "a primary takes no image");
-    assert!(pair.copy.stage(ImagePart::End).is_err());
-    assert!(all(&pair.copy) == old);
-    pair.copy.close().unwrap();
-    assert!(all(&pair.there.open().0) == old);
+fn a_copy_in_the_middle_of_an_image_is_readable_and_promotable_after_every_part_of_it() {
+    let mut promoted = 0;
+    for parts in 0.. {
+        let (pair, [old, _], whole) = staged_to(4, true, parts);
+        let what = format!("after {parts} parts");
+        assert!(all(&pair.copy) == old, "{what}");
+        pair.copy.promote("test").unwrap();
+        promoted += 1;
+        assert!(all(&pair.copy) == old, "{what}");
+        assert!(pair.copy.switch_to_image().is_err(), "{what}: a primary takes no image");
+        assert!(pair.copy.stage(ImagePart::End).is_err(), "{what}");
+        check_image(&pair.copy, &old, &what);
+        let volume = pair.copy.control().volumes[0].number;
+        write(&pair.copy, volume, 0, &[9; 512]);
+        let now = all(&pair.copy);
+        assert!(now != old, "{what}: it takes writes");
+        pair.copy.close().unwrap();
+        assert!(all(&pair.there.open().0) == now, "{what}");
+        if whole {
+            break;
+        }
+    }
+    assert!(promoted > 5, "{promoted} places in the image");
 }
 
 #[test]

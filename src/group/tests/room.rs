@@ -6,7 +6,7 @@ use crate::io::Fault;
 use crate::log::control::{Consistency, OnPeerBehind};
 
 #[test]
-fn where_space_ends_the_costliest_image_goes_first_and_a_branch_never() {
+fn where_space_ends_the_costliest_image_goes_first_and_pins_last() {
     let bench = Bench::new("a", 15);
     let (group, volume) = group_with_volume(&bench);
     write(&group, volume, 0, &vec![1; 1 << 20]);

@@ -52,7 +52,7 @@ fn a_primary_that_returns_with_more_keeps_it_as_a_branch_and_follows() {
 }
 
 #[test]
-fn two_that_served_are_a_split_brain_until_an_operator_resolves_it() {
+fn two_that_served_while_cut_off_are_a_split_brain_until_an_operator_resolves_it() {
     let mut world = cut_off(4);
     world.write(0);
     world.promote(1);
