@@ -307,7 +307,7 @@ async fn after_a_failover_the_old_primary_follows_by_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn two_primaries_that_both_wrote_stop_and_keep_what_they_have() {
+async fn two_primaries_that_both_wrote_while_cut_off_stop_and_keep_what_they_have() {
     let pair = Pair::replicating().await;
     let entropy = SeededEntropy::new(8);
     pair.close_link();
@@ -512,7 +512,7 @@ async fn a_copy_that_was_away_when_it_was_stopped_is_retired_when_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_copy_that_was_killed_goes_on_from_what_it_has() {
+async fn a_copy_that_was_stopped_goes_on_from_what_it_has() {
     let mut pair = Pair::replicating().await;
     let entropy = SeededEntropy::new(11);
     for _ in 0..3 {

@@ -33,7 +33,7 @@ fn assert_equal(primary: &Appliance, others: [&Appliance; 2], name: &str) {
 }
 
 #[test]
-fn a_group_with_two_copies_survives_its_primary_and_takes_it_back() {
+fn a_group_with_two_copies_has_a_cursor_for_each_survives_its_primary_and_takes_it_back() {
     let dir = tempfile::tempdir().unwrap();
     let start = |name: &'static str| Appliance::start(&dir.path().join(name), Setup::new(name));
     let (mut a, b, c) = (start("a"), start("b"), start("c"));
@@ -62,9 +62,11 @@ fn a_group_with_two_copies_survives_its_primary_and_takes_it_back() {
     a.run(&["resume", "g", "--peer", "c"]);
     load.wait_for_more(300);
     a.kill();
-    let history = load.stop();
+    let mut history = load.stop();
     b.run(&["promote", "g", "--force"]);
-    hold("b, promoted", history.faults(&contents(&b, ""), None));
+    let held = contents(&b, "");
+    hold("b, promoted", history.faults(&held, None));
+    history.forgive(&held);
     // What only c had received, if there was any, is kept there as a branch.
     wait_for("c to follow b", || {
         (peer_of(&c, "b")["replication_state"] == "streaming").then_some(())
@@ -76,12 +78,13 @@ fn a_group_with_two_copies_survives_its_primary_and_takes_it_back() {
     let refused = b.command(&["switchover", "g"]);
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && error.contains("switchover g --to"), "{error}");
-    let load = Load::start(b.nbd_socket());
+    let load = Load::go_on(b.nbd_socket(), history);
     load.wait_for_more(200);
     // Given where neither the old nor the new primary is.
     a.run(&["switchover", "g", "--to", "c"]);
-    load.stop();
+    let history = load.stop();
     assert_eq!(c.status("g")["role"], "primary");
+    hold("c, switched to", history.faults(&contents(&c, ""), Some(history.now())));
     wait_until_all_follow(&c, [&a, &b]);
     assert_equal(&c, [&a, &b], "switched");
     for node in [&a, &b, &c] {

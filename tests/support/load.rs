@@ -36,7 +36,12 @@ pub struct Load {
 impl Load {
     /// Starts the writers.
     pub fn start(socket: PathBuf) -> Load {
-        let history = Arc::new(Mutex::new(History::default()));
+        Load::go_on(socket, History::default())
+    }
+
+    /// Starts the writers where others have written before.
+    pub fn go_on(socket: PathBuf, history: History) -> Load {
+        let history = Arc::new(Mutex::new(history));
         let stop = Arc::new(AtomicBool::new(false));
         let writers = (0..WRITERS)
             .map(|writer| {

@@ -62,6 +62,13 @@ impl History {
         self.answered
     }
 
+    /// What volumes that hold this lack is owed to nobody any more: it was lost, and may be.
+    pub fn forgive(&mut self, held: &HashMap<(usize, u64), u64>) {
+        for (place, ids) in &mut self.by_block {
+            ids.retain(|id| *id <= held[place]);
+        }
+    }
+
     fn request(&self, id: u64) -> Option<&Sent> {
         self.requests.get(usize::try_from(id.checked_sub(1)?).ok()?)
     }
