@@ -1,16 +1,11 @@
 //! A backup that was delegated, and whose node is killed in the middle of it, with real processes.
 
-use std::path::Path;
-use std::time::Duration;
-
 use serde_json::Value;
+use std::path::Path;
 
 use crate::support::load::{client, wait_until_level};
 use crate::support::long_log::{LARGE_BYTES, make_group, write_until_refused};
-use crate::support::{Appliance, Setup, pause, wait_for};
-
-/// A claim's term, all but a few seconds of it.
-const MOST_OF_A_TERM: Duration = Duration::from_secs(50);
+use crate::support::{Appliance, PATIENCE, Setup, wait_for, wait_up_to};
 
 fn node(dir: &Path, name: &'static str) -> Appliance {
     let more = format!(
@@ -50,8 +45,8 @@ fn a_secondary_that_is_killed_in_mid_backup_loses_the_slot_to_the_primary() {
     b.kill();
     assert_eq!(files(&dir.path().join("store/snapshots")), 0, "it has not come to its end");
     assert!(!a.has_event("backup-started"), "the primary stood down");
-    pause(MOST_OF_A_TERM);
-    wait_for("a to make it", || a.has_event("backup-done").then_some(()));
+    // When the claim has stood still for its term, which is a minute.
+    wait_up_to(3 * PATIENCE, "a to make it", || a.has_event("backup-done").then_some(()));
     let [backup] = &made(&a)[..] else { panic!("one backup: {:?}", made(&a)) };
     assert_eq!((&backup["node"], &backup["role"]), (&"a".into(), &"primary".into()), "{backup}");
     assert!(backup["reasons"].to_string().contains("its claim was not renewed"), "{backup}");

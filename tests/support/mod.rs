@@ -21,7 +21,16 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// # Panics
 ///
 /// When [`PATIENCE`] has passed; the message names `what`.
-pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_up_to(PATIENCE, what, condition)
+}
+
+/// The same for what comes late by itself.
+pub fn wait_up_to<T>(
+    patience: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Option<T>,
+) -> T {
     let clock = SystemClock::new();
     let start = clock.monotonic();
     loop {
@@ -29,7 +38,7 @@ pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
             return value;
         }
         let waited = clock.monotonic() - start;
-        assert!(waited < PATIENCE, "gave up after {} s waiting for {what}", waited.as_secs());
+        assert!(waited < patience, "gave up after {} s waiting for {what}", waited.as_secs());
         pause(Duration::from_millis(10));
     }
 }
