@@ -199,6 +199,17 @@ impl Core {
         self.epoch = header.epoch;
     }
 
+    /// [`Group::is_in_history`].
+    pub(super) fn is_in_history(&self, position: Position) -> bool {
+        let epochs = &self.view.epochs;
+        let Some(index) = epochs.iter().position(|epoch| epoch.id == position.epoch) else {
+            return position.lsn == Lsn::ZERO;
+        };
+        let end = epochs.get(index + 1).map_or(self.writer.head(), |next| next.first_lsn);
+        let begin = if index == 0 { Lsn::ZERO } else { epochs[index].first_lsn };
+        position.lsn > begin && position.lsn <= end
+    }
+
     /// The log ends at an earlier end of a request now.
     pub(super) fn cut_to(&mut self, end: Checkpoint, writer: Writer, content: Content) {
         self.writer = writer;
@@ -622,14 +633,7 @@ impl Group {
     /// not ended before it.
     #[must_use]
     pub fn is_in_history(&self, position: Position) -> bool {
-        let core = self.lock();
-        let epochs = &core.view.epochs;
-        let Some(index) = epochs.iter().position(|epoch| epoch.id == position.epoch) else {
-            return position.lsn == Lsn::ZERO;
-        };
-        let end = epochs.get(index + 1).map_or(core.writer.head(), |next| next.first_lsn);
-        let begin = if index == 0 { Lsn::ZERO } else { epochs[index].first_lsn };
-        position.lsn > begin && position.lsn <= end
+        self.lock().is_in_history(position)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Core> {

@@ -435,6 +435,11 @@ impl Group {
             if core.cuts != cuts {
                 continue;
             }
+            if branch.is_none() && !core.is_in_history(kept.position) {
+                // Another history may have grown over the place since the point was resolved.
+                let text = format!("LSN {lsn} left the history while the image was opened");
+                return Err(self.refused(text));
+            }
             self.check_covered(&core, leaves_log_at)?;
             let horizon = core.timeline.horizon().lsn;
             let mut freed = Vec::new();

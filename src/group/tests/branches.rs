@@ -1,6 +1,7 @@
 //! Images of branches: the group as it was when a tail was cut off.
 
 use super::*;
+use crate::group::reopen::KeptImage;
 use crate::io::Fault;
 use crate::log::control::Consistency;
 use crate::log::segment::segment_name;
@@ -202,6 +203,38 @@ fn a_branch_of_a_history_that_was_cut_again_below_it_is_refused() {
     bench.disk.damage(&path, cut.head.0 + 8, 1, 0xff);
     let refused = group.open_branch_image(&later, None, "test").map(|_| ()).unwrap_err();
     assert!(refused.to_string().contains("was cut again"), "{refused}");
+}
+
+/// Of the history that had grown over the place it showed what was before, and a part of a request.
+#[test]
+fn a_point_whose_history_was_cut_before_its_image_is_made_is_refused() {
+    let bench = Bench::new("a", 5);
+    let group = bench.create();
+    let volume = group.create_volume(name("v"), BYTES).unwrap().number;
+    write(&group, volume, 0, &[1; 4096]);
+    let below = group.positions();
+    write(&group, volume, 0, &[2; 20_000]);
+    let point = |point: &Point| group.resolve(point).unwrap().position();
+    let kept = |position: Position| KeptImage {
+        name: name("i"),
+        owner: "test".to_owned(),
+        position,
+        opened: position.time,
+        expires: None,
+        branch: None,
+    };
+    let left = point(&Point::Now);
+    group.yield_to(below.head, below.chain, Discard::Authored).unwrap();
+    group.promote("test").unwrap();
+    write(&group, volume, 0, &[3; 60_000]);
+    assert!(group.positions().head > left.lsn);
+    let refused = group.build_image(kept(left), None).map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("left the history while the image was opened"), "{refused}");
+    assert!(group.images().is_empty());
+    for still in [point(&Point::Now), point(&Point::Lsn(below.head))] {
+        group.build_image(kept(still), None).unwrap();
+        group.close_image(&name("i")).unwrap();
+    }
 }
 
 #[test]
