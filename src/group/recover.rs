@@ -48,7 +48,8 @@ pub struct Recovery {
     pub scanned_bytes: u64,
     /// Records with a payload that is damaged, although it was durable.
     pub damaged: Vec<Lsn>,
-    /// It was found of a copy, which has again what it lost once it follows beyond.
+    /// It was found of a copy that had not begun a reign: which has again what it lost once it
+    /// follows beyond.
     pub as_copy: bool,
 }
 
@@ -264,7 +265,7 @@ impl Group {
         let mut recovery = Recovery {
             scanned_bytes,
             damaged: found.damaged.clone(),
-            as_copy: !primary,
+            as_copy: !primary && before.reign == EpochId(0),
             ..Recovery::default()
         };
         for segment in lacking {
@@ -357,7 +358,14 @@ impl Group {
         recovery.cut = Some((end.lsn, last_seen));
         recovery.cut_time = Some((end.time, now));
         let (at, from) = (end.lsn, end.time);
-        let text = if recovery.as_copy {
+        let text = if self.role() == Role::Secondary && !recovery.as_copy {
+            format!(
+                "was not closed in order while it was promoted: what was answered and not flushed \
+                 behind LSN {at} and between {from} and {now} is lost, and so is the reign: this \
+                 node is a copy again. `tidelog promote {}` here, if no other node reigns",
+                self.name()
+            )
+        } else if recovery.as_copy {
             format!(
                 "was not closed in order: what this copy had received behind LSN {at} and between \
                  {from} and {now} may be missing; it takes that from its primary again, so promote \

@@ -96,7 +96,7 @@ fn a_primary_is_not_retired_by_what_was_decided_before_it_was_promoted() {
 
 #[test]
 fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_where_it_reigns() {
-    let mut reigned = 0;
+    let (mut reigned, mut told_of) = (0, 0);
     for nth in 0..12 {
         let (bench, copy) = stopped_copy(1);
         copy.set_retired(true).unwrap();
@@ -104,9 +104,21 @@ fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_w
         let promoted = copy.promote("test");
         drop(copy);
         let bench = bench.after_crash(nth);
-        let (again, _) = bench.open();
+        let (again, recovery) = bench.open();
         if again.role() == Role::Secondary {
             assert!(promoted.is_err(), "{nth}");
+            let told = bench.events.since(0).into_iter().rev();
+            let told = told.filter(|event| event.code == "unclean-start");
+            let told = told.map(|event| event.text).next().filter(|_| recovery.cut.is_some());
+            if !recovery.as_copy
+                && let Some(text) = told
+            {
+                assert!(
+                    text.contains("so is the reign") && text.contains("tidelog promote g"),
+                    "{text}"
+                );
+                told_of += 1;
+            }
             assert_eq!(again.data_state().0, DataState::Retired, "{nth}");
             continue;
         }
@@ -119,6 +131,7 @@ fn a_retired_copy_that_lost_its_power_while_it_was_promoted_is_retired_no_more_w
         assert_eq!(again.data_state().0, DataState::Consistent, "{nth}: when it steps down");
     }
     assert!(reigned > 0, "its reign's record was durable, and it did not know");
+    assert!(told_of > 0, "its reign's record was not, and that is told");
 }
 
 #[test]
