@@ -1,19 +1,21 @@
 //! What a peer asks this node to keep a copy of: asking, who is heard, and the note that stands for
 //! a group's records until the log here has them.
 
+use std::collections::HashMap;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::events::Severity;
-use crate::group::{ControlView, Role};
-use crate::units::{GroupId, Name, NodeId};
+use crate::group::{ControlView, DataState, Positions, Role};
+use crate::units::{GroupId, Lsn, Name, NodeId};
 
 use super::peers::{Peer, StoreError};
 use super::replica::Replica;
 use super::rpc::PeerContext;
-use super::service::{Replication, ReplicationError, Shared};
+use super::service::{Replication, ReplicationError, Shared, locked};
 
 pub(super) const METHOD: &str = "replication.create-copy";
 /// The peer makes a group's files.
@@ -35,6 +37,32 @@ pub fn may_follow(control: &ControlView, role: Role, me: NodeId, peer: NodeId) -
     let is_member = |node| control.members.iter().any(|member| member.node == node);
     let is_alone = control.members.iter().all(|member| member.node == me);
     is_member(peer) || role == Role::Secondary && is_alone
+}
+
+/// Since when a group's log says what the note of who asked stands for. A loss of power before that
+/// is durable would leave a copy that knows nobody, and that nobody asks for; so would a cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Said {
+    cuts: u64,
+    head: Lsn,
+}
+
+impl Said {
+    /// Looks at a group whose log says it, and was cut so many times; whether it says so durably.
+    #[must_use]
+    pub fn look(before: Option<&Said>, cuts: u64, at: &Positions) -> (Said, bool) {
+        let before = before.filter(|said| said.cuts == cuts);
+        let said = before.copied().unwrap_or(Said { cuts, head: at.head });
+        (said, at.durable >= said.head)
+    }
+}
+
+/// What is needed to give up the notes of who asked.
+#[derive(Default)]
+pub(super) struct Notes {
+    said: Mutex<HashMap<(NodeId, GroupId), Said>>,
+    /// Held while a log is cut to follow a peer.
+    pub cutting: Mutex<()>,
 }
 
 impl Replication {
@@ -117,12 +145,28 @@ impl Shared {
         Ok(was_known)
     }
 
-    /// Forgets what groups' own logs say by now: once that is durable, for a loss of power would
-    /// else leave a copy that knows nobody, and that nobody asks for.
-    pub(super) fn unask_known(&self, known: Vec<(NodeId, GroupId)>) {
-        for (node, group) in known {
-            let durable = self.groups.by_id(group).is_some_and(|group| group.sync_now().is_ok());
-            if durable && let Err(error) = self.unask(node, group) {
+    /// Whether it may be forgotten that a peer asked for a group whose log `says` the same.
+    pub(super) fn may_unask(&self, group: &dyn Replica, peer: &Peer, says: bool) -> bool {
+        let key = (peer.node, group.id());
+        let mut all = locked(&self.notes.said);
+        if !says || !peer.copies.contains(&group.id()) {
+            all.remove(&key);
+            return false;
+        }
+        let (said, durable) = Said::look(all.get(&key), group.cuts(), &group.positions());
+        all.insert(key, said);
+        durable
+    }
+
+    /// Forgets who asked for groups whose logs say the same durably, as of a number of their cuts.
+    pub(super) fn unask_known(&self, known: Vec<(NodeId, GroupId, u64)>) {
+        let _no_cut = locked(&self.notes.cutting);
+        for (node, group, cuts) in known {
+            // The next start of one that failed may end a cut.
+            let is_as_seen = self.groups.by_id(group).is_some_and(|group| {
+                group.cuts() == cuts && group.data_state().0 != DataState::Failed
+            });
+            if is_as_seen && let Err(error) = self.unask(node, group) {
                 tracing::error!("{error}");
             }
         }
@@ -232,18 +276,41 @@ pub(super) mod tests {
         let disk = Arc::new(MemoryDisk::new());
         let (node, group) = node_with_peer_on(Arc::clone(&disk));
         let shared = &node.replication.shared;
+        let look = |says| {
+            let peer = shared.peer(PEER).unwrap();
+            let known = shared.may_unask(&*group, &peer, says);
+            shared
+                .unask_known(known.then(|| (PEER, group.id(), group.cuts())).into_iter().collect());
+            is_asked_for(&node, &group)
+        };
+        shared.ask_for(PEER, group.id()).unwrap();
+        assert!(look(false));
         group.append_control(member(PEER, "b", Mode::Async)).unwrap();
+        assert!(!look(true), "that record is durable");
         shared.ask_for(PEER, group.id()).unwrap();
-        group.append_control(member(NodeId([3; 16]), "c", Mode::Async)).unwrap();
-        let head = group.positions().head;
-        shared.unask_known(vec![(PEER, group.id())]);
-        assert!(!is_asked_for(&node, &group) && group.positions().durable >= head);
-        shared.ask_for(PEER, group.id()).unwrap();
+        shared.unask_known(vec![(PEER, group.id(), group.cuts() + 1)]);
+        assert!(is_asked_for(&node, &group), "its log was cut since");
         disk.inject(Fault::PowerOff { operation: disk.operations() });
         group.append_control(member(PEER, "b", Mode::Sync)).unwrap_err();
-        shared.unask_known(vec![(PEER, group.id())]);
-        assert!(is_asked_for(&node, &group), "it may be gone after a start");
+        assert!(look(true), "it may be gone after a start");
         node.stop();
+    }
+
+    #[test]
+    fn what_the_log_says_is_durable_up_to_where_it_was_seen_first_and_no_cut_is_behind_it() {
+        let at = |head, durable| Positions {
+            head: Lsn(head),
+            durable: Lsn(durable),
+            ..Positions::default()
+        };
+        let (said, durable) = Said::look(None, 3, &at(900, 500));
+        assert!(!durable);
+        // More comes all the time, and what was seen is durable nevertheless.
+        assert_eq!(Said::look(Some(&said), 3, &at(1000, 899)), (said, false));
+        assert_eq!(Said::look(Some(&said), 3, &at(2000, 900)), (said, true));
+        let (anew, durable) = Said::look(Some(&said), 4, &at(2000, 900));
+        assert!(!durable && anew != said);
+        assert!(Said::look(None, 0, &at(900, 900)).1);
     }
 
     #[tokio::test]

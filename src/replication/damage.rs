@@ -246,6 +246,10 @@ impl Shared {
     /// What is known of groups that are gone, or of copies that begin anew, is of nothing any more.
     /// Of a group that is only not open yet it stays.
     pub(super) fn forget_ledgers(self: &Arc<Self>, gone: &HashSet<GroupId>) {
+        // The lock is held over a write: who looks at groups does not wait for that.
+        if gone.is_empty() {
+            return;
+        }
         let mut ledgers = locked(&self.ledgers);
         let known = ledgers.len();
         ledgers.retain(|group, _| !gone.contains(group));

@@ -14,7 +14,7 @@ use super::channel::{Channel, Parted, ReplicationState};
 use super::core::{Input, PeerCore, given_up};
 use super::replica::{Replica, history_of};
 use super::rpc::PeerContext;
-use super::service::{Replication, ReplicationError, Shared};
+use super::service::{Replication, ReplicationError, Shared, locked};
 
 pub(super) const METHOD: &str = "replication.side";
 /// The peer reads its log from the parting on.
@@ -237,6 +237,7 @@ impl Shared {
         parted: Parted,
         discard: Discard,
     ) -> Result<(), ReplicationError> {
+        let _one_at_a_time = locked(&self.notes.cutting);
         let is_new = self.ask_for(peer, group.id())?;
         let yielded = group.yield_to(parted.at, parted.chain, discard);
         // Of a group that failed meanwhile the next start may end the cut.

@@ -17,6 +17,7 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use crate::group::{Group, GroupContext, GroupError, Role};
 use crate::units::{GroupId, Incarnation, LogTime, Name, NodeId};
 
+use super::asked::Notes;
 use super::bounds::{ROOM_BYTES, Room};
 use super::check::{self, Pass};
 use super::copy::{self, Reports};
@@ -105,6 +106,7 @@ pub struct Shared {
     /// Scrubs that run, and what stops each.
     pub(super) scrubs: Mutex<HashMap<GroupId, watch::Sender<bool>>>,
     pub(super) copies: Mutex<Reports>,
+    pub(super) notes: Notes,
     /// Peers that are being asked about their copies.
     pub(super) asking: Mutex<HashSet<NodeId>>,
     /// When this service started, monotonic.
@@ -189,6 +191,7 @@ impl Replication {
             heads_due: Notify::new(),
             scrubs: Mutex::default(),
             copies: Mutex::default(),
+            notes: Notes::default(),
             asking: Mutex::default(),
             started: context.env.clock.monotonic(),
             handlers: RwLock::new(HashMap::new()),
@@ -508,8 +511,8 @@ impl Shared {
                 let member = matches!(local.membership, Membership::Member { .. });
                 // Where it may be about to cut its log, that may soon say otherwise.
                 let parted = core.channel(local.id).is_some_and(|it| it.parted().is_some());
-                if member && !parted && peer.copies.contains(&group.id()) {
-                    known.push((peer.node, group.id()));
+                if self.may_unask(&**group, peer, member && !parted) {
+                    known.push((peer.node, group.id(), local.cuts));
                 }
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);
                 let heard = locked(&self.recalled).remove(&(group.id(), peer.node));

@@ -2,7 +2,7 @@
 //! group's log, so that the simulated world runs the code that the service runs. Nobody else needs
 //! it, and nothing in it is promised.
 
-pub use super::asked::may_follow;
+pub use super::asked::{Said, may_follow};
 pub use super::bulk::{Bulk, Waiting};
 pub use super::channel::{Channel, Parted};
 pub use super::commands::{put_member, refusal_to_promote};

@@ -12,7 +12,7 @@ use tidelog::group::{
     DataState, Group, GroupContext, Image, LocalLimits, NodeIdentity, Read, Role, View,
 };
 use tidelog::io::{Clock, Disk, Entropy, Env, MemoryDisk, SeededEntropy};
-use tidelog::replication::simulation::{Input, Job, PeerCore, Settings, Taking};
+use tidelog::replication::simulation::{Input, Job, PeerCore, Said, Settings, Taking};
 use tidelog::units::{Chain, LogTime, Lsn, Name, NodeId, VolumeNumber};
 
 use super::backups::Keeper;
@@ -77,6 +77,8 @@ pub struct Copy {
     pub working: bool,
     pub dirty: Arc<AtomicBool>,
     pub looking: bool,
+    /// By peer: since when the log says that it asked for this copy.
+    pub said: BTreeMap<usize, Said>,
     pub syncing: bool,
     /// What it takes from hosts, as primary.
     pub line: Option<usize>,
@@ -273,6 +275,7 @@ impl Node {
             working: false,
             dirty,
             looking: false,
+            said: BTreeMap::new(),
             syncing: false,
             line: None,
             sure: Vec::new(),

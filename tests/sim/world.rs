@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tidelog::group::{DataState, GroupError};
 use tidelog::replication::simulation::{
-    Bulk, ConnId, Input, Job, Membership, Output, Waiting, given_up, local_group, perform,
+    Bulk, ConnId, Input, Job, Membership, Output, Said, Waiting, given_up, local_group, perform,
 };
 use tidelog::replication::wire::Message;
 use tidelog::units::{Chain, EpochId, GroupId, Lsn, Name};
@@ -471,8 +471,17 @@ impl World {
             let parted = channel.is_some_and(|channel| channel.parted().is_some());
             let says = matches!(local.membership, Membership::Member { .. });
             // What the log says by itself counts once it is durable.
-            if asked && !parted && says && found.sync_now().is_ok() {
-                self.nodes[node].invited.remove(&(peer, group));
+            let healthy = found.data_state().0 != DataState::Failed;
+            let copy = self.nodes[node].copies.get_mut(&group).expect("it is looked at");
+            if asked && !parted && says && healthy {
+                let at = found.positions();
+                let (said, durable) = Said::look(copy.said.get(&peer), found.cuts(), &at);
+                copy.said.insert(peer, said);
+                if durable {
+                    self.nodes[node].invited.remove(&(peer, group));
+                }
+            } else {
+                copy.said.remove(&peer);
             }
             self.feed(node, peer, Input::Group(Box::new(local)));
         }
