@@ -126,10 +126,16 @@ impl LogClock {
         self.last
     }
 
-    /// The log ends with an earlier record now. What came behind it had been measured.
-    pub(super) fn cut(&mut self, time: LogTime) {
-        if self.between == Between::Nothing {
-            self.between = Between::Measured(self.last);
+    /// The log ends with an earlier record now. What came behind it had been measured, but for
+    /// what the records there say that nobody had.
+    pub(super) fn cut(&mut self, time: LogTime, unmeasured: Duration) {
+        let up_to = match self.between {
+            Between::Nothing => Some(self.last),
+            Between::Measured(up_to) => Some(up_to),
+            Between::Unknown => None,
+        };
+        if let Some(up_to) = up_to {
+            self.between = Between::Measured(up_to.before(unmeasured).max(time));
         }
         self.last = self.last.min(time);
     }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Map;
 use serde_json::value::RawValue;
@@ -255,6 +256,11 @@ impl ControlTable {
             _ => None,
         });
         spans.collect()
+    }
+
+    /// How much of log time nobody measured.
+    pub(super) fn unmeasured_in_all(&self) -> Duration {
+        self.unmeasured().into_iter().map(|(from, to)| to.since(from)).sum()
     }
 
     /// The highest number that a volume ever had.

@@ -212,10 +212,12 @@ impl Core {
 
     /// The log ends at an earlier end of a request now.
     pub(super) fn cut_to(&mut self, end: Checkpoint, writer: Writer, content: Content) {
+        let before = self.content.table.unmeasured_in_all();
         self.writer = writer;
         self.content = content;
         self.timeline.cut(end);
-        self.clock.cut(end.time);
+        let left = self.content.table.unmeasured_in_all();
+        self.clock.cut(end.time, before.saturating_sub(left));
         self.epoch = end.epoch;
         self.unflushed = true;
         self.awaited = Awaited::default();

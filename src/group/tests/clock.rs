@@ -89,3 +89,26 @@ fn the_time_between_two_boots_is_believed_and_not_counted() {
         assert!(!still_covered(&group));
     }
 }
+
+/// Found by the simulation: a reign that began with a wall clock ahead, and was given up, left behind
+/// that the window had passed what it was given up for.
+#[test]
+fn a_cut_that_takes_unmeasured_time_with_it_makes_nothing_older() {
+    for in_order in [true, false] {
+        let bench = Bench::new("a", 4);
+        let then = stopped(&bench, in_order);
+        bench.clock.set_wall(bench.clock.wall().after(Duration::from_secs(24 * HOUR)));
+        bench.clock.set_boot(2);
+        let (group, _) = bench.open();
+        group.serve().unwrap();
+        let before = group.positions();
+        write(&group, VolumeNumber(1), 0, &[3; 4096]);
+        assert_eq!(group.positions().time, bench.clock.wall());
+        bench.pass(60);
+        group.yield_to(before.head, before.chain, Discard::Authored).unwrap();
+        assert!(still_covered(&group));
+        // What was measured since is counted.
+        bench.pass(HOUR);
+        assert!(!still_covered(&group), "{then}");
+    }
+}
