@@ -332,8 +332,9 @@ impl Channel {
         let given_up = before.given_up != self.local.given_up;
         // The peer's word that it was stopped came while the mark was still there.
         let unmarked = std::mem::replace(&mut self.marked, self.local.retired) && !self.marked;
-        // A peer that stopped it tells no copy that has something else.
-        let untold = cut && self.remote.is_none();
+        // A peer that stopped it tells no copy that has something else, or nothing yet.
+        let begins = before.history.reigns.is_empty() && !self.local.history.reigns.is_empty();
+        let untold = (cut || begins) && self.remote.is_none();
         let open = (follows_changed || unmarked) && self.silent || untold;
         if open && self.local.follows.is_none() {
             self.announce(context);

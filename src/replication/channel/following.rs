@@ -406,6 +406,22 @@ mod tests {
         assert!(says_again(&mut channel, cut));
     }
 
+    /// Found by the simulation: what a hung disk had taken for long was appended when its primary
+    /// had stopped replication, and had told nothing to a copy that had nothing.
+    #[test]
+    fn a_copy_that_gets_its_first_bytes_late_asks_whether_it_was_stopped() {
+        let mut channel = copy(history(&[(1, 0)], 1000));
+        channel.local.history = history(&[], 0);
+        let local = channel.local.clone();
+        assert!(!says_again(&mut channel, LocalGroup { requests: 4, ..local.clone() }));
+        let begun = LocalGroup { history: history(&[(1, 0)], 1000), ..local };
+        assert!(says_again(&mut channel, begun.clone()));
+        assert!(!says_again(
+            &mut channel,
+            LocalGroup { history: history(&[(1, 0)], 1100), ..begun }
+        ));
+    }
+
     #[test]
     fn a_peer_has_no_more_frames_wait_here_than_records_fit_the_window() {
         let follows = || {
