@@ -226,6 +226,35 @@ fn a_replicated_group_is_deleted_only_after_a_stop_and_the_other_node_keeps_its_
 }
 
 #[test]
+fn who_was_primary_last_is_not_deleted_while_nobody_else_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = replicated(dir.path());
+    wait_until_level(&a, &b);
+    a.run(&["pause", "g"]);
+    write(&a, 1, 1);
+    a.run(&["demote", "g"]);
+    let said = failure(&a, &["group", "delete", "g"]);
+    assert!(
+        said.contains("group g: this node was its primary last, and may have what b"),
+        "{said}"
+    );
+    let check = a.command(&["status", "--check"]);
+    let told = String::from_utf8_lossy(&check.stdout).into_owned();
+    assert!(check.status.code() == Some(1) && told.contains("promote g"), "{told}");
+    // As it says: what only this node had is then on the other too.
+    a.run(&["promote", "g"]);
+    a.run(&["resume", "g"]);
+    wait_until_level(&a, &b);
+    a.run(&["replicate", "g", "--stop", "--to", "b"]);
+    wait_for("the copy to be retired", || b.has_event("copy-retired").then_some(()));
+    a.run(&["group", "delete", "g"]);
+    b.run(&["image", "open", "g", "--at", "now", "--name", "i"]);
+    let mut bytes = vec![0; WRITTEN_BYTES];
+    client(&b, "v@i").read(0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|found| *found == 1));
+}
+
+#[test]
 fn errors_name_object_cause_and_next_command() {
     let dir = tempfile::tempdir().unwrap();
     let node = Appliance::start(dir.path(), Setup::new("a"));

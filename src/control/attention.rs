@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::api::{DataState, GroupStatus, PeerStatus, Status};
 use crate::group::Role;
-use crate::units::{ByteSize, Name};
+use crate::units::{ByteSize, LogTime, Name};
 
 /// The words for what may be wrong, gravest first.
-pub const CODES: [&str; 22] = [
+pub const CODES: [&str; 23] = [
     "group-not-opened",
     "data-failed",
     "split-brain",
@@ -29,6 +29,7 @@ pub const CODES: [&str; 22] = [
     "copies-differ",
     "copy-failed",
     "copy-full",
+    "copy-missing",
     "replication-blocked",
     "link-down",
     "paused",
@@ -49,9 +50,12 @@ pub struct Attention {
     pub text: String,
 }
 
-/// What a node's status has an operator do, gravest first.
+/// How long a peer that is connected may say nothing of its copy.
+const SILENT_MAX: Duration = Duration::from_secs(30);
+
+/// What a node's status has an operator do at a time, gravest first.
 #[must_use]
-pub fn attention(status: &Status) -> Vec<Attention> {
+pub fn attention(status: &Status, now: LogTime) -> Vec<Attention> {
     let mut found = Vec::new();
     for group in &status.unopened_groups {
         let name = group.name.as_ref().map_or(group.id.as_str(), |name| name.as_str());
@@ -59,7 +63,7 @@ pub fn attention(status: &Status) -> Vec<Attention> {
         found.push(of("group-not-opened", name, text));
     }
     for group in &status.groups {
-        look_at_group(group, &mut found);
+        look_at_group(group, now, &mut found);
     }
     for alarm in &status.backup_alarms {
         let (group, job, slot) = (&alarm.group, &alarm.job, alarm.slot);
@@ -80,7 +84,7 @@ fn of(code: &str, group: &str, text: String) -> Attention {
     Attention { code: code.to_owned(), group: group.to_owned(), text }
 }
 
-fn look_at_group(group: &GroupStatus, found: &mut Vec<Attention>) {
+fn look_at_group(group: &GroupStatus, now: LogTime, found: &mut Vec<Attention>) {
     let name = &group.name;
     let mut tell = |code: &str, text: String| {
         found.push(of(code, name.as_str(), format!("group {name}: {text}")));
@@ -156,18 +160,29 @@ fn look_at_group(group: &GroupStatus, found: &mut Vec<Attention>) {
     if group.data_state == DataState::Retired {
         return;
     }
-    let follows = group.role == Role::Secondary && !group.peers.is_empty();
     let primary = |peer: &PeerStatus| peer.link_state != "connected" || peer.role == "primary";
-    if follows && !group.peers.iter().any(primary) {
-        let what = format!("no node is its primary; `tidelog promote {name}` on one of them");
+    if group.role == Role::Secondary && !group.peers.iter().any(primary) {
+        let what = if group.peers.is_empty() {
+            format!(
+                "its primary is not among the peers of this node: pair with it again (`tidelog peer \
+                 invite` there), or `tidelog promote {name}` here"
+            )
+        } else {
+            format!("no node is its primary; `tidelog promote {name}` on one of them")
+        };
         tell("no-primary", what);
     }
     for peer in &group.peers {
-        look_at_peer(group, peer, &mut tell);
+        look_at_peer(group, peer, now, &mut tell);
     }
 }
 
-fn look_at_peer(group: &GroupStatus, peer: &PeerStatus, tell: &mut impl FnMut(&str, String)) {
+fn look_at_peer(
+    group: &GroupStatus,
+    peer: &PeerStatus,
+    now: LogTime,
+    tell: &mut impl FnMut(&str, String),
+) {
     let name = &group.name;
     let mut tell = |code: &str, text: String| tell(code, format!("peer {}: {text}", peer.name));
     let why = |reason: &Option<String>| reason.clone().unwrap_or_else(|| "unknown".to_owned());
@@ -183,6 +198,13 @@ fn look_at_peer(group: &GroupStatus, peer: &PeerStatus, tell: &mut impl FnMut(&s
     match &*peer.replication_state {
         "split-brain" => tell("split-brain", why(&peer.replication_state_reason)),
         "blocked" => tell("replication-blocked", why(&peer.replication_state_reason)),
+        "idle" if group.role == Role::Primary && peer.link_state == "connected" => {
+            let since = peer.replication_state_since.unwrap_or(now);
+            if now.since(since) > SILENT_MAX {
+                let why = why(&peer.replication_state_reason);
+                tell("copy-missing", format!("has no copy of it that follows: {why}"));
+            }
+        }
         "paused" => {
             tell("paused", format!("replication is {}", why(&peer.replication_state_reason)))
         }
@@ -279,7 +301,8 @@ mod tests {
     }
 
     fn found(status: Value) -> Vec<Attention> {
-        attention(&serde_json::from_value(status).unwrap())
+        let now = "2026-01-02T00:00:00Z".parse().unwrap();
+        attention(&serde_json::from_value(status).unwrap(), now)
     }
 
     /// What is said where these places of a status that is well have these values.
@@ -301,6 +324,8 @@ mod tests {
         for fine in ["catching-up", "resync-source", "resync-target", "idle"] {
             assert_eq!(with(&[(state, json!(fine))]), [], "{fine}");
         }
+        let since = ("/groups/0/peers/0/replication_state_since", json!("2026-01-01T23:59:31Z"));
+        assert_eq!(with(&[(state, json!("idle")), since]), [], "for as long as a look may take");
         let copy =
             [("/groups/0/role", json!("secondary")), ("/groups/0/peers/0/role", json!("primary"))];
         assert_eq!(with(&copy), []);
@@ -354,6 +379,7 @@ mod tests {
             ("split-brain", state("split-brain")),
             ("not-serving", vec![(group("role_reason"), why.clone())]),
             ("no-primary", vec![(group("role"), json!("secondary"))]),
+            ("no-primary", vec![(group("role"), json!("secondary")), (group("peers"), json!([]))]),
             ("hosts-wait", vec![(peer("degraded_reason"), why.clone())]),
             (
                 "degraded",
@@ -407,6 +433,14 @@ mod tests {
                 ],
             ),
             ("paused", state("paused")),
+            (
+                "copy-missing",
+                [
+                    state("idle"),
+                    vec![(peer("replication_state_since"), json!("2026-01-01T23:59:00Z"))],
+                ]
+                .concat(),
+            ),
             ("rpo-exceeded", vec![(peer("rpo_actual_seconds"), json!(5.1))]),
             ("not-folded", vec![(log("fold_reason"), why.clone())]),
             ("disk-nearly-full", vec![(log("disk_free_bytes"), json!(8))]),

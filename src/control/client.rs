@@ -1,6 +1,7 @@
 //! The control socket's client: one HTTP request per connection, answers as JSON.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -14,6 +15,10 @@ use crate::config::cause;
 use crate::events::Event;
 
 use super::problem::{PROBLEM_EVENT, Problem};
+
+const STATUS: &str = "/v1/status";
+/// How long that may take.
+const STATUS_MAX: Duration = Duration::from_secs(30);
 
 /// Why a call has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +154,17 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::from(body.map_or_else(String::new, |body| body.to_string())))
             .map_err(|error| self.broken(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| {
+        let sent = sender.send_request(request);
+        // What a health check asks is answered at once, or the node is not well.
+        let patience = if path.starts_with(STATUS) { STATUS_MAX } else { Duration::MAX };
+        let answer = tokio::time::timeout(patience, sent).await.map_err(|_| {
+            let seconds = patience.as_secs();
+            self.broken(&format!(
+                "the process that listens there has given no answer for {seconds} s: look at its \
+                 log and its disks"
+            ))
+        })?;
+        let response = answer.map_err(|error| {
             self.broken(&format!(
                 "closed before its answer ({error}): the node ends, or holds as many connections \
                  of this user as it may"

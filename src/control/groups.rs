@@ -9,7 +9,7 @@ use crate::replication::Parting;
 use crate::units::{ByteSize, LogTime, Name, Span};
 
 use super::api::{
-    Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PolicyInfo,
+    Done, EpochInfo, GroupInfo, GroupStatus, Groups, LogStatus, MemberInfo, PeerStatus, PolicyInfo,
     ProtectionWindow, Status, UncleanStart, UnopenedGroup, VOLUME_BLOCK_BYTES, VolumeStatus,
 };
 use super::attention::attention;
@@ -51,7 +51,7 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
         backup_alarms: alarms.collect(),
         attention: Vec::new(),
     };
-    status.attention = attention(&status);
+    status.attention = attention(&status, context.env.clock.wall());
     answer(status)
 }
 
@@ -259,6 +259,13 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
             peer = peer.name
         )));
     }
+    if let Some(peer) = only_here(context, &group) {
+        return Err(Problem::refused(format!(
+            "group {name}: this node was its primary last, and may have what {peer} has not: \
+             `tidelog promote {name}` on the node that is to go on, then `tidelog replicate {name} \
+             --stop` there"
+        )));
+    }
     let id = group.id();
     drop(group);
     context.registry.delete(&name)?;
@@ -266,6 +273,21 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
         tracing::warn!("group {name}: that it is gone: {error}");
     }
     done(format!("group {name}: deleted on node {}", context.node.name))
+}
+
+/// A member that may lack what this node wrote: it reigned last, as far as is known, and nobody
+/// reigns who was heard.
+fn only_here(context: &Context, group: &Group) -> Option<String> {
+    let control = group.control();
+    let authored = control.epochs.last().is_some_and(|last| last.author == context.node.id);
+    let kept = group.data_state().0 != DataState::Retired && !group.log_is_broken();
+    let peers = context.replication.status(group);
+    let reigns = |peer: &PeerStatus| peer.link_state == "connected" && peer.role == "primary";
+    if !authored || !kept || group.role() == Role::Primary || peers.iter().any(reigns) {
+        return None;
+    }
+    let others = control.members.iter().filter(|member| member.node != context.node.id);
+    others.map(|member| member.name.to_string()).next()
 }
 
 pub(super) fn promote(context: &Context, call: &Call) -> Answer {
