@@ -43,8 +43,8 @@ pub(super) struct Pass {
     checked_to: Lsn,
     /// Cuts of the log's end when it came there.
     cuts: u64,
-    /// When the last step ended, monotonic.
-    stepped: Option<Duration>,
+    /// When the last step ended, monotonic; before the first one when the group was seen.
+    stepped: Duration,
     /// The damaged part that was looked at last.
     looked_at: Option<DamagedPart>,
 }
@@ -73,9 +73,14 @@ impl Pass {
         self.checked_to
     }
 
-    /// How long ago it last came on. `started` is when this process began to check.
-    pub(super) fn age(&self, now: Duration, started: Duration) -> Duration {
-        now.saturating_sub(self.stepped.unwrap_or(started))
+    /// Of a group that is seen for the first time.
+    pub(super) fn begin(now: Duration) -> Pass {
+        Pass { stepped: now, ..Pass::default() }
+    }
+
+    /// How long ago it last came on.
+    pub(super) fn age(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.stepped)
     }
 
     /// Reads the next part of the log; the segments that look damaged.
@@ -163,7 +168,7 @@ fn step(shared: &Shared, group: &Group) {
             shared.look(group, &part, "check");
         }
     }
-    pass.stepped = Some(shared.now());
+    pass.stepped = shared.now();
     locked(&shared.checks).insert(id, pass);
 }
 
@@ -266,11 +271,11 @@ mod tests {
     }
 
     #[test]
-    fn the_age_of_a_check_is_counted_from_the_start_until_there_is_one() {
-        let mut pass = Pass::default();
-        let age = |pass: &Pass| pass.age(Duration::from_secs(50), Duration::from_secs(20));
+    fn the_age_of_a_check_is_counted_from_when_its_group_was_seen_until_there_is_one() {
+        let mut pass = Pass::begin(Duration::from_secs(20));
+        let age = |pass: &Pass| pass.age(Duration::from_secs(50));
         assert_eq!(age(&pass), Duration::from_secs(30));
-        pass.stepped = Some(Duration::from_secs(45));
+        pass.stepped = Duration::from_secs(45);
         assert_eq!(age(&pass), Duration::from_secs(5));
     }
 }

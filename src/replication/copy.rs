@@ -317,7 +317,7 @@ impl Shared {
             damaged: ledger.of_log(),
             base_damaged: ledger.of_base(),
             differs: ledger.differs_from(None),
-            age: pass.age(now, self.started),
+            age: pass.age(now),
         }
     }
 }

@@ -109,8 +109,6 @@ pub struct Shared {
     pub(super) notes: Notes,
     /// Peers that are being asked about their copies.
     pub(super) asking: Mutex<HashSet<NodeId>>,
-    /// When this service started, monotonic.
-    pub(super) started: Duration,
     pub(super) handlers: RwLock<HashMap<String, Handler>>,
     pub(super) pending: Mutex<PendingCalls>,
     pub(super) advertised: Option<String>,
@@ -193,7 +191,6 @@ impl Replication {
             copies: Mutex::default(),
             notes: Notes::default(),
             asking: Mutex::default(),
-            started: context.env.clock.monotonic(),
             handlers: RwLock::new(HashMap::new()),
             pending: Mutex::new(HashMap::new()),
             advertised,
@@ -480,7 +477,7 @@ impl Shared {
         let (now, mut known, mut gone) = (self.now(), Vec::new(), HashSet::new());
         let groups: Vec<Arc<dyn Replica>> = if all {
             let groups = self.groups.groups();
-            gone = self.watch(&groups);
+            gone = self.watch(&groups, now);
             groups
         } else {
             dirty.iter().filter_map(|group| self.groups.by_id(*group)).collect()
@@ -540,15 +537,11 @@ impl Shared {
             let shared = Arc::clone(self);
             tokio::task::spawn_blocking(move || shared.unask_known(known));
         }
-        for group in &gone {
-            locked(&self.workers).remove(group);
-            locked(&self.checks).remove(group);
-        }
         self.forget_ledgers(&gone);
     }
 
     /// Hears of what changes in the groups; those that are gone, and those that begin as nothing.
-    fn watch(self: &Arc<Self>, groups: &[Arc<dyn Replica>]) -> HashSet<GroupId> {
+    fn watch(self: &Arc<Self>, groups: &[Arc<dyn Replica>], now: Duration) -> HashSet<GroupId> {
         let mut watched = locked(&self.watched);
         let gone = watched.extract_if(|id| groups.iter().all(|it| it.id() != *id));
         let mut gone: HashSet<GroupId> = gone.collect();
@@ -561,6 +554,14 @@ impl Shared {
                     weak.upgrade().is_some_and(|shared| shared.group_changed(id))
                 }));
             }
+        }
+        let mut checks = locked(&self.checks);
+        for group in &gone {
+            locked(&self.workers).remove(group);
+            checks.remove(group);
+        }
+        for group in groups {
+            checks.entry(group.id()).or_insert_with(|| Pass::begin(now));
         }
         gone
     }
