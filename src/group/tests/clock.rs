@@ -90,8 +90,8 @@ fn the_time_between_two_boots_is_believed_and_not_counted() {
     }
 }
 
-/// Found by the simulation: a reign that began with a wall clock ahead, and was given up, left behind
-/// that the window had passed what it was given up for.
+/// Found by the simulation: a reign that began with a wall clock ahead, and was given up, left
+/// behind that the window had passed what it was given up for.
 #[test]
 fn a_cut_that_takes_unmeasured_time_with_it_makes_nothing_older() {
     for in_order in [true, false] {
