@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tidelog::group::View;
+use tidelog::group::{Branch, View};
 use tidelog::io::{Disk, OpenMode};
 use tidelog::replication::ReplicationState;
 use tidelog::units::Lsn;
@@ -288,11 +288,16 @@ impl World {
                     Ok(image) => image,
                     Err(error) => {
                         let from = branch.from.lsn;
+                        let holds =
+                            |other: &Branch| (other.from.lsn..=other.to.lsn).contains(&from);
                         let why = if error.to_string().contains("it goes back behind the base") {
                             "branches that go back behind the base"
+                        } else if from == Lsn::ZERO && found.positions().horizon > from {
+                            // A whole image came to the copy that had nothing else.
+                            "branches of all of a copy, behind an image"
                         } else if error.to_string().contains("the log was cut again before")
                             || found.positions().head < from
-                            || branches.iter().any(|other| other.from.lsn < from)
+                            || branches.iter().any(|other| other.from.lsn < from && holds(other))
                         {
                             "branches of a history that was cut again"
                         } else {
