@@ -278,6 +278,15 @@ impl ControlTable {
         self.entries.iter().filter(|entry| entry.is_volume()).cloned().collect()
     }
 
+    /// Where the last record of a volume is: what it is since.
+    pub(super) fn volume_is_since(&self, number: VolumeNumber) -> Lsn {
+        let of = |entry: &&Arc<Entry>| match &entry.control {
+            Some(Control::Volume(record)) => record.number == number,
+            _ => false,
+        };
+        self.entries.iter().filter(of).map(|entry| entry.raw.lsn).max().unwrap_or_default()
+    }
+
     /// The volumes are those of another table.
     pub(super) fn replace_volumes(&mut self, volumes: Vec<Arc<Entry>>) {
         self.entries.retain(|entry| !entry.is_volume());

@@ -207,6 +207,11 @@ impl Image {
         content.rewinds.is_on_path(position, self.position.lsn)
     }
 
+    /// Since where a volume is as large as it is.
+    pub(super) fn volume_is_since(&self, number: VolumeNumber) -> Lsn {
+        self.content.read().expect("no holder panics").table.volume_is_since(number)
+    }
+
     /// The control records that count at the image, as a base has them there.
     pub(super) fn control_entries(&self) -> Vec<ControlEntry> {
         let content = self.content.read().expect("no holder panics");

@@ -348,7 +348,11 @@ fn plan(
         let mut from = Place { volume: volume.number, offset: 0 };
         let end = Place { offset: volume.size_bytes, ..from };
         let reached = staged.map_or(&[][..], |staged| &staged.reached);
-        let parts = reached.iter().map(|reached| (reached.to, Some(reached.at.lsn)));
+        // What is staged of a volume is as of its size there: what it has grown by since was in no
+        // part, and may have been cut off before that.
+        let is_since = image.volume_is_since(volume.number);
+        let staged_as_of = |at: Lsn| if is_since >= at { since } else { Some(at) };
+        let parts = reached.iter().map(|reached| (reached.to, staged_as_of(reached.at.lsn)));
         for (to, as_of) in parts.chain([(end, since)]) {
             let to = to.min(end);
             if from >= to {
