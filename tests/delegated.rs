@@ -3,8 +3,8 @@
 use serde_json::Value;
 use std::path::Path;
 
-use crate::support::load::{client, wait_until_level};
-use crate::support::long_log::{LARGE_BYTES, make_group, write_until_refused};
+use crate::support::load::wait_until_level;
+use crate::support::long_log::{LARGE_BYTES, make_group, read_large, write_until_refused};
 use crate::support::{Appliance, PATIENCE, Setup, wait_for, wait_up_to};
 
 fn node(dir: &Path, name: &'static str) -> Appliance {
@@ -59,9 +59,5 @@ fn a_secondary_that_is_killed_in_mid_backup_loses_the_slot_to_the_primary() {
     b.run(&["backup", "verify", id]);
     let restored = dir.path().join("restored");
     b.run(&["backup", "restore", id, "--volume", "large", "--to", restored.to_str().unwrap()]);
-    let mut live = vec![0; usize::try_from(LARGE_BYTES).unwrap()];
-    for (part, bytes) in live.chunks_mut(1 << 20).enumerate() {
-        client(&a, "large").read((part as u64) << 20, bytes).unwrap();
-    }
-    assert!(std::fs::read(restored).unwrap() == live);
+    assert!(std::fs::read(restored).unwrap() == read_large(&a, "large"));
 }

@@ -9,7 +9,9 @@ use tidelog::nbd::{ClientError, Errno};
 
 use crate::support::faulty::{Call, Faults, SmallDisk};
 use crate::support::load::{Load, client, contents, hold};
-use crate::support::long_log::{LARGE_BYTES, OUTRUN_BYTES, make_group, write_until_refused};
+use crate::support::long_log::{
+    LARGE_BYTES, OUTRUN_BYTES, make_group, read_large, write_until_refused,
+};
 use crate::support::{Appliance, Setup, wait_for};
 
 /// What an examination prints whose exit status says that it left out something.
@@ -429,11 +431,7 @@ fn a_full_repository_fails_the_run_with_its_reason_and_the_next_run_makes_the_ba
     a.run(&["backup", "verify", &id]);
     let restored = dir.path().join("restored");
     a.run(&["backup", "restore", &id, "--volume", "large", "--to", restored.to_str().unwrap()]);
-    let mut live = vec![0; LARGE_BYTES as usize];
-    for (part, bytes) in live.chunks_mut(1 << 20).enumerate() {
-        client(&a, "large").read((part as u64) << 20, bytes).unwrap();
-    }
-    assert!(std::fs::read(restored).unwrap() == live);
+    assert!(std::fs::read(restored).unwrap() == read_large(&a, "large"));
 }
 
 /// What old moments keep is given up, the costliest first, before space is short for hosts. The

@@ -77,7 +77,7 @@ fn a_flush_in_sync_mode_is_durable_on_the_peer_when_it_is_answered() {
     // It has all of it in memory long before, and a look at it takes less.
     faults.slow(Call::Sync, Duration::from_millis(500), ".seg");
     let mut client = connect(&a);
-    for round in 0..5u8 {
+    for round in 0..10u8 {
         for block in 0..64 {
             client.write(block * BLOCK_BYTES as u64, &[round; BLOCK_BYTES]).unwrap();
         }

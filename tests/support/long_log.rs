@@ -35,3 +35,13 @@ pub fn write_until_refused(node: &Appliance, bytes: u64) -> Result<(), Errno> {
         error => panic!("{error}"),
     })
 }
+
+/// All of the large volume, or of an image of it (`large@IMAGE`).
+pub fn read_large(node: &Appliance, volume: &str) -> Vec<u8> {
+    let mut client = client(node, volume);
+    let mut bytes = vec![0; usize::try_from(LARGE_BYTES).unwrap()];
+    for (part, bytes) in bytes.chunks_mut(1 << 20).enumerate() {
+        client.read((part as u64) << 20, bytes).unwrap();
+    }
+    bytes
+}
