@@ -289,7 +289,8 @@ fn model_of(group: &Group) -> Model {
     model
 }
 
-fn run(seed: u64, steps: u64) -> (u64, Model) {
+/// Whether the program folded; how many moments behind the horizon were looked at; the model.
+fn run(seed: u64, steps: u64) -> (bool, u64, Model) {
     let dice = Dice::new(seed);
     let bench = Bench::new("a", seed);
     let mut group = bench.create();
@@ -303,19 +304,21 @@ fn run(seed: u64, steps: u64) -> (u64, Model) {
             below += check_moments(&group, &model, &format!("seed {seed}, step {number}"));
         }
     }
-    assert!(group.positions().horizon > Lsn::ZERO, "seed {seed}: the program folded");
-    (below, model)
+    (group.positions().horizon > Lsn::ZERO, below, model)
 }
 
 #[test]
 fn random_programs_equal_the_model_live_and_in_every_image() {
-    let (mut all_below, mut rewinds, mut over) = (0, 0, 0);
-    for seed in 1..=seeds(16) {
-        let (below, model) = run(seed, 150);
+    let (mut all_folded, mut all_below, mut rewinds, mut over) = (0, 0, 0, 0);
+    let programs = seeds(16);
+    for seed in 1..=programs {
+        let (folded, below, model) = run(seed, 150);
+        all_folded += u64::from(folded);
         all_below += below;
         rewinds += model.rewinds;
         over += model.over_rewinds;
     }
+    assert!(10 * all_folded >= 9 * programs, "only {all_folded} of {programs} programs folded");
     assert!(all_below > 200, "only {all_below} looks at moments behind the horizon");
     assert!(rewinds > 30, "only {rewinds} rewinds");
     assert!(over > 10, "only {over} looks at what changed over a rewind");
