@@ -36,6 +36,8 @@ pub(super) struct Merging {
     /// What is not staged is in the base; else all of it is staged.
     partial: bool,
     ranges: Ranges,
+    /// Bytes of each volume at the image: what the base has behind that is cut off by the merge.
+    sizes: BTreeMap<VolumeNumber, u64>,
     /// The files of what is staged.
     pub volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
 }
@@ -52,7 +54,9 @@ impl Merging {
         // is in the base.
         let content = Content::at_horizon(&control);
         ranges.retain(|number| content.volumes.contains_key(&number));
-        Some(Merging { control, partial: state.partial, ranges, volumes })
+        let known = content.volumes.iter();
+        let sizes = known.map(|(number, known)| (*number, known.volume.size_bytes)).collect();
+        Some(Merging { control, partial: state.partial, ranges, sizes, volumes })
     }
 
     /// Whether what is not staged is in the base.
@@ -61,13 +65,31 @@ impl Merging {
     }
 
     /// Where the bytes of a range of a volume are: runs of (offset, length, cover), without gaps.
+    /// Behind the volume's end at the image they are zeros, also where the base still has bytes.
     pub(super) fn parts(
         &self,
         volume: VolumeNumber,
         offset: u64,
         length: u64,
     ) -> Vec<(u64, u64, Cover)> {
-        self.ranges.parts(Place { volume, offset }, length)
+        let end = offset + length;
+        let inside = self.sizes.get(&volume).map_or(end, |size| (*size).clamp(offset, end));
+        let mut parts = Vec::new();
+        if inside > offset {
+            parts = self.ranges.parts(Place { volume, offset }, inside - offset);
+        }
+        if end > inside {
+            parts.push((inside, end - inside, Cover::Zeros));
+        }
+        parts
+    }
+
+    /// Whether the image has a volume smaller than it is here.
+    pub(super) fn cuts_off(&self, here: &Content) -> bool {
+        let larger = |known: &VolumeContent, size: &u64| known.volume.size_bytes > *size;
+        here.volumes
+            .iter()
+            .any(|(number, known)| self.sizes.get(number).is_some_and(|size| larger(known, size)))
     }
 
     /// Ranges of a volume that are staged, as (offset, length).

@@ -270,8 +270,18 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
                 pair.restart_copy(seed + 77);
                 check(&pair.copy, "after a crash before it is in the base");
             }
+            if seed % 3 == 0 {
+                // It follows first, and is merged while or after that.
+                pair.primary.end_shipment(&b());
+                gone_back += u64::from(!pair.follow());
+                pair.check(&what);
+            }
             pair.there.pass(5);
             pair.copy.fold_now().unwrap();
+            if seed % 3 == 0 {
+                pair.check(&what);
+                continue;
+            }
             check(&pair.copy, "in the base");
             assert!(!pair.there.disk.exists(&dir().join("staging")).unwrap(), "{what}");
             for base in pair.copy.bases.read().unwrap().values() {

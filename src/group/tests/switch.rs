@@ -147,3 +147,37 @@ fn an_error_anywhere_in_a_promote_never_ends_in_a_primary_that_the_next_start_de
     }
     assert!(stopped > 4, "{stopped}");
 }
+
+/// Found by reading: such a copy showed its own old bytes where the primary has zeros, and then did
+/// not know that they had changed.
+#[test]
+fn what_an_image_cuts_off_is_zeros_also_where_the_volume_grows_before_it_is_in_the_base() {
+    let pair = Pair::new(11);
+    let (here, end) = (&pair.primary, 3 << 20);
+    let volume = here.create_volume(name("v"), end).unwrap().number;
+    write(here, volume, 0, &[1; 4096]);
+    write(here, volume, 2 << 20, &[2; 20_000]);
+    pair.follow();
+    let before = pair.copy.positions().request_end;
+    here.resize_volume(&name("v"), 1 << 20).unwrap();
+    pair.fold();
+    assert!(send(here, &pair.copy, Some(before), before, usize::MAX));
+    here.resize_volume(&name("v"), end).unwrap();
+    pair.copy.switch_to_image().unwrap();
+    here.end_shipment(&name("b"));
+    pair.follow();
+    for what in ["staged", "in the base"] {
+        assert_eq!(pair.copy.merging().is_some(), what == "staged");
+        same(here, &pair.copy, what);
+        let extents = pair.copy.extents(volume, 1 << 20, 2 << 20, 100).unwrap();
+        let is_hole = |extent: &Extent| extent.allocation == Allocation::Hole;
+        assert!(extents.iter().all(is_hole), "{what}: {extents:?}");
+        let image = pair.copy.open_image(&Point::Now, None, "test", None).unwrap();
+        let changed = image.changed_since(volume, before).unwrap();
+        let is_old = |(at, length): &(u64, u64)| *at <= 2 << 20 && at + length >= end;
+        assert!(changed.iter().any(is_old), "{what}: {changed:?}");
+        pair.copy.close_this_image(&image).unwrap();
+        pair.there.pass(5);
+        pair.copy.fold_now().unwrap();
+    }
+}
