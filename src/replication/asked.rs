@@ -61,8 +61,10 @@ impl Said {
 #[derive(Default)]
 pub(super) struct Notes {
     said: Mutex<HashMap<(NodeId, GroupId), Said>>,
-    /// Held while a log is cut to follow a peer.
+    /// Held while a log is cut to follow a peer: for as long as a fold or a disk takes.
     pub cutting: Mutex<()>,
+    /// Held by the one look that gives notes up.
+    unasking: Mutex<()>,
 }
 
 impl Replication {
@@ -145,22 +147,32 @@ impl Shared {
         Ok(was_known)
     }
 
-    /// Whether it may be forgotten that a peer asked for a group whose log `says` the same.
-    pub(super) fn may_unask(&self, group: &dyn Replica, peer: &Peer, says: bool) -> bool {
+    /// Whether it may be forgotten that a peer asked for a group whose log `says` the same, as of a
+    /// number of its cuts.
+    pub(super) fn may_unask(
+        &self,
+        group: &dyn Replica,
+        peer: &Peer,
+        says: bool,
+        cuts: u64,
+    ) -> bool {
         let key = (peer.node, group.id());
         let mut all = locked(&self.notes.said);
         if !says || !peer.copies.contains(&group.id()) {
             all.remove(&key);
             return false;
         }
-        let (said, durable) = Said::look(all.get(&key), group.cuts(), &group.positions());
+        let (said, durable) = Said::look(all.get(&key), cuts, &group.positions());
         all.insert(key, said);
         durable
     }
 
     /// Forgets who asked for groups whose logs say the same durably, as of a number of their cuts.
+    /// Waits for nobody, since a look comes with each append: while another is at it, or a log is
+    /// cut, a later look does it.
     pub(super) fn unask_known(&self, known: Vec<(NodeId, GroupId, u64)>) {
-        let _no_cut = locked(&self.notes.cutting);
+        let Ok(_alone) = self.notes.unasking.try_lock() else { return };
+        let Ok(_no_cut) = self.notes.cutting.try_lock() else { return };
         for (node, group, cuts) in known {
             // The next start of one that failed may end a cut.
             let is_as_seen = self.groups.by_id(group).is_some_and(|group| {
@@ -278,7 +290,7 @@ pub(super) mod tests {
         let shared = &node.replication.shared;
         let look = |says| {
             let peer = shared.peer(PEER).unwrap();
-            let known = shared.may_unask(&*group, &peer, says);
+            let known = shared.may_unask(&*group, &peer, says, group.cuts());
             shared
                 .unask_known(known.then(|| (PEER, group.id(), group.cuts())).into_iter().collect());
             is_asked_for(&node, &group)
@@ -290,6 +302,9 @@ pub(super) mod tests {
         shared.ask_for(PEER, group.id()).unwrap();
         shared.unask_known(vec![(PEER, group.id(), group.cuts() + 1)]);
         assert!(is_asked_for(&node, &group), "its log was cut since");
+        let cutting = shared.notes.cutting.lock().unwrap();
+        assert!(look(true), "a log is cut, and no look waits for that");
+        drop(cutting);
         disk.inject(Fault::PowerOff { operation: disk.operations() });
         group.append_control(member(PEER, "b", Mode::Sync)).unwrap_err();
         assert!(look(true), "it may be gone after a start");

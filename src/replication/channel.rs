@@ -387,6 +387,9 @@ impl Channel {
         self.drop_streams();
         (self.remote, self.untold, self.silent) = (None, None, false);
         if self.visible() {
+            if self.state == ReplicationState::Idle {
+                self.since = context.now;
+            }
             self.await_word(context);
             self.announce(context);
         }

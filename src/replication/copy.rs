@@ -16,6 +16,7 @@ use crate::events::Severity;
 use crate::group::{DataState, Role};
 use crate::units::{GroupId, Lsn, NodeId};
 
+use super::check::Pass;
 use super::core::Membership;
 use super::health::LogCheck;
 use super::rpc::PeerContext;
@@ -311,7 +312,7 @@ impl Shared {
     pub(super) fn log_check(&self, group: GroupId, now: Duration) -> LogCheck {
         let ledger = self.ledger(group);
         let checks = self.checks.lock().expect("no holder panics");
-        let pass = checks.get(&group).cloned().unwrap_or_default();
+        let pass = checks.get(&group).cloned().unwrap_or_else(|| Pass::begin(now));
         LogCheck {
             checked_to: pass.checked_to(),
             damaged: ledger.of_log(),

@@ -322,6 +322,8 @@ pub(super) fn membership_of(
 
 /// All that the core needs to know of a group in view of a peer.
 pub fn local_group(group: &dyn Replica, me: NodeId, peer: NodeId, asked_for: bool) -> LocalGroup {
+    // First: what follows may be of behind a cut, and is then not taken for what was before it.
+    let cuts = group.cuts();
     let positions = group.positions();
     let control = group.control();
     let primary = group.role() == Role::Primary;
@@ -336,7 +338,7 @@ pub fn local_group(group: &dyn Replica, me: NodeId, peer: NodeId, asked_for: boo
         durable: positions.durable,
         requests: positions.requests,
         log_start: group.log_start(),
-        cuts: group.cuts(),
+        cuts,
         failed: data_state == DataState::Failed,
         retired: data_state == DataState::Retired,
         membership: membership_of(&control, me, peer, primary, asked_for),

@@ -508,7 +508,7 @@ impl Shared {
                 let member = matches!(local.membership, Membership::Member { .. });
                 // Where it may be about to cut its log, that may soon say otherwise.
                 let parted = core.channel(local.id).is_some_and(|it| it.parted().is_some());
-                if self.may_unask(&**group, peer, member && !parted) {
+                if self.may_unask(&**group, peer, member && !parted, local.cuts) {
                     known.push((peer.node, group.id(), local.cuts));
                 }
                 core.handle(now, Input::Group(Box::new(local)), &mut of_core);
