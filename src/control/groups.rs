@@ -280,7 +280,10 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
 fn only_here(context: &Context, group: &Group) -> Option<String> {
     let control = group.control();
     let authored = control.epochs.last().is_some_and(|last| last.author == context.node.id);
-    let kept = group.data_state().0 != DataState::Retired && !group.log_is_broken();
+    // Without an image nothing of it can be shown, and no promote goes on with it.
+    let state = group.data_state().0;
+    let shows = !matches!(state, DataState::None | DataState::ReceivingImage | DataState::Retired);
+    let kept = shows && !group.log_is_broken();
     let peers = context.replication.status(group);
     let reigns = |peer: &PeerStatus| peer.link_state == "connected" && peer.role == "primary";
     if !authored || !kept || group.role() == Role::Primary || peers.iter().any(reigns) {

@@ -249,18 +249,23 @@ impl ControlTable {
 
     /// Spans of log time that nobody measured, in order: log time took a jump of the wall clock.
     pub(super) fn unmeasured(&self) -> Vec<(LogTime, LogTime)> {
-        let spans = self.entries.iter().filter_map(|entry| match &entry.control {
-            Some(Control::Clock(record)) if entry.raw.time >= record.wall => {
+        self.jumps_from(Lsn::ZERO).collect()
+    }
+
+    /// How much of log time nobody measured, by the records from a position on.
+    pub(super) fn unmeasured_from(&self, from: Lsn) -> Duration {
+        self.jumps_from(from).map(|(before, after)| after.since(before)).sum()
+    }
+
+    fn jumps_from(&self, from: Lsn) -> impl Iterator<Item = (LogTime, LogTime)> + '_ {
+        self.entries.iter().filter_map(move |entry| match &entry.control {
+            Some(Control::Clock(record))
+                if entry.raw.lsn >= from && entry.raw.time >= record.wall =>
+            {
                 Some((record.before, entry.raw.time))
             }
             _ => None,
-        });
-        spans.collect()
-    }
-
-    /// How much of log time nobody measured.
-    pub(super) fn unmeasured_in_all(&self) -> Duration {
-        self.unmeasured().into_iter().map(|(from, to)| to.since(from)).sum()
+        })
     }
 
     /// The highest number that a volume ever had.

@@ -212,12 +212,11 @@ impl Core {
 
     /// The log ends at an earlier end of a request now.
     pub(super) fn cut_to(&mut self, end: Checkpoint, writer: Writer, content: Content) {
-        let before = self.content.table.unmeasured_in_all();
+        let unmeasured = self.content.table.unmeasured_from(end.lsn);
         self.writer = writer;
         self.content = content;
         self.timeline.cut(end);
-        let left = self.content.table.unmeasured_in_all();
-        self.clock.cut(end.time, before.saturating_sub(left));
+        self.clock.cut(end.time, unmeasured);
         self.epoch = end.epoch;
         self.unflushed = true;
         self.awaited = Awaited::default();

@@ -129,39 +129,10 @@ impl Group {
                 meta.reign = epoch.id;
             }
         })?;
-        let appended = {
-            let mut core = self.lock();
-            let (head, chain) = (core.writer.head(), core.writer.chain());
-            if let Some(at) = at.filter(|at| *at != (head, chain)) {
-                return Err(self.refused(format!("ends at LSN {head}, not as asked at {}", at.0)));
-            }
-            // A group that is being closed is marked as ending where it ends now.
-            if core.closed {
-                return Err(self.refused("is closed"));
-            }
-            // One more than the last, also where that came between the decision and now.
-            let last = core.view.epochs.last().map_or(0, |last| last.counter);
-            epoch.counter = epoch.counter.max(last.saturating_add(1));
-            if epoch.counter > COUNTER_MAX {
-                return Err(self.refused("has used all numbers of reigns; make another group"));
-            }
-            // A pad before it belongs to the reign already: here the histories part.
-            epoch.first_lsn = core.writer.head();
-            let control = Control::Epoch(epoch.clone());
-            let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new());
-            if let Ok(end) = end {
-                assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
-                core.role = Role::Primary;
-                (core.retired, core.needs_image) = (None, None);
-                core.pending = Pending::default();
-                let now = core.clock.last();
-                core.required.begin_anew(now);
-            }
-            end
-        };
+        let appended = self.append_reign(&mut epoch, at);
         self.report();
         self.notify();
-        let end = appended?;
+        let end = appended.inspect_err(|_| self.forget_reign())?;
         self.sync_now()?;
         // What a log that is damaged before the record cannot tell.
         self.write_meta(|meta| {
@@ -170,6 +141,55 @@ impl Group {
         })
         .map_err(|cause| self.fail("write meta", &cause))?;
         Ok(epoch)
+    }
+
+    /// The record of a reign; where it ends.
+    fn append_reign(
+        &self,
+        epoch: &mut EpochRecord,
+        at: Option<(Lsn, Chain)>,
+    ) -> Result<Lsn, GroupError> {
+        let mut core = self.lock();
+        let (head, chain) = (core.writer.head(), core.writer.chain());
+        if let Some(at) = at.filter(|at| *at != (head, chain)) {
+            return Err(self.refused(format!("ends at LSN {head}, not as asked at {}", at.0)));
+        }
+        // A group that is being closed is marked as ending where it ends now.
+        if core.closed {
+            return Err(self.refused("is closed"));
+        }
+        // One more than the last, also where that came between the decision and now.
+        let last = core.view.epochs.last().map_or(0, |last| last.counter);
+        epoch.counter = epoch.counter.max(last.saturating_add(1));
+        if epoch.counter > COUNTER_MAX {
+            return Err(self.refused("has used all numbers of reigns; make another group"));
+        }
+        // A pad before it belongs to the reign already: here the histories part.
+        epoch.first_lsn = core.writer.head();
+        let control = Control::Epoch(epoch.clone());
+        let end = self.append_body(&mut core, &control, Some(epoch.id), &mut Vec::new());
+        if let Ok(end) = end {
+            assert!(end > epoch.first_lsn, "epoch {} ends at {end}", epoch.first_lsn);
+            core.role = Role::Primary;
+            (core.retired, core.needs_image) = (None, None);
+            core.pending = Pending::default();
+            let now = core.clock.last();
+            core.required.begin_anew(now);
+        }
+        end
+    }
+
+    /// A reign was noted, and its record was refused: no later loss of power has taken it away.
+    fn forget_reign(&self) {
+        if self.lock().failed.is_some() {
+            return;
+        }
+        // An error is told, and the group has failed with it.
+        let _ = self.update_meta(|meta| {
+            if !meta.reigns {
+                meta.reign = EpochId(0);
+            }
+        });
     }
 
     /// Who reigns holds the group: the record that replication to this node was stopped ends here.

@@ -112,3 +112,25 @@ fn a_cut_that_takes_unmeasured_time_with_it_makes_nothing_older() {
         assert!(!still_covered(&group), "{then}");
     }
 }
+
+#[test]
+fn a_jump_that_a_fold_has_passed_is_not_taken_off_what_a_cut_takes() {
+    let bench = Bench::new("a", 5);
+    stopped(&bench, true);
+    bench.clock.set_wall(bench.clock.wall().after(Duration::from_secs(24 * HOUR)));
+    bench.clock.set_boot(2);
+    let (group, _) = bench.open();
+    group.serve().unwrap();
+    write(&group, VolumeNumber(1), 0, &[3; 4096]);
+    bench.pass(2 * HOUR);
+    write(&group, VolumeNumber(1), 0, &[4; 4096]);
+    assert!(!still_covered(&group), "the jump is in the base");
+    group.create_bookmark(name("late"), Consistency::Crash).unwrap();
+    let before = group.positions();
+    bench.pass(HOUR / 2);
+    write(&group, VolumeNumber(1), 0, &[5; 4096]);
+    group.yield_to(before.head, before.chain, Discard::Authored).unwrap();
+    bench.pass(HOUR / 2 + 60);
+    group.fold_now().unwrap();
+    assert!(group.resolve_point(&Point::Bookmark(name("late"))).is_err(), "it is an hour old");
+}

@@ -187,6 +187,8 @@ fn a_reign_is_taken_over_at_its_very_place_or_nothing_is_changed() {
         let TookOver::Refused(why) = answer else { panic!("{answer:?}") };
         assert!(why.to_string().contains(expected), "{why}");
         assert_eq!((copy.role(), copy.positions().head), (Role::Secondary, head));
+        let noted = copy.meta.lock().unwrap().meta.reign;
+        assert_eq!(noted, EpochId(0), "a later start says that a reign was lost");
     };
     refused((Lsn(head.0 - 8), chain), "not as asked");
     refused((Lsn(head.0 + 8), chain), "not as asked");
