@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::support::{Appliance, Setup, free_address};
+use crate::support::{Appliance, Setup, free_address, wait_for};
 
 fn serve(configuration: &str) -> (tempfile::TempDir, Output) {
     let dir = tempfile::tempdir().unwrap();
@@ -177,8 +177,17 @@ fn a_run_that_fails_says_why_and_ends_with_1() {
     }
     let table = node.run(&["backup", "list"]);
     assert!(table.contains("failed") && table.contains("does not exist"), "{table}");
+    let needs = |code, word: &str| {
+        wait_for("the check of the node", || {
+            let output = node.command(&["status", "--check"]);
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            (output.status.code() == Some(code) && said.contains(word)).then_some(())
+        });
+    };
+    needs(1, "backup of job nightly");
     node.run(&["repository", "init", "main"]);
     node.run(&["backup", "run", "g/nightly"]);
+    needs(0, "nothing needs an operator");
 }
 
 #[test]

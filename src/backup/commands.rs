@@ -130,10 +130,22 @@ impl Scheduler {
     ///
     /// # Errors
     ///
-    /// Where it exists, or cannot be made.
-    pub async fn repository_init(&self, name: &str) -> Result<String, BackupError> {
-        let repository = self.inner().repository(name)?;
-        blocking(move || Ok(repository.repository().init()?)).await
+    /// Where it exists, or cannot be made; without `force` also where backups were in it that are
+    /// out of reach now.
+    pub async fn repository_init(&self, name: &str, force: bool) -> Result<String, BackupError> {
+        let inner = Arc::clone(self.inner());
+        let reach = inner.repository(name)?;
+        blocking(move || {
+            let repository = reach.repository();
+            let RepositoryConfig { name, url, .. } = repository.config().clone();
+            let backups = inner.history.seen(&name).len();
+            let is_gone = || matches!(repository.open(), Err(RepositoryError::Missing { .. }));
+            if !force && backups > 0 && is_gone() {
+                return Err(BackupError::WasThere { name, url, backups });
+            }
+            Ok(repository.init()?)
+        })
+        .await
     }
 
     /// Checks a repository, all its data where asked.

@@ -20,6 +20,12 @@ pub enum BackupError {
     Assume(#[from] AssumeError),
     #[error("job {group}/{job}: does not exist; `tidelog job list {group}` shows those that do")]
     NoJob { group: Name, job: String },
+    #[error(
+        "repository {name}: nothing is at {url} now, and when it was read last backups were in it \
+         ({backups}); mount the file system that it is on, or `tidelog repository init {name} \
+         --force` makes a new one without them"
+    )]
+    WasThere { name: String, url: String, backups: usize },
     #[error("backup {id}: is in no repository of this node; `tidelog backup list` shows them")]
     NoBackup { id: String },
     #[error("restore of {volume}: {cause}")]

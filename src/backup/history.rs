@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
-use super::catalog::BackupEntry;
+use super::catalog::{BackupEntry, Outcome};
 use crate::units::{EpochId, LogTime, Name};
 
 /// Runs that are remembered at most.
@@ -106,6 +106,25 @@ impl History {
     #[must_use]
     pub fn runs(&self) -> Vec<BackupEntry> {
         self.lock().runs.clone()
+    }
+
+    /// The run of a job with the newest slot.
+    #[must_use]
+    pub fn newest(&self, group: &Name, job: &Name) -> Option<BackupEntry> {
+        let remembered = self.lock();
+        let of_job = remembered.runs.iter().filter(|run| run.group == *group && run.job == *job);
+        of_job.max_by_key(|run| run.slot).cloned()
+    }
+
+    /// Whether a repository held a backup of a job of a slot or a later one, when it was read last.
+    #[must_use]
+    pub fn has_seen(&self, repository: &str, group: &Name, job: &Name, slot: LogTime) -> bool {
+        let is_it = |entry: &BackupEntry| {
+            (&entry.group, &entry.job) == (group, job)
+                && entry.slot >= slot
+                && entry.outcome == Outcome::Done
+        };
+        self.lock().seen.get(repository).is_some_and(|entries| entries.iter().any(is_it))
     }
 
     /// How this node's run of a slot ended.

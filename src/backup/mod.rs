@@ -25,6 +25,7 @@ mod decision;
 mod door;
 mod error;
 mod facts;
+mod failures;
 mod gather;
 mod history;
 mod job;

@@ -164,7 +164,8 @@ impl Watch {
         }
     }
 
-    fn is_made_up_for(&self, slot: LogTime) -> bool {
+    /// Whether the backup of a slot, or of a later one, is known to be there.
+    pub fn is_made_up_for(&self, slot: LogTime) -> bool {
         self.made.max(self.unsettled()).is_some_and(|made| made >= slot)
     }
 }

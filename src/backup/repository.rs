@@ -42,7 +42,8 @@ pub enum RepositoryError {
     #[error("repository {name}: {url}: only directories can be repositories so far")]
     Url { name: String, url: String },
     #[error(
-        "repository {name}: does not exist at {url}; `tidelog repository init {name}` makes it"
+        "repository {name}: does not exist at {url}; mount the file system that it is on, or \
+         `tidelog repository init {name}` makes a new one"
     )]
     Missing { name: String, url: String },
     #[error("repository {name}: {url}: no answer since {since}; look at the file system there")]

@@ -14,6 +14,7 @@ use super::conversation::Published;
 use super::decision::{Decision, Explanation, explain};
 use super::error::BackupError;
 use super::facts::NodeFacts;
+use super::failures::Failure;
 use super::gather::others;
 use super::history::History;
 use super::job::JobSettings;
@@ -102,7 +103,7 @@ pub struct SlotAlarm {
     pub job: Name,
     /// The slot.
     pub slot: LogTime,
-    /// `overdue` or `unknown`.
+    /// `overdue` or `unknown`; `failed` of a run.
     pub state: String,
     /// Why.
     pub text: String,
@@ -134,6 +135,8 @@ pub(super) struct State {
     pub(super) decided: HashMap<RunKey, Decision>,
     pub(super) alarms: BTreeMap<(Name, Name), SlotAlarm>,
     pub(super) watches: HashMap<EpochId, Watch>,
+    /// By group and job.
+    pub(super) failures: BTreeMap<(Name, Name), Failure>,
     /// Slots that went by behind one that is still open, each of which was looked for.
     pub(super) missed: HashSet<(EpochId, LogTime)>,
     pub(super) complained: HashSet<(EpochId, LogTime)>,
@@ -337,6 +340,13 @@ impl Scheduler {
     #[must_use]
     pub fn alarms(&self) -> Vec<SlotAlarm> {
         self.inner.lock().alarms.values().cloned().collect()
+    }
+
+    /// Jobs whose newest run failed here, and has not been made up for, as far as is known; the
+    /// state of each is `failed`.
+    #[must_use]
+    pub fn failures(&self) -> Vec<SlotAlarm> {
+        self.inner.lock().failures.values().filter_map(Failure::told).cloned().collect()
     }
 
     /// How far the run of a job is: bytes done and to do.

@@ -30,12 +30,15 @@ impl Inner {
             let _ = self.meter.measure(self.context.env.clock.monotonic());
             self.give_up_stuck();
             let (mut scheduled, mut jobs) = (BTreeMap::new(), BTreeSet::new());
+            let mut known = BTreeSet::new();
             // Replication to a retired copy was stopped: it hears of no change of a job, and has no
             // part in the group's backups.
             let groups = self.registry.groups().into_iter();
             for group in groups.filter(|group| group.data_state().0 != DataState::Retired) {
                 for job in group.control().jobs.iter().filter(|job| !job.removed) {
                     self.keep_job(&group, job);
+                    self.look_at_failure(&group, job);
+                    known.insert((group.name().clone(), job.name.clone()));
                     if job.schedule.is_some() {
                         jobs.insert(job.id);
                         scheduled.insert((group.name().clone(), job.name.clone()), job.since);
@@ -45,6 +48,7 @@ impl Inner {
             // Of a job that is gone, or is another since, nobody misses a slot.
             let mut state = self.lock();
             state.watches.retain(|job, _| jobs.contains(job));
+            state.failures.retain(|name, _| known.contains(name));
             state.alarms.retain(|name, alarm| {
                 let since = scheduled.get(name);
                 since.is_some_and(|since| alarm.slot > *since) && !self.is_ahead(alarm.slot)
@@ -173,7 +177,12 @@ impl Inner {
     }
 
     /// Whether the backup of a slot is there, as far as any node of the group can see.
-    fn look_for_result(&self, group: &Arc<Group>, job: &JobRecord, slot: LogTime) -> Found {
+    pub(super) fn look_for_result(
+        &self,
+        group: &Arc<Group>,
+        job: &JobRecord,
+        slot: LogTime,
+    ) -> Found {
         let ask = |peer: Name| {
             let call = ObserveCall { group: group.id(), job: job.id, slot: Some(slot) };
             let call =

@@ -24,6 +24,9 @@ pub enum RepositoryCommand {
     Init {
         /// Its name in this node's configuration
         name: Name,
+        /// Make a new one, also where this node knows of backups in one that is out of reach
+        #[arg(long)]
+        force: bool,
     },
     /// Check a repository's structure
     Check {
@@ -94,8 +97,9 @@ pub(super) fn job_path(group: &Name, job: &Name) -> String {
 pub async fn repository(session: &Session, command: RepositoryCommand) -> Result<()> {
     let done = |done: Done| done.done;
     match command {
-        RepositoryCommand::Init { name } => {
-            session.ask("POST", &format!("/v1/repositories/{name}/init"), None, done).await
+        RepositoryCommand::Init { name, force } => {
+            let path = format!("/v1/repositories/{name}/init");
+            session.ask("POST", &path, Some(json!({ "force": force })), done).await
         }
         RepositoryCommand::Check { name, read_data } => {
             let path = format!("/v1/repositories/{name}/check");

@@ -101,7 +101,7 @@ fn show(status: &Status) -> String {
         text.push('\n');
         text.push_str(&show_group(group));
     }
-    for alarm in &status.backup_alarms {
+    for alarm in status.backup_alarms.iter().chain(&status.backup_failures) {
         text.push_str(&format!(
             "\nbackup {}: {}/{} of {}: {}\n",
             alarm.state, alarm.group, alarm.job, alarm.slot, alarm.text

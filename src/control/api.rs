@@ -35,6 +35,9 @@ pub struct Status {
     pub unopened_groups: Vec<UnopenedGroup>,
     /// Slots of jobs that have no backup, or of which nobody can say.
     pub backup_alarms: Vec<SlotAlarm>,
+    /// Jobs whose newest run failed on this node, where no backup is known that makes up for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backup_failures: Vec<SlotAlarm>,
     /// What an operator has to do, gravest first: what `status --check` tells.
     pub attention: Vec<Attention>,
 }

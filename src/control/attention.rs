@@ -13,7 +13,7 @@ use crate::group::Role;
 use crate::units::{ByteSize, LogTime, Name};
 
 /// The words for what may be wrong, gravest first.
-pub const CODES: [&str; 23] = [
+pub const CODES: [&str; 24] = [
     "group-not-opened",
     "data-failed",
     "split-brain",
@@ -36,6 +36,7 @@ pub const CODES: [&str; 23] = [
     "rpo-exceeded",
     "not-folded",
     "disk-nearly-full",
+    "backup-failed",
     "backup-missing",
 ];
 
@@ -65,14 +66,16 @@ pub fn attention(status: &Status, now: LogTime) -> Vec<Attention> {
     for group in &status.groups {
         look_at_group(group, now, &mut found);
     }
-    for alarm in &status.backup_alarms {
+    let failures = status.backup_failures.iter().map(|failure| ("backup-failed", "has", failure));
+    let alarms = status.backup_alarms.iter().map(|alarm| ("backup-missing", "is", alarm));
+    for (code, verb, alarm) in failures.chain(alarms) {
         let (group, job, slot) = (&alarm.group, &alarm.job, alarm.slot);
         let text = format!(
-            "group {group}: backup of job {job} for {slot} is {}: {}; `tidelog backup explain \
+            "group {group}: backup of job {job} for {slot} {verb} {}: {}; `tidelog backup explain \
              {group}/{job}`",
             alarm.state, alarm.text
         );
-        found.push(of("backup-missing", group.as_str(), text));
+        found.push(of(code, group.as_str(), text));
     }
     let rank = |one: &Attention| CODES.iter().position(|code| *code == one.code);
     found.sort_by_key(rank);
@@ -275,7 +278,7 @@ mod tests {
     /// A primary whose copy streams.
     fn well() -> Value {
         json!({
-            "node": "a", "version": "0", "backup_alarms": [], "attention": [],
+            "node": "a", "version": "0", "backup_alarms": [], "backup_failures": [], "attention": [],
             "groups": [{
                 "name": "g", "role": "primary", "epoch": "00000000000000aa",
                 "data_state": "consistent", "volumes": [],
@@ -347,6 +350,12 @@ mod tests {
         let log = |key: &str| format!("/groups/0/log/{key}");
         let peer = |key: &str| format!("/groups/0/peers/0/{key}");
         let why = json!("the very reason");
+        let alarm = |state| {
+            json!([{
+                "group": "g", "job": "nightly", "slot": "2026-01-01T00:00:00Z", "state": state,
+                "text": why,
+            }])
+        };
         let state = |state: &str| {
             vec![
                 (peer("replication_state"), json!(state)),
@@ -444,16 +453,8 @@ mod tests {
             ("rpo-exceeded", vec![(peer("rpo_actual_seconds"), json!(5.1))]),
             ("not-folded", vec![(log("fold_reason"), why.clone())]),
             ("disk-nearly-full", vec![(log("disk_free_bytes"), json!(8))]),
-            (
-                "backup-missing",
-                vec![(
-                    "/backup_alarms".to_owned(),
-                    json!([{
-                        "group": "g", "job": "nightly", "slot": "2026-01-01T00:00:00Z",
-                        "state": "overdue", "text": why,
-                    }]),
-                )],
-            ),
+            ("backup-missing", vec![("/backup_alarms".to_owned(), alarm("overdue"))]),
+            ("backup-failed", vec![("/backup_failures".to_owned(), alarm("failed"))]),
         ];
         let tried: std::collections::BTreeSet<&str> = cases.iter().map(|(code, _)| *code).collect();
         assert_eq!(tried, CODES.into_iter().collect());

@@ -38,6 +38,7 @@ impl From<BackupError> for Problem {
             BackupError::Job(_) | BackupError::Assume(_) => (400, "invalid"),
             BackupError::NoJob { .. } => (404, "no-such-job"),
             BackupError::NoBackup { .. } => (404, "no-such-backup"),
+            BackupError::WasThere { .. } => (409, "repository-missing"),
             BackupError::Restore { .. } => (409, "restore"),
             BackupError::Internal(_) => (500, "bug"),
         };
@@ -174,7 +175,8 @@ pub(super) fn repositories(context: Arc<Context>, _call: Call) -> AnswerFuture {
 pub(super) fn init_repository(context: Arc<Context>, call: Call) -> AnswerFuture {
     Box::pin(async move {
         let name = call.path("repository");
-        let id = context.scheduler.repository_init(name).await?;
+        let force: bool = call.field("force")?.unwrap_or(false);
+        let id = context.scheduler.repository_init(name, force).await?;
         done(format!("repository {name}: made, id {id}"))
     })
 }

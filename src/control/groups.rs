@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::backup::SlotAlarm;
 use crate::events::Severity;
 use crate::group::{DataState, Group, GroupError, NotOpened, Role};
 use crate::log::control::{Control, OnFull, OnPeerBehind, PolicyRecord};
@@ -39,7 +40,10 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
         groups => groups?,
     };
     let wanted = |group: &Name| groups.iter().any(|known| known.name() == group);
-    let alarms = context.scheduler.alarms().into_iter().filter(|alarm| wanted(&alarm.group));
+    let of_these = |mut alarms: Vec<SlotAlarm>| {
+        alarms.retain(|alarm| wanted(&alarm.group));
+        alarms
+    };
     let mut status = Status {
         node: context.node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -48,7 +52,8 @@ pub(super) fn status(context: &Context, call: &Call) -> Answer {
             .into_iter()
             .map(|NotOpened { id, name, reason, since }| UnopenedGroup { id, name, reason, since })
             .collect(),
-        backup_alarms: alarms.collect(),
+        backup_alarms: of_these(context.scheduler.alarms()),
+        backup_failures: of_these(context.scheduler.failures()),
         attention: Vec::new(),
     };
     status.attention = attention(&status, context.env.clock.wall());

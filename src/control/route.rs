@@ -553,7 +553,12 @@ pub static ROUTES: &[Route] = &[
         "repository init",
         "Make a repository; a run never makes one",
         Async(backups::init_repository),
-    ),
+    )
+    .body(&[parameter(
+        "force",
+        "boolean",
+        "also where backups were in it that are out of reach",
+    )]),
     route(
         "POST",
         "/v1/repositories/{repository}/check",

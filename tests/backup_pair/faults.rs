@@ -13,6 +13,7 @@ use tidelog::log::control::{Control, PolicyRecord};
 use tidelog::units::Span;
 
 use super::rig::*;
+use super::{alarm_states, failures, scheduled};
 use crate::support::wait_for;
 
 /// The ids of all backups of a slot, whichever node lists them.
@@ -116,6 +117,36 @@ fn a_secondary_that_loses_the_repository_leaves_the_slot_to_the_primary() {
     std::os::unix::fs::symlink("repository", way).unwrap();
     let [id] = &made(&pair, &pair.b)[..] else { panic!("one backup") };
     assert!(pair.restored(id) == pair.live());
+}
+
+/// A disk that is not mounted: status said that nothing needs an operator until the time of the
+/// slot was over, and all advice was to make a new repository in its place.
+#[test]
+fn a_run_that_failed_is_told_until_a_later_backup_and_no_repository_takes_the_place_of_another() {
+    let (pair, clock, slot) = scheduled(json!({"placement": "primary-only"}));
+    pair.run(&pair.a);
+    pair.a.await_event("backup-done");
+    let init = |force| {
+        let made = pair.runtime.block_on(pair.a.scheduler.repository_init("main", force));
+        made.unwrap_err().to_string()
+    };
+    assert!(init(true).contains("exists already"));
+    let (repository, away) = (pair.dir.path().join("repository"), pair.dir.path().join("away"));
+    std::fs::rename(&repository, &away).unwrap();
+    clock.advance(Duration::from_secs(60));
+    let event = pair.a.await_event("backup-failed");
+    assert!(event.text.contains("mount the file system that it is on"), "{event:?}");
+    wait_for("it to be told", || (failures(&pair.a) == [slot]).then_some(()));
+    assert!(alarm_states(&pair.a).is_empty());
+    let told = &pair.a.scheduler.failures()[0];
+    assert!(told.text.contains("does not exist at"), "{told:?}");
+    let refused = init(false);
+    assert!(refused.contains("backups were in it (1); mount"), "{refused}");
+    std::fs::rename(&away, &repository).unwrap();
+    clock.advance(Duration::from_secs(61));
+    pair.run(&pair.a);
+    pair.a.await_event("backup-done");
+    wait_for("it to be made up for", || failures(&pair.a).is_empty().then_some(()));
 }
 
 /// Hosts write over all of the image, and folds go past it, between its opening and its first read.

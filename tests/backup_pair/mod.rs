@@ -435,6 +435,11 @@ pub(crate) fn alarm_states(node: &Node) -> Vec<(String, LogTime)> {
     node.scheduler.alarms().into_iter().map(|alarm| (alarm.state, alarm.slot)).collect()
 }
 
+/// The slots of the runs that failed on a node and were not made up for, as far as it knows.
+pub(crate) fn failures(node: &Node) -> Vec<LogTime> {
+    node.scheduler.failures().into_iter().map(|failure| failure.slot).collect()
+}
+
 /// A pair in which neither node has made a slot, whose time is over.
 pub(crate) fn unmade() -> (Pair, LogTime) {
     let settings = json!({"placement": "secondary-only", "max_lag": "10s", "deadline": "5m",
@@ -449,6 +454,7 @@ pub(crate) fn unmade() -> (Pair, LogTime) {
     for node in [&pair.a, &pair.b] {
         assert_eq!(node.await_any(&["backup-failed"]).details["slot"], slot.to_string());
         assert!(alarm_states(node).is_empty(), "its time is not over");
+        wait_for("it to be told", || (failures(node) == [slot]).then_some(()));
     }
     clock.advance(Duration::from_secs(10 * 60 + 600));
     (pair, slot)

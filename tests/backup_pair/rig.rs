@@ -276,7 +276,7 @@ impl Pair {
         *link.groups.write().unwrap() = Some((primary, copy.unwrap()));
         drop(_inside);
         let pair = Pair { runtime, link, a, b, dir };
-        pair.runtime.block_on(pair.a.scheduler.repository_init("main")).unwrap();
+        pair.runtime.block_on(pair.a.scheduler.repository_init("main", false)).unwrap();
         pair.set_job("nightly", settings);
         pair.write(0, &noise(3 << 20, 1));
         pair.link.ship();
