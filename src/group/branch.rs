@@ -336,7 +336,7 @@ impl Group {
         Err(self.cut_again(branch))
     }
 
-    fn cut_again(&self, branch: &Branch) -> GroupError {
+    pub(super) fn cut_again(&self, branch: &Branch) -> GroupError {
         self.refused(format!(
             "branch {} does not continue the history here: the log was cut again before lsn:{}",
             branch.name, branch.from.lsn

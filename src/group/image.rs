@@ -386,7 +386,11 @@ impl Group {
             let (live, state, mut rewinds, cuts) = {
                 let core = self.lock();
                 self.check_barrier(&core, lsn)?;
-                self.check_covered(&core, lsn)?;
+                self.check_covered(&core, lsn).map_err(|error| {
+                    // Of a moment that the history here does not have nothing could be kept.
+                    let left = branch.as_ref().filter(|branch| !core.is_in_history(branch.from));
+                    left.map_or(error, |branch| self.cut_again(branch))
+                })?;
                 let at_end = lsn == core.timeline.end().lsn && branch.is_none();
                 let horizon = core.horizon.clone();
                 // Behind the horizon nothing but the moment itself is there.

@@ -72,7 +72,8 @@ impl Moment {
         let moment = Moment::new(group_dir, lsn);
         let state = ControlState::load(disk, &moment.dir).map_err(|error| error.to_string())?;
         if state.position.lsn != lsn {
-            return Err(format!("control state: of lsn:{}", state.position.lsn));
+            let at = state.position.lsn;
+            return Err(format!("no request ended there in the log that was folded, but at {at}"));
         }
         let (overlay, index) = Overlay::open(disk, &moment.dir, lsn, base)
             .map_err(|cause| format!("kept blocks: {cause}"))?;
