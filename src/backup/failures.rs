@@ -58,7 +58,8 @@ impl Inner {
         }
         (failure.looking, failure.looked) = (true, Some(now));
         drop(state);
-        let (inner, group, job) = (Arc::clone(self), Arc::clone(group), job.clone());
+        let (inner, group, job, of) =
+            (Arc::clone(self), Arc::clone(group), job.clone(), name.clone());
         let look = move || {
             let found = inner.look_for_result(&group, &job, slot);
             let mut state = inner.lock();
@@ -72,6 +73,9 @@ impl Inner {
             std::thread::Builder::new().name("backup-failures".to_owned()).spawn(look)
         {
             tracing::error!("no thread to look for what a run did not make: {error}");
+            if let Some(failure) = self.lock().failures.get_mut(&of) {
+                (failure.looking, failure.made) = (false, Some(false));
+            }
         }
     }
 

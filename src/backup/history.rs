@@ -108,12 +108,18 @@ impl History {
         self.lock().runs.clone()
     }
 
-    /// The run of a job with the newest slot.
+    /// The run of a job with the newest slot that was made or not: what was missed, or skipped for
+    /// another reason than that its backup is there, says nothing of that.
     #[must_use]
     pub fn newest(&self, group: &Name, job: &Name) -> Option<BackupEntry> {
+        let tells = |run: &BackupEntry| match run.outcome {
+            Outcome::Missed => false,
+            Outcome::Skipped => run.reasons.iter().any(|reason| reason.code == "already-done"),
+            _ => true,
+        };
         let remembered = self.lock();
         let of_job = remembered.runs.iter().filter(|run| run.group == *group && run.job == *job);
-        of_job.max_by_key(|run| run.slot).cloned()
+        of_job.filter(|run| tells(run)).max_by_key(|run| run.slot).cloned()
     }
 
     /// Whether a repository held a backup of a job of a slot or a later one, when it was read last.
@@ -123,6 +129,7 @@ impl History {
             (&entry.group, &entry.job) == (group, job)
                 && entry.slot >= slot
                 && entry.outcome == Outcome::Done
+                && entry.branch.is_none()
         };
         self.lock().seen.get(repository).is_some_and(|entries| entries.iter().any(is_it))
     }
@@ -150,5 +157,38 @@ impl History {
         if let Err(error) = write() {
             tracing::warn!("{}: could not be written: {error}", self.path.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::facts::Reason;
+    use super::super::runner::missed_entry;
+    use super::*;
+    use crate::group::Role;
+
+    #[test]
+    fn a_run_that_was_skipped_or_missed_hides_none_that_failed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let history = History::open(&dir.path().join("runs"));
+        let name = |text: &str| text.parse::<Name>().expect("a name");
+        let add = |slot, outcome, code: &str| {
+            let (slot, now) = (LogTime(slot), LogTime(9));
+            let mut entry =
+                missed_entry(&name("g"), &name("j"), slot, name("a"), Role::Primary, now);
+            entry.outcome = outcome;
+            entry.reasons = vec![Reason::new(code, String::new())];
+            history.add(entry);
+        };
+        let newest = || history.newest(&name("g"), &name("j")).map(|run| run.outcome);
+        assert_eq!(newest(), None);
+        add(2, Outcome::Skipped, "already-running");
+        add(1, Outcome::Failed, "repository-unreachable");
+        add(3, Outcome::Missed, "missed");
+        assert_eq!(newest(), Some(Outcome::Failed));
+        add(4, Outcome::Skipped, "already-done");
+        assert_eq!(newest(), Some(Outcome::Skipped));
+        add(5, Outcome::Failed, "repository-unreachable");
+        assert_eq!(newest(), Some(Outcome::Failed));
     }
 }

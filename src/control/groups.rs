@@ -285,7 +285,7 @@ pub(super) fn delete(context: &Context, call: &Call) -> Answer {
 fn only_here(context: &Context, group: &Group) -> Option<String> {
     let control = group.control();
     let authored = control.epochs.last().is_some_and(|last| last.author == context.node.id);
-    // Without an image nothing of it can be shown, and no promote goes on with it.
+    // Without an image no promote goes on with it.
     let state = group.data_state().0;
     let shows = !matches!(state, DataState::None | DataState::ReceivingImage | DataState::Retired);
     let kept = shows && !group.log_is_broken();

@@ -109,9 +109,13 @@ fn families(context: &Context) -> Vec<Family> {
         "tidelog_verify_differing_bytes",
         "Bytes that the last comparison with a peer, or one that none has refuted, found to differ",
     );
-    let mut alarms = gauge("tidelog_backup_alarms", "Slots without a backup, or not known of");
-    for state in ["overdue", "unknown"] {
-        let count = context.scheduler.alarms().iter().filter(|alarm| alarm.state == state).count();
+    let mut alarms = gauge(
+        "tidelog_backup_alarms",
+        "Slots without a backup, or not known of, and jobs whose last run failed here",
+    );
+    let raised = [context.scheduler.alarms(), context.scheduler.failures()].concat();
+    for state in ["overdue", "unknown", "failed"] {
+        let count = raised.iter().filter(|alarm| alarm.state == state).count();
         alarms.samples.push((vec![("state", state.to_owned())], count as f64));
     }
     for group in context.registry.groups() {

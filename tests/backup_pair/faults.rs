@@ -126,6 +126,7 @@ fn a_run_that_failed_is_told_until_a_later_backup_and_no_repository_takes_the_pl
     let (pair, clock, slot) = scheduled(json!({"placement": "primary-only"}));
     pair.run(&pair.a);
     pair.a.await_event("backup-done");
+    assert_eq!(made(&pair, &pair.a).len(), 1, "it was seen");
     let init = |force| {
         let made = pair.runtime.block_on(pair.a.scheduler.repository_init("main", force));
         made.unwrap_err().to_string()
