@@ -411,7 +411,10 @@ impl Group {
         let steps = fold_steps(known.map.pieces(), volume.size_bytes);
         let base = match self.base_of(volume.number) {
             Some(base) => base,
-            None if steps.is_empty() && known.touched.is_empty() => return Ok(()),
+            // One that is back is as it was long ago, also where that is empty.
+            None if steps.is_empty() && known.touched.is_empty() && known.restored == Lsn::ZERO => {
+                return Ok(());
+            }
             None => {
                 let base = BaseVolume::create(
                     self.context.env.disk.clone(),

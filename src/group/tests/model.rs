@@ -311,7 +311,8 @@ fn run(seed: u64, steps: u64) -> (bool, u64, Model) {
 fn random_programs_equal_the_model_live_and_in_every_image() {
     let (mut all_folded, mut all_below, mut rewinds, mut over) = (0, 0, 0, 0);
     let programs = seeds(16);
-    for seed in 1..=programs {
+    // 591: a volume that a rewind had taken away came back empty, and was called unchanged.
+    for seed in (1..=programs).chain([591]) {
         let (folded, below, model) = run(seed, 150);
         all_folded += u64::from(folded);
         all_below += below;
