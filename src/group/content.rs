@@ -299,6 +299,12 @@ impl ControlTable {
         self.entries.sort_by_key(|entry| entry.raw.lsn);
     }
 
+    /// Where the last rewind is that is known.
+    pub(super) fn last_rewind(&self) -> Option<Lsn> {
+        let is_rewind = |entry: &&Arc<Entry>| matches!(entry.control, Some(Control::Rewind(_)));
+        self.entries.iter().filter(is_rewind).map(|entry| entry.raw.lsn).max()
+    }
+
     /// The numbers of volumes that were removed.
     pub(super) fn removed_volumes(&self) -> impl Iterator<Item = VolumeNumber> {
         self.entries.iter().filter_map(|entry| match &entry.control {
@@ -311,8 +317,7 @@ impl ControlTable {
     /// reached, and what says nothing about the state. A removed volume stays, since its number is
     /// never used again.
     pub(super) fn folded(&self, target: Lsn) -> Vec<ControlEntry> {
-        let is_rewind = |entry: &&Arc<Entry>| matches!(entry.control, Some(Control::Rewind(_)));
-        let last_rewind = self.entries.iter().filter(is_rewind).map(|entry| entry.raw.lsn).max();
+        let last_rewind = self.last_rewind();
         let stays = |entry: &&Arc<Entry>| match &entry.control {
             Some(Control::Clock(_)) => false,
             // The last says which numbers were used, and how the volumes came to be what they are.

@@ -409,12 +409,22 @@ impl Group {
     fn fold_volume(&self, known: &VolumeContent, rotted: &mut Rotted) -> Result<(), GroupError> {
         let volume = &known.volume;
         let steps = fold_steps(known.map.pieces(), volume.size_bytes);
-        let base = match self.base_of(volume.number) {
+        let beyond = |map: &ExtentMap| {
+            map.pieces().last().is_some_and(|last| last.offset + last.length > volume.size_bytes)
+        };
+        // With what is cut off goes the memory of when it changed; and of a volume that was removed
+        // and is back nothing says what is the same as before. Also where there is no base of it.
+        let base = self.base_of(volume.number);
+        if base.as_ref().is_some_and(|base| base.size_bytes() > volume.size_bytes)
+            || beyond(&known.map)
+            || beyond(&known.touched)
+            || known.restored > Lsn::ZERO
+        {
+            self.update_meta(|meta| meta.births_from = meta.fold_target)?;
+        }
+        let base = match base {
             Some(base) => base,
-            // One that is back is as it was long ago, also where that is empty.
-            None if steps.is_empty() && known.touched.is_empty() && known.restored == Lsn::ZERO => {
-                return Ok(());
-            }
+            None if steps.is_empty() && known.touched.is_empty() => return Ok(()),
             None => {
                 let base = BaseVolume::create(
                     self.context.env.disk.clone(),
@@ -431,18 +441,6 @@ impl Group {
         let write = |cause| self.io(format!("write base of {}", volume.name), &cause);
         // An attempt that was interrupted may have changed the size, and not what goes with it.
         let resumed = self.lock().unfinished_fold.is_some();
-        let beyond = |map: &ExtentMap| {
-            map.pieces().last().is_some_and(|last| last.offset + last.length > volume.size_bytes)
-        };
-        // With what is cut off goes the memory of when it changed; and of a volume that was removed
-        // and is back nothing says what is the same as before.
-        if base.size_bytes() > volume.size_bytes
-            || beyond(&known.map)
-            || beyond(&known.touched)
-            || known.restored > Lsn::ZERO
-        {
-            self.update_meta(|meta| meta.births_from = meta.fold_target)?;
-        }
         if resumed || base.size_bytes() != volume.size_bytes {
             let _gate = self.base_gate.write().expect("no holder panics");
             base.resize(volume.size_bytes).map_err(write)?;

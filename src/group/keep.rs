@@ -166,8 +166,12 @@ impl Group {
                     let brings = changes(now.map.pieces(), fork, size_bytes);
                     (either(brings, changes(known.map.pieces(), fork, size_bytes)), now)
                 }
-                // The volume is gone, and its base stays as it is: what is still in the log goes.
-                None => (changes(known.map.pieces(), Lsn::ZERO, size_bytes), known),
+                // The volume is gone, and its base stays as it is: what is still in the log goes,
+                // and what only that knows.
+                None => {
+                    let touched = changes(known.touched.pieces(), Lsn::ZERO, size_bytes);
+                    (either(changes(known.map.pieces(), Lsn::ZERO, size_bytes), touched), known)
+                }
             };
             self.keep_births(moment, known, &changes, |chunk| only_zeros(log, chunk), &mut kept);
             for change in changes {

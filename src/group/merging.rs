@@ -38,6 +38,8 @@ pub(super) struct Merging {
     ranges: Ranges,
     /// Bytes of each volume at the image: what the base has behind that is cut off by the merge.
     sizes: BTreeMap<VolumeNumber, u64>,
+    /// Where the last rewind before the image is.
+    rewound: Option<Lsn>,
     /// The files of what is staged.
     pub volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
 }
@@ -56,7 +58,8 @@ impl Merging {
         ranges.retain(|number| content.volumes.contains_key(&number));
         let known = content.volumes.iter();
         let sizes = known.map(|(number, known)| (*number, known.volume.size_bytes)).collect();
-        Some(Merging { control, partial: state.partial, ranges, sizes, volumes })
+        let rewound = content.table.last_rewind();
+        Some(Merging { control, partial: state.partial, ranges, sizes, rewound, volumes })
     }
 
     /// Whether what is not staged is in the base.
@@ -84,8 +87,16 @@ impl Merging {
         parts
     }
 
+    /// Whether with the image goes the memory of when what is below `head`, where what is here
+    /// ends, has changed: it takes the place of everything; or it cuts off an end; or a rewind
+    /// behind `head` took back what was written behind it, too, so that it is not sent, and is not
+    /// what it was in between.
+    pub(super) fn forgets_births(&self, here: &Content, head: Lsn) -> bool {
+        !self.partial || self.cuts_off(here) || self.rewound >= Some(head)
+    }
+
     /// Whether the image has a volume smaller than it is here.
-    pub(super) fn cuts_off(&self, here: &Content) -> bool {
+    fn cuts_off(&self, here: &Content) -> bool {
         let larger = |known: &VolumeContent, size: &u64| known.volume.size_bytes > *size;
         here.volumes
             .iter()

@@ -301,8 +301,7 @@ impl Group {
         let state = merging.control.clone();
         let at = state.position.lsn;
         let partial = merging.is_partial();
-        // With what is cut off goes the memory of when it changed.
-        let forgets = !partial || merging.cuts_off(&core.content);
+        let forgets = merging.forgets_births(&core.content, core.writer.head());
         self.update_meta_locked(core, |meta| {
             (meta.merging, meta.old_log) = (true, true);
             (meta.fold_target, meta.horizon, meta.durable, meta.log_begin) = (at, at, at, at);

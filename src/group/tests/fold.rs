@@ -208,31 +208,35 @@ fn a_crash_in_a_fold_that_passes_the_end_of_a_volume_leaves_none_of_its_files() 
 }
 
 /// A volume that was made smaller in the log, and larger again behind a fold, had its old bytes in
-/// an incremental: the base had never been larger, and knew of nothing.
+/// an incremental: the base had never been larger, or there was none, and nothing knew of it.
 #[test]
 fn what_was_cut_off_above_the_base_and_has_grown_again_counts_as_changed() {
-    let bench = Bench::new("a", 31);
-    let group = bench.create();
-    set_policy(&group, 0, 64 << 20);
-    let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
-    write(&group, volume, 0, &[1; 4096]);
-    let fold = || {
-        bench.pass(5);
-        group.sync_now().unwrap();
-        assert_eq!(group.fold_now().unwrap(), group.positions().head);
-    };
-    fold();
-    group.resize_volume(&name("v"), 4 << 20).unwrap();
-    write(&group, volume, 3 << 20, &[2; 4096]);
-    let since = group.positions().request_end;
-    group.resize_volume(&name("v"), 1 << 20).unwrap();
-    fold();
-    group.resize_volume(&name("v"), 4 << 20).unwrap();
-    let image = group.open_image(&Point::Now, None, "test", None).unwrap();
-    assert_eq!(read(&*image, volume, 3 << 20, 4096), [0; 4096]);
-    let changed = image.changed_since(volume, since).unwrap();
-    let covers = |(offset, length): &(u64, u64)| *offset <= 3 << 20 && 3 << 20 < offset + length;
-    assert!(changed.iter().any(covers), "{changed:?}");
+    for has_base in [true, false] {
+        let bench = Bench::new("a", 31);
+        let group = bench.create();
+        set_policy(&group, 0, 64 << 20);
+        let volume = group.create_volume(name("v"), 1 << 20).unwrap().number;
+        if has_base {
+            write(&group, volume, 0, &[1; 4096]);
+        }
+        let fold = || {
+            bench.pass(5);
+            group.sync_now().unwrap();
+            assert_eq!(group.fold_now().unwrap(), group.positions().head);
+        };
+        fold();
+        group.resize_volume(&name("v"), 4 << 20).unwrap();
+        write(&group, volume, 3 << 20, &[2; 4096]);
+        let since = group.positions().request_end;
+        group.resize_volume(&name("v"), 1 << 20).unwrap();
+        fold();
+        group.resize_volume(&name("v"), 4 << 20).unwrap();
+        let image = group.open_image(&Point::Now, None, "test", None).unwrap();
+        assert_eq!(read(&*image, volume, 3 << 20, 4096), [0; 4096]);
+        let changed = image.changed_since(volume, since).unwrap();
+        let covers = |(at, length): &(u64, u64)| *at <= 3 << 20 && 3 << 20 < at + length;
+        assert!(changed.iter().any(covers), "with a base: {has_base}: {changed:?}");
+    }
 }
 
 /// So that the sums of some chunks are in pages of their own.

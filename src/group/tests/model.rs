@@ -304,6 +304,7 @@ fn run(seed: u64, steps: u64) -> (bool, u64, Model) {
             below += check_moments(&group, &model, &format!("seed {seed}, step {number}"));
         }
     }
+    group.forget_images();
     (group.positions().horizon > Lsn::ZERO, below, model)
 }
 
@@ -352,6 +353,7 @@ fn after_a_crash_the_group_is_one_prefix_and_has_everything_flushed() {
         let durable = durable.max(group.positions().durable);
         let head = group.positions().head;
         let images = group.images();
+        group.forget_images();
         drop(group);
         let after = bench.after_crash(seed);
         let (group, recovery) = after.open();
@@ -378,6 +380,7 @@ fn after_a_crash_the_group_is_one_prefix_and_has_everything_flushed() {
         let (group, recovery) = after.open();
         assert_eq!(recovery.cut, None, "{what}: the second start is clean");
         check(&*group, &expected, &format!("{what}, then restarted"));
+        group.forget_images();
     }
     assert!(lost > 5, "only {lost} crashes lost anything: the test does not test");
     assert!(folded > 5, "only {folded} groups had folded");

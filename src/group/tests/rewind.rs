@@ -2,6 +2,7 @@
 
 use super::moments::{all, at_pin, fold, group_with_volume, image};
 use super::pins::follow;
+use super::resync::{Pair, same, send};
 use super::*;
 use crate::log::control::Consistency;
 
@@ -234,6 +235,59 @@ fn changed_since_over_a_rewind_is_what_either_side_has_written() {
     let later = image(&group, "later");
     assert_eq!(later.changed_since(volume, inside).unwrap(), [(0, 1 << 20)]);
     assert_eq!(later.changed_since(volume, later.position().lsn).unwrap(), []);
+}
+
+#[test]
+fn a_moment_of_a_removed_volume_knows_what_a_rewind_took_back() {
+    let bench = Bench::new("a", 8);
+    let (group, volume) = group_with_volume(&bench);
+    write(&group, volume, 0, &[1; 4096]);
+    fold(&bench, &group);
+    let common = end(&group);
+    write(&group, volume, 0, &[2; 4096]);
+    let inside = end(&group);
+    group.rewind(&Point::Lsn(common), false).unwrap();
+    let open = image(&group, "i");
+    group.pin_bookmark(name("pin"), Consistency::Crash).unwrap();
+    group.remove_volume(&name("v")).unwrap();
+    fold(&bench, &group);
+    for (moment, what) in [(open, "an image"), (at_pin(&group, "pin").unwrap(), "a pin")] {
+        assert_eq!(read(&*moment, volume, 0, 4096), [1; 4096], "{what}");
+        let changed = moment.changed_since(volume, inside).unwrap();
+        assert!(changed.first().is_some_and(|first| first.0 == 0), "{what}: {changed:?}");
+    }
+}
+
+/// The chunk is as it was on the copy, so that it is not sent; between the two it was not, and a
+/// backup of that time would have been taken for what is there now.
+#[test]
+fn a_copy_that_an_image_brings_over_a_rewind_calls_nothing_unchanged_since_before_it() {
+    let pair = Pair::new(12);
+    let (here, copy) = (&pair.primary, &pair.copy);
+    let volume = here.create_volume(name("v"), 1 << 20).unwrap().number;
+    write(here, volume, 0, &[1; 4096]);
+    pair.follow();
+    let before = end(copy);
+    write(here, volume, 512 << 10, &[1; 4096]);
+    pair.fold();
+    let common = end(here);
+    write(here, volume, 0, &[2; 4096]);
+    let inside = end(here);
+    here.rewind(&Point::Lsn(common), false).unwrap();
+    assert!(send(here, copy, Some(before), before, usize::MAX));
+    copy.switch_to_image().unwrap();
+    here.end_shipment(&name("b"));
+    for what in ["staged", "in the base"] {
+        assert_eq!(copy.merging().is_some(), what == "staged");
+        same(here, copy, what);
+        let image = image(copy, "i");
+        let changed = image.changed_since(volume, inside).unwrap();
+        assert!(changed.first().is_some_and(|first| first.0 == 0), "{what}: {changed:?}");
+        copy.close_this_image(&image).unwrap();
+        pair.there.pass(5);
+        copy.sync_now().unwrap();
+        copy.fold_now().unwrap();
+    }
 }
 
 #[test]
