@@ -264,11 +264,11 @@ fn a_moment_of_a_removed_volume_knows_what_a_rewind_took_back() {
 fn a_copy_that_an_image_brings_over_a_rewind_calls_nothing_unchanged_since_before_it() {
     let pair = Pair::new(12);
     let (here, copy) = (&pair.primary, &pair.copy);
-    let volume = here.create_volume(name("v"), 1 << 20).unwrap().number;
+    let volume = here.create_volume(name("v"), 3 << 20).unwrap().number;
     write(here, volume, 0, &[1; 4096]);
     pair.follow();
     let before = end(copy);
-    write(here, volume, 512 << 10, &[1; 4096]);
+    write(here, volume, 2 << 20, &[1; 4096]);
     pair.fold();
     let common = end(here);
     write(here, volume, 0, &[2; 4096]);
