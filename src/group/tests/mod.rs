@@ -7,6 +7,7 @@ mod branches;
 mod clients;
 mod clock;
 mod cut;
+mod dated;
 mod failures;
 mod fold;
 mod fold_damage;

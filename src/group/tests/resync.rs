@@ -1,6 +1,7 @@
 //! A copy that is brought up by an image: whatever the primary did since, whatever stops it on the
 //! way, the copy shows its old image or the new one, and then follows the log.
 
+use super::dated::Past;
 use super::*;
 use crate::io::{Fault, seeds};
 use crate::log::control::Consistency;
@@ -206,10 +207,14 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
         let mut pair = Pair::new(seed);
         pair.primary.create_volume(name("v"), VOLUME).unwrap();
         let mut number = 0;
+        let past = Past::default();
         let mut acts = |pair: &Pair, count: u64| {
             for _ in 0..count {
                 number += 1;
                 act(&dice, &pair.primary, &pair.here, number);
+                if number % 5 == 0 {
+                    past.note(&pair.primary);
+                }
             }
         };
         for round in 0..3 {
@@ -266,6 +271,7 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
                 assert_eq!(copy.volumes(), image.volumes(), "{what}: {when}");
             };
             check(&pair.copy, "before it is in the base");
+            past.check(&pair.copy, &what);
             if dice.below(3) == 0 {
                 pair.restart_copy(seed + 77);
                 check(&pair.copy, "after a crash before it is in the base");
@@ -278,6 +284,7 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
             }
             pair.there.pass(5);
             pair.copy.fold_now().unwrap();
+            past.check(&pair.copy, &what);
             if seed % 3 == 0 {
                 pair.check(&what);
                 continue;
@@ -290,6 +297,8 @@ fn a_copy_that_the_log_no_longer_reaches_is_the_primary_again_after_an_image() {
             pair.primary.end_shipment(&b());
             gone_back += u64::from(!pair.follow());
             pair.check(&what);
+            past.check(&pair.copy, &what);
+            past.check(&pair.primary, &what);
         }
         rewinds += pair.primary.control().rewinds.len();
     }
