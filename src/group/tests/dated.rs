@@ -9,10 +9,13 @@ use super::*;
 /// Positions that are remembered, each with a copy of all volumes.
 const POSITIONS: usize = 8;
 
+/// A position, and what each volume had there.
+type Known = (Lsn, Vec<(Volume, Vec<u8>)>);
+
 /// What the primary was at some of its positions.
 #[derive(Default)]
 pub(super) struct Past {
-    known: RefCell<Vec<(Lsn, Vec<(Volume, Vec<u8>)>)>>,
+    known: RefCell<Vec<Known>>,
     noted: Cell<usize>,
 }
 
