@@ -170,6 +170,10 @@ impl Image {
             }
             known.volume.size_bytes
         };
+        // Asked before the base, which has it once it is no longer staged.
+        if let Some(merging) = self.group.merging() {
+            ranges.extend(merging.staged(volume));
+        }
         // The base may be folded further meanwhile: up to this image, and then it has what the map
         // had; or beyond it, and then what it said before is kept before it says something else.
         let base = self.group.base_of(volume);
@@ -192,9 +196,6 @@ impl Image {
         }
         if since < self.group.births_from() {
             ranges.push((0, size_bytes));
-        }
-        if let Some(merging) = self.group.merging() {
-            ranges.extend(merging.staged(volume));
         }
         self.check_hold()?;
         Ok(merge(ranges, size_bytes))

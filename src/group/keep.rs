@@ -170,7 +170,8 @@ impl Group {
                 // and what only that knows.
                 None => {
                     let touched = changes(known.touched.pieces(), Lsn::ZERO, size_bytes);
-                    (either(changes(known.map.pieces(), Lsn::ZERO, size_bytes), touched), known)
+                    self.keep_births(moment, known, &touched, |_| false, &mut kept);
+                    (changes(known.map.pieces(), Lsn::ZERO, size_bytes), known)
                 }
             };
             self.keep_births(moment, known, &changes, |chunk| only_zeros(log, chunk), &mut kept);

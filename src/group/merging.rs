@@ -38,8 +38,8 @@ pub(super) struct Merging {
     ranges: Ranges,
     /// Bytes of each volume at the image: what the base has behind that is cut off by the merge.
     sizes: BTreeMap<VolumeNumber, u64>,
-    /// Where the last rewind before the image is.
-    rewound: Option<Lsn>,
+    /// Whether a rewind, or a record of a volume that the image has, is behind what was here.
+    reshaped: bool,
     /// The files of what is staged.
     pub volumes: BTreeMap<VolumeNumber, Arc<BaseVolume>>,
 }
@@ -58,8 +58,10 @@ impl Merging {
         ranges.retain(|number| content.volumes.contains_key(&number));
         let known = content.volumes.iter();
         let sizes = known.map(|(number, known)| (*number, known.volume.size_bytes)).collect();
-        let rewound = content.table.last_rewind();
-        Some(Merging { control, partial: state.partial, ranges, sizes, rewound, volumes })
+        let volumes_since = content.volumes.keys().map(|one| content.table.volume_is_since(*one));
+        let last = volumes_since.chain(content.table.last_rewind()).max();
+        let reshaped = last >= Some(state.common.min(state.old_head));
+        Some(Merging { control, partial: state.partial, ranges, sizes, reshaped, volumes })
     }
 
     /// Whether what is not staged is in the base.
@@ -87,12 +89,12 @@ impl Merging {
         parts
     }
 
-    /// Whether with the image goes the memory of when what is below `head`, where what is here
-    /// ends, has changed: it takes the place of everything; or it cuts off an end; or a rewind
-    /// behind `head` took back what was written behind it, too, so that it is not sent, and is not
-    /// what it was in between.
-    pub(super) fn forgets_births(&self, here: &Content, head: Lsn) -> bool {
-        !self.partial || self.cuts_off(here) || self.rewound >= Some(head)
+    /// Whether with the image goes the memory of when what it does not send has changed: it takes
+    /// the place of everything; or a rewind since then took back what was written behind what is
+    /// here, too, so that it is not sent, and is not what it was in between; or a volume had another
+    /// size here or in between, and nothing tells of what was cut off.
+    pub(super) fn forgets_births(&self, here: &Content) -> bool {
+        !self.partial || self.reshaped || self.cuts_off(here)
     }
 
     /// Whether the image has a volume smaller than it is here.

@@ -301,7 +301,7 @@ impl Group {
         let state = merging.control.clone();
         let at = state.position.lsn;
         let partial = merging.is_partial();
-        let forgets = merging.forgets_births(&core.content, core.writer.head());
+        let forgets = merging.forgets_births(&core.content);
         self.update_meta_locked(core, |meta| {
             (meta.merging, meta.old_log) = (true, true);
             (meta.fold_target, meta.horizon, meta.durable, meta.log_begin) = (at, at, at, at);

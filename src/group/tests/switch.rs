@@ -181,3 +181,34 @@ fn what_an_image_cuts_off_is_zeros_also_where_the_volume_grows_before_it_is_in_t
         pair.copy.fold_now().unwrap();
     }
 }
+
+#[test]
+fn what_grew_and_was_cut_off_before_an_image_counts_as_changed_where_it_grows_again() {
+    let pair = Pair::new(13);
+    let (here, copy) = (&pair.primary, &pair.copy);
+    let volume = here.create_volume(name("v"), 1 << 20).unwrap().number;
+    write(here, volume, 0, &[1; 4096]);
+    pair.follow();
+    let before = copy.positions().request_end;
+    here.resize_volume(&name("v"), 4 << 20).unwrap();
+    write(here, volume, 2 << 20, &[2; 4096]);
+    let between = here.positions().request_end;
+    here.resize_volume(&name("v"), 1 << 20).unwrap();
+    pair.fold();
+    assert!(send(here, copy, Some(before), before, usize::MAX));
+    copy.switch_to_image().unwrap();
+    here.end_shipment(&name("b"));
+    here.resize_volume(&name("v"), 4 << 20).unwrap();
+    pair.follow();
+    for what in ["staged", "in the base"] {
+        assert_eq!(copy.merging().is_some(), what == "staged");
+        same(here, copy, what);
+        let image = copy.open_image(&Point::Now, None, "test", None).unwrap();
+        let changed = image.changed_since(volume, between).unwrap();
+        let is_old = |(at, length): &(u64, u64)| *at <= 2 << 20 && at + length > 2 << 20;
+        assert!(changed.iter().any(is_old), "{what}: {changed:?}");
+        copy.close_this_image(&image).unwrap();
+        pair.there.pass(5);
+        copy.fold_now().unwrap();
+    }
+}
