@@ -91,7 +91,7 @@ impl Merging {
 
     /// Whether with the image goes the memory of when what it does not send has changed: it takes
     /// the place of everything; or a rewind since then took back what was written behind what is
-    /// here, too, so that it is not sent, and is not what it was in between; or a volume had another
+    /// here, so that it is not sent, and is not what it was in between; or a volume had another
     /// size here or in between, and nothing tells of what was cut off.
     pub(super) fn forgets_births(&self, here: &Content) -> bool {
         !self.partial || self.reshaped || self.cuts_off(here)
