@@ -58,6 +58,15 @@ struct PublishCall {
 }
 
 impl Inner {
+    /// Tells a peer that a slot was opened by command; to one that has it open or behind it, it is
+    /// nothing new.
+    pub(super) fn tell_start(&self, peer: &Name, key: &RunKey) -> Result<(), String> {
+        let RunKey { group, job, slot } = *key;
+        let body = json!(ObserveCall { group, job, slot: Some(slot) });
+        let call = self.peers.call(peer, "backup.start", body, Duration::from_secs(5));
+        self.runtime.block_on(call).map(drop)
+    }
+
     pub(super) fn publish(&self, task: &Task, facts: &Facts) {
         if facts.replication.link_lost.is_some() || !facts.replicated {
             return;

@@ -13,7 +13,7 @@ use super::catalog::{BackupEntry, MANIFEST_VERSION, Manifest, ManifestVolume, Ou
 use super::claim::{Claim, SlotResult, SlotStore};
 use super::decision::{Decision, Verdict, worse_at_end};
 use super::facts::Reason;
-use super::job::JobSettings;
+use super::job::{self, JobSettings};
 use super::reach::Reach;
 use super::repository::{BackupPlan, Repository};
 use super::run::{Next, Observation, PeerPhase, SlotRun};
@@ -78,6 +78,13 @@ impl Inner {
                 continue;
             }
             let (mut facts, peer) = self.gather(&task.group, &task.job, Some(slot));
+            if !task.scheduled && peer == Some(PeerPhase::Unknown) {
+                // It was away when the command came, or has started anew since.
+                let other = &facts.node(job::other(facts.role)).name;
+                if let Err(error) = self.tell_start(other, &task.key) {
+                    tracing::debug!("peer {other}: backup.start: {error}");
+                }
+            }
             if facts.role == Role::Primary {
                 self.publish(&task, &facts);
             } else if facts.replication.link_lost.is_none()

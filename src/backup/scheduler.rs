@@ -448,10 +448,8 @@ impl Inner {
         let mut peers = others(&group.control(), self.context.node.id);
         peers.retain(|peer| first.as_ref() != Some(peer));
         for peer in first.into_iter().chain(peers) {
-            let body = json!({ "group": key.group, "job": key.job, "slot": slot });
-            let call = self.peers.call(&peer, "backup.start", body, Duration::from_secs(5));
-            match self.runtime.block_on(call) {
-                Ok(_) => told.push(peer),
+            match self.tell_start(&peer, &key) {
+                Ok(()) => told.push(peer),
                 Err(error) => not_told.push(format!("{peer}: {error}")),
             }
         }

@@ -81,6 +81,21 @@ fn a_run_by_command_is_told_to_every_node_that_holds_the_group() {
 }
 
 #[test]
+fn a_secondary_that_was_away_when_a_command_came_is_told_when_it_is_back() {
+    let pair = Pair::new(json!({"grace": "1h"}));
+    // What a knows of b is fit.
+    pair.runtime.block_on(pair.a.scheduler.explain("g", "nightly", &[])).unwrap();
+    pair.link.set_lost(Duration::from_secs(1));
+    let run = pair.run(&pair.a);
+    assert_eq!((run.decision.decision, run.told.len()), (Verdict::Wait, 0));
+    assert_eq!(run.not_told, ["b: the link is down"]);
+    pair.link.set_lost(Duration::ZERO);
+    pair.b.await_event("backup-done");
+    pair.a.await_event("backup-delegated");
+    assert_eq!(pair.entry(&pair.b, &run, "b").outcome, Outcome::Done);
+}
+
+#[test]
 fn a_secondary_only_job_fails_aloud_where_the_link_is_cut() {
     let pair = Pair::new(json!({"placement": "secondary-only", "grace": "1s"}));
     pair.link.set_lost(Duration::from_secs(5));
