@@ -252,7 +252,11 @@ impl Group {
         self.lock().awaited.end_attempts();
         self.update_meta(|meta| meta.horizon = target.lsn)?;
         self.sweep_moments()?;
-        self.segments.retire_below(target.lsn.segment_number(self.segment_bytes()));
+        // The segment that holds the last byte stays where none comes behind it yet: the log begins
+        // where its first segment does.
+        let behind = target.lsn.segment_number(self.segment_bytes());
+        let none_yet = u64::from(self.segments.get(behind).is_none());
+        self.segments.retire_below(behind.saturating_sub(none_yet));
         self.segments.collect().map_err(|cause| self.io("recycle segments", &cause))?;
         self.space.notify_all();
         self.notify();

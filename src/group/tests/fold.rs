@@ -119,6 +119,61 @@ fn a_group_whose_fold_cannot_be_finished_opens_and_finishes_it_later() {
     assert!(read(&*group, volume.number, 0, 1 << 20) == now);
 }
 
+/// Fills the log to the last byte of the segment that its head is in.
+fn fill_segment(group: &Group, volume: &Volume) -> Lsn {
+    let trim = Op::Trim { offset: 0, length: 512 };
+    let bytes = |op| {
+        let before = group.positions().head;
+        one(group, volume.number, op).unwrap();
+        group.positions().head.bytes_since(before)
+    };
+    let (of_write, of_trim) = (bytes(Op::Write { offset: 0, data: &[1; 512] }), bytes(trim));
+    let segment = group.segment_bytes();
+    let room = segment - group.positions().head.segment_offset(segment);
+    let writes =
+        (0..room / of_write).find(|count| (room - count * of_write).is_multiple_of(of_trim));
+    let writes = writes.expect("a number that leaves room for whole trims");
+    for round in 0..writes {
+        write(group, volume.number, 512, &[round as u8 | 1; 512]);
+    }
+    for _ in 0..(room - writes * of_write) / of_trim {
+        one(group, volume.number, trim).unwrap();
+    }
+    assert_eq!(group.positions().head.segment_offset(segment), 0);
+    group.positions().head
+}
+
+#[test]
+fn a_log_that_ends_where_its_segment_does_and_is_folded_to_there_begins_no_later() {
+    for prepared in [false, true] {
+        let bench = Bench::new("a", 5);
+        let group = bench.create();
+        let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+        set_policy(&group, 0, 64 << 20);
+        fill_segment(&group, &volume);
+        let head = fill_segment(&group, &volume);
+        if prepared {
+            group.prepare_round(head);
+        }
+        bench.pass(5);
+        group.sync_now().unwrap();
+        assert_eq!(group.fold_now().unwrap(), head);
+        let begins = group.log_start();
+        assert!(begins > Lsn::ZERO && begins <= head, "{begins}, {head}");
+        group.prepare_round(head);
+        assert!(group.log_start() <= head, "{}, {head}", group.log_start());
+        // Who has all of it is sent what comes, and nothing else.
+        group.read_log(head, &mut []).unwrap();
+        write(&group, volume.number, 1024, &[9; 512]);
+        group.read_log(head, &mut [0; 512]).unwrap();
+        let expected = read(&*group, volume.number, 0, 1 << 20);
+        drop(group);
+        let (group, _) = bench.open();
+        assert!(expected == read(&*group, volume.number, 0, 1 << 20));
+        group.read_log(head, &mut [0; 512]).unwrap();
+    }
+}
+
 #[test]
 fn recovery_on_a_full_disk_gives_back_spare_segments() {
     let bench = Bench::new("a", 4);
