@@ -251,6 +251,12 @@ impl MetaFile {
         Ok(best.map(|(sequence, meta)| MetaFile { file, sequence, meta }))
     }
 
+    /// Makes durable what the file says, before anything is done by it: a process that was killed
+    /// may have left it in the cache alone, or a sync that failed.
+    pub(super) fn settle(&mut self) -> io::Result<()> {
+        self.store()
+    }
+
     /// Changes the contents and makes them durable. A change that changes nothing writes nothing.
     ///
     /// # Errors

@@ -90,9 +90,10 @@ impl Group {
         let name = before.name.clone();
         let io =
             |what: &str, cause: &io::Error| GroupError::io(&name, placed(what, dir, cause), cause);
+        let mut meta = meta;
+        meta.settle().map_err(|cause| io("write meta", &cause))?;
         // Before anything else, since it may be what makes room.
         remove_discarded(&*disk, dir);
-        let mut meta = meta;
         let (mut lost_bases, mut rotted) = (Vec::new(), None);
         let tell = |base: &LostBase| tell_lost(&context, &name, base);
         if before.old_log || before.merging {

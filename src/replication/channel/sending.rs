@@ -121,8 +121,10 @@ impl Channel {
             self.untold = Some(theirs);
             return;
         }
+        // One that has all of it has the record too, and may not go by it alone.
+        let relation = compare(&self.local.history, &theirs);
         let held = !theirs.reigns.is_empty()
-            && compare(&self.local.history, &theirs) == Relation::TheirsIsPrefix;
+            && matches!(relation, Relation::Same | Relation::TheirsIsPrefix);
         if held {
             context.send(Message::Announce {
                 group: self.local.id.0,

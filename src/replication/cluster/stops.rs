@@ -116,6 +116,24 @@ fn a_copy_that_was_asked_for_and_stopped_before_it_was_told_is_retired() {
 }
 
 #[test]
+fn a_copy_that_was_asked_for_and_dies_with_the_record_of_its_stop_is_retired_when_it_is_back() {
+    let mut world = streaming(27);
+    // The log has said that it is a member, but not for so long that who asked is forgotten.
+    world.nodes[1].membership = Membership::Pending;
+    world.look(1);
+    world.weather.delay_most = Duration::from_millis(20);
+    world.set_member(Membership::Stranger);
+    while world.nodes[1].log.bytes != world.nodes[0].log.bytes {
+        world.run(Duration::from_millis(1));
+    }
+    assert!(!world.nodes[1].retired, "the stream has not ended");
+    world.stop(1);
+    world.restart(1);
+    world.run(seconds(10));
+    assert!(world.nodes[1].retired);
+}
+
+#[test]
 fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
     let mut world = streaming(20);
     // The copy lacks the record yet: the stream to it goes on until it has it.
