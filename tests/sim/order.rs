@@ -277,7 +277,7 @@ impl World {
     }
 
     /// Every branch is shown as one prefix, but for one whose own history was cut again below it,
-    /// and one that goes back to before the base.
+    /// perhaps with nothing whole up to where it begins, and one that goes back to before the base.
     fn check_branches(&mut self, group: usize) {
         for node in self.groups[group].members.clone() {
             let found = self.nodes[node].group(group).expect("it runs").clone();
@@ -288,8 +288,10 @@ impl World {
                     Ok(image) => image,
                     Err(error) => {
                         let from = branch.from.lsn;
-                        let holds =
-                            |other: &Branch| (other.from.lsn..=other.to.lsn).contains(&from);
+                        let holds = |other: &Branch| {
+                            (other.from.lsn..=other.to.lsn).contains(&from)
+                                || other.cut >= branch.cut
+                        };
                         let why = if error.to_string().contains("it goes back behind the base") {
                             "branches that go back behind the base"
                         } else if from == Lsn::ZERO && found.positions().horizon > from {
