@@ -169,6 +169,12 @@ impl Group {
                 // The volume is gone, and its base stays as it is: what is still in the log goes,
                 // and what only that knows.
                 None => {
+                    if known.restored > Lsn::ZERO {
+                        // Of all of it, that it was away; the state at the moment does not say so.
+                        let from = moment.lsn();
+                        self.update_meta(|meta| meta.births_from = meta.births_from.max(from))
+                            .map_err(KeepError::Group)?;
+                    }
                     let touched = changes(known.touched.pieces(), Lsn::ZERO, size_bytes);
                     self.keep_births(moment, known, &touched, |_| false, &mut kept);
                     (changes(known.map.pieces(), Lsn::ZERO, size_bytes), known)

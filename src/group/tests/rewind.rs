@@ -258,6 +258,28 @@ fn a_moment_of_a_removed_volume_knows_what_a_rewind_took_back() {
     }
 }
 
+#[test]
+fn a_moment_of_a_removed_volume_knows_after_a_restart_that_a_rewind_brought_it_back() {
+    let bench = Bench::new("a", 9);
+    let (group, volume) = group_with_volume(&bench);
+    write(&group, volume, 0, &[1; 4096]);
+    fold(&bench, &group);
+    let common = end(&group);
+    group.remove_volume(&name("v")).unwrap();
+    let away = end(&group);
+    group.rewind(&Point::Lsn(common), false).unwrap();
+    drop(image(&group, "i"));
+    group.remove_volume(&name("v")).unwrap();
+    fold(&bench, &group);
+    group.close().unwrap();
+    drop(group);
+    let (group, _) = bench.open();
+    let open = group.image(&name("i")).unwrap();
+    assert_eq!(read(&*open, volume, 0, 4096), [1; 4096]);
+    let size_bytes = open.volumes()[0].size_bytes;
+    assert_eq!(open.changed_since(volume, away).unwrap(), [(0, size_bytes)]);
+}
+
 /// The chunk is as it was on the copy, so that it is not sent; between the two it was not, and a
 /// backup of that time would have been taken for what is there now.
 #[test]
