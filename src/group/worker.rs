@@ -263,8 +263,8 @@ impl Group {
     #[doc(hidden)]
     pub fn prepare_round(&self, written_back: Lsn) -> Lsn {
         let head = self.lock().writer.head();
-        // The next one is ready before the present one, which holds the last byte, is half full, and
-        // none behind it. Where the disk is full, the append that needs it says so.
+        // The one behind that of the last byte is ready before that is half full, and none behind
+        // it. Where the disk is full, the append that needs it says so.
         let last_byte = Lsn(head.0.saturating_sub(1));
         let next = last_byte.segment_number(self.segment_bytes()) + 1;
         if self.segments.get(next).is_none() {

@@ -110,8 +110,8 @@ fn a_failed_sync_anywhere_in_the_switch_leaves_the_old_image_or_the_new_one() {
     assert!(stopped.iter().all(|count| *count > 0), "{stopped:?}");
 }
 
-/// The simulation's seed 700016315 of an earlier state: the decision was in the cache alone when the
-/// process was killed, the next one had moved what was staged, and then the power failed.
+/// The simulation's seed 700016315 of an earlier state: the decision was in the cache alone when
+/// the process was killed, the next one had moved what was staged, and then the power failed.
 #[test]
 fn a_kill_in_a_switch_and_a_power_loss_in_the_next_start_leave_the_old_image_or_the_new_one() {
     for partial in [true, false] {
