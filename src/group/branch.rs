@@ -356,6 +356,14 @@ impl Group {
         }
     }
 
+    pub(super) fn goes_behind(&self, name: &str) -> GroupError {
+        self.refused(format!(
+            "a rewind in branch {name} goes back behind the base; `tidelog branch list {group}` \
+             shows what else is kept",
+            group = self.name()
+        ))
+    }
+
     /// The branches as they were last listed, which is after every change: asks no disk.
     #[must_use]
     pub fn known_branches(&self) -> Vec<Branch> {

@@ -450,7 +450,11 @@ impl Group {
                 let text = format!("LSN {lsn} left the history while the image was opened");
                 return Err(self.refused(text));
             }
-            self.check_covered(&core, leaves_log_at)?;
+            self.check_covered(&core, leaves_log_at).map_err(|error| {
+                // A fold has begun, and has passed what the branch goes back to for whoever asks.
+                let goes_back = branch.as_ref().filter(|_| leaves_log_at < lsn);
+                goes_back.map_or(error, |branch| self.goes_behind(&branch.name))
+            })?;
             let horizon = core.timeline.horizon().lsn;
             let mut freed = Vec::new();
             for known in content.volumes.values_mut() {
