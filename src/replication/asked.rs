@@ -117,8 +117,8 @@ impl Shared {
         if known.is_none() {
             if let Err(error) = self.groups.create_copy(group, name.clone(), segment_bytes) {
                 // Else another call is at it, and may have made it.
-                if is_new {
-                    self.forget_asked_for(peer.node, group);
+                if is_new && let Err(error) = self.unask(peer.node, group) {
+                    tracing::error!("group {group}: that peer {} asked: {error}", peer.name);
                 }
                 return Err(error.to_string());
             }
@@ -180,19 +180,6 @@ impl Shared {
             });
             if is_as_seen && let Err(error) = self.unask(node, group) {
                 tracing::error!("{error}");
-            }
-        }
-    }
-
-    /// The peer has stopped replicating the group to this node since that was asked for; the record
-    /// may have come in one piece with the one that made the two members.
-    pub(super) fn forget_asked_for(&self, peer: NodeId, group: GroupId) {
-        match self.unask(peer, group) {
-            Ok(true) => drop(self.groups_changed()),
-            // Who is told again and again would else ask again and again.
-            Ok(false) => {}
-            Err(error) => {
-                tracing::error!("group {group}: that peer {peer} has stopped it: {error}");
             }
         }
     }

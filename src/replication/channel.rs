@@ -109,6 +109,8 @@ pub struct Channel {
     silent: bool,
     /// The group had its mark of a stop when it told last.
     marked: bool,
+    /// It has said that it sends this copy nothing any more, and the mark may not be there yet.
+    retires: bool,
     /// What people were told of a split brain: whether this node, and the peer, has more.
     told_have_more: (bool, bool),
     /// Whether the shell knows that this peer's stream is followed.
@@ -190,6 +192,7 @@ impl Channel {
             untold: None,
             silent: false,
             marked: false,
+            retires: false,
             told_have_more: (false, false),
             told_follows: false,
             told_reigns: None,
@@ -277,7 +280,9 @@ impl Channel {
         // its end decides. A stream that is granted takes the mark back.
         let comes = self.receives() || self.local.follows.is_some();
         let is_copy = self.visible() && !self.local.primary;
-        if is_copy && !comes && !self.active() && !self.local.retired {
+        // A mark that was not made, for want of room, is made when there is some.
+        let ended = !self.active() || self.retires;
+        if is_copy && !comes && ended && !self.local.retired {
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });
         }
         if self.local.primary {
@@ -369,23 +374,10 @@ impl Channel {
         self.check_rpo(context);
     }
 
-    pub(super) fn on_pause(&mut self, context: &mut Context<'_>, paused: bool) {
-        if self.paused == paused {
-            return;
-        }
-        self.paused = paused;
-        if paused {
-            let name = &self.local.name;
-            let reason = format!("paused on the primary; `tidelog resume {name}` goes on");
-            self.stop_sending(context, StopCode::Paused, &reason);
-        }
-        self.announce(context);
-        self.evaluate(context);
-    }
-
     pub(super) fn on_link_up(&mut self, context: &mut Context<'_>) {
         self.drop_streams();
-        (self.remote, self.untold, self.silent) = (None, None, false);
+        (self.remote, self.untold) = (None, None);
+        (self.silent, self.retires) = (false, false);
         if self.visible() {
             if self.state == ReplicationState::Idle {
                 self.since = context.now;
@@ -506,7 +498,7 @@ impl Channel {
                     self.note_at_most(context, Acked { received, durable, requests });
                 }
                 self.hears(context.now, &history);
-                self.silent = false;
+                (self.silent, self.retires) = (false, false);
                 self.remote = Some(Remote { primary, recovering, paused, history });
                 self.evaluate(context);
                 Ok(())

@@ -72,8 +72,8 @@ pub enum Membership {
         /// When a write is answered.
         mode: Mode,
     },
-    /// Its log does not say so yet: an empty copy here, made at the peer's request, or one of the
-    /// reign of a peer that was no member before.
+    /// Its log does not say so: a copy that was made here at the peer's request, perhaps one that
+    /// it has stopped since; or one of the reign of a peer that was no member before.
     Pending,
     /// It was a member until replication was stopped.
     Stopped,

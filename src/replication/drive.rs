@@ -25,10 +25,6 @@ impl Shared {
     /// of each. Behind a thread that is busy for long they would take all of the room, and with it
     /// that of the heartbeats, for every group.
     fn perform(self: &Arc<Self>, peer: NodeId, output: Output, room: Option<Room>) {
-        if let Output::Retire { group, retired: true } = output {
-            let shared = Arc::clone(self);
-            tokio::task::spawn_blocking(move || shared.forget_asked_for(peer, group));
-        }
         let output = match Job::of(peer, output) {
             Ok((group, job)) => {
                 let room = room.filter(|_| !matches!(job, Job::Append { .. } | Job::Stage { .. }));
@@ -186,9 +182,10 @@ pub(super) mod tests {
 
     use super::*;
     use crate::events::Events;
-    use crate::group::{Group, GroupContext, LocalLimits, NodeIdentity, Registry};
+    use crate::group::{DataState, Group, GroupContext, LocalLimits, NodeIdentity, Registry};
     use crate::io::{Disk, DiskFile, Env, ManualClock, MemoryDisk, OpenMode, SeededEntropy, Space};
     use crate::log::control::{Control, MemberRecord, Mode, OnLoss};
+    use crate::replication::asked::tests::{PEER, is_asked_for, node_with_peer};
     use crate::replication::bounds::{ROOM_BYTES, room_for};
     use crate::replication::core::Settings;
     use crate::replication::service::{Replication, ReplicationConfig};
@@ -341,6 +338,26 @@ pub(super) mod tests {
         let away = group.required_peers()[0].1.away.clone();
         assert_eq!(away.map(|(reason, _)| reason), Some("gone".to_owned()));
         disk.set_stuck(false);
+        node.stop();
+    }
+
+    /// A kill before the mark is durable would leave a copy that is neither retired nor asked for,
+    /// and a late word would undo an ask that came after it.
+    #[tokio::test]
+    async fn who_asked_for_a_copy_stays_known_when_it_is_retired() {
+        let (node, group) = node_with_peer();
+        let (shared, id) = (&node.replication.shared, group.id());
+        group.demote().unwrap();
+        shared.ask_for(PEER, id).unwrap();
+        shared.perform(PEER, Output::Retire { group: id, retired: true }, None);
+        for _ in 0..12_000 {
+            if group.data_state().0 == DataState::Retired {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(group.data_state().0, DataState::Retired);
+        assert!(is_asked_for(&node, &group));
         node.stop();
     }
 

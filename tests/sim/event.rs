@@ -36,6 +36,13 @@ pub enum Event {
         peer: usize,
         life: u64,
     },
+    /// A peer was asked for a copy: the records that make it one follow.
+    Members {
+        node: usize,
+        peer: usize,
+        group: usize,
+        life: u64,
+    },
     Look {
         node: usize,
         group: usize,
@@ -96,6 +103,7 @@ impl Event {
     fn disk(&self) -> Option<usize> {
         match self {
             Event::Write { node, .. }
+            | Event::Members { node, .. }
             | Event::Work { node, .. }
             | Event::Sync { node, .. }
             | Event::Mark { node, .. }

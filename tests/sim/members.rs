@@ -4,16 +4,22 @@
 //! stays where it is, and it is not backed up. Taken up again it comes to order like any other, by
 //! the log or by an image. And a copy is deleted, and made anew.
 
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
 use tidelog::group::{DataState, Group, GroupError, Point, Role};
 use tidelog::log::control::{Mode, OnLoss};
 use tidelog::replication::ReplicateOptions;
 use tidelog::replication::simulation::{may_follow, put_member};
 use tidelog::units::{Lsn, NodeId};
 
+use super::event::Event;
 use super::hosts::MUST_HOLD;
 use super::node::{Death, contents, group_dir};
 use super::world::World;
 
+/// A peer answers within this that is asked for its copy.
+const ASKED_FOR: Duration = Duration::from_millis(30);
 /// Moments of a retired copy that are opened.
 const MOMENTS: usize = 4;
 
@@ -92,10 +98,10 @@ impl World {
         self.say(format_args!("{a} stops replicating group {group} to {b}: {stopped:?}"));
     }
 
-    /// A group is replicated to a node again; whether it is.
+    /// A node is asked for its copy of a group, which is to be replicated to it again; whether it
+    /// takes that up.
     pub fn replicate_again(&mut self, node: usize, group: usize, peer: usize) -> bool {
-        let found = self.nodes[node].group(group).expect("it serves").clone();
-        if !self.hears(node, peer) {
+        if !self.hears(node, peer) || self.nodes[node].inviting.contains(&(peer, group)) {
             return false;
         }
         let there = self.nodes[peer].group(group).expect("it runs").clone();
@@ -104,11 +110,30 @@ impl World {
         let invited = self.nodes[peer].invited.contains(&(node, group));
         if !invited && !may_follow(&there.control(), there.role(), self.nodes[peer].id, me) {
             self.coverage.add("replications refused", 1);
+            self.groups[group].refused = true;
             return false;
         }
+        self.nodes[node].inviting.insert((peer, group));
         self.nodes[peer].invited.insert((node, group));
         let dirty = &self.nodes[peer].copies[&group].dirty;
-        dirty.store(true, std::sync::atomic::Ordering::Relaxed);
+        dirty.store(true, Ordering::Relaxed);
+        let (a, b) = (&self.nodes[node].name, &self.nodes[peer].name);
+        self.say(format_args!("{a} asks {b} for its copy of group {group} again"));
+        // What the peer says by then may have come.
+        let (after, life) = (self.chance.up_to(ASKED_FOR), self.nodes[node].life);
+        self.schedule(after, Event::Members { node, peer, group, life });
+        true
+    }
+
+    /// The peer has been asked for its copy, and becomes a member.
+    pub fn put_members(&mut self, node: usize, peer: usize, group: usize) {
+        self.nodes[node].inviting.remove(&(peer, group));
+        if !self.nodes[node].serves(group) {
+            return;
+        }
+        let copy = &self.nodes[node].copies[&group];
+        copy.dirty.store(true, Ordering::Relaxed);
+        let found = copy.group.clone();
         let options = ReplicateOptions {
             mode: Some(self.chance.of(&[Mode::Async, Mode::Async, Mode::Receive, Mode::Sync])),
             on_loss: Some(self.chance.of(&[OnLoss::Continue, OnLoss::Continue, OnLoss::Block])),
@@ -126,14 +151,15 @@ impl World {
         let is_back = put.is_ok() || has_member(&found, self.nodes[peer].id);
         self.groups[group].stopped = (!is_back).then_some(peer);
         if put.is_err() {
-            return false;
+            return;
         }
-        let retired = there.data_state().0 == DataState::Retired;
         self.coverage.add("replications taken up again", 1);
-        self.coverage.add("retired copies taken up again", u64::from(retired));
-        let folded = found.positions().horizon > there.positions().head;
-        self.coverage.add("copies taken up again behind the horizon", u64::from(folded));
-        true
+        if let Some(there) = self.nodes[peer].group(group) {
+            let retired = there.data_state().0 == DataState::Retired;
+            let folded = found.positions().horizon > there.positions().head;
+            self.coverage.add("retired copies taken up again", u64::from(retired));
+            self.coverage.add("copies taken up again behind the horizon", u64::from(folded));
+        }
     }
 
     /// Of a group that comes to no order the copies whose replication was stopped are taken up

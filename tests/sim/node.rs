@@ -145,6 +145,8 @@ pub struct Node {
     pub copies: BTreeMap<usize, Copy>,
     /// Peers and groups: the peer had the copy here made, or taken up again.
     pub invited: BTreeSet<(usize, usize)>,
+    /// Peers and groups: a command that runs here has asked the peer for its copy.
+    pub inviting: BTreeSet<(usize, usize)>,
     /// Peers and groups whose replication is paused here; survives a restart.
     pub paused: BTreeSet<(usize, usize)>,
     /// What it means when the disk stops.
@@ -217,6 +219,7 @@ impl Node {
             links: BTreeMap::new(),
             copies: BTreeMap::new(),
             invited: BTreeSet::new(),
+            inviting: BTreeSet::new(),
             paused: BTreeSet::new(),
             death: None,
             disk_troubled: false,
@@ -446,6 +449,7 @@ impl World {
         self.say(format_args!("{} dies: {death:?}", self.nodes[node].name));
         self.coverage.add(if death == Death::Kill { "kills" } else { "power losses" }, 1);
         let copies = std::mem::take(&mut self.nodes[node].copies);
+        self.nodes[node].inviting.clear();
         for (group, copy) in copies {
             copy.group.forget_images();
             let oracle = &self.groups[group].oracle;

@@ -56,6 +56,9 @@ impl World {
         }
         self.end_pauses();
         self.settle();
+        for group in &mut self.groups {
+            group.refused = false;
+        }
         self.host_pauses = [2000, 2000, 4000, 4000];
         self.run(Duration::from_secs(25));
         for group in 0..self.groups.len() {
@@ -160,7 +163,9 @@ impl World {
         Standing::Trouble(format!("{roles:?}; {states:?}"))
     }
 
-    /// What an operator does about a group that does not come to order by itself.
+    /// What an operator does about a group that does not come to order by itself: by the newest of
+    /// its copies; where another copy is one of others, and refuses to follow that, by the one that
+    /// the most of them know.
     fn operate(&mut self, group: usize) {
         let members = self.groups[group].members.clone();
         for node in &members {
@@ -173,7 +178,7 @@ impl World {
             members.iter().copied().filter(|node| self.nodes[*node].serves(group)).collect();
         if serving.is_empty() {
             // One to which replication was stopped by command is none of them.
-            let stopped = self.groups[group].stopped;
+            let (stopped, refused) = (self.groups[group].stopped, self.groups[group].refused);
             let candidates = members.iter().copied().filter(|node| stopped != Some(*node));
             let newest = candidates.max_by_key(|node| {
                 let found = self.nodes[*node].group(group).expect("it runs");
@@ -182,7 +187,7 @@ impl World {
                 let id = self.nodes[*node].id;
                 let others = members.iter().filter_map(|other| self.nodes[*other].group(group));
                 let known = others.filter(|other| has_member(other, id)).count();
-                (last, found.positions().head, known)
+                (refused.then_some(known), last, found.positions().head, known)
             });
             let newest = newest.expect("a group has members");
             self.coverage.add("operator promotes", 1);
@@ -292,7 +297,7 @@ impl World {
                             (other.from.lsn..=other.to.lsn).contains(&from)
                                 || other.cut >= branch.cut
                         };
-                        let why = if error.to_string().contains("it goes back behind the base") {
+                        let why = if error.to_string().contains("goes back behind the base") {
                             "branches that go back behind the base"
                         } else if from == Lsn::ZERO && found.positions().horizon > from {
                             // A whole image came to the copy that had nothing else.

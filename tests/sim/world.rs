@@ -43,6 +43,8 @@ pub struct WorldGroup {
     pub appended: Vec<(EpochId, Lsn, u64)>,
     /// A resolve was refused since the log does not reach back to where histories part.
     pub beyond: bool,
+    /// A copy refused to follow another node than those that its log names.
+    pub refused: bool,
     /// The member to which replication was stopped.
     pub stopped: Option<usize>,
 }
@@ -118,6 +120,7 @@ impl World {
             kept_window: None,
             appended: Vec::new(),
             beyond: false,
+            refused: false,
             stopped: None,
         });
         self.groups.len() - 1
@@ -176,6 +179,9 @@ impl World {
             Event::Write { conn, node } => self.write(conn, node),
             Event::ConnUp { conn, side, life } => self.conn_up(conn, side, life),
             Event::Wake { node, peer, life } if self.lives(node, life) => self.wake(node, peer),
+            Event::Members { node, peer, group, life } if self.lives(node, life) => {
+                self.put_members(node, peer, group);
+            }
             Event::Look { node, group, life } if self.lives(node, life) => self.look(node, group),
             Event::Work { node, group, life } if self.lives(node, life) => self.work(node, group),
             Event::Sync { node, group, life } if self.lives(node, life) => self.sync(node, group),
@@ -206,6 +212,7 @@ impl World {
             Event::Backup { node } => self.backup_tick(node),
             // Of an earlier life.
             Event::Wake { .. }
+            | Event::Members { .. }
             | Event::Look { .. }
             | Event::Work { .. }
             | Event::Sync { .. }
@@ -307,10 +314,6 @@ impl World {
     }
 
     fn carry_out(&mut self, node: usize, peer: usize, output: Output) {
-        if let Output::Retire { group, retired: true } = output {
-            let group = self.group_number(group);
-            self.nodes[node].invited.remove(&(peer, group));
-        }
         let output = match Job::of(self.nodes[peer].id, output) {
             Ok((id, job)) => {
                 let group = self.group_number(id);

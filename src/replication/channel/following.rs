@@ -65,7 +65,7 @@ impl Channel {
         follower.frames.clear();
         self.refused = Refused::default();
         // Also where it is not known here yet that a mark is on its way.
-        self.local.retired = false;
+        (self.local.retired, self.retires) = (false, false);
         context.outputs.push(Output::Retire { group: self.local.id, retired: false });
         if std::mem::take(&mut self.has_staged) {
             context.outputs.push(Output::DropStaging { group: self.local.id });
@@ -253,13 +253,17 @@ impl Channel {
             // It judges what this node held before, and is told what that is now.
             Relation::TheirsIsPrefix if is_copy => self.announce(context),
             Relation::Same | Relation::MineIsPrefix if is_copy => {
-                self.local.retired = true;
-                context.outputs.push(Output::Retire { group: self.local.id, retired: true });
+                self.retire(context);
             }
             _ => {}
         }
         let reason = format!("replication was stopped on {}", context.peer_name);
         self.set_state(context, ReplicationState::Idle, reason);
+    }
+
+    fn retire(&mut self, context: &mut Context<'_>) {
+        (self.local.retired, self.retires) = (true, true);
+        context.outputs.push(Output::Retire { group: self.local.id, retired: true });
     }
 
     pub(super) fn on_stop(
@@ -281,8 +285,7 @@ impl Channel {
         // All that was sent until then is here.
         let ended = following && self.receives() && code == StopCode::NotMember;
         if ended && !self.local.primary && !self.local.retired {
-            self.local.retired = true;
-            context.outputs.push(Output::Retire { group: self.local.id, retired: true });
+            self.retire(context);
         }
         self.drop_streams();
         if code == StopCode::NotMember {

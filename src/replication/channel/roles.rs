@@ -45,6 +45,20 @@ impl Channel {
         }
     }
 
+    pub(in crate::replication) fn on_pause(&mut self, context: &mut Context<'_>, paused: bool) {
+        if self.paused == paused {
+            return;
+        }
+        self.paused = paused;
+        if paused {
+            let name = &self.local.name;
+            let reason = format!("paused on the primary; `tidelog resume {name}` goes on");
+            self.stop_sending(context, StopCode::Paused, &reason);
+        }
+        self.announce(context);
+        self.evaluate(context);
+    }
+
     /// Why nothing is copied, where that is by command of either side.
     pub(in crate::replication) fn paused_because(&self, peer: &Name) -> Option<String> {
         let name = &self.local.name;

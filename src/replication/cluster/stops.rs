@@ -134,6 +134,41 @@ fn a_copy_that_was_asked_for_and_dies_with_the_record_of_its_stop_is_retired_whe
 }
 
 #[test]
+fn a_copy_that_was_asked_for_and_stopped_follows_when_it_is_taken_up_again() {
+    let mut world = paused(28);
+    // Cut back by a loss of power to where its log knows nobody.
+    world.nodes[1].membership = Membership::Pending;
+    world.look(1);
+    world.set_member(Membership::Stranger);
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+    world.feed(0, Input::Pause { group: GROUP, paused: false });
+    world.set_member(Membership::Member { rpo_target: None, mode: Mode::Async });
+    world.run(seconds(5));
+    assert!(!world.nodes[1].retired);
+    world.assert_streaming();
+}
+
+#[test]
+fn a_copy_that_found_no_room_for_its_mark_is_marked_when_it_is_looked_at_again() {
+    let mut world = paused(29);
+    world.nodes[1].membership = Membership::Pending;
+    world.look(1);
+    world.set_member(Membership::Stranger);
+    world.run(seconds(1));
+    assert!(world.nodes[1].retired);
+    world.nodes[1].retired = false;
+    world.look(1);
+    assert!(world.nodes[1].retired);
+    // Not where it has been taken up again meanwhile.
+    world.set_member(Membership::Member { rpo_target: None, mode: Mode::Async });
+    world.run(seconds(1));
+    world.nodes[1].retired = false;
+    world.look(1);
+    assert!(!world.nodes[1].retired);
+}
+
+#[test]
 fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
     let mut world = streaming(20);
     // The copy lacks the record yet: the stream to it goes on until it has it.

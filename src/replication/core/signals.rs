@@ -427,8 +427,7 @@ pub enum Output {
         /// The chain there, where the peer's log still reaches it.
         chain: Option<Chain>,
     },
-    /// Mark a copy as one whose replication was stopped, and which is not asked for any more, or as
-    /// one that is kept up to date again.
+    /// Mark a copy as one whose replication was stopped, or as one that is kept up to date again.
     Retire {
         /// The group.
         group: GroupId,
