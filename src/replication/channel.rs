@@ -298,6 +298,10 @@ impl Channel {
         if membership_changed && !self.visible() {
             self.stop_sending(context, StopCode::NotMember, "replication was stopped");
             self.drop_streams();
+            if before.primary && !self.local.primary {
+                // A copy may have asked, and hears nothing more of this node.
+                self.say(context, true);
+            }
             if let Some(remote) = self.remote.take().filter(|remote| !remote.primary) {
                 // It may have acknowledged more since it told what it holds.
                 let theirs = if self.acked.received > remote.history.head {
@@ -454,15 +458,18 @@ impl Channel {
     }
 
     fn announce(&mut self, context: &mut Context<'_>) {
-        if !self.visible() {
-            return;
+        if self.visible() {
+            self.say(context, !self.active());
         }
+    }
+
+    fn say(&self, context: &mut Context<'_>, stopped: bool) {
         context.send(Message::Announce {
             group: self.local.id.0,
             primary: self.local.primary,
             recovering: self.local.recovering,
             paused: self.paused,
-            stopped: !self.active(),
+            stopped,
             incarnation: self.local.incarnation.0,
             history: self.local.history.to_wire(),
         });

@@ -169,6 +169,31 @@ fn a_copy_that_found_no_room_for_its_mark_is_marked_when_it_is_looked_at_again()
 }
 
 #[test]
+fn a_copy_that_has_asked_a_primary_which_steps_down_is_free_to_follow_another() {
+    let member = Membership::Member { rpo_target: None, mode: Mode::Async };
+    for (seed, membership) in [(31, member), (32, Membership::Stranger)] {
+        let mut world = streaming(seed);
+        // The log of the copy ends between its stop and what took it up again.
+        world.weather.partitioned = true;
+        world.run(seconds(20));
+        world.nodes[1].membership = Membership::Stopped;
+        world.look(1);
+        world.write(0);
+        world.weather = Weather { delay_most: Duration::from_millis(50), ..Weather::default() };
+        let follows = |world: &World| world.nodes[1].core.channel(GROUP).unwrap().follows();
+        while !follows(&world) {
+            world.run(Duration::from_millis(1));
+        }
+        // It yields to a third one, perhaps with the record of that.
+        (world.nodes[0].primary, world.nodes[0].membership) = (false, membership);
+        world.look(0);
+        world.run(seconds(2));
+        assert!(!follows(&world), "{membership:?}");
+        assert!(world.nodes[1].retired);
+    }
+}
+
+#[test]
 fn a_primary_that_steps_down_while_it_ends_a_stream_is_not_retired_itself() {
     let mut world = streaming(20);
     // The copy lacks the record yet: the stream to it goes on until it has it.
