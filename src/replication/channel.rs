@@ -280,7 +280,9 @@ impl Channel {
         // its end decides. A stream that is granted takes the mark back.
         let comes = self.receives() || self.local.follows.is_some();
         let is_copy = self.visible() && !self.local.primary;
-        // A mark that was not made, for want of room, is made when there is some.
+        // A mark that was not made, for want of room, is made when there is some; the word of one
+        // that the log names is older than that.
+        self.retires &= is_copy && !comes && self.local.membership == Membership::Pending;
         let ended = !self.active() || self.retires;
         if is_copy && !comes && ended && !self.local.retired {
             context.outputs.push(Output::Retire { group: self.local.id, retired: true });

@@ -149,7 +149,10 @@ impl World {
         let (a, b) = (&self.nodes[node].name, &self.nodes[peer].name);
         self.say(format_args!("{a} replicates group {group} to {b} again: {put:?}"));
         let is_back = put.is_ok() || has_member(&found, self.nodes[peer].id);
-        self.groups[group].stopped = (!is_back).then_some(peer);
+        let stopped = &mut self.groups[group].stopped;
+        if stopped.is_none_or(|stopped| stopped == peer) {
+            *stopped = (!is_back).then_some(peer);
+        }
         if put.is_err() {
             return;
         }

@@ -339,7 +339,7 @@ impl World {
             host.leave(node);
         }
         found.sync_now().ok();
-        self.nodes[node].invited.insert((peer, group));
+        let is_new = self.nodes[node].invited.insert((peer, group));
         let now = self.now();
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");
         copy.begin_cut(now);
@@ -350,6 +350,9 @@ impl World {
         }
         let well = yielded.is_ok();
         if let Err(error) = &yielded {
+            if is_new {
+                self.nodes[node].invited.remove(&(peer, group));
+            }
             self.groups[group].beyond |= error.to_string().contains("tidelog group delete");
         }
         let copy = self.nodes[node].copies.get_mut(&group).expect("it runs");

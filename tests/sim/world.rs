@@ -389,9 +389,10 @@ impl World {
         if yields {
             copy.begin_cut(now);
         }
+        let mut noted = None;
         if let Job::Yield { peer, .. } = job {
-            let peer = self.peer_number(peer);
-            self.nodes[node].invited.insert((peer, group));
+            let of = (self.peer_number(peer), group);
+            noted = self.nodes[node].invited.insert(of).then_some(of);
         }
         self.say(format_args!("{} does {}", self.nodes[node].name, short(&job)));
         let copy = self.nodes[node].copies.get_mut(&group).expect("it was there");
@@ -416,6 +417,9 @@ impl World {
             match &input {
                 Input::Yielded { .. } => self.coverage.add("yields", 1),
                 Input::YieldRefused { reason, .. } => {
+                    if let Some(of) = noted {
+                        self.nodes[node].invited.remove(&of);
+                    }
                     self.coverage.add("yields refused", 1);
                     self.say(format_args!("{} yields not: {reason}", self.nodes[node].name));
                 }

@@ -160,12 +160,27 @@ fn a_copy_that_found_no_room_for_its_mark_is_marked_when_it_is_looked_at_again()
     world.nodes[1].retired = false;
     world.look(1);
     assert!(world.nodes[1].retired);
-    // Not where it has been taken up again meanwhile.
-    world.set_member(Membership::Member { rpo_target: None, mode: Mode::Async });
-    world.run(seconds(1));
-    world.nodes[1].retired = false;
-    world.look(1);
-    assert!(!world.nodes[1].retired);
+}
+
+#[test]
+fn a_copy_that_another_node_has_taken_up_since_is_not_retired_by_the_word_of_before() {
+    let member = Membership::Member { rpo_target: None, mode: Mode::Async };
+    for (seed, by_log) in [(33, true), (34, false)] {
+        let mut world = paused(seed);
+        world.nodes[1].membership = Membership::Pending;
+        world.look(1);
+        world.set_member(Membership::Stranger);
+        world.run(seconds(1));
+        assert!(world.nodes[1].retired);
+        // The log of a third node names this one, and perhaps the first as well.
+        world.nodes[1].follows = Some("c".parse().unwrap());
+        world.nodes[1].membership = if by_log { member } else { Membership::Pending };
+        world.nodes[1].retired = false;
+        world.look(1);
+        world.nodes[1].follows = None;
+        world.look(1);
+        assert!(!world.nodes[1].retired, "by the log: {by_log}");
+    }
 }
 
 #[test]
