@@ -21,8 +21,8 @@ use super::engine::{Group, Report};
 use super::files;
 use crate::events::Severity;
 use crate::io::{Clock, Disk};
-use crate::log::control::ClockRecord;
-use crate::units::LogTime;
+use crate::log::control::{ClockRecord, EpochRecord};
+use crate::units::{EpochId, LogTime, NodeId};
 
 const SLACK: Duration = Duration::from_secs(1);
 const FILE: &str = "clock";
@@ -56,6 +56,9 @@ struct Noted {
     boot: u64,
     since_boot_nanoseconds: u64,
     time: LogTime,
+    /// The newest reign then: the time is that of its history alone.
+    #[serde(default)]
+    epoch: EpochId,
 }
 
 /// The wall clock is ahead of what was measured.
@@ -148,10 +151,22 @@ impl LogClock {
     }
 }
 
-/// How far log time may have come, by what an earlier process of the same boot noted.
-pub(super) fn measured(disk: &dyn Disk, dir: &Path, clock: &dyn Clock) -> Option<LogTime> {
+/// How far log time may have come, by what an earlier process of the same boot noted: of a history
+/// that this node, `me`, wrote from then on. Another node's clock was not measured here, and what
+/// this one wrote by a wrong wall clock may have made way for that.
+pub(super) fn measured(
+    disk: &dyn Disk,
+    dir: &Path,
+    clock: &dyn Clock,
+    me: NodeId,
+    reigns: &[EpochRecord],
+) -> Option<LogTime> {
     let noted = files::load(disk, &dir.join(FILE)).ok()?;
     let noted: Noted = serde_json::from_slice(&noted).ok()?;
+    let then = reigns.iter().position(|reign| reign.id == noted.epoch)?;
+    if reigns[then..].iter().any(|reign| reign.author != me) {
+        return None;
+    }
     let then = Duration::from_nanos(noted.since_boot_nanoseconds);
     let passed = clock.since_boot()?.checked_sub(then)?;
     (clock.boot()? == noted.boot).then(|| noted.time.after(passed))
@@ -163,15 +178,15 @@ impl Group {
     pub(super) fn note_clock(&self) -> bool {
         let clock = &self.context.env.clock;
         let (Some(boot), Some(since)) = (clock.boot(), clock.since_boot()) else { return true };
-        let time = {
+        let (time, epoch) = {
             let core = self.lock();
             if core.clock.between == Between::Unknown {
                 return false;
             }
-            core.clock.peek(clock.wall(), clock.monotonic())
+            (core.clock.peek(clock.wall(), clock.monotonic()), core.epoch)
         };
         let since_boot_nanoseconds = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
-        let noted = Noted { boot, since_boot_nanoseconds, time };
+        let noted = Noted { boot, since_boot_nanoseconds, time, epoch };
         let text = serde_json::to_vec(&noted).expect("plain data becomes JSON");
         let stored = files::store(&*self.context.env.disk, &self.dir.join(FILE), &text);
         if let Err(cause) = &stored {

@@ -354,7 +354,8 @@ impl Group {
         let end = timeline.end();
         let log_begin = AtomicU64::new(meta.meta.log_begin.0);
         let clock = &*context.env.clock;
-        let up_to = clock::measured(&*context.env.disk, dir, clock);
+        let reigns = content.table.view(Vec::new()).epochs;
+        let up_to = clock::measured(&*context.env.disk, dir, clock, context.node.id, &reigns);
         let clock = LogClock::after_restart(end.time, up_to, clock.monotonic());
         let mut core = Core {
             writer,

@@ -1,5 +1,6 @@
 //! A wall clock that is wrong across a restart does not fold away the history.
 
+use super::pins::follow;
 use super::*;
 use crate::log::control::Consistency;
 
@@ -51,6 +52,34 @@ fn a_clock_a_day_ahead_after_a_restart_in_the_same_boot_is_a_jump() {
         bench.pass(HOUR);
         assert!(!still_covered(&group), "{then}");
     }
+}
+
+#[test]
+fn what_a_node_wrote_by_a_wrong_clock_measures_nothing_of_the_history_that_it_follows_since() {
+    let (a, b) = (Bench::new("a", 8), Bench::new("b", 9));
+    b.clock.set_boot(1);
+    let group = a.create();
+    let volume = group.create_volume(name("v"), 1 << 20).unwrap();
+    set_policy(&group, HOUR, 64 << 20);
+    a.pass(60);
+    write(&group, volume.number, 0, &[1; 4096]);
+    group.create_bookmark(name("then"), Consistency::Crash).unwrap();
+    let copy = b.create_copy();
+    follow(&group, &copy);
+    let shared = copy.positions();
+    // It reigns for a while, a day ahead, and yields.
+    b.clock.set_wall(b.clock.wall().after(Duration::from_secs(24 * HOUR)));
+    copy.promote("test").unwrap();
+    write(&copy, volume.number, 0, &[2; 4096]);
+    copy.sync_now().unwrap();
+    assert!(copy.note_clock());
+    copy.yield_to(shared.head, shared.chain, Discard::Authored).unwrap();
+    write(&group, volume.number, 0, &[3; 4096]);
+    follow(&group, &copy);
+    drop(copy);
+    let (copy, _) = b.open();
+    copy.note_committed(group.positions().head);
+    assert!(still_covered(&copy));
 }
 
 #[test]
