@@ -274,6 +274,7 @@ impl Group {
         let begun = self.has_begun(target.lsn);
         let moments = self.claim(target.lsn, begun)?;
         let old = self.lock().horizon.clone();
+        let mut outlasting = None;
         let content = if begun {
             // What was needed was kept before the base was touched.
             let rewinds = self.lock().content.rewinds.clone();
@@ -281,7 +282,9 @@ impl Group {
             let damaged = |cause| self.damaged(format!("log up to {}: {cause}", target.lsn));
             replayed.map_err(damaged)?.0
         } else {
-            self.keep_moments(&old, target.lsn, &moments)?
+            let (content, kept) = self.keep_moments(&old, target.lsn, &moments)?;
+            outlasting = Some(kept);
+            content
         };
         // All that cannot be read is waited for at the same time.
         let mut waits = Waits::default();
@@ -290,10 +293,15 @@ impl Group {
         }
         waits.end()?;
         // What is folded was durable: should the log end before it at the next start, it is damage.
-        self.update_meta(|meta| {
+        let noted = self.update_meta(|meta| {
             meta.fold_target = meta.fold_target.max(target.lsn);
             meta.durable = meta.durable.max(target.lsn);
-        })?;
+        });
+        // Where that failed it may be on the disk all the same.
+        if let Some(mut outlasting) = outlasting {
+            outlasting.take_effect();
+        }
+        noted?;
         let mut rotted = Rotted::new(gives_up);
         let mut waits = Waits::default();
         for known in content.volumes.values() {

@@ -10,11 +10,12 @@ use super::content::{Content, VolumeContent};
 use super::engine::{Group, checkpoint};
 use super::fold_plan::{Change, changes, either, written_at};
 use super::moment::{MOMENTS, Moment, chunks_of};
+use super::outlast::Outlasting;
 use super::read::Lookup;
 use super::replay::replay_through;
 use super::timeline::Checkpoint;
 use super::{Allocation, GroupError, Read};
-use crate::base::{ControlState, Kept, Overlay};
+use crate::base::{ControlState, Kept, Mark, Overlay};
 use crate::events::Severity;
 use crate::extent_map::Source;
 use crate::io::is_full;
@@ -62,7 +63,7 @@ impl Group {
         horizon: &ControlState,
         target: Lsn,
         moments: &[Arc<Moment>],
-    ) -> Result<Content, GroupError> {
+    ) -> Result<(Content, Outlasting), GroupError> {
         // An attempt that failed may have begun the files of one that no fold has passed: what it
         // was is in the log all the same.
         let passed = |moment: &Moment| moment.lsn() <= horizon.position.lsn;
@@ -77,6 +78,7 @@ impl Group {
             GroupError::Damaged { group: self.name().clone(), what }
         })?;
         let mut stopped = stopped.into_iter();
+        let mut outlasting = Outlasting::nothing(target);
         for (moment, state) in moments.iter().zip(states) {
             let (at, past) = match state {
                 Some(state) => (checkpoint(&state), Content::at_horizon(&state)),
@@ -86,7 +88,8 @@ impl Group {
             let fork = rewinds.fork(moment.lsn(), target);
             loop {
                 match self.keep_moment(moment, at, &past, (fork, target), &now) {
-                    Ok(()) => break,
+                    Ok(None) => break,
+                    Ok(Some((kept, before))) => break outlasting.add(moment, kept, before),
                     Err(KeepError::Group(error)) => return Err(error),
                     Err(KeepError::Overlay(cause)) => {
                         self.could_not_keep(moment, &cause)?;
@@ -97,7 +100,7 @@ impl Group {
                 }
             }
         }
-        Ok(now)
+        Ok((now, outlasting))
     }
 
     /// Makes room for another try, or gives the moment up.
@@ -151,11 +154,12 @@ impl Group {
         past: &Content,
         (fork, target): (Lsn, Lsn),
         now: &Content,
-    ) -> Result<(), KeepError> {
+    ) -> Result<Option<(Vec<Kept>, Mark)>, KeepError> {
         if moment.broken().is_some() || moment.complete_to() >= target {
-            return Ok(());
+            return Ok(None);
         }
         let overlay = self.overlay_of(moment, at, past)?;
+        let before = overlay.mark();
         let mut kept = Vec::new();
         let mut damaged = 0;
         for (number, known) in &past.volumes {
@@ -186,13 +190,12 @@ impl Group {
             }
         }
         overlay.commit(target, &kept)?;
-        moment.add(target, &kept);
         if damaged > 0 {
             let lsn = moment.lsn();
             let text = format!("{damaged} blocks of lsn:{lsn} are damaged, and so kept as damaged");
             self.emit(Severity::Error, "moment-damaged", text, json!({ "lsn": lsn }));
         }
-        Ok(())
+        Ok(Some((kept, before)))
     }
 
     /// The moment's files, made where this is the first fold that passes it.

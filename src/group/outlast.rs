@@ -1,8 +1,9 @@
 //! Moments that outlast an image: what it replaces in the base is kept first for whoever needs an
 //! older moment, as before a fold (`keep.rs`).
 //!
-//! Durable before the switch, and shown by it: should the image not take effect after all, what was
-//! kept for it counts for nothing.
+//! Durable before the switch, or before a fold begins, and shown by it: should it not come to that,
+//! what was kept for it counts for nothing. A fold that is tried again may go less far, and a start
+//! goes by no section of an index that is of more than what has begun.
 
 use std::sync::Arc;
 
@@ -23,16 +24,23 @@ struct Part {
     before: Mark,
 }
 
-/// What was kept for an image that is to take effect; given up when dropped before it has.
+/// What was kept for an image that is to take effect, or for a fold that is to begin; given up when
+/// dropped before it has.
 pub(super) struct Outlasting {
-    image: Lsn,
+    /// Where the base will be.
+    target: Lsn,
     parts: Vec<Part>,
 }
 
 impl Outlasting {
     /// Nothing outlasts an image that replaces everything.
-    pub(super) fn nothing(image: Lsn) -> Outlasting {
-        Outlasting { image, parts: Vec::new() }
+    pub(super) fn nothing(target: Lsn) -> Outlasting {
+        Outlasting { target, parts: Vec::new() }
+    }
+
+    /// A moment whose files ended at `before` does, with what is kept for it.
+    pub(super) fn add(&mut self, moment: &Arc<Moment>, kept: Vec<Kept>, before: Mark) {
+        self.parts.push(Part { moment: moment.clone(), kept, before });
     }
 
     /// Whether a moment does.
@@ -40,10 +48,10 @@ impl Outlasting {
         self.parts.iter().any(|part| part.moment.lsn() == lsn)
     }
 
-    /// The image has taken effect: the moments lie above it from now on.
+    /// The image has taken effect, or the fold has begun: the moments lie above it from now on.
     pub(super) fn take_effect(&mut self) {
         for part in self.parts.drain(..) {
-            part.moment.add(self.image, &part.kept);
+            part.moment.add(self.target, &part.kept);
         }
     }
 }

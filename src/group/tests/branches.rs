@@ -50,6 +50,35 @@ fn with_branch(bench: &Bench) -> (Arc<Group>, VolumeNumber, Branch, Volumes, Vol
     (group, volume, branch.clone(), with, without)
 }
 
+/// Else a fold that goes less far finds it complete, and the start after that goes by no section of
+/// a fold that has not begun.
+#[test]
+fn what_is_kept_of_one_branch_for_a_fold_that_finds_no_room_for_another_does_not_count() {
+    for pages in 0.. {
+        let bench = Bench::new("a", 1);
+        let (group, volume, ..) = with_branch(&bench);
+        group.sync_now().unwrap();
+        let positions = group.positions();
+        write(&group, volume, 4096, &[6; 8192]);
+        group.yield_to(positions.head, positions.chain, Discard::Authored).unwrap();
+        group.promote("test").unwrap();
+        write(&group, volume, 0, &vec![5; 256 << 10]);
+        bench.pass(5);
+        group.sync_now().unwrap();
+        bench.disk.inject(Fault::NoSpace { bytes: pages * 4096 });
+        let folded = group.fold_now().is_ok();
+        bench.disk.clear_faults();
+        let begun = group.meta.lock().unwrap().meta.fold_target;
+        let complete_to: Vec<Lsn> =
+            group.lock().moments.values().map(|moment| moment.complete_to()).collect();
+        assert!(complete_to.iter().all(|to| *to <= begun), "{pages}: {complete_to:?}, {begun}");
+        if folded {
+            assert_eq!(complete_to, [begun; 2]);
+            return;
+        }
+    }
+}
+
 #[test]
 fn no_error_of_the_disk_in_a_fold_ends_a_branch() {
     for operation in 0.. {
