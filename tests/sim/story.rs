@@ -350,7 +350,7 @@ impl World {
         }
         let well = yielded.is_ok();
         if let Err(error) = &yielded {
-            if is_new {
+            if is_new && found.data_state().0 != DataState::Failed {
                 self.nodes[node].invited.remove(&(peer, group));
             }
             self.groups[group].beyond |= error.to_string().contains("tidelog group delete");

@@ -417,7 +417,10 @@ impl World {
             match &input {
                 Input::Yielded { .. } => self.coverage.add("yields", 1),
                 Input::YieldRefused { reason, .. } => {
-                    if let Some(of) = noted {
+                    // The next start of one that failed may end the cut.
+                    if let Some(of) = noted
+                        && found.data_state().0 != DataState::Failed
+                    {
                         self.nodes[node].invited.remove(&of);
                     }
                     self.coverage.add("yields refused", 1);
