@@ -57,7 +57,6 @@ struct Noted {
     since_boot_nanoseconds: u64,
     time: LogTime,
     /// The newest reign then: the time is that of its history alone.
-    #[serde(default)]
     epoch: EpochId,
 }
 

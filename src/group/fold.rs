@@ -21,6 +21,7 @@ use super::engine::{Group, checkpoint};
 use super::fold_damage::{Rotted, Waits};
 use super::fold_plan::{FoldFacts, FoldStep, fold_goal, fold_steps, written_at};
 use super::lost::sizes_of;
+use super::outlast::Outlasting;
 use super::replay::replay;
 use super::timeline::{Checkpoint, follow};
 use crate::base::{BaseVolume, ControlState, edge_chunks};
@@ -274,17 +275,14 @@ impl Group {
         let begun = self.has_begun(target.lsn);
         let moments = self.claim(target.lsn, begun)?;
         let old = self.lock().horizon.clone();
-        let mut outlasting = None;
-        let content = if begun {
+        let (content, mut outlasting) = if begun {
             // What was needed was kept before the base was touched.
             let rewinds = self.lock().content.rewinds.clone();
             let replayed = replay(&self.segments, &old, &rewinds, target.lsn);
             let damaged = |cause| self.damaged(format!("log up to {}: {cause}", target.lsn));
-            replayed.map_err(damaged)?.0
+            (replayed.map_err(damaged)?.0, Outlasting::nothing(target.lsn))
         } else {
-            let (content, kept) = self.keep_moments(&old, target.lsn, &moments)?;
-            outlasting = Some(kept);
-            content
+            self.keep_moments(&old, target.lsn, &moments)?
         };
         // All that cannot be read is waited for at the same time.
         let mut waits = Waits::default();
@@ -298,9 +296,7 @@ impl Group {
             meta.durable = meta.durable.max(target.lsn);
         });
         // Where that failed it may be on the disk all the same.
-        if let Some(mut outlasting) = outlasting {
-            outlasting.take_effect();
-        }
+        outlasting.take_effect();
         noted?;
         let mut rotted = Rotted::new(gives_up);
         let mut waits = Waits::default();

@@ -139,12 +139,12 @@ impl Shared {
         Ok(is_new)
     }
 
-    /// Forgets that again; whether it was known.
-    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<bool, StoreError> {
-        let mut was_known = false;
-        let change = |peer: &mut Peer| was_known = peer.copies.remove(&group);
-        self.store.lock().expect("no holder panics").change(peer, change)?;
-        Ok(was_known)
+    /// Forgets that again.
+    pub(super) fn unask(&self, peer: NodeId, group: GroupId) -> Result<(), StoreError> {
+        let change = |peer: &mut Peer| {
+            peer.copies.remove(&group);
+        };
+        locked(&self.store).change(peer, change)
     }
 
     /// Whether it may be forgotten that a peer asked for a group whose log `says` the same, as of a

@@ -302,7 +302,7 @@ impl Channel {
             self.drop_streams();
             if before.primary && !self.local.primary {
                 // A copy may have asked, and hears nothing more of this node.
-                self.say(context, true);
+                self.say(context, true, &self.local.history);
             }
             if let Some(remote) = self.remote.take().filter(|remote| !remote.primary) {
                 // It may have acknowledged more since it told what it holds.
@@ -461,11 +461,11 @@ impl Channel {
 
     fn announce(&mut self, context: &mut Context<'_>) {
         if self.visible() {
-            self.say(context, !self.active());
+            self.say(context, !self.active(), &self.local.history);
         }
     }
 
-    fn say(&self, context: &mut Context<'_>, stopped: bool) {
+    fn say(&self, context: &mut Context<'_>, stopped: bool, history: &History) {
         context.send(Message::Announce {
             group: self.local.id.0,
             primary: self.local.primary,
@@ -473,7 +473,7 @@ impl Channel {
             paused: self.paused,
             stopped,
             incarnation: self.local.incarnation.0,
-            history: self.local.history.to_wire(),
+            history: history.to_wire(),
         });
     }
 

@@ -197,7 +197,7 @@ impl Replication {
     /// Where that cannot be written.
     pub fn forget_group(&self, group: GroupId) -> Result<(), ReplicationError> {
         let peers = self.shared.store.lock().expect("no holder panics").all().to_vec();
-        Ok(peers.iter().try_for_each(|peer| self.shared.unask(peer.node, group).map(drop))?)
+        Ok(peers.iter().try_for_each(|peer| self.shared.unask(peer.node, group))?)
     }
 
     /// The `peers` of a group in status: its copies, or on a secondary its primary.

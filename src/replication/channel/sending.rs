@@ -126,15 +126,7 @@ impl Channel {
         let held = !theirs.reigns.is_empty()
             && matches!(relation, Relation::Same | Relation::TheirsIsPrefix);
         if held {
-            context.send(Message::Announce {
-                group: self.local.id.0,
-                primary: true,
-                recovering: false,
-                paused: false,
-                stopped: true,
-                incarnation: self.local.incarnation.0,
-                history: theirs.to_wire(),
-            });
+            self.say(context, true, &theirs);
         }
     }
 
