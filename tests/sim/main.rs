@@ -37,6 +37,8 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 use chance::{LINES_SHOWN, Trace};
 use coverage::Coverage;
@@ -47,10 +49,14 @@ const TEST_SEEDS: u64 = 200;
 const TWICE_EVERY: u64 = 50;
 /// Failures after which a run ends.
 const FAILURES_MAX: usize = 20;
+/// A history takes a moment: one that has not ended by then waits for what never comes.
+const HANGS_AFTER: Duration = Duration::from_secs(120);
 
 /// Seeds that found something, each with what it was: they are played first in every run.
-const KEPT: &[(u64, &str)] =
-    &[(300_068_784, "a torn branch, whose own history was lost, behind a fold and a restart")];
+const KEPT: &[(u64, &str)] = &[
+    (300_068_784, "a torn branch, whose own history was lost, behind a fold and a restart"),
+    (700_905_235, "a member's record that is put while a switchover has halted writers"),
+];
 
 thread_local! {
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
@@ -105,6 +111,7 @@ fn play(seed: u64, whole: bool) -> Played {
 /// Plays a history that is made to fail at a step, where one is given.
 fn play_until(seed: u64, fails_at: Option<u64>, whole: bool) -> Played {
     let trace = Rc::new(RefCell::new(Trace::new(whole)));
+    let _ended = name_if_it_hangs(seed);
     let played = catch_unwind(AssertUnwindSafe(|| story::play(seed, fails_at, &trace)));
     let trace = trace.borrow();
     let (coverage, failure) = match played {
@@ -121,6 +128,18 @@ fn play_until(seed: u64, fails_at: Option<u64>, whole: bool) -> Played {
         }
     }
     Played { coverage, hash: trace.hash(), lines: trace.ordinal(), failure }
+}
+
+/// Ends the run, and names the seed, unless what is returned is dropped in time.
+fn name_if_it_hangs(seed: u64) -> Sender<()> {
+    let (ended, waits) = channel();
+    std::thread::spawn(move || {
+        if waits.recv_timeout(HANGS_AFTER) == Err(RecvTimeoutError::Timeout) {
+            println!("seed {seed}: has not ended after {} s", HANGS_AFTER.as_secs());
+            std::process::exit(1);
+        }
+    });
+    ended
 }
 
 /// A history that is made to fail: it must name its seed and what failed, show the end of its trace

@@ -20,6 +20,8 @@ use super::world::World;
 
 /// A peer answers within this that is asked for its copy.
 const ASKED_FOR: Duration = Duration::from_millis(30);
+/// A record that waits for a switchover is tried again.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Moments of a retired copy that are opened.
 const MOMENTS: usize = 4;
 
@@ -31,12 +33,7 @@ pub fn has_member(group: &Group, node: NodeId) -> bool {
 impl World {
     /// Stops the replication to a member, or takes up again what was stopped.
     pub fn change_members(&mut self, node: usize, group: usize) {
-        if !self.nodes[node].serves(group) {
-            return;
-        }
-        // A command would wait until the switchover has ended.
-        let found = self.nodes[node].group(group).expect("it serves");
-        if found.waits_because().is_some_and(|why| !why.contains(MUST_HOLD)) {
+        if !self.nodes[node].serves(group) || self.has_writers_halted(node, group) {
             return;
         }
         let members = self.groups[group].members.clone();
@@ -52,6 +49,12 @@ impl World {
         if peer != node && primaries.count() == 1 {
             self.stop_replication(node, group, peer);
         }
+    }
+
+    /// Whether a switchover is under way, whose end a command that writes a record waits for.
+    fn has_writers_halted(&self, node: usize, group: usize) -> bool {
+        let why = self.nodes[node].group(group).and_then(|found| found.waits_because());
+        why.is_some_and(|why| !why.contains(MUST_HOLD))
     }
 
     /// Has a copy deleted and made anew, where another node has everything: of the node's own
@@ -127,6 +130,11 @@ impl World {
 
     /// The peer has been asked for its copy, and becomes a member.
     pub fn put_members(&mut self, node: usize, peer: usize, group: usize) {
+        if self.nodes[node].serves(group) && self.has_writers_halted(node, group) {
+            let life = self.nodes[node].life;
+            let again = Event::Members { node, peer, group, life };
+            return self.schedule(LOOK_AGAIN, again);
+        }
         self.nodes[node].inviting.remove(&(peer, group));
         if !self.nodes[node].serves(group) {
             return;
