@@ -197,6 +197,37 @@ fn the_timeline_shows_what_each_image_pin_and_branch_costs() {
 }
 
 #[test]
+fn a_deleted_volume_is_shown_at_its_older_moments_on_both_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, mut b) = replicated(dir.path());
+    write(&a, 7, 1);
+    a.run(&["bookmark", "g", "old"]);
+    let host = client(&a, "v");
+    let said = failure(&a, &["volume", "delete", "g/v"]);
+    assert!(said.contains("volume g/v: 1 clients are connected; disconnect them first"), "{said}");
+    host.disconnect().unwrap();
+    wait_for("the volume to be deleted", || {
+        a.command(&["volume", "delete", "g/v"]).status.success().then_some(())
+    });
+    // Another of its name is another volume.
+    a.run(&["volume", "create", "g/v", "--size", "1M"]);
+    write(&a, 8, 1);
+    wait_until_level(&a, &b);
+    b.stop();
+    b.restart();
+    for node in [&a, &b] {
+        for (point, size, byte) in [("old", VOLUME_BYTES, 7), ("now", 1 << 20, 8)] {
+            node.run(&["image", "open", "g", "--at", point, "--name", &format!("at-{point}")]);
+            let mut export = client(node, &format!("v@at-{point}"));
+            assert_eq!(export.size_bytes(), size, "{point}");
+            let mut bytes = vec![0; WRITTEN_BYTES];
+            export.read(0, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|found| *found == byte), "{point}");
+        }
+    }
+}
+
+#[test]
 fn a_replicated_group_is_deleted_only_after_a_stop_and_the_other_node_keeps_its_history() {
     let dir = tempfile::tempdir().unwrap();
     let (a, mut b) = replicated(dir.path());

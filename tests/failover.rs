@@ -220,7 +220,7 @@ fn a_switchover_whose_client_goes_away_is_carried_to_its_end() {
 }
 
 #[test]
-fn a_split_brain_ends_where_an_operator_resolves_it() {
+fn a_promote_beside_a_living_primary_is_a_split_brain_until_an_operator_resolves_it() {
     let dir = tempfile::tempdir().unwrap();
     let a = Appliance::start(&dir.path().join("a"), Setup::new("a"));
     let mut b = Appliance::start(&dir.path().join("b"), Setup::new("b"));

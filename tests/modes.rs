@@ -108,6 +108,26 @@ fn an_answer_waits_for_a_peer_that_stands_still_until_it_counts_as_lost() {
     }
 }
 
+/// Its process answers, and the link lives: that its disk takes nothing is all that is wrong.
+#[test]
+fn a_peer_whose_disk_hangs_while_its_link_lives_counts_as_lost_until_it_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = Faults::new(dir.path());
+    let (a, b) = pair_by(dir.path(), &["--mode", "sync"], faults.environment());
+    faults.slow(Call::Sync, Duration::from_secs(20), ".seg");
+    let answer = write_aside(&a, 1);
+    answer.recv().unwrap();
+    let status = a.status("g");
+    let peer = &status["peers"][0];
+    assert_eq!((&peer["mode"], &peer["degraded"]), (&"sync".into(), &true.into()), "{peer}");
+    assert!(a.has_event("degraded"));
+    let durable = b.status("g")["log"]["durable_lsn"].as_u64();
+    assert!(durable < status["log"]["head_lsn"].as_u64(), "it has not synced: {durable:?}");
+    faults.none();
+    wait_until_required(&a);
+    assert!(!a.has_event("link-lost"), "it was never the link");
+}
+
 #[test]
 fn without_a_lost_peer_hosts_go_on_degraded_and_wait_where_they_were_told_to() {
     let dir = tempfile::tempdir().unwrap();

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn the_slots_around_a_change_of_the_zone_are_those_of_a_look_at_every_local_minute() {
+    fn slots_around_daylight_saving_time_are_those_of_a_look_at_every_local_minute() {
         for (zone, from, to) in [
             ("Europe/Berlin", "2026-03-26T12:00:00Z", "2026-04-01T12:00:00Z"),
             ("Europe/Berlin", "2026-10-22T12:00:00Z", "2026-10-28T12:00:00Z"),

@@ -119,6 +119,41 @@ fn a_secondary_that_loses_the_repository_leaves_the_slot_to_the_primary() {
     assert!(pair.restored(id) == pair.live());
 }
 
+#[test]
+fn a_primary_that_loses_the_repository_leaves_the_slot_to_the_secondary() {
+    let pair = Pair::new(json!({}));
+    let way = way_to_repository(pair.dir.path(), "a");
+    std::fs::remove_file(&way).unwrap();
+    let explained = wait_for("b to have looked at the repository", || {
+        let explain = pair.a.scheduler.explain("g", "nightly", &[]);
+        let decision = pair.runtime.block_on(explain).unwrap().decision;
+        (decision.decision == Verdict::Delegate).then_some(decision)
+    });
+    assert_eq!(explained.run_on, Some(name("b")), "{explained:?}");
+    let run = pair.run(&pair.a);
+    assert_eq!(run.decision.decision, Verdict::Delegate, "{run:?}");
+    pair.b.await_event("backup-done");
+    let ended = pair.a.await_any(&["backup-delegated", "backup-skipped", "backup-failed"]);
+    assert_eq!(ended.code, "backup-delegated", "{ended:?}");
+    std::os::unix::fs::symlink("repository", way).unwrap();
+    let [id] = &made(&pair, &pair.a)[..] else { panic!("one backup") };
+    assert!(pair.restored(id) == pair.live());
+}
+
+#[test]
+fn a_repository_out_of_reach_from_both_nodes_fails_the_run_with_the_reason_of_each() {
+    let pair = Pair::new(json!({}));
+    for this in ["a", "b"] {
+        std::fs::remove_file(way_to_repository(pair.dir.path(), this)).unwrap();
+    }
+    pair.run(&pair.a);
+    let failed = pair.a.await_any(&["backup-delegated", "backup-skipped", "backup-failed"]);
+    assert_eq!(failed.code, "backup-failed", "{failed:?}");
+    for node in ["a", "b"] {
+        assert!(failed.text.contains(&format!("cannot be opened from {node}")), "{failed:?}");
+    }
+}
+
 /// A disk that is not mounted: status said that nothing needs an operator until the time of the
 /// slot was over, and all advice was to make a new repository in its place.
 #[test]

@@ -56,6 +56,12 @@ pub const MUST: &[&str] = &[
     "folds where the window is kept",
     "folds",
     "forced promotes",
+    "groups in mode async, block",
+    "groups in mode async, continue",
+    "groups in mode receive, block",
+    "groups in mode receive, continue",
+    "groups in mode sync, block",
+    "groups in mode sync, continue",
     "hosts blocked by a peer",
     "images opened",
     "images read",
@@ -77,6 +83,7 @@ pub const MUST: &[&str] = &[
     "resolves",
     "retired copies checked",
     "retired copies taken up again",
+    "returns",
     "rewinds",
     "rewinds beside open images",
     "slow links",
@@ -93,9 +100,20 @@ pub const MUST: &[&str] = &[
     "unclean starts",
     "writers wait for the folder",
     "writes failed",
+    "writes kept in branches",
     "writes wait for a peer",
     "yields",
 ];
+
+/// One thing that was never met is told, and nothing else is.
+pub fn check_zeros() {
+    assert_eq!(Coverage::default().zeros(), MUST, "nothing was met");
+    for lacks in MUST {
+        let mut coverage = Coverage::default();
+        MUST.iter().for_each(|what| coverage.add(what, u64::from(what != lacks)));
+        assert_eq!(coverage.zeros(), [*lacks]);
+    }
+}
 
 impl Coverage {
     /// Counts something.
@@ -109,8 +127,9 @@ impl Coverage {
         }
     }
 
-    /// Counts an event of a node.
+    /// Counts an event of a node; two of them are an old primary's that returns.
     pub fn event(&mut self, code: &str) {
+        self.add("returns", ["yielded", "takes-back"].contains(&code).into());
         self.add(&format!("event: {code}"), 1);
     }
 

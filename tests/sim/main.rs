@@ -176,6 +176,7 @@ fn check_failures() {
 fn check_itself() -> Result<(), String> {
     let checks = || {
         oracle::check_teeth();
+        coverage::check_zeros();
         check_failures();
     };
     catch_unwind(checks).map_err(|_| PANIC.with_borrow(Clone::clone))

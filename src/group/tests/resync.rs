@@ -5,6 +5,7 @@ use super::dated::Past;
 use super::*;
 use crate::io::{Fault, seeds};
 use crate::log::control::Consistency;
+use crate::units::{BLOCK_BYTES, CHUNK_BYTES};
 
 const VOLUME: u64 = 3 << 20;
 
@@ -576,6 +577,55 @@ fn what_is_staged_survives_the_power() {
     assert_eq!(again, VOLUME - staged.done_bytes, "nothing is sent twice");
     pair.resync();
     pair.check("after all of it");
+}
+
+/// A chunk of the base that changed is sent whole, however little of it did, and what the log still
+/// has as it changed.
+#[test]
+fn an_image_sends_what_changed_since_the_peer_stood_and_nothing_else() {
+    const CHUNKS: u64 = 8;
+    let pair = Pair::new(8);
+    let size = CHUNKS * CHUNK_BYTES;
+    let [volume, same] =
+        ["v", "w"].map(|it| pair.primary.create_volume(name(it), size).unwrap().number);
+    for volume in [volume, same] {
+        write(&pair.primary, volume, 0, &vec![1; size as usize]);
+    }
+    pair.follow();
+    let stood = pair.copy.positions().head;
+    for round in 0..80 {
+        write(&pair.primary, volume, CHUNK_BYTES + 8192, &[round; 40_960]);
+    }
+    one(&pair.primary, volume, Op::Trim { offset: 5 * CHUNK_BYTES, length: CHUNK_BYTES }).unwrap();
+    pair.fold();
+    assert!(pair.primary.log_start() > stood, "the log reaches it no more");
+    write(&pair.primary, volume, 7 * CHUNK_BYTES + 512, &[9; 512]);
+    let shipment = pair.primary.ship(&b(), Some(stood), stood, None).unwrap();
+    let mut sent = Vec::new();
+    while let Some(part) = shipment.next().unwrap() {
+        let (at, length, zeros) = match part {
+            ImagePart::Data { at, data, .. } => (at, data.len() as u64, false),
+            ImagePart::Zeros { at, length } => (at, length, true),
+            ImagePart::Control { .. } | ImagePart::End => continue,
+        };
+        assert_eq!(at.volume, volume, "the other has not changed");
+        match sent.last_mut() {
+            Some((from, bytes, before)) if *from + *bytes == at.offset && *before == zeros => {
+                *bytes += length;
+            }
+            _ => sent.push((at.offset, length, zeros)),
+        }
+    }
+    let changed = [
+        (CHUNK_BYTES, CHUNK_BYTES, false),
+        (5 * CHUNK_BYTES, CHUNK_BYTES, true),
+        (7 * CHUNK_BYTES, BLOCK_BYTES, false),
+    ];
+    assert_eq!(sent, changed);
+    assert_eq!(shipment.offer().total_bytes, 2 * CHUNK_BYTES + BLOCK_BYTES);
+    pair.primary.end_shipment(&b());
+    pair.resync();
+    pair.check("after it");
 }
 
 #[test]
