@@ -5,7 +5,7 @@
 //! or says what is wrong: an error in place of the bytes, a group that failed, a group that does
 //! not open. It never shows bytes that were not written there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,6 +43,7 @@ struct Left {
     imaged: usize,
     /// Where the record of a bookmark ends.
     named: Lsn,
+    log_start: Lsn,
 }
 
 fn context(disk: &MemoryDisk, events: &Events) -> GroupContext {
@@ -74,7 +75,8 @@ impl Left {
         group.append_control(Control::Policy(policy)).unwrap();
         let contents = vec![0; VOLUME_BYTES as usize];
         let moments = vec![Moment { end: group.positions().head, contents }];
-        let mut left = Left { disk, moments, durable: 0, imaged: 0, named: Lsn::MAX };
+        let mut left =
+            Left { disk, moments, durable: 0, imaged: 0, named: Lsn::MAX, log_start: Lsn::ZERO };
         for version in 0..12 {
             left.write(&group, version * 8192, 9000, version);
             left.write(&group, version * 1024, SECTOR, version + 100);
@@ -109,6 +111,7 @@ impl Left {
         assert!(group.positions().head.bytes_since(before) > 2 * SECTOR, "one record");
         group.create_bookmark("b".parse().unwrap(), Consistency::Crash).unwrap();
         left.named = group.positions().head;
+        left.log_start = group.log_start();
         left.zero(&group, Op::Trim { offset: 32_768, length: 8192 });
         let segments = [left.moments[left.durable].end, group.positions().head]
             .map(|lsn| lsn.segment_number(SEGMENT));
@@ -232,16 +235,18 @@ fn a_log_cut_after_any_byte_is_a_prefix_or_damage_that_is_told() {
     let last = head.segment_number(SEGMENT);
     let durable = left.moments[left.durable].end;
     let (mut moments, mut failed, mut errors) = (BTreeMap::new(), 0, 0);
-    // Each byte of what was not durable, and some of what was, in every segment.
-    let cuts = (0..durable.0).step_by(step(307)).chain(durable.0..head.0);
+    let (mut earlier, mut noticed) = (BTreeSet::new(), 0);
+    // Each byte of what was not durable, and some of what was, from the begin of each segment on.
+    let begun = left.log_start.segment_number(SEGMENT)..=last;
+    let every = begun
+        .flat_map(|number| (0..SEGMENT).step_by(step(307)).map(move |cut| number * SEGMENT + cut));
+    let cuts = every.take_while(|at| *at < durable.0).chain(durable.0..head.0);
     for at in cuts.map(Lsn) {
-        let number = at.segment_number(SEGMENT);
+        let (number, cut) = (at.segment_number(SEGMENT), at.segment_offset(SEGMENT));
         let path = Path::new(DIR).join("log").join(format!("{number:012}.seg"));
-        if !left.disk.exists(&path).unwrap() {
-            assert!(number < last, "cut at {at}: only what was folded is gone");
-            continue;
+        if number < last {
+            earlier.insert(number);
         }
-        let cut = at.segment_offset(SEGMENT);
         for short in [false, true] {
             let disk = left.disk.snapshot();
             let file = disk.open(&path, OpenMode::ReadWrite).unwrap();
@@ -253,8 +258,9 @@ fn a_log_cut_after_any_byte_is_a_prefix_or_damage_that_is_told() {
             }
             match left.check(&disk).unwrap_or_else(|why| panic!("cut at {at}: {why}")) {
                 // What is folded, or was written over since, is not missed.
-                Shown::Moment { shown, .. } if number < last => {
+                Shown::Moment { shown, named } if number < last => {
                     assert_eq!(shown, left.moments.len() - 1, "cut at {at}: all the rest is there");
+                    assert!(named, "cut at {at}: the bookmark");
                 }
                 Shown::Moment { shown, named } => {
                     assert!(at >= durable, "cut at {at}: durable up to {durable}, and no word");
@@ -271,10 +277,12 @@ fn a_log_cut_after_any_byte_is_a_prefix_or_damage_that_is_told() {
                     assert!(at < durable, "cut at {at}: only from {durable} on may be lost");
                     assert!(reason.contains("although it was durable"), "cut at {at}: {reason}");
                     failed += 1;
+                    noticed += usize::from(number < last);
                 }
                 Shown::Errors => {
                     assert!(at < durable, "cut at {at}: nothing of it is shown");
                     errors += 1;
+                    noticed += usize::from(number < last);
                 }
                 other => panic!("cut at {at}: {other:?}"),
             }
@@ -282,6 +290,7 @@ fn a_log_cut_after_any_byte_is_a_prefix_or_damage_that_is_told() {
     }
     assert_eq!(moments.len(), left.moments.len() - 1 - left.durable, "each end was met");
     assert!(failed > 0 && errors > 0, "{failed} failed, {errors} with errors");
+    assert!(earlier.len() > 1 && noticed > 0, "{noticed} cuts noticed in segments {earlier:?}");
 }
 
 #[test]

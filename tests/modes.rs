@@ -114,18 +114,20 @@ fn a_peer_whose_disk_hangs_while_its_link_lives_counts_as_lost_until_it_answers(
     let dir = tempfile::tempdir().unwrap();
     let faults = Faults::new(dir.path());
     let (a, b) = pair_by(dir.path(), &["--mode", "sync"], faults.environment());
-    faults.slow(Call::Sync, Duration::from_secs(20), ".seg");
+    faults.slow(Call::Sync, Duration::from_secs(15), ".seg");
     let answer = write_aside(&a, 1);
     answer.recv().unwrap();
     let status = a.status("g");
     let peer = &status["peers"][0];
     assert_eq!((&peer["mode"], &peer["degraded"]), (&"sync".into(), &true.into()), "{peer}");
+    let reason = peer["degraded_reason"].as_str().unwrap();
+    assert!(reason.contains("nothing became durable there"), "{reason}");
     assert!(a.has_event("degraded"));
-    let durable = b.status("g")["log"]["durable_lsn"].as_u64();
-    assert!(durable < status["log"]["head_lsn"].as_u64(), "it has not synced: {durable:?}");
+    let durable = b.status("g")["log"]["durable_lsn"].as_u64().unwrap();
+    let head = status["log"]["head_lsn"].as_u64().unwrap();
+    assert!(durable < head, "it has not synced: {durable} of {head}");
     faults.none();
     wait_until_required(&a);
-    assert!(!a.has_event("link-lost"), "it was never the link");
 }
 
 #[test]

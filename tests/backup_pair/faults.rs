@@ -121,7 +121,7 @@ fn a_secondary_that_loses_the_repository_leaves_the_slot_to_the_primary() {
 
 #[test]
 fn a_primary_that_loses_the_repository_leaves_the_slot_to_the_secondary() {
-    let pair = Pair::new(json!({}));
+    let pair = Pair::new(json!({"placement": "prefer-primary"}));
     let way = way_to_repository(pair.dir.path(), "a");
     std::fs::remove_file(&way).unwrap();
     let explained = wait_for("b to have looked at the repository", || {
@@ -130,6 +130,9 @@ fn a_primary_that_loses_the_repository_leaves_the_slot_to_the_secondary() {
         (decision.decision == Verdict::Delegate).then_some(decision)
     });
     assert_eq!(explained.run_on, Some(name("b")), "{explained:?}");
+    let reasons = ["secondary-takes-over", "repository-unreachable"];
+    assert_eq!(codes(&explained.reasons), reasons, "{explained:?}");
+    assert!(explained.reasons[1].text.contains("cannot be opened from a"), "{explained:?}");
     let run = pair.run(&pair.a);
     assert_eq!(run.decision.decision, Verdict::Delegate, "{run:?}");
     pair.b.await_event("backup-done");

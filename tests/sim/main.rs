@@ -111,8 +111,9 @@ fn play(seed: u64, whole: bool) -> Played {
 /// Plays a history that is made to fail at a step, where one is given.
 fn play_until(seed: u64, fails_at: Option<u64>, whole: bool) -> Played {
     let trace = Rc::new(RefCell::new(Trace::new(whole)));
-    let _ended = name_if_it_hangs(seed);
+    let ended = name_if_it_hangs(seed);
     let played = catch_unwind(AssertUnwindSafe(|| story::play(seed, fails_at, &trace)));
+    drop(ended);
     let trace = trace.borrow();
     let (coverage, failure) = match played {
         Ok(coverage) => (coverage, None),

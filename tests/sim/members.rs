@@ -20,7 +20,7 @@ use super::world::World;
 
 /// A peer answers within this that is asked for its copy.
 const ASKED_FOR: Duration = Duration::from_millis(30);
-/// A record that waits for a switchover is tried again.
+/// How soon a record is tried again that waits for a switchover.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Moments of a retired copy that are opened.
 const MOMENTS: usize = 4;
@@ -132,6 +132,7 @@ impl World {
     pub fn put_members(&mut self, node: usize, peer: usize, group: usize) {
         if self.nodes[node].serves(group) && self.has_writers_halted(node, group) {
             let life = self.nodes[node].life;
+            self.coverage.add("records tried while writers are halted", 1);
             let again = Event::Members { node, peer, group, life };
             return self.schedule(LOOK_AGAIN, again);
         }

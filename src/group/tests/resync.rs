@@ -579,8 +579,8 @@ fn what_is_staged_survives_the_power() {
     pair.check("after all of it");
 }
 
-/// A chunk of the base that changed is sent whole, however little of it did, and what the log still
-/// has as it changed.
+/// Of the base a chunk that changed is sent whole, however little of it did; of what is still in
+/// the log the blocks that changed, alone.
 #[test]
 fn an_image_sends_what_changed_since_the_peer_stood_and_nothing_else() {
     const CHUNKS: u64 = 8;
