@@ -150,13 +150,19 @@ impl Left {
             Ok((group, _)) => group,
             Err(error) => return Ok(Shown::NotOpened(error.to_string())),
         };
+        let shown = self.shown(&group);
+        group.forget_images();
+        shown
+    }
+
+    fn shown(&self, group: &Group) -> Result<Shown, String> {
         if let Some(image) = group.image(&"i".parse().unwrap()) {
             let found = sectors(&*image);
             if !agrees(&found, &self.moments[self.imaged].contents) {
                 return Err("the image shows what it did not hold".to_owned());
             }
         }
-        let found = sectors(&*group);
+        let found = sectors(group);
         let (state, reason, _) = group.data_state();
         let least = if state == DataState::Failed { 0 } else { self.durable };
         let shown = (least..self.moments.len())
